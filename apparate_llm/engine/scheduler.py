@@ -1,0 +1,48 @@
+"""The scheduler class named in `--scheduler-cls`: released exits join the step's output here.
+
+They are appended after vLLM has settled how many drafts were accepted, so its token counts and its speculation
+metrics see held exits only. A released exit then is an ordinary token that is not computed yet: the next step
+schedules it with the newest token.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+
+class EarlyExitScheduler(Scheduler):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._released: dict[str, list[int]] = {}
+        # Rounds deeper than 0 write KV for the newest token and the exits after it.
+        self.num_lookahead_tokens = max(self.num_lookahead_tokens, self.num_spec_tokens)
+        # vLLM pads a resumed request's single row with draft placeholders (-1) for CUDA graphs; there are none here
+        # and -1 is no token. A constant dynamic draft count turns the padding off.
+        if self.dynamic_sd_lookup is None:
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self._released = getattr(model_runner_output, "released", {})
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id, released in self._released.items():
+            request = self.requests.get(request_id)
+            if request is not None and not request.is_finished() and not request.is_prefill_chunk:
+                computed, tokens = request.num_computed_tokens, request.num_tokens
+                assert computed == 0 or computed == tokens - 1 - len(released), (
+                    f"{request_id}: {computed} of {tokens} tokens computed with {len(released)} exits outstanding"
+                )
+        self._released = {}
+        return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        new_token_ids.extend(self._released.get(request.request_id, ()))
+        return super()._update_request_with_output(request, new_token_ids, is_stale)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        if request.num_output_tokens and request.num_computed_tokens < request.num_tokens - 1:
+            # Exits are outstanding: their verdict rows must be computed, not found in the prefix cache.
+            request.skip_reading_prefix_cache = True
+        super()._preempt_request(request, *args, **kwargs)

@@ -1,0 +1,26 @@
+"""The vLLM settings that switch early exits on: one place for the CLI, the docs and the tests. Imports nothing heavy."""
+
+from typing import Any
+
+from apparate_llm.config import ADDITIONAL_CONFIG_KEY, EarlyExitConfig
+from apparate_llm.engine.proposer import SCHEDULER_CLASS, WORKER_CLASS
+from apparate_llm.models.architectures import early_exit_architecture
+
+PROPOSER_CLASS = "apparate_llm.engine.proposer.RampProposer"
+
+
+def vllm_settings(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
+    """Engine arguments of vLLM by name; empty for policy `off`, which is plain vLLM."""
+    if config.policy == "off":
+        return {}
+    return {
+        "hf_overrides": {"architectures": [early_exit_architecture(architecture)]},
+        "speculative_config": {
+            "method": "custom_class",
+            "model": PROPOSER_CLASS,
+            "num_speculative_tokens": config.max_exits,
+        },
+        "additional_config": {ADDITIONAL_CONFIG_KEY: config.model_dump(exclude_unset=True)},
+        "worker_cls": WORKER_CLASS,
+        "scheduler_cls": SCHEDULER_CLASS,
+    }

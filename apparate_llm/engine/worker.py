@@ -1,0 +1,44 @@
+"""The worker class named in `--worker-cls`: vLLM's own, with the early-exit runner."""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from apparate_llm.engine.runner import EarlyExitRunner
+
+
+class EarlyExitWorker(CPUWorker):
+    def init_device(self) -> None:
+        check_supported(self.vllm_config)
+        super().init_device()
+        # vLLM's worker builds its own runner; nothing is loaded into it yet.
+        self.model_runner = EarlyExitRunner(self.vllm_config, torch.device("cpu"))
+
+    # Reached with `collective_rpc`.
+
+    def early_exit_status(self) -> dict[str, Any]:
+        """Knobs, depth in use and running totals, as plain values."""
+        runner = self.model_runner
+        return {
+            "active": runner.rounds is not None,
+            "depth": runner.rounds.ramps.depth if runner.rounds else None,
+            "config": runner.exit_config.model_dump(),
+            "counts": runner.ledger.counts.as_dict(),
+        }
+
+    def early_exit_check_integrity(self) -> None:
+        self.model_runner.check_integrity()
+
+
+def check_supported(vllm_config: Any) -> None:
+    """Raise ValueError for a server set-up that early exits cannot serve."""
+    parallel = vllm_config.parallel_config
+    for name, size in (
+        ("tensor-parallel-size", parallel.tensor_parallel_size),
+        ("pipeline-parallel-size", parallel.pipeline_parallel_size),
+    ):
+        if size > 1:
+            raise ValueError(f"early exits need --{name} 1, got {size}; --policy off serves plain vLLM")
+    if vllm_config.lora_config is not None:
+        raise ValueError("early exits do not work with --enable-lora; --policy off serves plain vLLM")

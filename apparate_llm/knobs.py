@@ -1,0 +1,38 @@
+"""argparse flags derived from the knob schema."""
+
+import argparse
+from typing import Any, NoReturn, get_args
+
+from apparate_llm.config import ConfigError, EarlyExitConfig, parse_config
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are one line on stderr and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_knobs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("early exits")
+    for name, field in EarlyExitConfig.model_fields.items():
+        choices = get_args(field.annotation) if name == "policy" else None
+        default = "" if field.default is None else f" (default: {field.default})"
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            default=None,
+            metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
+            help=f"{field.description}{default}".replace("%", "%%"),
+        )
+
+
+def knobs_from(args: argparse.Namespace) -> EarlyExitConfig:
+    """The knobs the user gave; ConfigError names the flag, what was got and what is allowed."""
+    given: dict[str, Any] = {}
+    for name in EarlyExitConfig.model_fields:
+        if (value := getattr(args, name)) is not None:
+            given[name] = value
+    try:
+        return parse_config(given)
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix("early_exit: ")) from None

@@ -1,0 +1,70 @@
+"""Environment of a server process: performance libraries, quiet defaults, free port. Imports nothing heavy."""
+
+import os
+import socket
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+LIBRARIES = ("libiomp5.so", "libtcmalloc_minimal.so.4")
+PLUGIN_NAME = "apparate"
+
+
+def find_performance_libraries() -> dict[str, Path | None]:
+    """Where the libraries that vLLM's CPU backend wants preloaded are, None for a missing one."""
+    folders = [Path(sys.prefix) / "lib", Path("/usr/local/lib"), Path("/usr/lib"), Path("/usr/lib64")]
+    folders += [Path("/usr/lib") / f"{os.uname().machine}-linux-gnu"]
+    found: dict[str, Path | None] = {}
+    for name in LIBRARIES:
+        paths = [folder / name for folder in folders if (folder / name).is_file()]
+        found[name] = paths[0] if paths else None
+    return found
+
+
+def preloaded() -> str:
+    return os.environ.get("LD_PRELOAD", "")
+
+
+def server_environment(base: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment a server should run in; what the user has set stays as it is."""
+    environment = dict(os.environ if base is None else base)
+    preload = [part for part in environment.get("LD_PRELOAD", "").replace(":", " ").split() if part]
+    for name, path in find_performance_libraries().items():
+        stem = name.split(".so")[0]
+        if path is not None and not any(stem in part for part in preload):
+            preload.append(str(path))
+    if preload:
+        environment["LD_PRELOAD"] = ":".join(preload)
+    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    environment.setdefault("DO_NOT_TRACK", "1")
+    if "VLLM_PLUGINS" not in environment:
+        # vLLM loads endpoint plugins only when named, and then no others: name all that are installed.
+        names = {PLUGIN_NAME, *(point.name for group in _plugin_groups() for point in entry_points(group=group))}
+        environment["VLLM_PLUGINS"] = ",".join(sorted(names))
+    return environment
+
+
+def _plugin_groups() -> tuple[str, ...]:
+    return ("vllm.general_plugins", "vllm.io_processor_plugins", "vllm.platform_plugins", "vllm.stat_logger_plugins")
+
+
+def reexec_with_libraries() -> None:
+    """Start this very command again if libraries are to be preloaded: LD_PRELOAD works only from a process's start."""
+    environment = server_environment()
+    if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD"):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    os.environ.update(environment)
+
+
+def port_problem(host: str, port: int) -> str | None:
+    """One line on why nothing can listen there, None if it can."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return f"cannot listen on {host or '0.0.0.0'}:{port}: {error.strerror or error}"
+    return None

@@ -1,0 +1,42 @@
+"""The supported decoder families, by vLLM's architecture name. Imports nothing heavy."""
+
+import json
+from pathlib import Path
+
+# vLLM architecture -> (ours, its class path as vLLM's ModelRegistry takes it)
+ARCHITECTURES: dict[str, tuple[str, str]] = {
+    "LlamaForCausalLM": ("EarlyExitLlamaForCausalLM", "apparate_llm.models.classes:EarlyExitLlama"),
+    "MistralForCausalLM": ("EarlyExitMistralForCausalLM", "apparate_llm.models.classes:EarlyExitMistral"),
+    "Qwen2ForCausalLM": ("EarlyExitQwen2ForCausalLM", "apparate_llm.models.classes:EarlyExitQwen2"),
+    "Qwen3ForCausalLM": ("EarlyExitQwen3ForCausalLM", "apparate_llm.models.classes:EarlyExitQwen3"),
+}
+
+
+class UnsupportedModelError(ValueError):
+    """A model that early exits cannot serve. The message is one line for the user."""
+
+
+def architecture_of(model_dir: Path) -> str:
+    """The (first) architecture in a model folder's config.json; raises UnsupportedModelError."""
+    config_path = model_dir / "config.json"
+    if not model_dir.is_dir():
+        raise UnsupportedModelError(f"model folder not found: {model_dir}")
+    try:
+        architectures = json.loads(config_path.read_text()).get("architectures") or []
+    except FileNotFoundError:
+        raise UnsupportedModelError(f"not a model folder (no config.json): {model_dir}") from None
+    except json.JSONDecodeError as error:
+        raise UnsupportedModelError(f"damaged {config_path}: {error}") from None
+    if not architectures:
+        raise UnsupportedModelError(f"{config_path} names no architecture")
+    return architectures[0]
+
+
+def early_exit_architecture(architecture: str) -> str:
+    """Our architecture name for one of vLLM's; raises UnsupportedModelError."""
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"early exits do not support architecture {architecture} (supported: {', '.join(ARCHITECTURES)}); "
+            "--policy off serves it as plain vLLM"
+        )
+    return ARCHITECTURES[architecture][0]

@@ -1,0 +1,95 @@
+"""What early exits add to a vLLM decoder class: depth-limited forward, inner states, ramps.
+
+Works on any class whose `model` has `embed_input_ids`, `layers` called as `layer(positions, hidden, residual)` and a
+final `norm`, which is how vLLM writes Llama, Mistral, Qwen2 and Qwen3.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apparate_llm.config import config_from_vllm
+from apparate_llm.ramps.checkpoint import (
+    RampError,
+    RampManifest,
+    check_fits,
+    choose_depth,
+    find_shipped,
+    read_manifest,
+)
+from apparate_llm.ramps.fingerprint import Fingerprint
+from apparate_llm.ramps.load import RampSet, load_ramps
+
+NORM_WEIGHT = "model.norm.weight"
+HEAD_WEIGHTS = ("lm_head.weight", "model.embed_tokens.weight")  # the second where the two are tied
+
+
+class EarlyExitMixin:
+    """Put before a vLLM `...ForCausalLM` class. Blocks and KV cache are shared with the full model."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        self.early_exit_config = config_from_vllm(vllm_config)
+        self.ramps: RampSet | None = None
+        self._dtype = vllm_config.model_config.dtype
+
+    def forward_shallow(self, depth: int, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Residual stream after blocks [0, depth): [num_rows, hidden_size].
+
+        Needs a forward context whose attention metadata covers these rows; writes the KV of these blocks, which the
+        completion pass later writes again with the same values.
+        """
+        hidden, residual = self.model.embed_input_ids(input_ids), None
+        for layer in self.model.layers[:depth]:
+            hidden, residual = layer(positions, hidden, residual)
+        return hidden if residual is None else hidden + residual
+
+    def set_inner_state_depths(self, depths: tuple[int, ...]) -> None:
+        """Make the full pass return (final states, [residual stream after d blocks for d in depths])."""
+        self.model._set_aux_hidden_state_layers(depths)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the base model, then the ramps that fit it; raises RampError where they don't."""
+        fingerprint, kept = Fingerprint(), {}
+
+        def watched() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                fingerprint.add(name, tensor)
+                if name == NORM_WEIGHT or name in HEAD_WEIGHTS:
+                    kept[name] = tensor
+                yield name, tensor
+
+        loaded = super().load_weights(watched())
+        if self.early_exit_config.policy != "off":
+            folder, manifest = self._choose_ramps(fingerprint.hexdigest())
+            depth = choose_depth(manifest, self.early_exit_config.depth)
+            head = next(kept[name] for name in HEAD_WEIGHTS if name in kept)
+            base_weights = {"norm": kept[NORM_WEIGHT], "head": head}
+            self.ramps = load_ramps(folder, manifest, depth=depth, base_weights=base_weights, dtype=self._dtype)
+            loaded |= {f"ramps.{name}" for name, _ in self.ramps.named_parameters()}
+        return loaded
+
+    def _choose_ramps(self, fingerprint: str) -> tuple[Path, RampManifest]:
+        if self.early_exit_config.ramps is None:
+            folder = find_shipped(fingerprint)
+            if folder is None:
+                raise RampError(
+                    f"no shipped ramps fit this model (fingerprint {fingerprint}); name a ramp folder (--ramps) or "
+                    "serve without exits (--policy off)"
+                )
+        else:
+            folder = Path(self.early_exit_config.ramps)
+        manifest = read_manifest(folder)
+        check_fits(manifest, folder, fingerprint=fingerprint)
+        return folder, manifest
+
+
+def ramps_of(model: nn.Module) -> RampSet:
+    """The ramps of a loaded model; raises ValueError for a model class without them."""
+    ramps = getattr(model, "ramps", None)
+    if ramps is None:
+        raise ValueError(f"{type(model).__name__} has no ramps: give --hf-overrides an EarlyExit architecture")
+    return ramps

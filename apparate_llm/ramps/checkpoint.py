@@ -1,0 +1,137 @@
+"""The ramp folder: `ramps.json` (what, for which model) and `ramps.safetensors` (weights, vocabulary map)."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SCHEMA_VERSION = 1
+MANIFEST = "ramps.json"
+WEIGHTS = "ramps.safetensors"
+VOCABULARY = "vocabulary"  # tensor [ramp_vocab] int64: ramp token -> token id of the base model
+
+
+class RampError(ValueError):
+    """A ramp folder that cannot be used. The message is one line for the user."""
+
+
+class BaseModelInfo(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    architecture: str
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    rms_norm_eps: float
+    fingerprint: str
+
+
+class RampManifest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["lens", "fused"]
+    base_model: BaseModelInfo
+    depths: list[int] = Field(min_length=1)
+    default_depth: int
+    ramp_vocab: int = Field(gt=0)
+    intermediate_size: int = Field(ge=0)
+    # depth -> one (scale, offset) per round: confidence = sigmoid(scale * logit(max probability) + offset)
+    calibration: dict[int, list[tuple[float, float]]]
+    weights_sha256: str
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> RampManifest:
+    """Parse and check a ramp folder without loading its weights; raises RampError."""
+    manifest_path, weights_path = folder / MANIFEST, folder / WEIGHTS
+    if not folder.is_dir():
+        raise RampError(f"ramp folder not found: {folder}")
+    for path in (manifest_path, weights_path):
+        if not path.is_file():
+            raise RampError(f"not a ramp folder (no {path.name}): {folder}")
+    try:
+        manifest = RampManifest.model_validate_json(manifest_path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise RampError(f"damaged {manifest_path}: {where}: {first['msg']}") from None
+    if manifest.default_depth not in manifest.depths:
+        raise RampError(f"damaged {manifest_path}: default depth {manifest.default_depth} not in {manifest.depths}")
+    if missing := [depth for depth in manifest.depths if not manifest.calibration.get(depth)]:
+        raise RampError(f"damaged {manifest_path}: no calibration for depth {missing[0]}")
+    if (found := sha256_of(weights_path)) != manifest.weights_sha256:
+        raise RampError(f"damaged {weights_path}: sha256 {found[:12]}..., expected {manifest.weights_sha256[:12]}...")
+    return manifest
+
+
+def check_fits(manifest: RampManifest, folder: Path, *, fingerprint: str) -> None:
+    """Raise RampError unless the ramps were made for the model with this fingerprint."""
+    if manifest.base_model.fingerprint != fingerprint:
+        raise RampError(
+            f"ramps in {folder} were made for another model: they need fingerprint "
+            f"{manifest.base_model.fingerprint} ({manifest.base_model.architecture}, "
+            f"{manifest.base_model.num_hidden_layers} blocks), this model has {fingerprint}"
+        )
+
+
+def choose_depth(manifest: RampManifest, depth: int | None) -> int:
+    if depth is None:
+        return manifest.default_depth
+    if depth not in manifest.depths:
+        raise RampError(f"no ramp at depth {depth} (allowed: {', '.join(map(str, manifest.depths))})")
+    return depth
+
+
+def load_tensors(folder: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise RampError(f"damaged {folder / WEIGHTS}: {error}") from None
+
+
+def save_ramps(folder: Path, tensors: dict[str, Any], **manifest_fields: Any) -> RampManifest:
+    """Write a ramp folder; either both files are complete or the old folder stays valid or unreadable, never wrong:
+    the manifest, written last, carries the weights' hash."""
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save(tensors)
+    manifest = RampManifest(**manifest_fields, weights_sha256=hashlib.sha256(data).hexdigest())
+    _write_atomically(folder / WEIGHTS, data)
+    _write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    return manifest
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def shipped_folders() -> list[Path]:
+    """Ramp folders that come with the package."""
+    assets = Path(__file__).resolve().parent.parent / "assets"
+    return sorted(path.parent for path in assets.glob(f"*/{MANIFEST}"))
+
+
+def find_shipped(fingerprint: str) -> Path | None:
+    for folder in shipped_folders():
+        if read_manifest(folder).base_model.fingerprint == fingerprint:
+            return folder
+    return None

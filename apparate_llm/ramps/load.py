@@ -1,0 +1,83 @@
+"""From a ramp folder to a ramp that predicts."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from apparate_llm.ramps.checkpoint import VOCABULARY, WEIGHTS, RampError, RampManifest, load_tensors
+from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS
+
+
+class Prediction(NamedTuple):
+    token_ids: torch.Tensor  # [num_rows] int64, ids of the base model's vocabulary
+    confidences: list[float]  # [num_rows] calibrated probability of agreeing with the full model
+    state: torch.Tensor  # [num_rows, hidden_size] input state of the next round
+
+
+class RampSet(nn.Module):
+    """The ramp in use: one head at one depth with its vocabulary and calibration."""
+
+    def __init__(
+        self, *, head: nn.Module, vocabulary: torch.Tensor, depth: int, calibration: list[tuple[float, float]]
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("vocabulary", vocabulary, persistent=False)  # [ramp_vocab] int64
+        self.depth = depth
+        self.calibration = calibration
+
+    def predict(self, hidden: torch.Tensor, state: torch.Tensor, *, round_number: int) -> Prediction:
+        """The ramp's token and confidence for each row; `round_number` counts from 0 and selects the calibration."""
+        scores, state = self.head(hidden, state)
+        best = scores.max(dim=-1)
+        log_probability = best.values.float() - scores.float().logsumexp(dim=-1)
+        scale, offset = self.calibration[min(round_number, len(self.calibration) - 1)]
+        return Prediction(
+            token_ids=self.vocabulary[best.indices],
+            confidences=[calibrated(value, scale, offset) for value in log_probability.tolist()],
+            state=state,
+        )
+
+
+def calibrated(log_probability: float, scale: float, offset: float) -> float:
+    """sigmoid(scale * logit(p) + offset) for p = exp(log_probability)."""
+    p = min(max(math.exp(log_probability), 1e-6), 1.0 - 1e-6)
+    return 1.0 / (1.0 + math.exp(-(scale * math.log(p / (1.0 - p)) + offset)))
+
+
+def load_ramps(
+    folder: Path, manifest: RampManifest, *, depth: int, base_weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> RampSet:
+    """Build the ramp of one depth. `base_weights`: the base model's `norm` [H] and `head` [vocab, H]."""
+    tensors = load_tensors(folder)
+    head = HEADS[manifest.kind](
+        hidden_size=manifest.base_model.hidden_size,
+        ramp_vocab=manifest.ramp_vocab,
+        eps=manifest.base_model.rms_norm_eps,
+        intermediate_size=manifest.intermediate_size,
+    )
+    try:
+        vocabulary = tensors[VOCABULARY].long()
+        values = {
+            name: tensors[f"{depth}.{name}"]
+            for name, _ in head.named_parameters()
+            if name not in BASE_WEIGHTS[manifest.kind]
+        }
+    except KeyError as error:
+        raise RampError(f"damaged {folder / WEIGHTS}: no tensor {error}") from None
+    for name in BASE_WEIGHTS[manifest.kind]:
+        values[name] = base_weights["head"][vocabulary] if name == "head" else base_weights[name]
+    head.to(dtype)
+    for name, parameter in head.named_parameters():
+        if values[name].shape != parameter.shape:
+            raise RampError(
+                f"damaged {folder / WEIGHTS}: {name} has shape {tuple(values[name].shape)}, "
+                f"expected {tuple(parameter.shape)}"
+            )
+        parameter.data.copy_(values[name])
+        if not torch.isfinite(parameter).all():
+            raise RampError(f"damaged {folder / WEIGHTS}: {name} of depth {depth} holds values that are not finite")
+    return RampSet(head=head, vocabulary=vocabulary, depth=depth, calibration=manifest.calibration[depth])

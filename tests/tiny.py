@@ -1,0 +1,114 @@
+"""Tiny random models and ramp folders for them, built in a second, used all over the tests."""
+
+from pathlib import Path
+
+import torch
+
+from apparate_llm.ramps.checkpoint import VOCABULARY, save_ramps
+from apparate_llm.ramps.fingerprint import fingerprint_of
+
+VOCAB_SIZE = 160
+HIDDEN_SIZE = 64
+NUM_LAYERS = 4
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<user> {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def build_tiny_model(folder: Path, *, model_type: str = "llama", seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Path:
+    """A random decoder of the given family with a word-level tokenizer; returns `folder`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=vocab_size,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=128,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # large enough weights for a peaked, history-dependent next token
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 1.6 / parameter.shape[1] ** 0.5)
+        # Norm weights away from one, so that a norm with the wrong weight cannot pass unseen.
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.7, 1.3)
+    model.save_pretrained(folder)
+    _word_tokenizer(vocab_size).save_pretrained(folder)
+    return folder
+
+
+def _word_tokenizer(vocab_size: int):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<bos>", "<eos>", "<user>", "<assistant>"]
+    words += [f"w{number}" for number in range(vocab_size - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_lens_ramps(folder: Path, model_dir: Path, *, depth: int, confidence_offset: float = 0.0) -> Path:
+    """A lens at `depth`. At depth NUM_LAYERS it is a perfect ramp; below, it agrees now and then."""
+    return _save(folder, model_dir, kind="lens", depth=depth, tensors={}, offset=confidence_offset)
+
+
+def build_fused_ramps(folder: Path, model_dir: Path, *, depth: int, seed: int = 0) -> Path:
+    """An untrained fused head: runs every part, agrees by chance."""
+    torch.manual_seed(seed)
+    h, m = HIDDEN_SIZE, 96
+    shapes = {
+        "norm_hidden": (h,),
+        "norm_state": (h,),
+        "fuse": (h, 2 * h),
+        "norm_mlp": (h,),
+        "gate_up": (2 * m, h),
+        "down": (h, m),
+        "norm": (h,),
+    }
+    tensors = {f"{depth}.{name}": torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    return _save(folder, model_dir, kind="fused", depth=depth, tensors=tensors, offset=0.0, intermediate_size=m)
+
+
+def _save(folder, model_dir, *, kind, depth, tensors, offset, intermediate_size=0) -> Path:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_dir)
+    save_ramps(
+        folder,
+        {VOCABULARY: torch.arange(config.vocab_size), **tensors},
+        kind=kind,
+        base_model={
+            "architecture": config.architectures[0],
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "vocab_size": config.vocab_size,
+            "rms_norm_eps": config.rms_norm_eps,
+            "fingerprint": fingerprint_of(model_dir),
+        },
+        depths=[depth],
+        default_depth=depth,
+        ramp_vocab=config.vocab_size,
+        intermediate_size=intermediate_size,
+        calibration={depth: [(1.0, offset)]},
+    )
+    return folder
