@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def gguf_path() -> Path:
-    """The GGUF file in the installed package, which is never imported (it wants llama.cpp); DefaultModelError if absent."""
+    """The GGUF file in the installed package, which is never imported (it wants llama.cpp)."""
     try:
         files = distribution(PACKAGE).files or []
     except PackageNotFoundError:

@@ -1,5 +1,6 @@
 """Servers under evaluation, each a process group of its own: started, warmed, paused, stopped."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -102,19 +103,15 @@ class Server:
         assert self.process is not None
         self.resume()
         self._signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
         self._signal(signal.SIGKILL)  # what is left of the group
         self.process.wait()
 
     def _signal(self, number: int) -> None:
         assert self.process is not None
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def _tail(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()[-15:]

@@ -98,6 +98,13 @@ class EarlyExitRunner(CPUModelRunner):
             output = EarlyExitOutput.extending(output, self._released)
         return output
 
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        # With nothing to check this is plain sampling: cheaper than the rejection sampler, which also fails on top-k
+        # with no draft in the batch.
+        if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
+            spec_decode_metadata = None
+        return super()._sample(logits, spec_decode_metadata)
+
     # ---- rounds
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The vLLM settings that switch early exits on: one place for the CLI, the docs and the tests. Imports nothing heavy."""
+"""The vLLM settings that switch early exits on, for the CLI, the docs and the tests. Imports nothing heavy."""
 
 from typing import Any
 

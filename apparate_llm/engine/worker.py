@@ -3,15 +3,21 @@
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from apparate_llm.engine.runner import EarlyExitRunner
+from apparate_llm.patches.ledger import apply_all
+
+logger = init_logger("vllm.apparate")
 
 
 class EarlyExitWorker(CPUWorker):
     def init_device(self) -> None:
         check_supported(self.vllm_config)
         super().init_device()
+        for target in apply_all():
+            logger.info("Patched %s", target)
         # vLLM's worker builds its own runner; nothing is loaded into it yet.
         self.model_runner = EarlyExitRunner(self.vllm_config, torch.device("cpu"))
 

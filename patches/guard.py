@@ -1,0 +1,45 @@
+"""A patch is made for one version of one piece of source: anything else stops the start."""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+VLLM_VERSION = "0.32.0"
+
+
+class PatchMismatchError(RuntimeError):
+    """The source a patch was made for is not the one installed. The message is one line for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """One entry of the ledger."""
+
+    file: str  # module under patches/
+    target: str  # qualified name of what is patched
+    mode: Literal["replace", "wrap"]
+    source_sha256: str  # of the target's source
+    what: str
+    why: str
+    upstream: str
+    delete_when: str
+    apply: Callable[["Patch"], bool]  # False where the target is not in use on this platform
+
+
+def check_target(patch: Patch, target: Any) -> None:
+    """Raise PatchMismatchError unless vLLM's version and the target's source are those the patch was made for."""
+    from vllm import __version__ as found_version
+
+    if found_version.split("+")[0] != VLLM_VERSION:
+        raise PatchMismatchError(f"patch of {patch.target} is for vLLM {VLLM_VERSION}, found {found_version}")
+    found = source_sha256(target)
+    if found != patch.source_sha256:
+        raise PatchMismatchError(
+            f"patch of {patch.target} is for source {patch.source_sha256[:12]}, found {found[:12]}"
+        )
+
+
+def source_sha256(target: Any) -> str:
+    return hashlib.sha256(inspect.getsource(target).encode()).hexdigest()

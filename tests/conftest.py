@@ -1,0 +1,46 @@
+import os
+from pathlib import Path
+
+import pytest
+
+# Before vLLM is imported: engines live in the test's own process, nothing is looked up outside.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="2",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, Path]:
+    """Model type -> folder of a tiny random model."""
+    from tests.tiny import MODEL_TYPES, build_tiny_model
+
+    root = tmp_path_factory.mktemp("models")
+    return {model_type: build_tiny_model(root / model_type, model_type=model_type) for model_type in MODEL_TYPES}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_models) -> Path:
+    return tiny_models["llama"]
+
+
+@pytest.fixture(scope="session")
+def lens_ramps(tiny_models, tmp_path_factory):
+    """(model type, depth) -> lens ramp folder; depth 4 is a perfect ramp, 3 agrees now and then."""
+    from tests.tiny import build_lens_ramps
+
+    root = tmp_path_factory.mktemp("ramps")
+    made: dict[tuple[str, int], Path] = {}
+
+    def get(model_type: str = "llama", depth: int = 3) -> Path:
+        key = (model_type, depth)
+        if key not in made:
+            made[key] = build_lens_ramps(
+                root / f"{model_type}-{depth}", tiny_models[model_type], depth=depth, confidence_offset=6.0
+            )
+        return made[key]
+
+    return get

@@ -1,0 +1,89 @@
+"""When our layer fails, plain serving goes on; when a part is missing or wrong, the start stops with a clear error."""
+
+import pytest
+
+from tests.harness import Engine, greedy, token_prompts
+
+PROMPTS = token_prompts(4, shared=20)
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.9])
+def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, lens_ramps):
+    with Engine(tiny_llama) as plain:
+        expected = plain.tokens(PROMPTS, greedy(40))
+    knobs = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "threshold": 0.01, "accuracy_bound": bound}
+    with Engine(tiny_llama, knobs) as engine:
+        ramps, calls = engine.runner.rounds.ramps, 0
+        stock = ramps.predict
+
+        def predict(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 8:
+                raise RuntimeError("injected")
+            return stock(*args, **kwargs)
+
+        ramps.predict = predict
+        assert engine.tokens(PROMPTS, greedy(40)) == expected
+        status = engine.status()
+        passes_before = status["counts"]["completion_passes"]
+        assert engine.tokens(PROMPTS, greedy(40)) == expected
+        passes = engine.counts()["completion_passes"] - passes_before
+    assert status["active"] is False
+    assert status["counts"]["fallbacks"] == 1
+    assert calls == 8
+    assert passes == 40  # one token a pass again
+
+
+def test_policy_off_is_plain_vllm(tiny_llama):
+    with Engine(tiny_llama, {"policy": "off"}) as engine:
+        assert not engine.has_exits
+        assert type(engine.runner).__module__.startswith("vllm.")
+
+
+def test_the_ramps_of_another_model_stop_the_start(tiny_models, lens_ramps):
+    from apparate_llm.ramps.checkpoint import RampError
+
+    with pytest.raises(RampError, match="made for another model"):
+        Engine(tiny_models["qwen2"], {"ramps": str(lens_ramps("llama", 3))})
+
+
+def test_a_model_without_shipped_ramps_stops_the_start(tiny_llama):
+    from apparate_llm.ramps.checkpoint import RampError
+
+    with pytest.raises(RampError, match="no shipped ramps fit this model"):
+        Engine(tiny_llama, {})
+
+
+def test_lora_and_missing_parts_are_refused(tiny_llama, lens_ramps):
+    knobs = {"ramps": str(lens_ramps(depth=3))}
+    with pytest.raises(ValueError, match="--enable-lora"):
+        Engine(tiny_llama, knobs, enable_lora=True)
+    with pytest.raises(Exception, match="early exits need --scheduler-cls"):
+        Engine(tiny_llama, knobs, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler")
+
+
+def test_bad_knobs_stop_the_start(tiny_llama, lens_ramps):
+    import json
+
+    from apparate_llm.config import ConfigError, parse_config
+    from apparate_llm.engine.settings import vllm_settings
+
+    settings = vllm_settings(parse_config({"ramps": str(lens_ramps(depth=3))}), "LlamaForCausalLM")
+    settings["additional_config"] = json.loads('{"early_exit": {"max_exit": 3}}')
+    with pytest.raises(ConfigError, match="max_exit: unknown knob"):
+        Engine(tiny_llama, **settings)
+
+
+def test_integrity_check_sees_a_lost_exit(tiny_llama, lens_ramps):
+    knobs = {"ramps": str(lens_ramps(depth=4)), "threshold": 0.01, "accuracy_bound": 0.99}
+    with Engine(tiny_llama, knobs) as engine:
+        engine.add("a", PROMPTS[0], greedy(40))
+        while not engine.runner.ledger.counts.outstanding:
+            engine.step()
+        (exits,) = engine.runner.ledger.requests.values()
+        lost = exits.outstanding.pop()
+        with pytest.raises(Exception, match="outstanding"):
+            engine.check_integrity()
+        exits.outstanding.append(lost)
+        engine.run()

@@ -1,0 +1,110 @@
+"""In-process engines on tiny models, driven step by step."""
+
+import gc
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from apparate_llm.config import parse_config
+from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.models.architectures import architecture_of
+
+
+def token_prompts(count: int, *, length: int = 6, shared: int = 0) -> list[dict[str, Any]]:
+    """Different prompts of `length`, `length` + 1, ... tokens after `shared` tokens common to all."""
+    common = [5 + (j * 11) % 150 for j in range(shared)]
+    return [
+        {"prompt_token_ids": [1, *common, *(5 + (i * 7 + j * 3) % 150 for j in range(length + i))]} for i in range(count)
+    ]
+
+
+class Engine:
+    """Context manager around one vLLM engine; `knobs=None` is plain vLLM. Checks integrity on leaving."""
+
+    def __init__(self, model: Path, knobs: dict[str, Any] | None = None, **vllm: Any) -> None:
+        from vllm import LLM
+
+        settings = {} if knobs is None else vllm_settings(parse_config(knobs), architecture_of(model))
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "kv_cache_memory_bytes": 16 << 20,
+            "max_num_seqs": 8,
+            "enable_prefix_caching": False,
+            "seed": 0,
+        }
+        self.has_exits = bool(settings)
+        self.llm = LLM(str(model), **{**defaults, **settings, **vllm})
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, error_type: Any, *exc: object) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        if self.has_exits and error_type is None:
+            self.check_integrity()
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def generate(self, prompts: list[Any], params: Any) -> list[Any]:
+        """vLLM's request outputs, all prompts at once."""
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        self.idle()
+        return outputs
+
+    def tokens(self, prompts: list[Any], params: Any, *, one_by_one: bool = False) -> list[list[int]]:
+        groups = [[prompt] for prompt in prompts] if one_by_one else [prompts]
+        return [list(out.outputs[0].token_ids) for group in groups for out in self.generate(group, params)]
+
+    def status(self) -> dict[str, Any]:
+        return self.llm.collective_rpc("early_exit_status")[0]
+
+    def counts(self) -> dict[str, Any]:
+        return self.status()["counts"]
+
+    def check_integrity(self) -> None:
+        self.llm.collective_rpc("early_exit_check_integrity")
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.scheduler
+
+    @property
+    def runner(self) -> Any:
+        return self.core.model_executor.driver_worker.worker.model_runner
+
+    def add(self, request_id: str, prompt: Any, params: Any) -> None:
+        self.llm.llm_engine.add_request(request_id, prompt, params)
+
+    def abort(self, request_id: str) -> None:
+        self.llm.llm_engine.abort_request([request_id])
+
+    def step(self) -> dict[str, list[int]]:
+        """One engine step; all tokens so far of the requests that got new ones."""
+        return {out.request_id: list(out.outputs[0].token_ids) for out in self.llm.llm_engine.step()}
+
+    def run(self) -> dict[str, list[int]]:
+        """Steps until nothing is left; tokens per request."""
+        tokens: dict[str, list[int]] = defaultdict(list)
+        while self.llm.llm_engine.has_unfinished_requests():
+            tokens.update(self.step())
+        self.idle()
+        return dict(tokens)
+
+    def idle(self) -> None:
+        """The step without work that a serving engine makes next: it tells the worker who has finished."""
+        self.llm.llm_engine.step()
+
+
+def greedy(max_tokens: int = 40, **kwargs: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **kwargs)
