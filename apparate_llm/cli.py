@@ -22,8 +22,10 @@ def build_parser() -> OneLineParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 fine, 1 something failed, 2 bad input (one line says what)."""
+    from apparate_llm.serve import name_model
+
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(name_model(sys.argv[1:] if argv is None else argv))
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -22,14 +22,24 @@ def add_serve(subparsers: Any) -> None:
     parser: OneLineParser = subparsers.add_parser(
         "serve",
         help="OpenAI-compatible server with early exits",
+        usage="apparate-llm serve [MODEL] [options] [vLLM options]",
         description="Serves MODEL with early exits. Every other flag is vLLM's own: see `vllm serve --help=all`.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", help="model folder (default: the embedded SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="model folder; may stand first without --model (default: the embedded one)"
+    )
     parser.add_argument("--host", default=None, help="address to listen on (default: all)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     add_knobs(parser)
     parser.set_defaults(run=run_serve)
+
+
+def name_model(argv: list[str]) -> list[str]:
+    """`serve MODEL ...` as `serve --model MODEL ...`: argparse cannot tell a position from an unknown flag's value."""
+    if argv[:1] == ["serve"] and len(argv) > 1 and not argv[1].startswith("-"):
+        return ["serve", "--model", *argv[1:]]
+    return argv
 
 
 def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:

@@ -27,6 +27,7 @@ from apparate_llm.models.architectures import architecture_of
 from apparate_llm.serve import memory_flags, preflight_ramps
 
 WARM_UP_PROMPTS = 2
+TABLE_WIDTH = 100
 COUNTED = ("held", "accepted", "released", "diverged")
 
 
@@ -71,7 +72,8 @@ def quick(args: argparse.Namespace) -> int:
                 server.pause()
             cells = measure(servers, prompts, args, progress)
     results = summarise(servers, cells, config, model)
-    Console().print(table(results))
+    out = Console(width=max(Console().width, TABLE_WIDTH))
+    out.print(*tables(results))
     if args.json:
         temporary = args.json.with_name(f".{args.json.name}.part")
         temporary.write_text(results.model_dump_json(indent=1) + "\n")
@@ -222,29 +224,38 @@ def first_error(cells: dict[tuple[str, int], Cell]) -> str | None:
     return next((done.error for cell in cells.values() for done in cell.completions if done.error), None)
 
 
-def table(results: Results) -> Table:
-    out = Table(title=f"TPT in ms over requests, {results.machine['cpu']}, {results.machine['cores']} cores")
-    columns = "system|conc.|TPT mean|p50|p95|p99|TTFT p50|tok/s|failed|held|accepted|released|diverged|identical"
-    for column in [*columns.split("|"), "TPT / plain (by repeat)"]:
-        out.add_column(column, justify="left" if column == "system" else "right")
+def tables(results: Results) -> list[Table]:
+    """Speed and exits, as two tables that fit a terminal of 100 columns."""
+    speed = Table(title=f"Time per output token (TPT), {results.machine['cpu']}, {results.machine['cores']} cores")
+    exits = Table(title="Tokens")
+    for out, columns in (
+        (speed, "system|conc.|TPT ms mean|p50|p95|p99|TTFT ms p50|tokens/s|failed|TPT / plain (by repeat)"),
+        (exits, "system|conc.|emitted|held|accepted|released|diverged|identical outputs"),
+    ):
+        for column in columns.split("|"):
+            out.add_column(column, justify="left" if column == "system" else "right", no_wrap=column == "system")
     ratios = {(item.system, item.concurrency): item for item in results.ratios}
     for run in results.runs:
-        exits = run.exits
         item = ratios.get((run.system, run.concurrency))
         spread = " ".join(f"{value:.2f}" for value in item.tpt_mean_by_repeat) if item else ""
-        out.add_row(
+        tpt = run.tpt_ms
+        speed.add_row(
             run.system,
             str(run.concurrency),
-            *(number(value) for value in (run.tpt_ms.mean, run.tpt_ms.p50, run.tpt_ms.p95, run.tpt_ms.p99)),
-            number(run.ttft_ms.p50),
+            *(number(value) for value in (tpt.mean, tpt.p50, tpt.p95, tpt.p99, run.ttft_ms.p50)),
             number(run.output_tokens_per_s),
             str(run.failed),
-            *(["", "", ""] if exits is None else [str(exits.held), str(exits.accepted), str(exits.released)]),
-            "" if run.divergences is None else str(run.divergences),
-            number(run.identical_frac),
             f"{number(item.tpt_mean)} ({spread})" if item else "",
         )
-    return out
+        if run.exits is not None:
+            exits.add_row(
+                run.system,
+                str(run.concurrency),
+                *map(str, (run.output_tokens, run.exits.held, run.exits.accepted, run.exits.released)),
+                str(run.divergences),
+                number(run.identical_frac),
+            )
+    return [speed, exits]
 
 
 def number(value: float | None) -> str:

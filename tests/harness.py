@@ -14,7 +14,8 @@ def token_prompts(count: int, *, length: int = 6, shared: int = 0) -> list[dict[
     """Different prompts of `length`, `length` + 1, ... tokens after `shared` tokens common to all."""
     common = [5 + (j * 11) % 150 for j in range(shared)]
     return [
-        {"prompt_token_ids": [1, *common, *(5 + (i * 7 + j * 3) % 150 for j in range(length + i))]} for i in range(count)
+        {"prompt_token_ids": [1, *common, *(5 + (i * 7 + j * 3) % 150 for j in range(length + i))]}
+        for i in range(count)
     ]
 
 

@@ -19,6 +19,7 @@ def is_releasable(params: SamplingParams) -> bool:
         and not params.allowed_token_ids
         and not params.bad_words
         and params.thinking_token_budget is None
+        and not params.watermarking
     )
     nothing_but_text = (
         params.logprobs is None

@@ -68,9 +68,7 @@ def test_verdicts_are_the_full_models_choice_after_what_was_emitted(depth, tiny_
         stock = engine.runner.ledger.record
 
         def record(pending, verdicts):
-            seen.extend(
-                (item.exit.position, item.exit.token_id, v) for item, v in zip(pending, verdicts, strict=True)
-            )
+            seen.extend((item.exit.position, item.exit.token_id, v) for item, v in zip(pending, verdicts, strict=True))
             stock(pending, verdicts)
 
         engine.runner.ledger.record = record
@@ -124,9 +122,7 @@ def test_identical_requests_side_by_side_keep_their_verdicts_through_preemption(
     """The prefix cache may hold another request's copy of the very positions whose verdicts are due."""
     knobs = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
     prompts = [token_prompts(1, shared=60)[0]] * 8
-    with Engine(
-        tiny_llama, knobs, block_size=32, num_gpu_blocks_override=14, enable_prefix_caching=True
-    ) as engine:
+    with Engine(tiny_llama, knobs, block_size=32, num_gpu_blocks_override=14, enable_prefix_caching=True) as engine:
         at_end = 0
         stock = engine.runner.ledger.end_request
 

@@ -100,6 +100,7 @@ def train_head(
     epochs: float,
     seed: int,
     time_budget_s: float,
+    batch_rows: int = BATCH_ROWS,
 ) -> tuple[FusedHead, dict[str, Any]]:
     """Train until `epochs` or `time_budget_s` is used up; the learning rate follows whichever ends first."""
     from tqdm import tqdm
@@ -110,7 +111,7 @@ def train_head(
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     train_rows = starts(rows, len(ROUND_WEIGHTS), held_out=False)
-    total = int(epochs * len(train_rows) / BATCH_ROWS)
+    total = int(epochs * len(train_rows) / batch_rows)
     began = time.monotonic()
     permutation = torch.randperm(len(train_rows))
     with tqdm(total=total, desc=f"train depth {depth}", unit="step") as bar:
@@ -121,10 +122,10 @@ def train_head(
             warm = min(1.0, (step + 1) / 100)
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done_frac)))
-            offset = step * BATCH_ROWS % (len(train_rows) - BATCH_ROWS)
-            if offset < BATCH_ROWS:
+            offset = step * batch_rows % (len(train_rows) - batch_rows)
+            if offset < batch_rows:
                 permutation = torch.randperm(len(train_rows))
-            index = train_rows[permutation[offset : offset + BATCH_ROWS]]
+            index = train_rows[permutation[offset : offset + batch_rows]]
             loss = _loss(head, data, index)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

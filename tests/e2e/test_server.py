@@ -1,0 +1,139 @@
+"""A real server on a tiny model, over HTTP, as its users meet it."""
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import TINY_FLAGS
+
+
+@pytest.fixture(scope="module")
+def server(serve, tiny_llama, lens_ramps):
+    ramps = ["--ramps", str(lens_ramps(depth=3)), "--accuracy-bound", "0.5", "--threshold", "0.05"]
+    with serve(str(tiny_llama), *ramps, *TINY_FLAGS, "--served-model-name", "tiny") as base_url:
+        yield base_url
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+
+
+def test_health_models_and_metrics_answer(server, client):
+    assert httpx.get(f"{server}/health").status_code == 200
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert "vllm:generation_tokens_total" in httpx.get(f"{server}/metrics").text
+
+
+def test_a_chat_completion_streams_with_its_usage(client):
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "w3 w5 w9"}],
+            temperature=0,
+            max_tokens=30,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+    )
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    whole = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "w3 w5 w9"}],
+        temperature=0,
+        max_tokens=30,
+        extra_body={"ignore_eos": True},
+    )
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 30
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens == 5
+    assert text and len(whole.choices[0].message.content) > 0
+    assert {c.finish_reason for chunk in chunks for c in chunk.choices} == {None, "length"}
+
+
+def test_a_text_completion_streams_with_its_usage(client):
+    chunks = list(
+        client.completions.create(
+            model="tiny",
+            prompt="w3 w5 w9",
+            temperature=0,
+            max_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+    )
+    assert chunks[-1].usage.completion_tokens == 12
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices)
+
+
+def test_released_tokens_reach_the_client_and_are_counted(server, client):
+    before = httpx.get(f"{server}/early_exit/status").json()["counts"]
+    answer = client.completions.create(
+        model="tiny", prompt="w8 w8 w1", temperature=0, max_tokens=100, extra_body={"ignore_eos": True}
+    )
+    assert answer.usage.completion_tokens == 100
+    status = httpx.get(f"{server}/early_exit/status").json()
+    after = status["counts"]
+    assert status["active"] is True and status["depth"] == 3 and status["config"]["accuracy_bound"] == 0.5
+    assert after["emitted"] - before["emitted"] == 100
+    assert after["released"] > before["released"]
+    assert after["outstanding"] == 0
+    assert after["diverged"] <= 0.5 * after["emitted"]
+
+
+def test_a_prompt_longer_than_the_context_is_a_400_and_costs_nobody_else(client):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="tiny", prompt="w1 " * 300, max_tokens=5)
+    assert "256" in str(error.value)
+    assert client.completions.create(model="tiny", prompt="w1", max_tokens=5).usage.completion_tokens > 0
+
+
+def test_what_speculation_cannot_do_is_a_400(client):
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="w1", max_tokens=5, extra_body={"min_p": 0.5})
+
+
+def test_an_aborted_stream_leaves_the_server_well(server, client):
+    stream = client.completions.create(
+        model="tiny", prompt="w8 w2", temperature=0, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    assert client.completions.create(model="tiny", prompt="w1", max_tokens=5).usage.completion_tokens > 0
+    for _ in range(50):
+        counts = httpx.get(f"{server}/early_exit/status").json()["counts"]
+        if counts["outstanding"] == 0:
+            break
+    assert counts["outstanding"] == 0 and counts["fallbacks"] == 0
+
+
+def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_ramps, free_port, tmp_path):
+    """No hidden dependence on our command: vLLM's own server module and flags only."""
+    import json
+    import sys
+
+    from apparate_llm.config import parse_config
+    from apparate_llm.engine.settings import vllm_settings
+    from tests.e2e.conftest import running
+
+    settings = vllm_settings(parse_config({"ramps": str(lens_ramps(depth=4))}), "LlamaForCausalLM")
+    flags = []
+    for name, value in settings.items():
+        flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else value]
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_llama), *flags]
+    command += [*TINY_FLAGS, "--host", "127.0.0.1", "--port", str(port)]
+    with running(command, port, tmp_path / "log", VLLM_PLUGINS="apparate") as base_url:
+        body = {"model": str(tiny_llama), "prompt": "w1 w2", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        answer = httpx.post(f"{base_url}/v1/completions", json=body, timeout=60).json()
+        assert answer["usage"]["completion_tokens"] == 40
+        assert httpx.get(f"{base_url}/early_exit/status").json()["counts"]["accepted"] > 20
+
+
+def test_policy_off_serves_plain_vllm_and_says_so(serve, tiny_llama):
+    with serve(str(tiny_llama), "--policy", "off", *TINY_FLAGS) as base_url:
+        reply = httpx.get(f"{base_url}/early_exit/status")
+        assert reply.status_code == 503 and "policy off" in reply.text
+        body = {"model": str(tiny_llama), "prompt": "w1 w2", "max_tokens": 5, "min_p": 0.5}
+        assert httpx.post(f"{base_url}/v1/completions", json=body, timeout=60).status_code == 200

