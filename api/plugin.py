@@ -5,6 +5,8 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 
+from apparate_llm.api.metrics import start_polling
+
 router = APIRouter(prefix="/early_exit")
 
 
@@ -29,3 +31,5 @@ class StatusPlugin:
 
         has_exits = engine_client is not None and args.worker_cls == WORKER_CLASS
         state.early_exit_engine = engine_client if has_exits else None
+        if has_exits:
+            state.early_exit_polling = start_polling(engine_client)  # kept: an unreferenced task may be collected

@@ -87,12 +87,13 @@ def mismatched_extras() -> list[str]:
         return []
     minor = int(torch.split(".")[1])
     # torchvision 0.(N+15) and torchaudio 2.N are built for torch 2.N; a CPU torch also needs CPU builds (+cpu).
-    wanted = {"torchvision": f"0.{minor + 15}.", "torchaudio": f"2.{minor}.", "torchcodec": None}
+    wanted = {"torchvision": f"0.{minor + 15}.", "torchaudio": f"2.{minor}."}
     local = torch.partition("+")[2]
     wrong = []
     for name in TORCH_EXTRAS:
         found = installed(name)
-        if found and (wanted[name] is None or not found.startswith(wanted[name]) or found.partition("+")[2] != local):
+        fits = found and name in wanted and found.startswith(wanted[name]) and found.partition("+")[2] == local
+        if found and not fits:
             wrong.append(name)
     return wrong
 

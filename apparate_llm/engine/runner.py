@@ -79,7 +79,7 @@ class EarlyExitRunner(CPUModelRunner):
         return logits_indices, spec_metadata, max_sampled
 
     @torch.inference_mode()
-    def sample_tokens(self, grammar_output: Any) -> Any:
+    def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
         state = self.execute_model_state
         if state is not None:
             self.ledger.counts.completion_passes += 1
@@ -110,7 +110,7 @@ class EarlyExitRunner(CPUModelRunner):
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         return common_attn_metadata is not None  # rows near the end of the context are left out one by one
 
-    def propose_draft_token_ids(
+    def propose_draft_token_ids(  # type: ignore[override]
         self,
         scheduler_output: Any,
         sampled_token_ids: list[list[int]],
@@ -148,10 +148,12 @@ class EarlyExitRunner(CPUModelRunner):
             counts.accepted += num_accepted
             request_id = batch.req_ids[index]
             request = self.requests[request_id]
-            stops = stop_token_ids(request.sampling_params)
+            params = request.sampling_params
+            assert params is not None and params.max_tokens is not None, f"{request_id} generates without limits"
+            stops = stop_token_ids(params)
             num_emitted = next((i + 1 for i, token in enumerate(checked) if token in stops), len(checked))
             num_before = len(request.output_token_ids) - len(checked)
-            num_left = request.sampling_params.max_tokens - num_before - num_emitted
+            num_left = params.max_tokens - num_before - num_emitted
             num_context_left = self.max_model_len - int(batch.num_tokens_no_spec[index])
             counts.emitted += num_emitted + min(num_left, 0)
             if num_emitted < len(checked) or checked[-1] in stops or num_left <= 0 or num_context_left <= 0:
@@ -180,6 +182,7 @@ class EarlyExitRunner(CPUModelRunner):
         """Make released exits ordinary tokens of the request, as vLLM's bookkeeping does with sampled ones."""
         if not row.released:
             return
+        assert self.rounds is not None
         batch = self.input_batch
         request_id = batch.req_ids[row.request_index]
         start = int(batch.num_tokens_no_spec[row.request_index])

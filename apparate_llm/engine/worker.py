@@ -13,6 +13,8 @@ logger = init_logger("vllm.apparate")
 
 
 class EarlyExitWorker(CPUWorker):
+    model_runner: EarlyExitRunner
+
     def init_device(self) -> None:
         check_supported(self.vllm_config)
         super().init_device()

@@ -6,7 +6,7 @@ final `norm`, which is how vLLM writes Llama, Mistral, Qwen2 and Qwen3.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,7 +27,13 @@ NORM_WEIGHT = "model.norm.weight"
 HEAD_WEIGHTS = ("lm_head.weight", "model.embed_tokens.weight")  # the second where the two are tied
 
 
-class EarlyExitMixin:
+if TYPE_CHECKING:
+    from vllm.model_executor.models.llama import LlamaForCausalLM as _Base
+else:
+    _Base = object
+
+
+class EarlyExitMixin(_Base):
     """Put before a vLLM `...ForCausalLM` class. Blocks and KV cache are shared with the full model."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:

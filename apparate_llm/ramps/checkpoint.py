@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-SCHEMA_VERSION = 1
 MANIFEST = "ramps.json"
 WEIGHTS = "ramps.safetensors"
 VOCABULARY = "vocabulary"  # tensor [ramp_vocab] int64: ramp token -> token id of the base model
@@ -32,7 +31,7 @@ class BaseModelInfo(BaseModel):
 class RampManifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     kind: Literal["lens", "fused"]
     base_model: BaseModelInfo
     depths: list[int] = Field(min_length=1)

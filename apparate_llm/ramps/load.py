@@ -20,12 +20,14 @@ class Prediction(NamedTuple):
 class RampSet(nn.Module):
     """The ramp in use: one head at one depth with its vocabulary and calibration."""
 
+    vocabulary: torch.Tensor  # [ramp_vocab] int64
+
     def __init__(
         self, *, head: nn.Module, vocabulary: torch.Tensor, depth: int, calibration: list[tuple[float, float]]
     ) -> None:
         super().__init__()
         self.head = head
-        self.register_buffer("vocabulary", vocabulary, persistent=False)  # [ramp_vocab] int64
+        self.register_buffer("vocabulary", vocabulary, persistent=False)
         self.depth = depth
         self.calibration = calibration
 

@@ -22,7 +22,9 @@ def client(server):
 def test_health_models_and_metrics_answer(server, client):
     assert httpx.get(f"{server}/health").status_code == 200
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert "vllm:generation_tokens_total" in httpx.get(f"{server}/metrics").text
+    metrics = httpx.get(f"{server}/metrics").text
+    assert "vllm:generation_tokens_total" in metrics
+    assert "apparate:active 1.0" in metrics and "apparate:fallbacks_total 0.0" in metrics
 
 
 def test_a_chat_completion_streams_with_its_usage(client):

@@ -9,7 +9,7 @@ from apparate_llm.patches.ledger import LEDGER, apply_all
 
 from apparate_llm import patches
 
-FOLDER = Path(patches.__path__[0] if isinstance(patches.__path__, list) else list(patches.__path__)[0])
+FOLDER = Path(next(iter(patches.__path__)))
 FRAMEWORK = {"__init__", "guard", "ledger"}
 
 

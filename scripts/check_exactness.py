@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Exactness on a real model: float32, greedy, lossless exits against plain vLLM, token by token.
+
+    python -m scripts.check_exactness --model DIR --json exactness.json [--prompts FILE] [--num-prompts 40]
+
+From the repository's root. Runs plain vLLM one request at a time and eight at a time, then the same with exits, then
+with exits under prefix caching, 64-token chunks, forced preemption and aborts of other requests. About half an hour on
+two cores for a 135M model. Exit code 1 if any token differs.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests import conftest  # noqa: F401 - sets vLLM's environment before it is imported
+
+SYSTEM = (
+    "You are a careful assistant. Answer the question that is asked, in the language it is asked in. Give the answer "
+    "first and the reasons after it. Use short sentences and plain words. When a calculation is needed, show every "
+    "step of it and check the result at the end. When you write code, write the whole function and explain it in one "
+    "sentence. When you do not know something, say so and say what would help to find out. Never invent names, "
+    "numbers or sources. If a text is to be summarized, keep to what it says."
+)
+BATCHED = {"max_num_seqs": 8, "block_size": 32}
+# name -> (exits or plain, one request at a time, vLLM arguments, abort others meanwhile, reference)
+RUNS: dict[str, tuple[bool, bool, dict[str, Any], bool, str | None]] = {
+    "plain, batch 1": (False, True, {"block_size": 32}, False, None),
+    "plain, batch 8": (False, False, BATCHED, False, None),
+    "batch 1": (True, True, {"block_size": 32}, False, "plain, batch 1"),
+    "batch 8": (True, False, BATCHED, False, "plain, batch 8"),
+    "prefix caching": (True, False, {**BATCHED, "enable_prefix_caching": True}, False, "plain, batch 8"),
+    "64-token chunks": (True, False, {**BATCHED, "max_num_batched_tokens": 64}, False, "plain, batch 8"),
+    "preemption": (True, False, {**BATCHED, "num_gpu_blocks_override": 48}, False, "plain, batch 8"),
+    "aborts": (True, False, BATCHED, True, "plain, batch 8"),
+}
+
+
+def run(name: str, model: Path, prompts: list[list[dict[str, str]]], knobs: dict[str, Any], queue: Any) -> None:
+    from tests.harness import Engine, greedy
+
+    exits, one_by_one, vllm, aborts, _ = RUNS[name]
+    defaults = {"max_model_len": 1024, "kv_cache_memory_bytes": 2 << 30, "dtype": "float32"}
+    with Engine(model, knobs if exits else None, **{**defaults, **vllm}) as engine:
+        tokenizer = engine.llm.get_tokenizer()
+        token_prompts = [
+            {"prompt_token_ids": tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)}
+            for chat in prompts
+        ]
+        preempted = 0
+        stock = engine.scheduler._preempt_request
+
+        def count(request, *args, **kwargs):
+            nonlocal preempted
+            preempted += 1
+            stock(request, *args, **kwargs)
+
+        engine.scheduler._preempt_request = count
+        if aborts:
+            tokens = with_aborts(engine, token_prompts, greedy(128))
+        else:
+            tokens = engine.tokens(token_prompts, greedy(128), one_by_one=one_by_one)
+        cached = engine.scheduler.kv_cache_manager.make_prefix_cache_stats()
+        queue.put(
+            {
+                "tokens": tokens,
+                "counts": engine.counts() if exits else None,
+                "preemptions": preempted,
+                "prefix_hits": cached.hits if cached else 0,
+            }
+        )
+
+
+def with_aborts(engine: Any, prompts: list[dict[str, list[int]]], params: Any) -> list[list[int]]:
+    """Every fourth step another request joins; it is aborted five steps later."""
+    for index, prompt in enumerate(prompts):
+        engine.add(f"keep-{index}", prompt, params)
+    answers: dict[str, list[int]] = {}
+    step, joined = 0, []
+    while len(answers) < len(prompts) or engine.llm.llm_engine.has_unfinished_requests():
+        if step % 4 == 0 and step < 400:
+            name = f"drop-{step}"
+            # In front of the waiting ones, so that it really runs beside the others.
+            engine.add(name, prompts[step % len(prompts)], params)
+            engine.scheduler.waiting.prepend_request(engine.scheduler.waiting.pop())
+            joined.append((step, name))
+        if joined and step - joined[0][0] >= 5:
+            engine.abort(joined.pop(0)[1])
+        for name, tokens in engine.step().items():
+            if name.startswith("keep-"):
+                answers[name] = tokens
+        step += 1
+        if not engine.llm.llm_engine.has_unfinished_requests():
+            break
+    engine.idle()
+    return [answers[f"keep-{index}"] for index in range(len(prompts))]
+
+
+def main() -> int:
+    from apparate_llm.eval.prompts import load_prompts
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--num-prompts", type=int, default=40)
+    parser.add_argument("--hold-threshold", type=float, default=0.0)
+    parser.add_argument("--depth", type=int)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    chats = load_prompts(args.prompts)
+    chats = [chat for chat in chats if sum(len(m["content"]) for m in chat) < 1200][: args.num_prompts]
+    chats = [[{"role": "system", "content": SYSTEM}, *chat] for chat in chats]
+    knobs = {"hold_threshold": args.hold_threshold, "depth": args.depth}
+    context = multiprocessing.get_context("spawn")
+    outcome: dict[str, Any] = {}
+    failed = False
+    for name, (_, _, _, _, reference) in RUNS.items():
+        queue = context.Queue()
+        process = context.Process(target=run, args=(name, args.model, chats, knobs, queue))
+        process.start()
+        result = queue.get(timeout=3600)
+        process.join()
+        outcome[name] = result
+        line = f"{name}: {len(result['tokens'])} answers, {result['preemptions']} preemptions"
+        line += f", {result['prefix_hits']} tokens found in the prefix cache"
+        if reference is not None:
+            same = sum(a == b for a, b in zip(result["tokens"], outcome[reference]["tokens"], strict=True))
+            result["identical"] = same
+            counts = result["counts"]
+            line += f", {same} identical to '{reference}', {counts['accepted']} of {counts['held']} held exits accepted"
+            failed |= same != len(result["tokens"])
+        print(line, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(outcome))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

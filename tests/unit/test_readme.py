@@ -1,0 +1,53 @@
+"""The README's commands and figures are those of the code."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from apparate_llm.cli import build_parser
+from apparate_llm.config import EarlyExitConfig, parse_config
+from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.knobs import knobs_from
+from apparate_llm.serve import given_value, name_model
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.startswith("apparate-llm ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood_as_it_stands(command):
+    args, rest = build_parser().parse_known_args(name_model(shlex.split(command)[1:]))
+    assert rest == []
+    if args.command in ("serve", "eval"):
+        knobs_from(args)
+
+
+def test_there_are_commands_of_every_kind():
+    assert {command.split()[1] for command in COMMANDS} == {"serve", "doctor", "eval"}
+
+
+def test_the_vllm_flags_are_those_our_command_uses():
+    text = re.search(r"vllm serve MODEL (.*?)```", README, re.S).group(1)
+    flags = shlex.split(text.replace("\\\n", " "))
+    settings = vllm_settings(parse_config({"accuracy_bound": 0.0}), "LlamaForCausalLM")
+    for name, value in settings.items():
+        given = given_value(flags, name)
+        assert given == value or json.loads(given) == value
+
+
+def test_the_table_of_knobs_is_the_schema():
+    rows = dict(re.findall(r"^\| `--([a-z-]+)` \| ([^|]+) \|", README, re.M))
+    assert list(rows) == [name.replace("_", "-") for name in EarlyExitConfig.model_fields]
+    for name, field in EarlyExitConfig.model_fields.items():
+        if field.default is not None:
+            assert rows[name.replace("_", "-")].strip("` ") == str(field.default)
+
+
+def test_make_targets_exist():
+    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", BLOCKS, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M)
