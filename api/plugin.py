@@ -3,9 +3,8 @@
 from argparse import Namespace
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
-
 from apparate_llm.api.metrics import start_polling
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 
 router = APIRouter(prefix="/early_exit")
 
