@@ -31,6 +31,11 @@ class EarlyExitConfig(BaseModel):
         0.3, ge=0.0, le=1.0, allow_inf_nan=False, description="confidence from which an exit is held for checking"
     )
     max_exits: int = Field(3, ge=1, le=16, description="most exits per request and engine step")
+    max_rows: int = Field(
+        4,
+        ge=1,
+        description="rows per step up to which exits may fill the batch: beyond, they cost more than they bring",
+    )
     depth: int | None = Field(
         None, ge=0, description="decoder blocks before the ramp; default: the ramp folder's own choice"
     )

@@ -58,17 +58,20 @@ def run(name: str, model: Path, prompts: list[list[dict[str, str]]], knobs: dict
             stock(request, *args, **kwargs)
 
         engine.scheduler._preempt_request = count
+        cached = 0
         if aborts:
             tokens = with_aborts(engine, token_prompts, greedy(128))
         else:
-            tokens = engine.tokens(token_prompts, greedy(128), one_by_one=one_by_one)
-        cached = engine.scheduler.kv_cache_manager.make_prefix_cache_stats()
+            groups = [[prompt] for prompt in token_prompts] if one_by_one else [token_prompts]
+            outputs = [output for group in groups for output in engine.generate(group, greedy(128))]
+            tokens = [list(output.outputs[0].token_ids) for output in outputs]
+            cached = sum(output.num_cached_tokens or 0 for output in outputs)
         queue.put(
             {
                 "tokens": tokens,
                 "counts": engine.counts() if exits else None,
                 "preemptions": preempted,
-                "prefix_hits": cached.hits if cached else 0,
+                "cached_tokens": cached,
             }
         )
 
@@ -107,6 +110,7 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=40)
     parser.add_argument("--hold-threshold", type=float, default=0.0)
     parser.add_argument("--depth", type=int)
+    parser.add_argument("--only", help="comma-separated runs besides the plain ones: " + ", ".join(RUNS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     chats = load_prompts(args.prompts)
@@ -116,7 +120,11 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     outcome: dict[str, Any] = {}
     failed = False
+    wanted = set(args.only.split(",")) if args.only else set(RUNS)
+    wanted |= {reference for name in wanted if (reference := RUNS[name][-1]) is not None}
     for name, (_, _, _, _, reference) in RUNS.items():
+        if name not in wanted:
+            continue
         queue = context.Queue()
         process = context.Process(target=run, args=(name, args.model, chats, knobs, queue))
         process.start()
@@ -124,7 +132,7 @@ def main() -> int:
         process.join()
         outcome[name] = result
         line = f"{name}: {len(result['tokens'])} answers, {result['preemptions']} preemptions"
-        line += f", {result['prefix_hits']} tokens found in the prefix cache"
+        line += f", {result['cached_tokens']} prompt tokens from the prefix cache"
         if reference is not None:
             same = sum(a == b for a, b in zip(result["tokens"], outcome[reference]["tokens"], strict=True))
             result["identical"] = same

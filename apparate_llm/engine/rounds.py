@@ -1,6 +1,7 @@
 """Shallow rounds: blocks [0, depth) and the ramp, one row per live request, several times over."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +37,22 @@ class Row:
 class Rounds:
     """Runs the rounds of one engine step over a vLLM runner's model and KV cache."""
 
-    def __init__(self, runner, *, ramps: RampSet, policy: Policy, budget: AccuracyBudget, max_exits: int) -> None:
+    def __init__(
+        self, runner: Any, *, ramps: RampSet, policy: Policy, budget: AccuracyBudget, max_exits: int, max_rows: int
+    ) -> None:
         self.runner = runner
         self.ramps = ramps
         self.policy = policy
         self.budget = budget
         self.max_exits = max_exits
+        self.max_rows = max_rows
 
-    def run(self, rows: list[Row], final_states: torch.Tensor, counts: ExitCounts) -> int:
-        """Fill in `released` and `held` of the rows; returns the number of rounds run.
+    def num_rounds(self, num_requests: int) -> int:
+        """Rounds with which the next completion pass stays within `max_rows`, a row per request and exit."""
+        return max(0, min(self.max_exits, self.max_rows // max(num_requests, 1) - 1))
+
+    def run(self, rows: list[Row], num_rounds: int, final_states: torch.Tensor, counts: ExitCounts) -> int:
+        """Fill in `released` and `held` of the rows in up to `num_rounds`; returns the number of rounds run.
 
         final_states [num_tokens, hidden_size] are the completion pass's, after the final norm.
         """
@@ -52,7 +60,7 @@ class Rounds:
         tokens = torch.tensor([row.newest_token for row in live])
         state = final_states[[row.state_row for row in live]]
         num_pending = 0
-        for number in range(self.max_exits):
+        for number in range(num_rounds):
             hidden = self._shallow(live, tokens, number)
             prediction = self.ramps.predict(hidden, state, round_number=number)
             going: list[int] = []
@@ -80,7 +88,7 @@ class Rounds:
                 return number + 1
             live = [live[i] for i in going]
             tokens, state = prediction.token_ids[going], prediction.state[going]
-        return self.max_exits
+        return num_rounds
 
     def _shallow(self, live: list[Row], tokens: torch.Tensor, number: int) -> torch.Tensor:
         """[num_rows, hidden_size] residual stream of each row's newest token after `depth` blocks."""

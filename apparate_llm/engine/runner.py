@@ -43,6 +43,7 @@ class EarlyExitRunner(CPUModelRunner):
             policy=POLICIES[self.exit_config.policy](self.exit_config),
             budget=self.budget,
             max_exits=min(self.exit_config.max_exits, self.num_spec_tokens),
+            max_rows=self.exit_config.max_rows,
         )
         logger.info("Early exits: ramp at depth %d, %s", ramps.depth, self.exit_config)
 
@@ -126,11 +127,12 @@ class EarlyExitRunner(CPUModelRunner):
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         num_drafts = spec_decode_metadata.num_draft_tokens
         rows = self._live_rows(sampled_token_ids, num_drafts)
-        if rows and self.rounds is not None:
+        num_rounds = self.rounds.num_rounds(self.input_batch.num_reqs) if self.rounds is not None else 0
+        if rows and num_rounds and self.rounds is not None:
             run = self.rounds.run
-            num_rounds = self._guarded(lambda: run(rows, hidden_states, self.ledger.counts))
-            if num_rounds is not None:
-                self.ledger.counts.rounds += num_rounds
+            done = self._guarded(lambda: run(rows, num_rounds, hidden_states, self.ledger.counts))
+            if done is not None:
+                self.ledger.counts.rounds += done
                 for row in rows:
                     drafts[row.request_index] = row.held
                     self._commit_released(row)

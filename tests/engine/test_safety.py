@@ -35,6 +35,28 @@ def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, 
     assert passes == 40  # one token a pass again
 
 
+def test_exits_keep_the_batch_within_max_rows_and_cost_nothing_beyond(tiny_llama, lens_ramps):
+    knobs = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "max_rows": 4}
+    with Engine(tiny_llama, knobs) as engine:
+        scheduled, stock = [], engine.runner._prepare_inputs
+
+        def record(scheduler_output, num_scheduled_tokens):
+            if not scheduler_output.scheduled_new_reqs:
+                scheduled.append((len(num_scheduled_tokens), int(num_scheduled_tokens.sum())))
+            return stock(scheduler_output, num_scheduled_tokens)
+
+        engine.runner._prepare_inputs = record
+        rounds = {}
+        for count in (1, 2, 3, 4):
+            before = engine.counts()["rounds"]
+            engine.tokens(PROMPTS[:count], greedy(24))
+            rounds[count] = engine.counts()["rounds"] - before
+    assert {rows for requests, rows in scheduled if requests == 1} >= {4}
+    assert {rows for requests, rows in scheduled if requests == 2} >= {4}
+    assert all(rows <= 4 for requests, rows in scheduled)
+    assert rounds[1] > rounds[2] > 0 and rounds[3] == rounds[4] == 0
+
+
 def test_policy_off_is_plain_vllm(tiny_llama):
     with Engine(tiny_llama, {"policy": "off"}) as engine:
         assert not engine.has_exits

@@ -19,6 +19,7 @@ def test_every_knob_is_a_flag_and_flags_give_what_json_gives():
         "threshold": 0.8,
         "hold_threshold": 0.2,
         "max_exits": 2,
+        "max_rows": 8,
         "depth": 0,
         "ramps": "somewhere",
     }
