@@ -1,6 +1,7 @@
 """The `eval` part of the command line."""
 
 import argparse
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -45,4 +46,8 @@ def positive_list(text: str) -> list[int]:
 def run_quick(args: argparse.Namespace) -> int:
     from apparate_llm.eval.quick import quick
 
+    def stop(*_: object) -> None:
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, stop)  # leave by the way that stops the servers, too
     return quick(args)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 from tests.e2e.conftest import TINY_FLAGS
 
@@ -35,5 +37,22 @@ def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps,
     assert [(item["system"], item["baseline"]) for item in results["ratios"]] == [("lossless", "vllm")] * 2
     assert all(len(item["tpt_mean_by_repeat"]) == 2 for item in results["ratios"])
     assert "lossless" in done.stdout
-    leftovers = subprocess.run(["pgrep", "-f", str(tiny_llama)], capture_output=True, text=True).stdout
-    assert not leftovers
+    assert not processes_of(tiny_llama)
+
+
+def test_stopping_it_stops_its_servers(tiny_llama, lens_ramps):
+    command = [sys.executable, "-m", "apparate_llm.cli", "eval", "quick", str(tiny_llama)]
+    command += ["--ramps", str(lens_ramps(depth=4)), *(f"--vllm-flag={flag}" for flag in TINY_FLAGS)]
+    env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    deadline = time.monotonic() + 60
+    while len(processes_of(tiny_llama)) < 3:  # itself and the two servers, one of them stopped with SIGSTOP
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(90) == 143
+    assert not processes_of(tiny_llama)
+
+
+def processes_of(model) -> list[str]:
+    return subprocess.run(["pgrep", "-f", str(model)], capture_output=True, text=True).stdout.split()

@@ -51,3 +51,12 @@ def test_make_targets_exist():
     makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", BLOCKS, re.M):
         assert re.search(rf"^{target}:", makefile, re.M)
+
+
+@pytest.mark.parametrize("name", ["quick-lossless.json", "quick-off.json"])
+def test_measured_tables_are_those_of_the_committed_results(name):
+    from scripts.readme_table import table
+
+    path = Path(__file__).resolve().parents[2] / "docs" / "results" / name
+    assert table(path) in README
+    assert name in README
