@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from apparate_llm.ramps.checkpoint import VOCABULARY, save_ramps
-from apparate_llm.ramps.fingerprint import fingerprint_of
+from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
 from apparate_llm.ramps.prepare.collect import collect
 from apparate_llm.ramps.prepare.synthesise import synthesise, user_turn_affixes
 from apparate_llm.ramps.prepare.train import (
@@ -87,19 +86,11 @@ def main() -> None:
             {"agreement": round(agrees.float().mean().item(), 4), "rows": len(agrees)} for _, agrees in rounds
         ]
         print(json.dumps({"depth": depth, "held_out": agreement[str(depth)], "calibration": calibration[depth]}))
-        config = model.config
         save_ramps(
             args.out,
             tensors,
             kind="fused",
-            base_model={
-                "architecture": config.architectures[0],
-                "hidden_size": config.hidden_size,
-                "num_hidden_layers": config.num_hidden_layers,
-                "vocab_size": config.vocab_size,
-                "rms_norm_eps": config.rms_norm_eps,
-                "fingerprint": fingerprint_of(args.model),
-            },
+            base_model=BaseModelInfo.of(args.model),
             depths=sorted(calibration),
             default_depth=min(calibration),
             ramp_vocab=len(vocabulary),

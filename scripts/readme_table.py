@@ -10,7 +10,8 @@ def table(path: Path) -> str:
     results = json.loads(path.read_text())
     ratios = {(item["system"], item["concurrency"]): item for item in results["ratios"]}
     lines = [
-        "| system | concurrency | TPT mean, ms | p50 | p99 | tokens/s | exits held, accepted | same outputs | TPT / plain |",
+        "| system | concurrency | TPT mean, ms | p50 | p99 | tokens/s | exits held, accepted | same outputs "
+        "| TPT / plain |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in results["runs"]:

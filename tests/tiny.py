@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from apparate_llm.ramps.checkpoint import VOCABULARY, save_ramps
-from apparate_llm.ramps.fingerprint import fingerprint_of
+from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
 
 VOCAB_SIZE = 160
 HIDDEN_SIZE = 64
@@ -91,24 +90,15 @@ def build_fused_ramps(folder: Path, model_dir: Path, *, depth: int, seed: int = 
 
 
 def _save(folder, model_dir, *, kind, depth, tensors, offset, intermediate_size=0) -> Path:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_dir)
+    info = BaseModelInfo.of(model_dir)
     save_ramps(
         folder,
-        {VOCABULARY: torch.arange(config.vocab_size), **tensors},
+        {VOCABULARY: torch.arange(info.vocab_size), **tensors},
         kind=kind,
-        base_model={
-            "architecture": config.architectures[0],
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "vocab_size": config.vocab_size,
-            "rms_norm_eps": config.rms_norm_eps,
-            "fingerprint": fingerprint_of(model_dir),
-        },
+        base_model=info,
         depths=[depth],
         default_depth=depth,
-        ramp_vocab=config.vocab_size,
+        ramp_vocab=info.vocab_size,
         intermediate_size=intermediate_size,
         calibration={depth: [(1.0, offset)]},
     )

@@ -1,6 +1,7 @@
 """The ramp folder: `ramps.json` (what, for which model) and `ramps.safetensors` (weights, vocabulary map)."""
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -26,6 +27,21 @@ class BaseModelInfo(BaseModel):
     vocab_size: int
     rms_norm_eps: float
     fingerprint: str
+
+    @classmethod
+    def of(cls, model_dir: Path) -> "BaseModelInfo":
+        """Describe a model folder from its config.json and its weights."""
+        from apparate_llm.ramps.fingerprint import fingerprint_of
+
+        config = json.loads((model_dir / "config.json").read_text())
+        return cls(
+            architecture=config["architectures"][0],
+            hidden_size=config["hidden_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            vocab_size=config["vocab_size"],
+            rms_norm_eps=config["rms_norm_eps"],
+            fingerprint=fingerprint_of(model_dir),
+        )
 
 
 class RampManifest(BaseModel):

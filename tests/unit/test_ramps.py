@@ -64,6 +64,16 @@ def test_a_lens_at_full_depth_is_the_model_itself(tmp_path, tiny_llama):
     assert torch.equal(prediction.token_ids, expected)
 
 
+def test_the_lens_script_makes_a_folder_that_loads(tmp_path, tiny_llama):
+    from scripts.make_lens_ramps import make_lens_ramps
+
+    make_lens_ramps(tiny_llama, tmp_path / "lens", depth=2, ramp_vocab=100)
+    ramps = load(tmp_path / "lens")
+    assert ramps.depth == 2 and ramps.head.head.shape == (100, HIDDEN_SIZE)
+    with pytest.raises(SystemExit, match="between 1 and 3, got 4"):
+        make_lens_ramps(tiny_llama, tmp_path / "lens", depth=NUM_LAYERS, ramp_vocab=100)
+
+
 def test_the_lens_hands_its_state_on_and_the_fused_head_makes_one():
     hidden, state = torch.randn(2, 8), torch.randn(2, 8)
     for head in (
