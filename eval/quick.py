@@ -66,7 +66,7 @@ def quick(args: argparse.Namespace) -> int:
             for server in servers:
                 server.resume()
                 waiting = progress.add_task(f"starting {server.system.name}", total=None)
-                server.wait_ready(lambda waited: None)
+                server.wait_ready()
                 progress.remove_task(waiting)
                 warm_up(server, prompts, args.max_tokens)
                 server.pause()

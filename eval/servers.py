@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ class Server:
             )
         return self
 
-    def wait_ready(self, on_wait: Callable[[float], None]) -> None:
+    def wait_ready(self) -> None:
         """Raises RuntimeError with the end of the log if the server does not come up."""
         assert self.process is not None
         began = time.monotonic()
@@ -78,7 +77,6 @@ class Server:
                     return
             except httpx.HTTPError:
                 pass
-            on_wait(waited)
             time.sleep(0.5)
 
     def model_name(self) -> str:

@@ -3,7 +3,8 @@
 
     python scripts/make_default_ramps.py --model DIR --work DIR --out apparate_llm/assets/smollm2-135m-instruct
 
-About two hours on two cores. Synthesised text is kept in --work and an interrupted run goes on from there.
+The shipped ones took about 25 minutes of synthesis, 8 of collecting and 20 of training a depth, on two cores.
+Synthesised text is kept in --work and an interrupted run goes on from there.
 """
 
 import argparse
