@@ -88,9 +88,12 @@ async def closed_loop(
     concurrency: int,
     max_tokens: int,
     on_done: Callable[[Completion], None],
+    first_index: int = 0,
 ) -> tuple[list[Completion], float]:
-    """All prompts, `concurrency` at a time; returns the completions and the wall time in seconds."""
-    queue = list(enumerate(prompts))[::-1]
+    """All prompts, `concurrency` at a time; returns the completions and the wall time in seconds.
+
+    `first_index` is the number of the first prompt in the whole set, when `prompts` is a part of it."""
+    queue = list(enumerate(prompts, first_index))[::-1]
     done: list[Completion] = []
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(base_url=base_url, timeout=httpx.Timeout(600.0), limits=limits) as client:

@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +30,7 @@ from apparate_llm.serve import memory_flags, preflight_ramps
 WARM_UP_PROMPTS = 2
 TABLE_WIDTH = 120
 COUNTED = ("held", "accepted", "released", "diverged")
+Block = tuple[int, list[Messages]]  # number of the first prompt, prompts
 
 
 @dataclass(slots=True)
@@ -133,38 +135,65 @@ def warm_up(server: Server, prompts: list[Messages], max_tokens: int) -> None:
 def measure(
     servers: list[Server], prompts: list[Messages], args: argparse.Namespace, progress: Progress
 ) -> dict[tuple[str, int], Cell]:
-    """Concurrencies one after another, each A B A B; the other server is off the processors meanwhile."""
-    cells: dict[tuple[str, int], Cell] = {}
+    """Concurrencies one after another; the systems take turns block by block of the prompts (A B, B A, A B, ...), so
+    that a machine that is slower for some minutes is slower for both. The waiting server is off the processors."""
+    cells = {(server.system.name, concurrency): Cell() for concurrency in args.concurrency for server in servers}
     total = len(servers) * len(args.concurrency) * args.repeat * len(prompts)
     task = progress.add_task("measuring", total=total)
     for concurrency in args.concurrency:
+        order = list(servers)
         for repeat in range(args.repeat):
-            for server in servers:
-                name = server.system.name
-                progress.update(task, description=f"{name}, concurrency {concurrency}, {repeat + 1}/{args.repeat}")
-                server.resume()
-                before = server.counts()
-                done, wall_s = asyncio.run(
-                    closed_loop(
-                        server.base_url,
-                        server.model_name(),
-                        prompts,
-                        concurrency=concurrency,
-                        max_tokens=args.max_tokens,
-                        on_done=lambda _: progress.advance(task),
+            for block in blocks(prompts, concurrency):
+                for server in order:
+                    name = server.system.name
+                    progress.update(task, description=f"{name}, concurrency {concurrency}, {repeat + 1}/{args.repeat}")
+                    measure_block(
+                        server,
+                        block,
+                        cells[name, concurrency],
+                        concurrency,
+                        args.max_tokens,
+                        lambda: progress.advance(task),
                     )
-                )
-                after = server.counts()
-                server.pause()
-                cell = cells.setdefault((name, concurrency), Cell())
-                cell.completions += done
-                cell.wall_s += wall_s
+                order.reverse()
+            for server in servers:
+                cell = cells[server.system.name, concurrency]
+                done = cell.completions[len(prompts) * repeat :]
                 cell.tpt_by_repeat.append(distribution([completion.tpt_ms for completion in done]).mean)
-                if before is not None and after is not None:
-                    cell.counts = cell.counts or dict.fromkeys(COUNTED, 0)
-                    for key in COUNTED:
-                        cell.counts[key] += after[key] - before[key]
     return cells
+
+
+def blocks(prompts: list[Messages], concurrency: int) -> list[Block]:
+    """Short enough to interleave closely, long enough to keep `concurrency` requests busy most of the time."""
+    size = max(4, 2 * concurrency)
+    return [(start, prompts[start : start + size]) for start in range(0, len(prompts), size)]
+
+
+def measure_block(
+    server: Server, block: Block, cell: Cell, concurrency: int, max_tokens: int, advance: Callable[[], None]
+) -> None:
+    first, prompts = block
+    server.resume()
+    before = server.counts()
+    done, wall_s = asyncio.run(
+        closed_loop(
+            server.base_url,
+            server.model_name(),
+            prompts,
+            concurrency=concurrency,
+            max_tokens=max_tokens,
+            on_done=lambda _: advance(),
+            first_index=first,
+        )
+    )
+    after = server.counts()
+    server.pause()
+    cell.completions += done
+    cell.wall_s += wall_s
+    if before is not None and after is not None:
+        cell.counts = cell.counts or dict.fromkeys(COUNTED, 0)
+        for key in COUNTED:
+            cell.counts[key] += after[key] - before[key]
 
 
 def summarise(

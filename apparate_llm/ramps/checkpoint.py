@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from apparate_llm.ramps.heads import HeadShape
+
 MANIFEST = "ramps.json"
 WEIGHTS = "ramps.safetensors"
 VOCABULARY = "vocabulary"  # tensor [ramp_vocab] int64: ramp token -> token id of the base model
@@ -54,10 +56,21 @@ class RampManifest(BaseModel):
     default_depth: int
     ramp_vocab: int = Field(gt=0)
     intermediate_size: int = Field(ge=0)
+    # depths of the inner states that the first round's state joins to the final one
+    inner: list[int] = Field(default_factory=list)
     # depth -> one (scale, offset) per round: confidence = sigmoid(scale * logit(max probability) + offset)
     calibration: dict[int, list[tuple[float, float]]]
     weights_sha256: str
     training: dict[str, Any] = Field(default_factory=dict)
+
+    def head_shape(self) -> HeadShape:
+        return HeadShape(
+            hidden_size=self.base_model.hidden_size,
+            ramp_vocab=self.ramp_vocab,
+            eps=self.base_model.rms_norm_eps,
+            intermediate_size=self.intermediate_size,
+            num_inner=len(self.inner),
+        )
 
 
 def sha256_of(path: Path) -> str:

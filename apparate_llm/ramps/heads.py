@@ -1,18 +1,32 @@
 """Ramp heads: one depth's hidden state -> next token of the ramp vocabulary.
 
-Every head is called as `head(hidden, state)`:
-    hidden [num_rows, hidden_size]  residual stream of the newest token after `depth` blocks (depth 0: its embedding)
-    state  [num_rows, hidden_size]  full-depth hidden state (after the final norm) of the token before it, or from the
-                                    second round on, the head's own output state
-and returns (scores [num_rows, ramp_vocab], output state [num_rows, hidden_size]).
+In a completion pass `enter` makes the state that the first round starts from; each round then calls the head:
+    hidden  [num_rows, hidden_size]  residual stream of the newest token after `depth` blocks (depth 0: its embedding)
+    state   [num_rows, hidden_size]  from `enter`, or the head's own output state of the round before
+    copied  [num_rows, hidden_size]  embedding of the token the copy feature proposes (ramps/copying.py)
+    lengths [num_rows] int64         tokens that match; 0: no proposal
+-> (scores [num_rows, ramp_vocab], output state [num_rows, hidden_size]).
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from apparate_llm.ramps.copying import LONGEST_MATCH
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    hidden_size: int
+    ramp_vocab: int
+    eps: float
+    intermediate_size: int = 0
+    num_inner: int = 0  # inner states of the full pass that `enter` reads beside the final one
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -24,47 +38,58 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 class LensHead(nn.Module):
     """The model's own final norm and lm_head on the inner state (the logit lens); nothing is trained."""
 
-    def __init__(self, *, hidden_size: int, ramp_vocab: int, eps: float, intermediate_size: int = 0) -> None:
+    def __init__(self, shape: HeadShape) -> None:
         super().__init__()
-        self.eps = eps
-        self.norm = empty_parameter(hidden_size)
-        self.head = empty_parameter(ramp_vocab, hidden_size)
+        self.eps = shape.eps
+        self.norm = empty_parameter(shape.hidden_size)
+        self.head = empty_parameter(shape.ramp_vocab, shape.hidden_size)
 
-    def forward(self, hidden: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
+        return final
+
+    def forward(
+        self, hidden: torch.Tensor, state: torch.Tensor, copied: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return F.linear(rms_norm(hidden, self.norm, self.eps), self.head), state
 
 
 class FusedHead(nn.Module):
-    """Trained head: reads the inner state together with the previous full-depth state and predicts the next one.
+    """Trained head: reads the newest token together with what the full model made of the tokens before it.
 
-    Its output state stands for the full-depth state it predicts, so it can take that state's place in the next round
-    (as the EAGLE draft head does, Li et al., ICML 2024, but without attention of its own).
+    As in the EAGLE draft heads (Li et al., ICML 2024; EAGLE-3, 2025) the state carries over from round to round, and
+    the first one joins inner states of several depths; there is no attention of its own, the copy feature stands in.
     """
 
-    def __init__(self, *, hidden_size: int, ramp_vocab: int, eps: float, intermediate_size: int) -> None:
+    def __init__(self, shape: HeadShape) -> None:
         super().__init__()
-        self.eps = eps
-        self.norm_hidden = empty_parameter(hidden_size)
-        self.norm_state = empty_parameter(hidden_size)
-        self.fuse = empty_parameter(hidden_size, 2 * hidden_size)
-        self.norm_mlp = empty_parameter(hidden_size)
-        self.gate_up = empty_parameter(2 * intermediate_size, hidden_size)
-        self.down = empty_parameter(hidden_size, intermediate_size)
-        self.norm = empty_parameter(hidden_size)
-        self.head = empty_parameter(ramp_vocab, hidden_size)
+        size = shape.hidden_size
+        self.eps = shape.eps
+        self.enter_weight = empty_parameter(size, (1 + shape.num_inner) * size)
+        self.fuse = empty_parameter(size, 3 * size)
+        self.match = empty_parameter(LONGEST_MATCH + 1, size)
+        self.gate_up = empty_parameter(2 * shape.intermediate_size, size)
+        self.down = empty_parameter(size, shape.intermediate_size)
+        self.norm = empty_parameter(size)
+        self.head = empty_parameter(shape.ramp_vocab, size)
 
-    def forward(self, hidden: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = torch.cat(
-            [rms_norm(hidden, self.norm_hidden, self.eps), rms_norm(state, self.norm_state, self.eps)], dim=-1
-        )
-        fused = F.linear(both, self.fuse)
-        gate, up = F.linear(rms_norm(fused, self.norm_mlp, self.eps), self.gate_up).chunk(2, dim=-1)
-        out = fused + F.linear(F.silu(gate) * up, self.down)
-        state = rms_norm(out, self.norm, self.eps)
-        return F.linear(state, self.head), state
+    def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
+        """First state [num_rows, hidden_size]: final [num_rows, hidden_size] full-depth hidden states after the final
+        norm, inner [num_rows, hidden_size] each, residual streams of the same tokens."""
+        parts = [rms_norm(part, None, self.eps) for part in (final, *inner)]
+        return F.linear(torch.cat(parts, dim=-1), self.enter_weight)
+
+    def forward(
+        self, hidden: torch.Tensor, state: torch.Tensor, copied: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        copied = rms_norm(copied, None, self.eps) * (lengths > 0)[:, None]
+        parts = [rms_norm(hidden, None, self.eps), rms_norm(state, None, self.eps), copied.to(state.dtype)]
+        fused = F.linear(torch.cat(parts, dim=-1), self.fuse) + F.embedding(lengths, self.match)
+        gate, up = F.linear(rms_norm(fused, None, self.eps), self.gate_up).chunk(2, dim=-1)
+        state = fused + F.linear(F.silu(gate) * up, self.down)
+        return F.linear(rms_norm(state, self.norm, self.eps), self.head), state
 
 
-HEADS: dict[str, type[nn.Module]] = {"lens": LensHead, "fused": FusedHead}
+HEADS: dict[str, type[LensHead] | type[FusedHead]] = {"lens": LensHead, "fused": FusedHead}
 
 # Weights that come out of the base model instead of the ramp folder: `head` is rows of its lm_head; a lens also takes
 # the final norm.

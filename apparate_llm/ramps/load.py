@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from apparate_llm.ramps.checkpoint import VOCABULARY, WEIGHTS, RampError, RampManifest, load_tensors
-from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS
+from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, FusedHead, LensHead
 
 
 class Prediction(NamedTuple):
@@ -21,19 +21,36 @@ class RampSet(nn.Module):
     """The ramp in use: one head at one depth with its vocabulary and calibration."""
 
     vocabulary: torch.Tensor  # [ramp_vocab] int64
+    head: LensHead | FusedHead
 
     def __init__(
-        self, *, head: nn.Module, vocabulary: torch.Tensor, depth: int, calibration: list[tuple[float, float]]
+        self,
+        *,
+        head: LensHead | FusedHead,
+        vocabulary: torch.Tensor,
+        depth: int,
+        inner: tuple[int, ...],
+        calibration: list[tuple[float, float]],
     ) -> None:
         super().__init__()
         self.head = head
         self.register_buffer("vocabulary", vocabulary, persistent=False)
         self.depth = depth
+        self.inner = inner
         self.calibration = calibration
 
-    def predict(self, hidden: torch.Tensor, state: torch.Tensor, *, round_number: int) -> Prediction:
-        """The ramp's token and confidence for each row; `round_number` counts from 0 and selects the calibration."""
-        scores, state = self.head(hidden, state)
+    def predict(
+        self,
+        hidden: torch.Tensor,
+        state: torch.Tensor,
+        copied: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        round_number: int,
+    ) -> Prediction:
+        """The ramp's token and confidence for each row; inputs as for the head (ramps/heads.py). `round_number` counts
+        from 0 and selects the calibration."""
+        scores, state = self.head(hidden, state, copied, lengths)
         best = scores.max(dim=-1)
         log_probability = best.values.float() - scores.float().logsumexp(dim=-1)
         scale, offset = self.calibration[min(round_number, len(self.calibration) - 1)]
@@ -50,17 +67,17 @@ def calibrated(log_probability: float, scale: float, offset: float) -> float:
     return 1.0 / (1.0 + math.exp(-(scale * math.log(p / (1.0 - p)) + offset)))
 
 
+def calibrated_all(confidence: torch.Tensor, scale: float, offset: float) -> torch.Tensor:
+    """`calibrated` of probabilities [n], not of their logarithms."""
+    return torch.sigmoid(scale * torch.logit(confidence.double(), eps=1e-6) + offset)
+
+
 def load_ramps(
     folder: Path, manifest: RampManifest, *, depth: int, base_weights: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> RampSet:
     """Build the ramp of one depth. `base_weights`: the base model's `norm` [H] and `head` [vocab, H]."""
     tensors = load_tensors(folder)
-    head = HEADS[manifest.kind](
-        hidden_size=manifest.base_model.hidden_size,
-        ramp_vocab=manifest.ramp_vocab,
-        eps=manifest.base_model.rms_norm_eps,
-        intermediate_size=manifest.intermediate_size,
-    )
+    head = HEADS[manifest.kind](manifest.head_shape())
     try:
         vocabulary = tensors[VOCABULARY].long()
         values = {
@@ -82,4 +99,10 @@ def load_ramps(
         parameter.data.copy_(values[name])
         if not torch.isfinite(parameter).all():
             raise RampError(f"damaged {folder / WEIGHTS}: {name} of depth {depth} holds values that are not finite")
-    return RampSet(head=head, vocabulary=vocabulary, depth=depth, calibration=manifest.calibration[depth])
+    return RampSet(
+        head=head,
+        vocabulary=vocabulary,
+        depth=depth,
+        inner=tuple(manifest.inner),
+        calibration=manifest.calibration[depth],
+    )

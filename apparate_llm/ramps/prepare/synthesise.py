@@ -1,93 +1,232 @@
-"""Stage 1 of ramp preparation: the model writes its own prompts and answers them.
+"""Stages synthesise and collect: the model writes its own prompts and answers them while its inner states are recorded.
 
-No data set is needed: a prompt is sampled after the chat template's user header, then answered. A short opening
-("Summarize", "Translate", ...) leads part of the prompts so that the tasks vary. Finished conversations are appended
-to a JSONL file as token ids, one line each, so that an interrupted run goes on where it stopped.
+Work goes by groups of conversations. Group g depends on (seed, g) and the groups before it only; its rows are one
+file, so a run that was killed goes on with the first missing group.
 """
 
-import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from apparate_llm.ramps.prepare.capture import Capture
+from apparate_llm.ramps.prepare.rows import Conversation, is_held_out, rows_of, save_rows
+from apparate_llm.ramps.prepare.topics import CODE_OPENINGS, OPENINGS, PASSAGE_TASKS, SYSTEM_PROMPTS
+
+Messages = list[dict[str, str]]
 
 MARKER = "@@apparate-user-text@@"
-
-# Openings of a user's message. An empty one leaves the whole prompt to the model.
-OPENINGS = (
-    "", "", "", "", "", "",
-    "What is", "How do", "Why", "Who", "When was", "Where is", "Can you explain", "Is it",
-    "Write a", "Write a short story about", "Write an email to", "Write a Python function that", "Compose a",
-    "Summarize the following text:", "Summarize this article:", "Rewrite the following sentence",
-    "Translate this German sentence to English:", "Translate the following into French:",
-    "Solve this problem step by step:", "A farmer has", "If a train", "Calculate", "John has",
-    "Imagine you are", "You are a", "Pretend to be", "Give me", "List", "Compare", "Describe", "Explain",
-    "Read the passage and answer the question.", "Answer the question using the following documents:",
-    "Extract", "Classify the following", "Design a", "Suggest", "Help me",
-)  # fmt: skip
-
-# Share of the answers decoded at each temperature; 0 is greedy decoding, which is also how agreement is measured.
-ANSWER_TEMPERATURES = ((0.0, 0.7), (0.4, 0.2), (0.7, 0.1))
+# Decoding temperature of each group's answers in turn: mostly greedy, which is also how agreement is measured.
+TEMPERATURES = (0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.8, 0.0)
+PASSAGE_SHARE = 0.25  # of the prompts ask about a text that the model wrote earlier
+CODE_SHARE = 0.3  # of the other prompts open like a programmer's
+USER_SHARE = 1 / 3  # of a group, while prompts given by the user last
+SYSTEM_SHARE = 0.3  # have another system prompt than the chat template's own
+MIN_PASSAGE_TOKENS = 96
+MIN_PROMPT_CHARACTERS = 8
 
 
-def user_turn_affixes(tokenizer) -> tuple[str, str]:
+def user_turn_affixes(tokenizer: Any, system: str | None = None) -> tuple[str, str]:
     """Text before and after the user's words in a one-turn chat, the latter up to where the answer starts."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARKER}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": MARKER}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     before, found, after = text.partition(MARKER)
     if not found:
         raise ValueError("the model's chat template does not contain the user's message")
     return before, after
 
 
-def count_tokens(path: Path) -> tuple[int, int]:
-    """(conversations, answer tokens) already in `path`; a half-written last line is cut off."""
-    if not path.exists():
-        return 0, 0
-    whole = path.read_bytes()
-    complete = whole[: whole.rfind(b"\n") + 1]
-    if len(complete) != len(whole):
-        path.write_bytes(complete)
-    lines = complete.splitlines()
-    return len(lines), sum(len(json.loads(line)["answer"]) for line in lines)
+class Synthesiser:
+    def __init__(
+        self,
+        llm: Any,
+        folder: Path,
+        *,
+        depths: tuple[int, ...],
+        user_prompts: list[Messages],
+        group_size: int,
+        max_prompt_tokens: int,
+        max_answer_tokens: int,
+        seed: int,
+    ) -> None:
+        self.llm = llm
+        self.folder = folder
+        self.capture = Capture(llm, depths=depths)
+        self.user_prompts = user_prompts
+        self.group_size = group_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_answer_tokens = max_answer_tokens
+        self.seed = seed
+        self.tokenizer = llm.get_tokenizer()
+        self.max_model_len = llm.llm_engine.model_config.max_model_len
+        self.seen: set[str] = set()
+        self.passages: list[str] = []
+        for path in group_files(folder):
+            self._remember(texts_of(path))
+
+    def write_group(self, number: int) -> int:
+        """Make group `number` and leave it on disk; returns its answer tokens."""
+        rng = random.Random(f"{self.seed}/{number}")
+        prompts = self._prompts(rng, number)
+        answers = self._answer(prompts, TEMPERATURES[number % len(TEMPERATURES)], seed=rng.getrandbits(32))
+        self.capture.clear()
+        if not answers:
+            raise RuntimeError(f"the model wrote no answer to any of {len(prompts)} prompts")
+        self._remember([(item.prompt, item.answer) for item in answers])
+        flat = {
+            "prompt_ids": torch.tensor([token for item in answers for token in item.prompt], dtype=torch.int32),
+            "prompt_lengths": torch.tensor([len(item.prompt) for item in answers], dtype=torch.int32),
+            "answer_ids": torch.tensor([token for item in answers for token in item.answer], dtype=torch.int32),
+            "answer_lengths": torch.tensor([len(item.answer) for item in answers], dtype=torch.int32),
+        }
+        save_rows(group_file(self.folder, number), rows_of(answers), flat)
+        return len(flat["answer_ids"])
+
+    def _remember(self, group: list[tuple[list[int], list[int]]]) -> None:
+        for number, (prompt, answer) in enumerate(group):
+            self.seen.add(self.tokenizer.decode(prompt))
+            if len(answer) >= MIN_PASSAGE_TOKENS and not is_held_out(number):
+                self.passages.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
+
+    # ---- prompts
+
+    def _prompts(self, rng: random.Random, number: int) -> list[list[int]]:
+        """Token ids of up to `group_size` different prompts, chat template included."""
+        texts: list[str] = []
+        mine = self.user_prompts[number * self._user_quota() : (number + 1) * self._user_quota()]
+        for messages in mine:
+            texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        if self.passages:
+            for _ in range(int(PASSAGE_SHARE * (self.group_size - len(texts)))):
+                before, after = self._affixes(rng)
+                texts.append(before + rng.choice(PASSAGE_TASKS).replace("{}", rng.choice(self.passages)) + after)
+        texts += self._written_prompts(rng, self.group_size - len(texts))
+        prompts = []
+        for text in texts:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            key = self.tokenizer.decode(ids)
+            if key not in self.seen and 2 <= len(ids) <= self.max_model_len - self.max_answer_tokens:
+                self.seen.add(key)
+                prompts.append(ids)
+        return prompts
+
+    def _user_quota(self) -> int:
+        return max(1, int(USER_SHARE * self.group_size))
+
+    def _written_prompts(self, rng: random.Random, count: int) -> list[str]:
+        from vllm import SamplingParams
+
+        affixes = [self._affixes(rng) for _ in range(count)]
+        openings = [rng.choice(CODE_OPENINGS if rng.random() < CODE_SHARE else OPENINGS) for _ in range(count)]
+        params = [
+            SamplingParams(
+                temperature=1.0,
+                max_tokens=self.max_prompt_tokens,
+                stop_token_ids=self.tokenizer(after, add_special_tokens=False)["input_ids"][:1],
+            )
+            for _, after in affixes
+        ]
+        heads = [
+            {"prompt_token_ids": self.tokenizer(before + opening, add_special_tokens=False)["input_ids"]}
+            for (before, _), opening in zip(affixes, openings, strict=True)
+        ]
+        torch.manual_seed(rng.getrandbits(32))
+        written = self.llm.generate(heads, params, use_tqdm=False)
+        self.capture.clear()
+        texts = []
+        for (before, after), opening, result in zip(affixes, openings, written, strict=True):
+            text = (opening + result.outputs[0].text).strip()
+            if len(text) >= MIN_PROMPT_CHARACTERS:
+                texts.append(before + text + after)
+        return texts
+
+    def _affixes(self, rng: random.Random) -> tuple[str, str]:
+        if rng.random() < SYSTEM_SHARE:
+            try:
+                return user_turn_affixes(self.tokenizer, rng.choice(SYSTEM_PROMPTS))
+            except Exception:  # some chat templates refuse a system prompt, each in its own way
+                pass
+        return user_turn_affixes(self.tokenizer)
+
+    # ---- answers
+
+    def _answer(self, prompts: list[list[int]], temperature: float, *, seed: int) -> list[Conversation]:
+        torch.manual_seed(seed)
+        return generate_rows(
+            self.llm, self.capture, prompts, temperature=temperature, max_tokens=self.max_answer_tokens
+        )
+
+
+def generate_rows(
+    llm: Any,
+    capture: Capture,
+    prompts: list[list[int]],
+    *,
+    temperature: float,
+    max_tokens: int,
+    show_progress: bool = False,
+) -> list[Conversation]:
+    """Answer every prompt (token ids) and return the conversations with what the capture recorded of them."""
+    from vllm import SamplingParams
+
+    capture.clear()
+    results = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(temperature=temperature, max_tokens=max_tokens),
+        use_tqdm=show_progress,
+    )
+    return [
+        capture.take(result.request_id, prompt, list(result.outputs[0].token_ids))
+        for prompt, result in zip(prompts, results, strict=True)
+        if result.outputs[0].token_ids
+    ]
+
+
+def group_file(folder: Path, number: int) -> Path:
+    return folder / f"group-{number:05d}.safetensors"
+
+
+def group_files(folder: Path) -> list[Path]:
+    """Finished groups, without a gap."""
+    files: list[Path] = []
+    while (path := group_file(folder, len(files))).is_file():
+        files.append(path)
+    return files
+
+
+def texts_of(path: Path) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) token ids of a group's conversations."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        parts = []
+        for kind in ("prompt", "answer"):
+            lengths = file.get_tensor(f"{kind}_lengths").tolist()
+            parts.append([part.tolist() for part in file.get_tensor(f"{kind}_ids").split(lengths)])
+    return list(zip(*parts, strict=True))
+
+
+def answer_tokens(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return int(file.get_slice("answer_ids").get_shape()[0])
 
 
 def synthesise(
-    llm, path: Path, *, num_tokens: int, max_prompt_tokens: int, max_answer_tokens: int, batch: int, seed: int
-) -> None:
-    """Append conversations to `path` until it holds `num_tokens` answer tokens. `llm` is a `vllm.LLM`."""
-    from tqdm import tqdm
-    from vllm import SamplingParams
-
-    tokenizer = llm.get_tokenizer()
-    before, after = user_turn_affixes(tokenizer)
-    stop_id = tokenizer(after, add_special_tokens=False)["input_ids"][0]
-    done, have = count_tokens(path)
-    rng = random.Random(f"{seed}/{done}")
-    seen: set[str] = set()
-    with tqdm(total=num_tokens, initial=have, unit="tok", desc="synthesise") as bar, path.open("a") as out:
-        while have < num_tokens:
-            openings = rng.choices(OPENINGS, k=batch)
-            written = llm.generate(
-                [before + opening for opening in openings],
-                SamplingParams(temperature=1.0, max_tokens=max_prompt_tokens, stop_token_ids=[stop_id]),
-                use_tqdm=False,
-            )
-            prompts = []
-            for opening, result in zip(openings, written, strict=True):
-                text = (opening + result.outputs[0].text).strip()
-                if len(text) > 8 and text not in seen:
-                    seen.add(text)
-                    prompts.append(before + text + after)
-            temperatures = rng.choices(*zip(*ANSWER_TEMPERATURES, strict=True), k=len(prompts))
-            answers = llm.generate(
-                prompts,
-                [SamplingParams(temperature=t, max_tokens=max_answer_tokens) for t in temperatures],
-                use_tqdm=False,
-            )
-            for result, temperature in zip(answers, temperatures, strict=True):
-                answer = list(result.outputs[0].token_ids)
-                record = {"prompt": result.prompt_token_ids, "answer": answer, "temperature": temperature}
-                out.write(json.dumps(record, separators=(",", ":")) + "\n")
-                have += len(answer)
-                bar.update(len(answer))
-            out.flush()
+    synthesiser: Synthesiser, *, num_tokens: int, deadline: Callable[[], bool], on_tokens: Callable[[int], None]
+) -> int:
+    """Groups until there are `num_tokens` answer tokens or `deadline()` says it is time; returns the tokens there are.
+    `on_tokens` gets each finished group's."""
+    files = group_files(synthesiser.folder)
+    total = sum(answer_tokens(path) for path in files)
+    number = len(files)
+    while total < num_tokens and not (number and deadline()):
+        made = synthesiser.write_group(number)
+        total, number = total + made, number + 1
+        on_tokens(made)
+    return total

@@ -1,25 +1,32 @@
-"""Stage 3 of ramp preparation: train one fused head per depth on the collected rows, then calibrate it.
+"""Stage train: one fused head per depth on the collected rows.
 
-Loss per round: cross entropy against the full model's top tokens (distillation, within the ramp vocabulary) plus a
-smooth-L1 pull of the output state towards the full-depth state it stands for. Rounds after the first run on the
-head's own output state, as they do when serving.
+Loss per round: cross entropy against the full model's best tokens (distillation, within the ramp vocabulary). Rounds
+after the first run on the head's own output state, as they do when serving; a row where an earlier round went wrong
+counts little there, since serving would have stopped.
 """
 
 import math
+import os
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from apparate_llm.ramps.heads import FusedHead
-from apparate_llm.ramps.prepare.collect import Rows
+from apparate_llm.ramps.heads import FusedHead, HeadShape, LensHead
+from apparate_llm.ramps.prepare.rows import LEAD, Rows
 
-ROUND_WEIGHTS = (1.0, 0.8, 0.6)
-STATE_LOSS_WEIGHT = 0.2
-BATCH_ROWS = 1024
-LEARNING_RATE = 1e-3
-HELD_OUT_EVERY = 20  # one conversation in this many is never trained on
+NUM_ROUNDS = 4  # measured and calibrated
+WRONG_ROUND_WEIGHT = 0.2
+FINAL_LEARNING_RATE = 0.02  # of the highest one
+WARM_UP_STEPS = 100
+CHECKPOINT_EVERY_S = 30.0
+EVALUATE_EVERY = 0.1  # of the training
+MAX_EVALUATED_ROWS = 20_000
 
 
 class BaseParts(NamedTuple):
@@ -30,36 +37,74 @@ class BaseParts(NamedTuple):
     norm: torch.Tensor  # [H] final norm weight
     eps: float
 
+    @classmethod
+    def of(cls, model_dir: Path) -> "BaseParts":
+        """Read the parts from a model folder."""
+        from apparate_llm.ramps.checkpoint import BaseModelInfo
+        from apparate_llm.ramps.fingerprint import checkpoint_tensors
+
+        wanted = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+        found = {name: tensor for name, tensor in checkpoint_tensors(model_dir) if name in wanted}
+        embedding = found["model.embed_tokens.weight"]
+        head = found.get("lm_head.weight", embedding)
+        return cls(embedding, head, found["model.norm.weight"], BaseModelInfo.of(model_dir).rms_norm_eps)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    depth: int
+    inner: tuple[int, ...] = ()  # depths of the inner states that the first round's state joins
+    intermediate_size: int = 1536
+    batch_rows: int = 1024
+    learning_rate: float = 1e-3
+    epochs: float = 6.0
+    time_budget_s: float = math.inf
+    round_weights: tuple[float, ...] = (1.0, 0.8, 0.6)
+    seed: int = 0
+
 
 def ramp_vocabulary(rows: Rows, size: int) -> torch.Tensor:
-    """The `size` tokens the full model most often wants next, sorted by id."""
-    wanted = torch.bincount(rows.top_ids[rows.is_answer, 0].long())
-    wanted += torch.bincount(rows.top_ids[:, :2].flatten().long(), minlength=len(wanted))[: len(wanted)] // 8
+    """The `size` tokens the full model most often wants next in training rows, sorted by id."""
+    top = rows.top_ids[(rows.answer_index > LEAD) & ~rows.held_out].long()
+    wanted = torch.bincount(top[:, 0], minlength=int(top.max()) + 1) * 8
+    wanted += torch.bincount(top[:, 1], minlength=len(wanted))
     return wanted.topk(min(size, len(wanted))).indices.sort().values
 
 
-def starts(rows: Rows, num_rounds: int, *, held_out: bool) -> torch.Tensor:
-    """Rows i with a row before and `num_rounds` - 1 rows behind in the same conversation."""
-    index = torch.arange(1, len(rows.tokens) - num_rounds)
-    documents = rows.documents
-    inside = (documents[index - 1] == documents[index]) & (documents[index] == documents[index + num_rounds - 1])
-    index = index[inside]
-    is_held_out = documents[index] % HELD_OUT_EVERY == 0
-    return index[is_held_out & rows.is_answer[index]] if held_out else index[~is_held_out]
+def starts(rows: Rows, *, held_out: bool) -> torch.Tensor:
+    """Rows in which a first round can run: those of answers."""
+    return torch.nonzero((rows.answer_index > LEAD) & (rows.held_out == held_out))[:, 0]
 
 
 class RoundData:
     """Gathers one batch's inputs and targets from the rows."""
 
-    def __init__(self, rows: Rows, base: BaseParts, depth: int, vocabulary: torch.Tensor) -> None:
-        self.rows, self.base, self.depth = rows, base, depth
+    def __init__(
+        self, rows: Rows, base: BaseParts, *, depth: int, inner: tuple[int, ...], vocabulary: torch.Tensor
+    ) -> None:
+        self.rows, self.base, self.depth, self.inner_depths = rows, base, depth, inner
         self.position = torch.full((base.lm_head.shape[0],), -1, dtype=torch.int64)
         self.position[vocabulary] = torch.arange(len(vocabulary))
 
-    def hidden(self, index: torch.Tensor) -> torch.Tensor:
+    def enter(self, head: FusedHead | LensHead, index: torch.Tensor) -> torch.Tensor:
+        """First state of the rounds that start at `index`: that of the token before."""
+        before = index - 1
+        inner = [self.rows.states[depth][before] for depth in self.inner_depths]
+        return head.enter(self.rows.final[before], inner)
+
+    def inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(hidden, copied, lengths) of a round."""
+        embedding = self.base.embedding
         if self.depth == 0:
-            return F.embedding(self.rows.tokens[index].long(), self.base.embedding)
-        return self.rows.hidden[self.depth][index]
+            hidden = F.embedding(self.rows.tokens[index].long(), embedding)
+        else:
+            hidden = self.rows.states[self.depth][index]
+        return hidden, F.embedding(self.rows.copied[index].long(), embedding), self.rows.copy_lengths[index].long()
+
+    def follows(self, index: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows `number` places on, and whether those are of the same conversation."""
+        later = (index + number).clamp(max=len(self.rows.tokens) - 1)
+        return later, self.rows.conversations[later] == self.rows.conversations[index]
 
     def targets(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ramp positions [B, TOP] and probabilities [B, TOP] of the full model's best tokens, 0 outside."""
@@ -71,18 +116,21 @@ class RoundData:
         return self.position[self.rows.top_ids[index, 0].long()]
 
 
-def new_head(base: BaseParts, vocabulary: torch.Tensor, intermediate_size: int) -> FusedHead:
-    hidden_size = base.norm.shape[0]
-    head = FusedHead(
-        hidden_size=hidden_size, ramp_vocab=len(vocabulary), eps=base.eps, intermediate_size=intermediate_size
+def new_head(base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings) -> FusedHead:
+    shape = HeadShape(
+        hidden_size=base.norm.shape[0],
+        ramp_vocab=len(vocabulary),
+        eps=base.eps,
+        intermediate_size=settings.intermediate_size,
+        num_inner=len(settings.inner),
     )
+    head = FusedHead(shape)
     with torch.no_grad():
-        for name in ("norm_hidden", "norm_state", "norm_mlp"):
-            getattr(head, name).fill_(1.0)
-        for name in ("fuse", "gate_up", "down"):
+        for name in ("enter_weight", "fuse", "gate_up", "down"):
             weight = getattr(head, name)
             weight.normal_(0.0, 1.0 / math.sqrt(weight.shape[1]))
         head.down.mul_(0.1)
+        head.match.zero_()
         head.norm.copy_(base.norm)
         head.head.copy_(base.lm_head[vocabulary])
     for name, parameter in head.named_parameters():
@@ -90,108 +138,221 @@ def new_head(base: BaseParts, vocabulary: torch.Tensor, intermediate_size: int) 
     return head
 
 
+class _Distillation(torch.autograd.Function):
+    """Mean of weight * -sum(probability * log softmax(scores)[position]), its gradient made in the forward pass:
+    the scores are by far the largest tensor here and are gone over as few times as possible."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Any, position: Any, probability: Any, weight: Any) -> torch.Tensor:
+        shares = scores.softmax(-1)
+        loss = -(probability * shares.gather(1, position).float().clamp(min=1e-9).log()).sum(-1)
+        scale = weight / len(weight)
+        gradient = shares.mul_((probability.sum(-1) * scale)[:, None].to(shares.dtype))
+        gradient.scatter_add_(1, position, -(probability * scale[:, None]).to(shares.dtype))
+        ctx.save_for_backward(gradient)
+        return (loss * scale).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        return ctx.saved_tensors[0] * outputs[0].to(ctx.saved_tensors[0].dtype), None, None, None
+
+
+def batch_loss(head: FusedHead, data: RoundData, index: torch.Tensor, round_weights: tuple[float, ...]) -> torch.Tensor:
+    loss = torch.zeros(())
+    weight = torch.ones(len(index))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = data.enter(head, index)
+    for number, round_weight in enumerate(round_weights):
+        later, inside = data.follows(index, number)
+        position, probability = data.targets(later)
+        hidden, copied, lengths = data.inputs(later)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores, state = head(hidden, state, copied, lengths)
+        weight = weight * inside
+        loss = loss + round_weight * _Distillation.apply(scores, position, probability, weight)
+        agrees = scores.detach().argmax(-1) == data.best(later)
+        weight = weight * torch.where(agrees, 1.0, WRONG_ROUND_WEIGHT)
+    return loss
+
+
+class Measured(NamedTuple):
+    """One round on held-out rows; n rows whose earlier rounds all agreed."""
+
+    rows: torch.Tensor  # [n] index of the row the round ran in
+    confidence: torch.Tensor  # [n] highest probability of the ramp
+    agrees: torch.Tensor  # [n] bool, with the full model's best token
+
+
+@torch.inference_mode()
+def measure_head(
+    head: FusedHead | LensHead, data: RoundData, index: torch.Tensor, vocabulary: torch.Tensor, *, num_rounds: int = NUM_ROUNDS
+) -> list[Measured]:
+    """Rounds starting at the rows `index`.
+
+    A later round counts only where the rounds before it agreed, as serving runs it only then.
+    """
+    parts: list[list[Measured]] = [[] for _ in range(num_rounds)]
+    for first in index.split(2048):
+        alive = torch.ones(len(first), dtype=torch.bool)
+        state = data.enter(head, first)
+        for number in range(num_rounds):
+            later, inside = data.follows(first, number)
+            alive &= inside
+            hidden, copied, lengths = data.inputs(later)
+            scores, state = head(hidden, state, copied, lengths)
+            confidence, choice = scores.float().softmax(-1).max(-1)
+            agrees = choice == data.best(later)
+            parts[number].append(Measured(later[alive], confidence[alive], agrees[alive]))
+            # The next round reads this round's token: where the text went another way there is no row for it.
+            after, _ = data.follows(later, 1)
+            alive &= agrees & (data.rows.tokens[after].long() == vocabulary[choice])
+    return [Measured(*(torch.cat(field) for field in zip(*part, strict=True))) for part in parts]
+
+
+def tokens_per_cycle(rounds: list[Measured]) -> float:
+    """Expected exits accepted per cycle if every round is run as long as the ramp agrees."""
+    expected, reach = 0.0, 1.0
+    for measured in rounds:
+        reach *= float(measured.agrees.float().mean()) if len(measured.agrees) else 0.0
+        expected += reach
+    return expected
+
+
+def working_copy(head: FusedHead) -> FusedHead:
+    """The head as it is served: bfloat16 where the base model is."""
+    import copy
+
+    return copy.deepcopy(head).requires_grad_(False).to(torch.bfloat16)
+
+
 def train_head(
     rows: Rows,
     base: BaseParts,
     vocabulary: torch.Tensor,
+    settings: TrainSettings,
     *,
-    depth: int,
-    intermediate_size: int,
-    epochs: float,
-    seed: int,
-    time_budget_s: float,
-    batch_rows: int = BATCH_ROWS,
+    checkpoint: Path | None = None,
+    on_progress: Callable[[float, dict[str, float]], None] = lambda done, facts: None,
 ) -> tuple[FusedHead, dict[str, Any]]:
-    """Train until `epochs` or `time_budget_s` is used up; the learning rate follows whichever ends first."""
-    from tqdm import tqdm
+    """Train until `epochs` or the time budget is used up; the learning rate follows whichever ends first.
 
-    torch.manual_seed(seed)
-    data = RoundData(rows, base, depth, vocabulary)
-    head = new_head(base, vocabulary, intermediate_size)
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    train_rows = starts(rows, len(ROUND_WEIGHTS), held_out=False)
-    total = int(epochs * len(train_rows) / batch_rows)
-    began = time.monotonic()
-    permutation = torch.randperm(len(train_rows))
-    with tqdm(total=total, desc=f"train depth {depth}", unit="step") as bar:
-        for step in range(total):
-            done_frac = max(step / total, (time.monotonic() - began) / time_budget_s)
-            if done_frac >= 1.0:
-                break
-            warm = min(1.0, (step + 1) / 100)
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done_frac)))
-            offset = step * batch_rows % (len(train_rows) - batch_rows)
-            if offset < batch_rows:
-                permutation = torch.randperm(len(train_rows))
-            index = train_rows[permutation[offset : offset + batch_rows]]
-            loss = _loss(head, data, index)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            bar.update(1)
-            if step % 50 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-    head.requires_grad_(False)
-    return head, {"rows": len(train_rows), "steps": step, "seconds": round(time.monotonic() - began)}
-
-
-def _loss(head: FusedHead, data: RoundData, index: torch.Tensor) -> torch.Tensor:
-    loss = torch.zeros(())
-    state = data.rows.final[index - 1]
-    for number, weight in enumerate(ROUND_WEIGHTS):
-        position, probability = data.targets(index + number)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            scores, state = head(data.hidden(index + number).bfloat16(), state.bfloat16())
-        log_probability = torch.gather(scores.float(), 1, position) - scores.float().logsumexp(-1, keepdim=True)
-        loss = loss - weight * (probability * log_probability).sum(-1).mean()
-        wanted = data.rows.final[index + number].float()
-        loss = loss + weight * STATE_LOSS_WEIGHT * F.smooth_l1_loss(state.float(), wanted)
-    return loss
-
-
-@torch.inference_mode()
-def evaluate_head(
-    head: FusedHead, rows: Rows, base: BaseParts, vocabulary: torch.Tensor, *, depth: int, num_rounds: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per round: (raw confidence [n], whether the ramp agrees with the full model [n]) on held-out answers.
-
-    A later round counts only where the rounds before it agreed: a held exit is followed up only then.
+    Returns the state that was best on held-out rows, and the training record. With `checkpoint` the training goes on
+    from that file after an interruption; time spent before counts.
     """
-    data = RoundData(rows, base, depth, vocabulary)
-    index = starts(rows, num_rounds, held_out=True)
-    confidences: list[list[torch.Tensor]] = [[] for _ in range(num_rounds)]
-    agreements: list[list[torch.Tensor]] = [[] for _ in range(num_rounds)]
-    for part in index.split(2048):
-        state = rows.final[part - 1].float()
-        alive = torch.ones(len(part), dtype=torch.bool)
-        for number in range(num_rounds):
-            scores, state = head(data.hidden(part + number).float(), state)
-            confidence, choice = scores.softmax(-1).max(-1)
-            # The next round's input must be this round's token: where the text went another way there is no row.
-            followed = data.rows.tokens[part + number + 1].long() == vocabulary[choice]
-            agrees = choice == data.best(part + number)
-            confidences[number].append(confidence[alive])
-            agreements[number].append(agrees[alive])
-            alive &= agrees & followed
-    return [(torch.cat(c), torch.cat(a)) for c, a in zip(confidences, agreements, strict=True)]
+    run = _Training(rows, base, vocabulary, settings)
+    if checkpoint is not None and checkpoint.is_file():
+        run.restore(checkpoint)
+    saved_at = time.monotonic()
+    while not run.finished:
+        run.step()
+        on_progress(run.done_frac, {"loss": run.recent_loss, "held_out_tokens_per_cycle": run.best_score})
+        if checkpoint is not None and time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
+            run.save(checkpoint)
+            saved_at = time.monotonic()
+    run.evaluate()
+    if checkpoint is not None:
+        run.save(checkpoint)
+    return run.best_head(), run.record()
 
 
-def calibrate(confidence: torch.Tensor, agrees: torch.Tensor) -> tuple[float, float]:
-    """Platt scaling: (scale, offset) of sigmoid(scale * logit(confidence) + offset), by Newton's method."""
-    with torch.inference_mode(False):
-        x = torch.logit(confidence.double().clone(), eps=1e-6)
-        y = agrees.double().clone()
-        design = torch.stack([x, torch.ones_like(x)], dim=1)
-        weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
-        for _ in range(50):
-            p = torch.sigmoid(design @ weights)
-            gradient = design.T @ (p - y) + 1e-3 * weights
-            hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-3 * torch.eye(2, dtype=torch.float64)
-            step = torch.linalg.solve(hessian, gradient)
-            weights = weights - step
-            if step.abs().max() < 1e-9:
-                break
-    return float(weights[0]), float(weights[1])
+class _Training:
+    def __init__(self, rows: Rows, base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings) -> None:
+        self.settings, self.vocabulary = settings, vocabulary
+        self.data = RoundData(rows, base, depth=settings.depth, inner=settings.inner, vocabulary=vocabulary)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        torch.manual_seed(settings.seed)
+        self.head = new_head(base, vocabulary, settings)
+        self.trained = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self.index = starts(rows, held_out=False)
+        held_out = starts(rows, held_out=True)
+        self.held_out = held_out[:: math.ceil(len(held_out) / MAX_EVALUATED_ROWS)] if len(held_out) else held_out
+        self.total = max(1, int(settings.epochs * len(self.index) / settings.batch_rows))
+        self.order = torch.randperm(len(self.index), generator=self.generator)
+        self.offset = self.steps = 0
+        self.spent_s = 0.0
+        self.next_evaluation = EVALUATE_EVERY
+        self.recent_loss = math.nan
+        self.best_score = -1.0
+        self.best: dict[str, torch.Tensor] = {}
+
+    @property
+    def done_frac(self) -> float:
+        return max(self.steps / self.total, self.spent_s / self.settings.time_budget_s)
+
+    @property
+    def finished(self) -> bool:
+        return self.done_frac >= 1.0
+
+    def step(self) -> None:
+        began = time.monotonic()
+        settings, done = self.settings, self.done_frac
+        fall = FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (self.steps + 1) / WARM_UP_STEPS) * fall
+        if self.offset >= len(self.order):
+            self.order, self.offset = torch.randperm(len(self.index), generator=self.generator), 0
+        chosen = self.index[self.order[self.offset : self.offset + settings.batch_rows]]
+        self.offset += settings.batch_rows
+        loss = batch_loss(self.head, self.data, chosen, settings.round_weights)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        value = loss.item()
+        self.recent_loss = value if math.isnan(self.recent_loss) else 0.98 * self.recent_loss + 0.02 * value
+        self.steps += 1
+        self.spent_s += time.monotonic() - began
+        if self.done_frac >= self.next_evaluation:
+            self.evaluate()
+            self.next_evaluation += EVALUATE_EVERY
+
+    def evaluate(self) -> None:
+        """Keep the head if it is the best so far on held-out rows."""
+        if not len(self.held_out):
+            score = self.best_score
+        else:
+            score = tokens_per_cycle(measure_head(working_copy(self.head), self.data, self.held_out, self.vocabulary))
+        if score >= self.best_score:
+            self.best_score = score
+            self.best = {name: value.detach().clone() for name, value in self.head.state_dict().items() if name != "head"}
+
+    def best_head(self) -> FusedHead:
+        self.head.load_state_dict(self.best, strict=False)
+        return working_copy(self.head)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "rows": len(self.index),
+            "steps": self.steps,
+            "seconds": round(self.spent_s),
+            "held_out_tokens_per_cycle": round(self.best_score, 4),
+        }
+
+    PLAIN = ("offset", "steps", "spent_s", "next_evaluation", "recent_loss", "best_score")
+
+    def save(self, path: Path) -> None:
+        """Atomically: a kill leaves the last checkpoint."""
+        state = {name: getattr(self, name) for name in self.PLAIN}
+        state |= {
+            "head": {name: value for name, value in self.head.state_dict().items() if name != "head"},
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.order,
+            "generator": self.generator.get_state(),
+            "best": self.best,
+        }
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def restore(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        self.head.load_state_dict(state["head"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.order, self.best = state["order"], state["best"]
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,160 @@
+"""`ramps evaluate`: how often ramps agree with the full model on text that it generates greedily."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from apparate_llm.ramps.checkpoint import RampManifest
+from apparate_llm.ramps.load import RampSet, calibrated_all
+from apparate_llm.ramps.prepare.rows import LEAD, Rows
+from apparate_llm.ramps.prepare.train import BaseParts, Measured, RoundData, measure_head, tokens_per_cycle
+
+CERTAIN = (0.5, 0.7, 0.9, 0.99)
+CALIBRATION_BINS = 15
+
+
+class Round(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    round: int
+    agreement: float | None  # mean over categories where the prompts have one, else over rows
+    agreement_all_rows: float | None
+    rows: int
+
+
+class DepthResult(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    depth: int
+    rounds: list[Round]
+    tokens_per_cycle: float  # exits accepted per cycle of 4 rounds that stop at the first disagreement
+    calibration_error: float
+    by_category: dict[str, dict[str, float | None]]
+
+
+class Evaluation(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = 1
+    model: str
+    prompts: int
+    answer_tokens: int
+    depths: list[DepthResult]
+    ceiling: dict[str, Any]
+    calibration_error: float  # of the default depth
+
+
+def mean(values: torch.Tensor) -> float | None:
+    return float(values.float().mean()) if len(values) else None
+
+
+def ceiling(rows: Rows) -> dict[str, float]:
+    """The full model's own certainty over answer rows: what no ramp can know better than the model does.
+
+    `p_over_T_frac`: share of tokens whose best next token has more probability than T; `mean_best_p`: agreement of a
+    perfect model of the *distribution* with text sampled from it.
+    """
+    best = rows.top_logprobs[rows.answer_index > LEAD, 0].float().exp()
+    facts = {f"p_over_{level:g}_frac": float((best > level).float().mean()) for level in CERTAIN}
+    copied = (rows.copied == rows.top_ids[:, 0]) & (rows.copy_lengths > 0)
+    return facts | {
+        "mean_best_p": float(best.mean()),
+        "copy_agreement": float(copied[rows.answer_index > LEAD].float().mean()),
+    }
+
+
+def calibration_error(confidence: torch.Tensor, agrees: torch.Tensor, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error: bins of equal width, |mean confidence - agreement| weighted by rows (Guo et al.,
+    ICML 2017)."""
+    if not len(confidence):
+        return 0.0
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(place, minlength=bins).double()
+    gap = torch.bincount(place, weights=confidence.double() - agrees.double(), minlength=bins).abs()
+    return float(gap.sum() / count.sum())
+
+
+def pooled_calibration(rounds: list[Measured], calibration: list[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(calibrated confidence, agreement) of all rounds together."""
+    confidence = [
+        calibrated_all(measured.confidence, *calibration[min(number, len(calibration) - 1)])
+        for number, measured in enumerate(rounds)
+    ]
+    return torch.cat(confidence), torch.cat([measured.agrees for measured in rounds])
+
+
+def evaluate_depth(
+    rows: Rows, base: BaseParts, ramps: RampSet, *, categories: list[str | None]
+) -> tuple[DepthResult, list[Measured]]:
+    """`categories` [number of conversations]: None where the prompt has none."""
+    data = RoundData(rows, base, depth=ramps.depth, inner=ramps.inner, vocabulary=ramps.vocabulary)
+    index = torch.nonzero(rows.answer_index > LEAD)[:, 0]
+    measured = measure_head(ramps.head, data, index, ramps.vocabulary)
+    by_category: dict[str, dict[str, float | None]] = defaultdict(dict)
+    rounds = []
+    names = sorted({name for name in categories if name is not None})
+    for number, result in enumerate(measured, 1):
+        conversations = rows.conversations[result.rows].tolist()
+        of_row = np.array([categories[conversation] or "" for conversation in conversations])
+        for name in names:
+            by_category[name][str(number)] = mean(result.agrees[torch.from_numpy(of_row == name)])
+        parts = [value for name in names if (value := by_category[name][str(number)]) is not None]
+        overall = mean(result.agrees)
+        agreement = sum(parts) / len(parts) if parts else overall
+        rounds.append(Round(round=number, agreement=agreement, agreement_all_rows=overall, rows=len(result.rows)))
+    return DepthResult(
+        depth=ramps.depth,
+        rounds=rounds,
+        tokens_per_cycle=tokens_per_cycle(measured),
+        calibration_error=calibration_error(*pooled_calibration(measured, ramps.calibration)),
+        by_category=dict(by_category),
+    ), measured
+
+
+def evaluate(
+    folder: Path, manifest: RampManifest, model: Path, prompts: list[Any], categories: list[str | None], *, max_tokens: int
+) -> Evaluation:
+    """Generate greedily with the model, in this process, and measure every ramp of the folder on the result."""
+    from apparate_llm.ramps.load import load_ramps
+    from apparate_llm.ramps.prepare.capture import Capture
+    from apparate_llm.ramps.prepare.engine import generation_engine
+    from apparate_llm.ramps.prepare.rows import rows_of
+    from apparate_llm.ramps.prepare.synthesise import generate_rows
+
+    depths = tuple(sorted({depth for depth in (*manifest.depths, *manifest.inner) if depth > 0}))
+    with generation_engine(model) as llm:
+        capture = Capture(llm, depths=depths)
+        tokenizer = llm.get_tokenizer()
+        ids = [
+            tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+            for messages in prompts
+        ]
+        longest = llm.llm_engine.model_config.max_model_len - max_tokens
+        fitting = [number for number, prompt in enumerate(ids) if 2 <= len(prompt) <= longest]
+        conversations = generate_rows(
+            llm, capture, [ids[number] for number in fitting], temperature=0.0, max_tokens=max_tokens, show_progress=True
+        )
+        dtype = llm.llm_engine.model_config.dtype
+    rows = rows_of(conversations)
+    base = BaseParts.of(model)
+    results = []
+    for depth in manifest.depths:
+        weights = {"norm": base.norm, "head": base.lm_head}
+        ramps = load_ramps(folder, manifest, depth=depth, base_weights=weights, dtype=dtype)
+        result, _ = evaluate_depth(rows, base, ramps, categories=[categories[number] for number in fitting])
+        results.append(result)
+    default = next(result for result in results if result.depth == manifest.default_depth)
+    return Evaluation(
+        model=model.name,
+        prompts=len(fitting),
+        answer_tokens=sum(len(item.answer) for item in conversations),
+        depths=results,
+        ceiling=ceiling(rows),
+        calibration_error=default.calibration_error,
+    )
+
+

@@ -1,0 +1,56 @@
+"""The vLLM engine that preparation generates with, in this process so that its states can be recorded."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_MODEL_LEN = 2048
+MAX_NUM_SEQS = 128
+KV_CACHE_GIB = 2
+
+
+def environment() -> dict[str, str]:
+    """Variables that must stand before vLLM is imported. All cores compute: nobody waits for single tokens here."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+
+
+@contextmanager
+def generation_engine(model: Path, *, seed: int = 0, **settings: Any) -> Iterator[Any]:
+    """A `vllm.LLM` fit for `Capture`; its memory is given back at the end."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        str(model),
+        **{
+            "max_model_len": context_length(model),
+            "max_num_seqs": MAX_NUM_SEQS,
+            "kv_cache_memory_bytes": KV_CACHE_GIB << 30,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "seed": seed,
+            **settings,
+        },
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def context_length(model: Path) -> int:
+    import json
+
+    config = json.loads((model / "config.json").read_text())
+    return min(MAX_MODEL_LEN, config.get("max_position_embeddings") or MAX_MODEL_LEN)
