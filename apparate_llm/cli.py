@@ -9,6 +9,7 @@ from apparate_llm.knobs import OneLineParser
 def build_parser() -> OneLineParser:
     from apparate_llm.doctor import add_doctor
     from apparate_llm.eval.command import add_eval
+    from apparate_llm.ramps.command import add_prepare, add_ramps
     from apparate_llm.serve import add_serve
 
     parser = OneLineParser(prog="apparate-llm", description="LLM serving with early exits, on vLLM.")
@@ -17,6 +18,8 @@ def build_parser() -> OneLineParser:
     add_serve(subparsers)
     add_doctor(subparsers)
     add_eval(subparsers)
+    add_prepare(subparsers)
+    add_ramps(subparsers)
     return parser
 
 

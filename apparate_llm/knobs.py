@@ -36,3 +36,10 @@ def knobs_from(args: argparse.Namespace) -> EarlyExitConfig:
         return parse_config(given)
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("early_exit: ")) from None
+
+
+def positive(text: str) -> int:
+    number = int(text) if text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return number

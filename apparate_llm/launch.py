@@ -48,9 +48,10 @@ def _plugin_groups() -> tuple[str, ...]:
     return ("vllm.general_plugins", "vllm.io_processor_plugins", "vllm.platform_plugins", "vllm.stat_logger_plugins")
 
 
-def reexec_with_libraries() -> None:
-    """Start this very command again if libraries are to be preloaded: LD_PRELOAD works only from a process's start."""
-    environment = server_environment()
+def reexec_with_libraries(extra: dict[str, str] | None = None) -> None:
+    """Start this very command again if libraries are to be preloaded: LD_PRELOAD works only from a process's start.
+    `extra` variables are set for it as well."""
+    environment = server_environment() | (extra or {})
     if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD"):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     os.environ.update(environment)

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from apparate_llm.knobs import OneLineParser, add_knobs
+from apparate_llm.knobs import OneLineParser, add_knobs, positive
 
 
 def add_eval(subparsers: Any) -> None:
@@ -30,13 +30,6 @@ def add_eval(subparsers: Any) -> None:
     quick.add_argument("--vllm-flag", action="append", default=[], metavar="FLAG", help="vLLM flag for both servers")
     add_knobs(quick)
     quick.set_defaults(run=run_quick)
-
-
-def positive(text: str) -> int:
-    number = int(text) if text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return number
 
 
 def positive_list(text: str) -> list[int]:

@@ -25,6 +25,12 @@ def load_prompts(path: Path | None) -> list[Messages]:
     return prompts
 
 
+def load_categories(path: Path) -> list[str | None]:
+    """`category` of each prompt of `load_prompts(path)`, None where a line has none."""
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [None if record.get("category") is None else str(record["category"]) for record in records]
+
+
 def _messages(line: str, where: str) -> Messages:
     try:
         record: Any = json.loads(line)

@@ -11,7 +11,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from apparate_llm.controller.budget import AccuracyBudget
 from apparate_llm.controller.policies import Policy
 from apparate_llm.core import ExitCounts, Verb
-from apparate_llm.ramps.load import RampSet
+from apparate_llm.ramps.copying import copy_of
+from apparate_llm.ramps.load import Proposals, RampSet
 
 
 @dataclass(slots=True)
@@ -51,18 +52,28 @@ class Rounds:
         """Rounds with which the next completion pass stays within `max_rows`, a row per request and exit."""
         return max(0, min(self.max_exits, self.max_rows // max(num_requests, 1) - 1))
 
-    def run(self, rows: list[Row], num_rounds: int, final_states: torch.Tensor, counts: ExitCounts) -> int:
+    def run(
+        self,
+        rows: list[Row],
+        num_rounds: int,
+        final_states: torch.Tensor,
+        inner_states: list[torch.Tensor],
+        counts: ExitCounts,
+    ) -> int:
         """Fill in `released` and `held` of the rows in up to `num_rounds`; returns the number of rounds run.
 
-        final_states [num_tokens, hidden_size] are the completion pass's, after the final norm.
+        final_states [num_tokens, hidden_size] are the completion pass's, after the final norm; inner_states, of the
+        same shape each, its residual streams at the ramp's inner depths.
         """
         live = rows
         tokens = torch.tensor([row.newest_token for row in live])
-        state = final_states[[row.state_row for row in live]]
+        state_rows = [row.state_row for row in live]
+        state = self.ramps.head.enter(final_states[state_rows], [inner[state_rows] for inner in inner_states])
         num_pending = 0
         for number in range(num_rounds):
             hidden = self._shallow(live, tokens, number)
-            prediction = self.ramps.predict(hidden, state, round_number=number)
+            proposals = self._proposals(live) if self.ramps.head.reads_copies else None
+            prediction = self.ramps.predict(hidden, state, proposals, round_number=number)
             going: list[int] = []
             for i, (row, token, confidence) in enumerate(
                 zip(live, prediction.token_ids.tolist(), prediction.confidences, strict=True)
@@ -89,6 +100,15 @@ class Rounds:
             live = [live[i] for i in going]
             tokens, state = prediction.token_ids[going], prediction.state[going]
         return num_rounds
+
+    def _proposals(self, live: list[Row]) -> Proposals:
+        """What the copy feature makes of each row's text, its exits included."""
+        found = []
+        for row in live:
+            text = self.runner.input_batch.token_ids_cpu[row.request_index, : row.newest_position + 1]
+            found.append(copy_of(np.append(text, row.released + row.held) if row.num_exits else text))
+        tokens, lengths = torch.tensor(found).unbind(1)
+        return Proposals(tokens, lengths, self.runner.model.model.embed_input_ids(tokens))
 
     def _shallow(self, live: list[Row], tokens: torch.Tensor, number: int) -> torch.Tensor:
         """[num_rows, hidden_size] residual stream of each row's newest token after `depth` blocks."""

@@ -37,6 +37,9 @@ class EarlyExitRunner(CPUModelRunner):
         if self.exit_config.policy == "off":
             return
         ramps = ramps_of(self.model)
+        if ramps.inner:
+            self.get_model().set_inner_state_depths(ramps.inner)  # type: ignore[operator]
+            self.use_aux_hidden_state_outputs = True
         self.rounds = Rounds(
             self,
             ramps=ramps,
@@ -130,7 +133,8 @@ class EarlyExitRunner(CPUModelRunner):
         num_rounds = self.rounds.num_rounds(self.input_batch.num_reqs) if self.rounds is not None else 0
         if rows and num_rounds and self.rounds is not None:
             run = self.rounds.run
-            done = self._guarded(lambda: run(rows, num_rounds, hidden_states, self.ledger.counts))
+            inner = aux_hidden_states or []
+            done = self._guarded(lambda: run(rows, num_rounds, hidden_states, inner, self.ledger.counts))
             if done is not None:
                 self.ledger.counts.rounds += done
                 for row in rows:

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from apparate_llm.ramps.heads import HeadShape
+from apparate_llm.files import write_atomically
 
 MANIFEST = "ramps.json"
 WEIGHTS = "ramps.safetensors"
@@ -18,6 +17,15 @@ VOCABULARY = "vocabulary"  # tensor [ramp_vocab] int64: ramp token -> token id o
 
 class RampError(ValueError):
     """A ramp folder that cannot be used. The message is one line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    hidden_size: int
+    ramp_vocab: int
+    eps: float
+    intermediate_size: int = 0
+    num_inner: int = 0  # inner states of the full pass that `enter` reads beside the final one
 
 
 class BaseModelInfo(BaseModel):
@@ -94,6 +102,9 @@ def read_manifest(folder: Path) -> RampManifest:
         raise RampError(f"damaged {manifest_path}: {where}: {first['msg']}") from None
     if manifest.default_depth not in manifest.depths:
         raise RampError(f"damaged {manifest_path}: default depth {manifest.default_depth} not in {manifest.depths}")
+    blocks = manifest.base_model.num_hidden_layers
+    if manifest.inner != sorted({depth for depth in manifest.inner if 0 < depth < blocks}):
+        raise RampError(f"damaged {manifest_path}: inner depths {manifest.inner} (allowed: rising, 1 to {blocks - 1})")
     if missing := [depth for depth in manifest.depths if not manifest.calibration.get(depth)]:
         raise RampError(f"damaged {manifest_path}: no calibration for depth {missing[0]}")
     if (found := sha256_of(weights_path)) != manifest.weights_sha256:
@@ -137,19 +148,9 @@ def save_ramps(folder: Path, tensors: dict[str, Any], **manifest_fields: Any) ->
     folder.mkdir(parents=True, exist_ok=True)
     data = save(tensors)
     manifest = RampManifest(**manifest_fields, weights_sha256=hashlib.sha256(data).hexdigest())
-    _write_atomically(folder / WEIGHTS, data)
-    _write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    write_atomically(folder / WEIGHTS, data)
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     return manifest
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
 
 
 def shipped_folders() -> list[Path]:

@@ -11,7 +11,7 @@ LONGEST_MATCH = 6  # tokens; longer matches count as this long
 def copy_of(context: np.ndarray) -> tuple[int, int]:
     """(token that followed the longest match of the last tokens, length of the match); length 0: no match.
 
-    context [n] integers, the newest token last. Among matches of equal length (up to LONGEST_MATCH) the most recent one.
+    context [n] integers, the newest token last. Of equally long matches (up to LONGEST_MATCH) the most recent one.
     """
     if len(context) < 2:
         return 0, 0

@@ -78,7 +78,9 @@ def calibration_error(confidence: torch.Tensor, agrees: torch.Tensor, bins: int 
     return float(gap.sum() / count.sum())
 
 
-def pooled_calibration(rounds: list[Measured], calibration: list[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+def pooled_calibration(
+    rounds: list[Measured], calibration: list[tuple[float, float]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(calibrated confidence, agreement) of all rounds together."""
     confidence = [
         calibrated_all(measured.confidence, *calibration[min(number, len(calibration) - 1)])
@@ -93,7 +95,7 @@ def evaluate_depth(
     """`categories` [number of conversations]: None where the prompt has none."""
     data = RoundData(rows, base, depth=ramps.depth, inner=ramps.inner, vocabulary=ramps.vocabulary)
     index = torch.nonzero(rows.answer_index > LEAD)[:, 0]
-    measured = measure_head(ramps.head, data, index, ramps.vocabulary)
+    measured = measure_head(ramps.head, data, index)
     by_category: dict[str, dict[str, float | None]] = defaultdict(dict)
     rounds = []
     names = sorted({name for name in categories if name is not None})
@@ -116,7 +118,13 @@ def evaluate_depth(
 
 
 def evaluate(
-    folder: Path, manifest: RampManifest, model: Path, prompts: list[Any], categories: list[str | None], *, max_tokens: int
+    folder: Path,
+    manifest: RampManifest,
+    model: Path,
+    prompts: list[Any],
+    categories: list[str | None],
+    *,
+    max_tokens: int,
 ) -> Evaluation:
     """Generate greedily with the model, in this process, and measure every ramp of the folder on the result."""
     from apparate_llm.ramps.load import load_ramps
@@ -135,9 +143,16 @@ def evaluate(
         ]
         longest = llm.llm_engine.model_config.max_model_len - max_tokens
         fitting = [number for number, prompt in enumerate(ids) if 2 <= len(prompt) <= longest]
-        conversations = generate_rows(
-            llm, capture, [ids[number] for number in fitting], temperature=0.0, max_tokens=max_tokens, show_progress=True
+        answers = generate_rows(
+            llm,
+            capture,
+            [ids[number] for number in fitting],
+            temperature=0.0,
+            max_tokens=max_tokens,
+            show_progress=True,
         )
+        fitting = [number for number, answer in zip(fitting, answers, strict=True) if answer is not None]
+        conversations = [answer for answer in answers if answer is not None]
         dtype = llm.llm_engine.model_config.dtype
     rows = rows_of(conversations)
     base = BaseParts.of(model)
@@ -156,5 +171,3 @@ def evaluate(
         ceiling=ceiling(rows),
         calibration_error=default.calibration_error,
     )
-
-

@@ -3,27 +3,27 @@
 In a completion pass `enter` makes the state that the first round starts from; each round then calls the head:
     hidden  [num_rows, hidden_size]  residual stream of the newest token after `depth` blocks (depth 0: its embedding)
     state   [num_rows, hidden_size]  from `enter`, or the head's own output state of the round before
-    copied  [num_rows, hidden_size]  embedding of the token the copy feature proposes (ramps/copying.py)
-    lengths [num_rows] int64         tokens that match; 0: no proposal
--> (scores [num_rows, ramp_vocab], output state [num_rows, hidden_size]).
+    copies                           what the copy feature proposes for each row, see `Copies`
+-> (scores [num_rows, ramp_vocab], and where the head reads copies one more column for the proposed token;
+    output state [num_rows, hidden_size]).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.copying import LONGEST_MATCH
 
 
-@dataclass(frozen=True, slots=True)
-class HeadShape:
-    hidden_size: int
-    ramp_vocab: int
-    eps: float
-    intermediate_size: int = 0
-    num_inner: int = 0  # inner states of the full pass that `enter` reads beside the final one
+class Copies(NamedTuple):
+    """The copy feature's proposals (ramps/copying.py) as a head reads them."""
+
+    embedding: torch.Tensor  # [num_rows, hidden_size] of the proposed tokens
+    lengths: torch.Tensor  # [num_rows] int64, tokens that match; 0: no proposal
+    outside: torch.Tensor  # [num_rows] bool, proposes a token that the ramp vocabulary lacks
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -38,6 +38,8 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 class LensHead(nn.Module):
     """The model's own final norm and lm_head on the inner state (the logit lens); nothing is trained."""
 
+    reads_copies = False
+
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
         self.eps = shape.eps
@@ -48,7 +50,7 @@ class LensHead(nn.Module):
         return final
 
     def forward(
-        self, hidden: torch.Tensor, state: torch.Tensor, copied: torch.Tensor, lengths: torch.Tensor
+        self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return F.linear(rms_norm(hidden, self.norm, self.eps), self.head), state
 
@@ -57,8 +59,11 @@ class FusedHead(nn.Module):
     """Trained head: reads the newest token together with what the full model made of the tokens before it.
 
     As in the EAGLE draft heads (Li et al., ICML 2024; EAGLE-3, 2025) the state carries over from round to round, and
-    the first one joins inner states of several depths; there is no attention of its own, the copy feature stands in.
+    the first one joins inner states of several depths. There is no attention of its own: the copy feature stands in,
+    and the extra column of the scores lets the head pick its token where that is not of the ramp vocabulary.
     """
+
+    reads_copies = True
 
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
@@ -70,6 +75,7 @@ class FusedHead(nn.Module):
         self.gate_up = empty_parameter(2 * shape.intermediate_size, size)
         self.down = empty_parameter(size, shape.intermediate_size)
         self.norm = empty_parameter(size)
+        self.pointer = empty_parameter(1, size)
         self.head = empty_parameter(shape.ramp_vocab, size)
 
     def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
@@ -78,15 +84,15 @@ class FusedHead(nn.Module):
         parts = [rms_norm(part, None, self.eps) for part in (final, *inner)]
         return F.linear(torch.cat(parts, dim=-1), self.enter_weight)
 
-    def forward(
-        self, hidden: torch.Tensor, state: torch.Tensor, copied: torch.Tensor, lengths: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        copied = rms_norm(copied, None, self.eps) * (lengths > 0)[:, None]
+    def forward(self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:
+        copied = rms_norm(copies.embedding, None, self.eps) * (copies.lengths > 0)[:, None]
         parts = [rms_norm(hidden, None, self.eps), rms_norm(state, None, self.eps), copied.to(state.dtype)]
-        fused = F.linear(torch.cat(parts, dim=-1), self.fuse) + F.embedding(lengths, self.match)
+        fused = F.linear(torch.cat(parts, dim=-1), self.fuse) + F.embedding(copies.lengths, self.match)
         gate, up = F.linear(rms_norm(fused, None, self.eps), self.gate_up).chunk(2, dim=-1)
         state = fused + F.linear(F.silu(gate) * up, self.down)
-        return F.linear(rms_norm(state, self.norm, self.eps), self.head), state
+        normed = rms_norm(state, self.norm, self.eps)
+        pointed = F.linear(normed, self.pointer).masked_fill(~copies.outside[:, None], float("-inf"))
+        return torch.cat([F.linear(normed, self.head), pointed], dim=-1), state
 
 
 HEADS: dict[str, type[LensHead] | type[FusedHead]] = {"lens": LensHead, "fused": FusedHead}

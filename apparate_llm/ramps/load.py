@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from apparate_llm.ramps.checkpoint import VOCABULARY, WEIGHTS, RampError, RampManifest, load_tensors
-from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, FusedHead, LensHead
+from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, Copies, FusedHead, LensHead
+
+
+class Proposals(NamedTuple):
+    """What the copy feature proposes for each row, see ramps/copying.py."""
+
+    tokens: torch.Tensor  # [num_rows] int64
+    lengths: torch.Tensor  # [num_rows] int64
+    embedding: torch.Tensor  # [num_rows, hidden_size] of the tokens
 
 
 class Prediction(NamedTuple):
@@ -21,6 +29,7 @@ class RampSet(nn.Module):
     """The ramp in use: one head at one depth with its vocabulary and calibration."""
 
     vocabulary: torch.Tensor  # [ramp_vocab] int64
+    in_vocabulary: torch.Tensor  # [vocab of the base model] bool
     head: LensHead | FusedHead
 
     def __init__(
@@ -28,6 +37,7 @@ class RampSet(nn.Module):
         *,
         head: LensHead | FusedHead,
         vocabulary: torch.Tensor,
+        base_vocab: int,
         depth: int,
         inner: tuple[int, ...],
         calibration: list[tuple[float, float]],
@@ -35,30 +45,40 @@ class RampSet(nn.Module):
         super().__init__()
         self.head = head
         self.register_buffer("vocabulary", vocabulary, persistent=False)
+        in_vocabulary = torch.zeros(base_vocab, dtype=torch.bool)
+        in_vocabulary[vocabulary] = True
+        self.register_buffer("in_vocabulary", in_vocabulary, persistent=False)
         self.depth = depth
         self.inner = inner
         self.calibration = calibration
 
     def predict(
-        self,
-        hidden: torch.Tensor,
-        state: torch.Tensor,
-        copied: torch.Tensor,
-        lengths: torch.Tensor,
-        *,
-        round_number: int,
+        self, hidden: torch.Tensor, state: torch.Tensor, proposals: Proposals | None, *, round_number: int
     ) -> Prediction:
-        """The ramp's token and confidence for each row; inputs as for the head (ramps/heads.py). `round_number` counts
-        from 0 and selects the calibration."""
-        scores, state = self.head(hidden, state, copied, lengths)
+        """The ramp's token and confidence for each row.
+
+        hidden, state: as for the head (ramps/heads.py); proposals: needed where the head reads copies; round_number:
+        counts from 0 and selects the calibration.
+        """
+        copies = None
+        if proposals is not None:
+            outside = (proposals.lengths > 0) & ~self.in_vocabulary[proposals.tokens]
+            copies = Copies(proposals.embedding, proposals.lengths, outside)
+        scores, state = self.head(hidden, state, copies)
         best = scores.max(dim=-1)
         log_probability = best.values.float() - scores.float().logsumexp(dim=-1)
         scale, offset = self.calibration[min(round_number, len(self.calibration) - 1)]
         return Prediction(
-            token_ids=self.vocabulary[best.indices],
+            token_ids=self._tokens(best.indices, proposals),
             confidences=[calibrated(value, scale, offset) for value in log_probability.tolist()],
             state=state,
         )
+
+    def _tokens(self, columns: torch.Tensor, proposals: Proposals | None) -> torch.Tensor:
+        tokens = self.vocabulary[columns.clamp(max=len(self.vocabulary) - 1)]
+        if proposals is None:
+            return tokens
+        return torch.where(columns == len(self.vocabulary), proposals.tokens, tokens)
 
 
 def calibrated(log_probability: float, scale: float, offset: float) -> float:
@@ -102,6 +122,7 @@ def load_ramps(
     return RampSet(
         head=head,
         vocabulary=vocabulary,
+        base_vocab=manifest.base_model.vocab_size,
         depth=depth,
         inner=tuple(manifest.inner),
         calibration=manifest.calibration[depth],

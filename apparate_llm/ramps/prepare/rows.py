@@ -4,14 +4,13 @@ Row r of a conversation stands for the token before answer token r: row 0 is the
 before it is there for its full-depth state only.
 """
 
-import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from apparate_llm.files import replacing
 from apparate_llm.ramps.copying import copies
 
 TOP = 16  # best next tokens of the full model kept per row
@@ -95,12 +94,8 @@ def save_rows(path: Path, rows: Rows, texts: dict[str, torch.Tensor]) -> None:
 
     tensors = {name: value for name, value in rows._asdict().items() if name != "states"}
     tensors |= {f"states.{depth}": value for depth, value in rows.states.items()} | texts
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
 
 
 def load_rows(paths: list[Path], *, depths: tuple[int, ...]) -> Rows:

@@ -4,6 +4,7 @@ Work goes by groups of conversations. Group g depends on (seed, g) and the group
 file, so a run that was killed goes on with the first missing group.
 """
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ from apparate_llm.ramps.prepare.rows import Conversation, is_held_out, rows_of, 
 from apparate_llm.ramps.prepare.topics import CODE_OPENINGS, OPENINGS, PASSAGE_TASKS, SYSTEM_PROMPTS
 
 Messages = list[dict[str, str]]
+KINDS = ("open", "code", "passage", "user")  # of a prompt; the last are the user's own
 
 MARKER = "@@apparate-user-text@@"
 # Decoding temperature of each group's answers in turn: mostly greedy, which is also how agreement is measured.
 TEMPERATURES = (0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.8, 0.0)
-PASSAGE_SHARE = 0.25  # of the prompts ask about a text that the model wrote earlier
+PASSAGE_SHARE = 0.3  # of the prompts ask about a text that the model wrote earlier
 CODE_SHARE = 0.3  # of the other prompts open like a programmer's
 USER_SHARE = 1 / 3  # of a group, while prompts given by the user last
 SYSTEM_SHARE = 0.3  # have another system prompt than the chat template's own
@@ -65,19 +67,27 @@ class Synthesiser:
         self.max_model_len = llm.llm_engine.model_config.max_model_len
         self.seen: set[str] = set()
         self.passages: list[str] = []
+        self.num_answers = self.num_answer_tokens = 0
         for path in group_files(folder):
             self._remember(texts_of(path))
 
-    def write_group(self, number: int) -> int:
-        """Make group `number` and leave it on disk; returns its answer tokens."""
+    def write_group(self, number: int, size: int) -> int:
+        """Make group `number` of up to `size` conversations and leave it on disk; returns its answer tokens."""
         rng = random.Random(f"{self.seed}/{number}")
-        prompts = self._prompts(rng, number)
-        answers = self._answer(prompts, TEMPERATURES[number % len(TEMPERATURES)], seed=rng.getrandbits(32))
+        kinds, prompts = self._prompts(rng, number, size)
+        torch.manual_seed(rng.getrandbits(32))
+        temperature = TEMPERATURES[number % len(TEMPERATURES)]
+        found = generate_rows(
+            self.llm, self.capture, prompts, temperature=temperature, max_tokens=self.max_answer_tokens
+        )
         self.capture.clear()
+        kinds = [kind for kind, answer in zip(kinds, found, strict=True) if answer is not None]
+        answers = [answer for answer in found if answer is not None]
         if not answers:
-            raise RuntimeError(f"the model wrote no answer to any of {len(prompts)} prompts")
+            raise RuntimeError(f"the model answered none of {len(prompts)} prompts")
         self._remember([(item.prompt, item.answer) for item in answers])
         flat = {
+            "kinds": torch.tensor([KINDS.index(kind) for kind in kinds], dtype=torch.int8),
             "prompt_ids": torch.tensor([token for item in answers for token in item.prompt], dtype=torch.int32),
             "prompt_lengths": torch.tensor([len(item.prompt) for item in answers], dtype=torch.int32),
             "answer_ids": torch.tensor([token for item in answers for token in item.answer], dtype=torch.int32),
@@ -86,42 +96,56 @@ class Synthesiser:
         save_rows(group_file(self.folder, number), rows_of(answers), flat)
         return len(flat["answer_ids"])
 
+    def group_size_for(self, num_tokens: float) -> int:
+        """Conversations likely to hold `num_tokens` answer tokens, at most a whole group."""
+        mean_answer = self.num_answer_tokens / self.num_answers if self.num_answers else self.max_answer_tokens / 2
+        return math.ceil(min(self.group_size, num_tokens / mean_answer))
+
     def _remember(self, group: list[tuple[list[int], list[int]]]) -> None:
         for number, (prompt, answer) in enumerate(group):
+            self.num_answers += 1
+            self.num_answer_tokens += len(answer)
             self.seen.add(self.tokenizer.decode(prompt))
             if len(answer) >= MIN_PASSAGE_TOKENS and not is_held_out(number):
                 self.passages.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
 
     # ---- prompts
 
-    def _prompts(self, rng: random.Random, number: int) -> list[list[int]]:
-        """Token ids of up to `group_size` different prompts, chat template included."""
-        texts: list[str] = []
-        mine = self.user_prompts[number * self._user_quota() : (number + 1) * self._user_quota()]
-        for messages in mine:
-            texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def _prompts(self, rng: random.Random, number: int, size: int) -> tuple[list[str], list[list[int]]]:
+        """Kinds and token ids of up to `size` different prompts, chat template included."""
+        quota = self._user_quota()
+        texts: list[tuple[str, str]] = []
+        for messages in self.user_prompts[number * quota : (number + 1) * quota]:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            texts.append(("user", text))
         if self.passages:
-            for _ in range(int(PASSAGE_SHARE * (self.group_size - len(texts)))):
+            for _ in range(int(PASSAGE_SHARE * (size - len(texts)))):
                 before, after = self._affixes(rng)
-                texts.append(before + rng.choice(PASSAGE_TASKS).replace("{}", rng.choice(self.passages)) + after)
-        texts += self._written_prompts(rng, self.group_size - len(texts))
-        prompts = []
-        for text in texts:
+                task = rng.choice(PASSAGE_TASKS).replace("{}", rng.choice(self.passages))
+                texts.append(("passage", before + task + after))
+        texts += self._written_prompts(rng, size - len(texts))
+        kinds, prompts = [], []
+        for kind, text in texts:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             key = self.tokenizer.decode(ids)
             if key not in self.seen and 2 <= len(ids) <= self.max_model_len - self.max_answer_tokens:
                 self.seen.add(key)
+                kinds.append(kind)
                 prompts.append(ids)
-        return prompts
+        return kinds, prompts
 
     def _user_quota(self) -> int:
         return max(1, int(USER_SHARE * self.group_size))
 
-    def _written_prompts(self, rng: random.Random, count: int) -> list[str]:
+    def _written_prompts(self, rng: random.Random, count: int) -> list[tuple[str, str]]:
         from vllm import SamplingParams
 
+        if not count:
+            return []
+
         affixes = [self._affixes(rng) for _ in range(count)]
-        openings = [rng.choice(CODE_OPENINGS if rng.random() < CODE_SHARE else OPENINGS) for _ in range(count)]
+        kinds = ["code" if rng.random() < CODE_SHARE else "open" for _ in range(count)]
+        openings = [rng.choice(CODE_OPENINGS if kind == "code" else OPENINGS) for kind in kinds]
         params = [
             SamplingParams(
                 temperature=1.0,
@@ -138,10 +162,10 @@ class Synthesiser:
         written = self.llm.generate(heads, params, use_tqdm=False)
         self.capture.clear()
         texts = []
-        for (before, after), opening, result in zip(affixes, openings, written, strict=True):
+        for kind, (before, after), opening, result in zip(kinds, affixes, openings, written, strict=True):
             text = (opening + result.outputs[0].text).strip()
             if len(text) >= MIN_PROMPT_CHARACTERS:
-                texts.append(before + text + after)
+                texts.append((kind, before + text + after))
         return texts
 
     def _affixes(self, rng: random.Random) -> tuple[str, str]:
@@ -152,14 +176,6 @@ class Synthesiser:
                 pass
         return user_turn_affixes(self.tokenizer)
 
-    # ---- answers
-
-    def _answer(self, prompts: list[list[int]], temperature: float, *, seed: int) -> list[Conversation]:
-        torch.manual_seed(seed)
-        return generate_rows(
-            self.llm, self.capture, prompts, temperature=temperature, max_tokens=self.max_answer_tokens
-        )
-
 
 def generate_rows(
     llm: Any,
@@ -169,8 +185,8 @@ def generate_rows(
     temperature: float,
     max_tokens: int,
     show_progress: bool = False,
-) -> list[Conversation]:
-    """Answer every prompt (token ids) and return the conversations with what the capture recorded of them."""
+) -> list[Conversation | None]:
+    """Answer every prompt (token ids): the conversations with what the capture recorded, None for an empty answer."""
     from vllm import SamplingParams
 
     capture.clear()
@@ -181,8 +197,9 @@ def generate_rows(
     )
     return [
         capture.take(result.request_id, prompt, list(result.outputs[0].token_ids))
-        for prompt, result in zip(prompts, results, strict=True)
         if result.outputs[0].token_ids
+        else None
+        for prompt, result in zip(prompts, results, strict=True)
     ]
 
 
@@ -218,7 +235,7 @@ def answer_tokens(path: Path) -> int:
 
 
 def synthesise(
-    synthesiser: Synthesiser, *, num_tokens: int, deadline: Callable[[], bool], on_tokens: Callable[[int], None]
+    synthesiser: Synthesiser, *, num_tokens: float, deadline: Callable[[], bool], on_tokens: Callable[[int], None]
 ) -> int:
     """Groups until there are `num_tokens` answer tokens or `deadline()` says it is time; returns the tokens there are.
     `on_tokens` gets each finished group's."""
@@ -226,7 +243,15 @@ def synthesise(
     total = sum(answer_tokens(path) for path in files)
     number = len(files)
     while total < num_tokens and not (number and deadline()):
-        made = synthesiser.write_group(number)
+        made = synthesiser.write_group(number, synthesiser.group_size_for(num_tokens - total))
         total, number = total + made, number + 1
         on_tokens(made)
     return total
+
+
+def kinds_of(path: Path) -> list[str]:
+    """What kind of prompt each of a group's conversations has."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return [KINDS[number] for number in file.get_tensor("kinds").tolist()]

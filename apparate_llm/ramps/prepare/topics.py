@@ -29,7 +29,8 @@ CODE_OPENINGS = (
     "How do I sort", "Given a list of integers,", "Given a string s,", "Write a decorator", "Write a recursive",
     "Use pandas to", "Use numpy to", "Write a Java method", "Write a Go function", "Write a Rust function",
     "Complete the following function:\n\n```python\ndef", "Write a TypeScript interface", "Write a CSS",
-    "Develop a Python program that", "Write a script that", "Parse a JSON", "Add docstrings to this code:\n\n```python\n",
+    "Develop a Python program that", "Write a script that", "Parse a JSON",
+    "Add docstrings to this code:\n\n```python\n",
     "Write a generator", "Write a binary search", "Write a class that represents", "Debug this code:\n\n```",
     "Rename the variable", "Add error handling to this code:\n\n```python\n", "Write a React component",
 )  # fmt: skip

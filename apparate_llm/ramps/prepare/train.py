@@ -6,8 +6,6 @@ counts little there, since serving would have stopped.
 """
 
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from apparate_llm.ramps.heads import FusedHead, HeadShape, LensHead
+from apparate_llm.files import replacing
+from apparate_llm.ramps.checkpoint import HeadShape
+from apparate_llm.ramps.heads import Copies, FusedHead, LensHead
 from apparate_llm.ramps.prepare.rows import LEAD, Rows
 
 NUM_ROUNDS = 4  # measured and calibrated
@@ -56,18 +56,18 @@ class TrainSettings:
     inner: tuple[int, ...] = ()  # depths of the inner states that the first round's state joins
     intermediate_size: int = 1536
     batch_rows: int = 1024
-    learning_rate: float = 1e-3
-    epochs: float = 6.0
+    learning_rate: float = 2e-3
+    epochs: float = 5.0
     time_budget_s: float = math.inf
     round_weights: tuple[float, ...] = (1.0, 0.8, 0.6)
     seed: int = 0
 
 
 def ramp_vocabulary(rows: Rows, size: int) -> torch.Tensor:
-    """The `size` tokens the full model most often wants next in training rows, sorted by id."""
-    top = rows.top_ids[(rows.answer_index > LEAD) & ~rows.held_out].long()
-    wanted = torch.bincount(top[:, 0], minlength=int(top.max()) + 1) * 8
-    wanted += torch.bincount(top[:, 1], minlength=len(wanted))
+    """The `size` tokens with the most probability under the full model in training rows, sorted by id."""
+    chosen = (rows.answer_index > LEAD) & ~rows.held_out
+    tokens, probabilities = rows.top_ids[chosen].long().flatten(), rows.top_logprobs[chosen].float().exp().flatten()
+    wanted = torch.bincount(tokens, weights=probabilities)
     return wanted.topk(min(size, len(wanted))).indices.sort().values
 
 
@@ -85,6 +85,7 @@ class RoundData:
         self.rows, self.base, self.depth, self.inner_depths = rows, base, depth, inner
         self.position = torch.full((base.lm_head.shape[0],), -1, dtype=torch.int64)
         self.position[vocabulary] = torch.arange(len(vocabulary))
+        self.vocabulary_size = len(vocabulary)
 
     def enter(self, head: FusedHead | LensHead, index: torch.Tensor) -> torch.Tensor:
         """First state of the rounds that start at `index`: that of the token before."""
@@ -92,28 +93,35 @@ class RoundData:
         inner = [self.rows.states[depth][before] for depth in self.inner_depths]
         return head.enter(self.rows.final[before], inner)
 
-    def inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(hidden, copied, lengths) of a round."""
-        embedding = self.base.embedding
+    def inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, Copies]:
+        """Hidden states and copies of a round in the rows `index`."""
+        rows, embedding = self.rows, self.base.embedding
         if self.depth == 0:
-            hidden = F.embedding(self.rows.tokens[index].long(), embedding)
+            hidden = F.embedding(rows.tokens[index].long(), embedding)
         else:
-            hidden = self.rows.states[self.depth][index]
-        return hidden, F.embedding(self.rows.copied[index].long(), embedding), self.rows.copy_lengths[index].long()
+            hidden = rows.states[self.depth][index]
+        copied, lengths = rows.copied[index].long(), rows.copy_lengths[index].long()
+        return hidden, Copies(F.embedding(copied, embedding), lengths, (lengths > 0) & (self.position[copied] < 0))
 
     def follows(self, index: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows `number` places on, and whether those are of the same conversation."""
         later = (index + number).clamp(max=len(self.rows.tokens) - 1)
         return later, self.rows.conversations[later] == self.rows.conversations[index]
 
+    def columns(self, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Column of the scores of the rows `index` that stands for each of `tokens` [B, n], -1 for none."""
+        column = self.position[tokens]
+        points = (self.rows.copied[index][:, None] == tokens) & (self.rows.copy_lengths[index] > 0)[:, None]
+        return torch.where((column < 0) & points, self.vocabulary_size, column)
+
     def targets(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ramp positions [B, TOP] and probabilities [B, TOP] of the full model's best tokens, 0 outside."""
-        position = self.position[self.rows.top_ids[index].long()]
-        return position.clamp(min=0), self.rows.top_logprobs[index].float().exp() * (position >= 0)
+        """Columns [B, TOP] and probabilities [B, TOP] of the full model's best tokens, 0 where there is no column."""
+        column = self.columns(index, self.rows.top_ids[index].long())
+        return column.clamp(min=0), self.rows.top_logprobs[index].float().exp() * (column >= 0)
 
     def best(self, index: torch.Tensor) -> torch.Tensor:
-        """Ramp position of the full model's best token, -1 outside the ramp vocabulary."""
-        return self.position[self.rows.top_ids[index, 0].long()]
+        """Column [B] of the full model's best token, -1 where there is none."""
+        return self.columns(index, self.rows.top_ids[index, :1].long())[:, 0]
 
 
 def new_head(base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings) -> FusedHead:
@@ -126,7 +134,7 @@ def new_head(base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings)
     )
     head = FusedHead(shape)
     with torch.no_grad():
-        for name in ("enter_weight", "fuse", "gate_up", "down"):
+        for name in ("enter_weight", "fuse", "gate_up", "down", "pointer"):
             weight = getattr(head, name)
             weight.normal_(0.0, 1.0 / math.sqrt(weight.shape[1]))
         head.down.mul_(0.1)
@@ -165,12 +173,14 @@ def batch_loss(head: FusedHead, data: RoundData, index: torch.Tensor, round_weig
     for number, round_weight in enumerate(round_weights):
         later, inside = data.follows(index, number)
         position, probability = data.targets(later)
-        hidden, copied, lengths = data.inputs(later)
+        hidden, copies = data.inputs(later)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            scores, state = head(hidden, state, copied, lengths)
+            scores, state = head(hidden, state, copies)
         weight = weight * inside
+        top = scores.detach().amax(-1)
         loss = loss + round_weight * _Distillation.apply(scores, position, probability, weight)
-        agrees = scores.detach().argmax(-1) == data.best(later)
+        best = data.best(later)
+        agrees = (scores.detach().gather(1, best.clamp(min=0)[:, None])[:, 0] >= top) & (best >= 0)
         weight = weight * torch.where(agrees, 1.0, WRONG_ROUND_WEIGHT)
     return loss
 
@@ -185,7 +195,7 @@ class Measured(NamedTuple):
 
 @torch.inference_mode()
 def measure_head(
-    head: FusedHead | LensHead, data: RoundData, index: torch.Tensor, vocabulary: torch.Tensor, *, num_rounds: int = NUM_ROUNDS
+    head: FusedHead | LensHead, data: RoundData, index: torch.Tensor, *, num_rounds: int = NUM_ROUNDS
 ) -> list[Measured]:
     """Rounds starting at the rows `index`.
 
@@ -198,14 +208,14 @@ def measure_head(
         for number in range(num_rounds):
             later, inside = data.follows(first, number)
             alive &= inside
-            hidden, copied, lengths = data.inputs(later)
-            scores, state = head(hidden, state, copied, lengths)
+            hidden, copies = data.inputs(later)
+            scores, state = head(hidden, state, copies)
             confidence, choice = scores.float().softmax(-1).max(-1)
             agrees = choice == data.best(later)
             parts[number].append(Measured(later[alive], confidence[alive], agrees[alive]))
             # The next round reads this round's token: where the text went another way there is no row for it.
             after, _ = data.follows(later, 1)
-            alive &= agrees & (data.rows.tokens[after].long() == vocabulary[choice])
+            alive &= agrees & (data.rows.tokens[after] == data.rows.top_ids[later, 0])
     return [Measured(*(torch.cat(field) for field in zip(*part, strict=True))) for part in parts]
 
 
@@ -218,11 +228,11 @@ def tokens_per_cycle(rounds: list[Measured]) -> float:
     return expected
 
 
-def working_copy(head: FusedHead) -> FusedHead:
-    """The head as it is served: bfloat16 where the base model is."""
+def working_copy(head: FusedHead, dtype: torch.dtype) -> FusedHead:
+    """The head as it is served: in the base model's dtype."""
     import copy
 
-    return copy.deepcopy(head).requires_grad_(False).to(torch.bfloat16)
+    return copy.deepcopy(head).requires_grad_(False).to(dtype)
 
 
 def train_head(
@@ -231,15 +241,19 @@ def train_head(
     vocabulary: torch.Tensor,
     settings: TrainSettings,
     *,
+    initial: dict[str, torch.Tensor] | None = None,
     checkpoint: Path | None = None,
     on_progress: Callable[[float, dict[str, float]], None] = lambda done, facts: None,
 ) -> tuple[FusedHead, dict[str, Any]]:
     """Train until `epochs` or the time budget is used up; the learning rate follows whichever ends first.
 
-    Returns the state that was best on held-out rows, and the training record. With `checkpoint` the training goes on
+    Returns the state that was best on held-out rows, and the training record. `initial` weights, of another depth's
+    head, save a good part of the way: only what reads the hidden state differs. With `checkpoint` the training goes on
     from that file after an interruption; time spent before counts.
     """
     run = _Training(rows, base, vocabulary, settings)
+    if initial is not None:
+        run.head.load_state_dict({name: value.float() for name, value in initial.items()}, strict=False)
     if checkpoint is not None and checkpoint.is_file():
         run.restore(checkpoint)
     saved_at = time.monotonic()
@@ -258,12 +272,15 @@ def train_head(
 class _Training:
     def __init__(self, rows: Rows, base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings) -> None:
         self.settings, self.vocabulary = settings, vocabulary
+        self.dtype = rows.final.dtype
         self.data = RoundData(rows, base, depth=settings.depth, inner=settings.inner, vocabulary=vocabulary)
         self.generator = torch.Generator().manual_seed(settings.seed)
         torch.manual_seed(settings.seed)
         self.head = new_head(base, vocabulary, settings)
         self.trained = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        )
         self.index = starts(rows, held_out=False)
         held_out = starts(rows, held_out=True)
         self.held_out = held_out[:: math.ceil(len(held_out) / MAX_EVALUATED_ROWS)] if len(held_out) else held_out
@@ -312,14 +329,16 @@ class _Training:
         if not len(self.held_out):
             score = self.best_score
         else:
-            score = tokens_per_cycle(measure_head(working_copy(self.head), self.data, self.held_out, self.vocabulary))
+            score = tokens_per_cycle(measure_head(working_copy(self.head, self.dtype), self.data, self.held_out))
         if score >= self.best_score:
             self.best_score = score
-            self.best = {name: value.detach().clone() for name, value in self.head.state_dict().items() if name != "head"}
+            self.best = {
+                name: value.detach().clone() for name, value in self.head.state_dict().items() if name != "head"
+            }
 
     def best_head(self) -> FusedHead:
         self.head.load_state_dict(self.best, strict=False)
-        return working_copy(self.head)
+        return working_copy(self.head, self.dtype)
 
     def record(self) -> dict[str, Any]:
         return {
@@ -341,12 +360,8 @@ class _Training:
             "generator": self.generator.get_state(),
             "best": self.best,
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
 
     def restore(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)

@@ -1,0 +1,219 @@
+"""The `prepare` and `ramps` parts of the command line."""
+
+import argparse
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from apparate_llm.knobs import OneLineParser, positive
+
+DEFAULT_TIME_BUDGET = "60m"
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def add_prepare(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "prepare",
+        help="make ramps for a model",
+        description="Makes ramps for a model without any data: it writes and answers its own prompts, ramps are trained "
+        "on what it computes meanwhile and calibrated, and their cost is measured on this machine. An interrupted run "
+        "goes on where it stopped when the same command is given again.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", help="model folder (default: the embedded one)")
+    parser.add_argument("--out", type=Path, required=True, help="ramp folder to make, with report.html and report.json")
+    parser.add_argument(
+        "--prompts", type=Path, help="your own prompts, mixed in: JSONL with `turns`, `prompt` or `messages`"
+    )
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--tokens", type=positive, help="answer tokens to synthesise; more are better")
+    amount.add_argument(
+        "--time-budget", type=duration, metavar="TIME", help=f"e.g. 45m, 2h (default: {DEFAULT_TIME_BUDGET})"
+    )
+    parser.add_argument("--depths", default="auto", help="blocks before each ramp, e.g. 0,2,4 (default: auto)")
+    parser.add_argument("--ramp-vocab", type=positive, default=6144, help="tokens a ramp can predict (default: 6144)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
+    parser.set_defaults(run=run_prepare)
+
+
+def add_ramps(subparsers: Any) -> None:
+    parser = subparsers.add_parser("ramps", help="look at ramps")
+    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=OneLineParser)
+    show = kinds.add_parser("show", help="what a ramp folder holds")
+    show.add_argument("folder", type=Path)
+    show.set_defaults(run=run_show)
+    evaluate = kinds.add_parser(
+        "evaluate",
+        help="agreement with the full model on your prompts",
+        description="Lets the model answer the prompts greedily and measures how often each ramp agrees with it.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("folder", type=Path)
+    evaluate.add_argument("--model", help="model folder (default: the embedded one)")
+    evaluate.add_argument(
+        "--prompts", type=Path, required=True, help="JSONL with `turns`, `prompt` or `messages`, and `category`"
+    )
+    evaluate.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: 128)")
+    evaluate.add_argument("--json", type=Path, help="write the results there")
+    evaluate.set_defaults(run=run_evaluate)
+
+
+def duration(text: str) -> float:
+    """Seconds of `90s`, `45m`, `1.5h`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"must be a time such as 90s, 45m or 1.5h, got {text!r}")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def parse_depths(text: str, num_layers: int) -> tuple[int, ...]:
+    from apparate_llm.ramps.prepare.pipeline import automatic_depths
+
+    if text == "auto":
+        return automatic_depths(num_layers)
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) < num_layers for part in parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"--depths must be auto or different numbers from 0 to {num_layers - 1}, got {text!r}")
+    return tuple(sorted(int(part) for part in parts))
+
+
+def model_folder(model: str | None) -> Path:
+    from apparate_llm.default_model import default_model
+    from apparate_llm.serve import resolve_model
+
+    return default_model() if model is None else resolve_model(model)
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """Bad input is found before anything heavy is imported or written."""
+    from apparate_llm.eval.prompts import load_prompts
+    from apparate_llm.launch import reexec_with_libraries
+    from apparate_llm.models.architectures import architecture_of, early_exit_architecture
+    from apparate_llm.ramps.checkpoint import BaseModelInfo
+    from apparate_llm.ramps.prepare.engine import environment
+
+    user_prompts = load_prompts(args.prompts) if args.prompts else []
+    if args.model is not None:
+        from apparate_llm.serve import resolve_model
+
+        early_exit_architecture(architecture_of(resolve_model(args.model)))
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out must be a folder, {args.out} is a file")
+    reexec_with_libraries(environment())
+
+    from apparate_llm.ramps.prepare.pipeline import (
+        Plan,
+        automatic_inner,
+        automatic_intermediate_size,
+        prepare,
+    )
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    model = model_folder(args.model)
+    info = BaseModelInfo.of(model)
+    prepare(
+        Plan(
+            model=model,
+            out=args.out,
+            depths=parse_depths(args.depths, info.num_hidden_layers),
+            inner=automatic_inner(info.num_hidden_layers),
+            tokens=args.tokens,
+            time_budget_s=None if args.tokens else args.time_budget or duration(DEFAULT_TIME_BUDGET),
+            seed=args.seed,
+            ramp_vocab=min(args.ramp_vocab, info.vocab_size),
+            intermediate_size=automatic_intermediate_size(info.hidden_size),
+            user_prompts=user_prompts,
+            enforce_eager=args.enforce_eager,
+        )
+    )
+    return 0
+
+
+def run_show(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from apparate_llm.ramps.checkpoint import WEIGHTS, read_manifest
+
+    manifest = read_manifest(args.folder)
+    console = Console()
+    size = (args.folder / WEIGHTS).stat().st_size
+    base = manifest.base_model
+    console.print(
+        f"{manifest.kind} ramps for {base.architecture}, {base.num_hidden_layers} blocks ({base.fingerprint})"
+    )
+    vocabulary = f"ramp vocabulary {manifest.ramp_vocab} of {base.vocab_size} tokens"
+    console.print(f"{size / 1e6:.1f} MB, {vocabulary}, inner depths {manifest.inner or 'none'}")
+    training = manifest.training
+    if "answer_tokens" in training:
+        console.print(f"trained on {training['answer_tokens']:,} answer tokens; {training['data']}")
+    table = Table("depth", "round 1", "round 2", "round 3", "round 4", "calibration error", title="held-out agreement")
+    for depth in manifest.depths:
+        record = training.get("depths", {}).get(str(depth), {})
+        agreement = [f"{value:.3f}" if value is not None else "-" for value in record.get("held_out_agreement", [])]
+        error = record.get("held_out_calibration_error")
+        name = f"{depth} (default)" if depth == manifest.default_depth else str(depth)
+        table.add_row(name, *(agreement or ["-"] * 4), f"{error:.3f}" if error is not None else "-")
+    console.print(table)
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from apparate_llm.eval.prompts import load_categories, load_prompts
+    from apparate_llm.launch import reexec_with_libraries
+    from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
+    from apparate_llm.ramps.prepare.engine import environment
+
+    prompts, categories = load_prompts(args.prompts), load_categories(args.prompts)
+    manifest = read_manifest(args.folder)
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    reexec_with_libraries(environment())
+
+    from apparate_llm.files import write_atomically
+    from apparate_llm.ramps.evaluate import evaluate
+
+    model = model_folder(args.model)
+    check_fits(manifest, args.folder, fingerprint=BaseModelInfo.of(model).fingerprint)
+    result = evaluate(args.folder, manifest, model, prompts, categories, max_tokens=args.max_tokens)
+    print_evaluation(result)
+    if args.json:
+        document = {"command": " ".join(["apparate-llm", *sys.argv[1:]]), **result.model_dump()}
+        write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        print(f"written: {args.json}", file=sys.stderr)
+    return 0
+
+
+def print_evaluation(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "depth", "category", "round 1", "round 2", "round 3", "round 4", title="Agreement with the full model"
+    )
+
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    for item in result.depths:
+        for name, rounds in item.by_category.items():
+            table.add_row(str(item.depth), name, *(cell(rounds.get(str(number))) for number in range(1, 5)))
+        name = "mean over categories" if item.by_category else "all"
+        table.add_row(
+            str(item.depth),
+            name,
+            *(cell(r.agreement) for r in item.rounds),
+            style="bold",
+            end_section=True,
+        )
+    console = Console()
+    console.print(table)
+    for item in result.depths:
+        gain = f"{item.tokens_per_cycle:.2f} exits per cycle"
+        console.print(f"depth {item.depth}: {gain}, calibration error {item.calibration_error:.3f}")
+    ceiling = ", ".join(f"{name} {value:.2f}" for name, value in result.ceiling.items())
+    console.print(f"{result.prompts} prompts, {result.answer_tokens} answer tokens; ceiling: {ceiling}")

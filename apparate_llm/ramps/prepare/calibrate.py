@@ -1,0 +1,85 @@
+"""Stage calibrate: a ramp's confidence -> probability of agreeing with the full model, per round.
+
+Fitted by Platt scaling on held-out conversations. The reported error is of fits on one half of them, measured on the
+other; the parameters kept are fitted on all.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from apparate_llm.ramps.evaluate import calibration_error, mean
+from apparate_llm.ramps.load import calibrated_all
+from apparate_llm.ramps.prepare.synthesise import KINDS
+
+CURVE_POINTS = 50
+BINS = 15
+
+
+def fit(confidence: torch.Tensor, agrees: torch.Tensor) -> tuple[float, float]:
+    """Platt scaling: (scale, offset) of sigmoid(scale * logit(confidence) + offset), by Newton's method."""
+    with torch.inference_mode(False):
+        x = torch.logit(confidence.double().clone(), eps=1e-6)
+        y = agrees.double().clone()
+        design = torch.stack([x, torch.ones_like(x)], dim=1)
+        weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        for _ in range(50):
+            p = torch.sigmoid(design @ weights)
+            gradient = design.T @ (p - y) + 1e-3 * weights
+            hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-3 * torch.eye(2, dtype=torch.float64)
+            step = torch.linalg.solve(hessian, gradient)
+            weights = weights - step
+            if step.abs().max() < 1e-9:
+                break
+    return float(weights[0]), float(weights[1])
+
+
+def coverage_curve(probability: torch.Tensor, agrees: torch.Tensor) -> list[tuple[float, float]]:
+    """(share of rows that exit, share of all rows that exit wrongly), for falling thresholds."""
+    if not len(probability):
+        return []
+    order = probability.argsort(descending=True)
+    wrong = (~agrees[order]).double().cumsum(0) / len(order)
+    places = np.unique(np.linspace(1, len(order), CURVE_POINTS).astype(int)) - 1
+    return [((place + 1) / len(order), float(wrong[place])) for place in places.tolist()]
+
+
+def reliability(probability: torch.Tensor, agrees: torch.Tensor) -> list[tuple[float, float, int]]:
+    """(mean probability, agreement, rows) of each bin that has rows."""
+    place = (probability * BINS).long().clamp(max=BINS - 1)
+    points = []
+    for number in range(BINS):
+        inside = place == number
+        if inside.any():
+            points.append((float(probability[inside].mean()), float(agrees[inside].double().mean()), int(inside.sum())))
+    return points
+
+
+def calibrate_rounds(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """`tensors`: per round number N, `N.confidence`, `N.agrees`, `N.conversation` and `N.kind`, each [rows]."""
+    num_rounds = len(tensors) // 4
+    calibration, agreement, rows, crossed = [], [], [], []
+    for number in range(num_rounds):
+        confidence, agrees = tensors[f"{number}.confidence"], tensors[f"{number}.agrees"]
+        calibration.append(fit(confidence, agrees))
+        agreement.append(mean(agrees))
+        rows.append(len(agrees))
+        half = tensors[f"{number}.conversation"] % 2 == 0
+        probability = torch.empty(len(agrees), dtype=torch.float64)
+        for fitted, measured in ((half, ~half), (~half, half)):
+            probability[measured] = calibrated_all(confidence[measured], *fit(confidence[fitted], agrees[fitted]))
+        crossed.append((probability, agrees))
+    probability, agrees = (torch.cat(part) for part in zip(*crossed, strict=True))
+    first, kinds = tensors["0.agrees"], tensors["0.kind"]
+    return {
+        "calibration": calibration,
+        "agreement": agreement,
+        "rows": rows,
+        "calibration_error": calibration_error(probability, agrees),
+        "reliability": reliability(probability, agrees),
+        "coverage": coverage_curve(*crossed[0]),
+        "by_kind": {
+            kind: value for number, kind in enumerate(KINDS) if (value := mean(first[kinds == number])) is not None
+        },
+    }

@@ -1,0 +1,57 @@
+"""The folder a preparation works in: every stage leaves its result there, so that a killed run goes on."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from apparate_llm.files import PART, write_atomically
+
+
+class Workspace:
+    """`out/work`. A stage's result is one JSON file that also says what it was made from (`inputs`): it is used again
+    only where those are the same."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out / "work"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def read(self, stage: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The stage's result, None if it is still to be made (again)."""
+        record = self._record(stage)
+        return record["result"] if record is not None and record["inputs"] == _plain(inputs) else None
+
+    def inputs(self, stage: str) -> dict[str, Any] | None:
+        """What the result on disk was made from."""
+        record = self._record(stage)
+        return None if record is None else record["inputs"]
+
+    def write(self, stage: str, inputs: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        write_atomically(self.path(f"{stage}.json"), json.dumps({"inputs": inputs, "result": result}).encode())
+        return result
+
+    def _record(self, stage: str) -> dict[str, Any] | None:
+        path = self.path(f"{stage}.json")
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Raises RuntimeError if another preparation works here."""
+        with self.path("lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f"another preparation is at work in {self.out}") from None
+            for leftover in self.folder.glob(f".*{PART}"):  # of a run that was killed while it wrote
+                leftover.unlink()
+            yield
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(value))
