@@ -9,7 +9,7 @@ from apparate_llm.knobs import OneLineParser
 def build_parser() -> OneLineParser:
     from apparate_llm.doctor import add_doctor
     from apparate_llm.eval.command import add_eval
-    from apparate_llm.ramps.command import add_prepare, add_ramps
+    from apparate_llm.ramps.prepare.command import add_prepare, add_ramps
     from apparate_llm.serve import add_serve
 
     parser = OneLineParser(prog="apparate-llm", description="LLM serving with early exits, on vLLM.")

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
+from apparate_llm.ramps.copying import LONGEST_MATCH
 
 VOCAB_SIZE = 160
 HIDDEN_SIZE = 64
@@ -58,6 +59,8 @@ def _word_tokenizer(vocab_size: int):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##")  # joins words with blanks
+    # As added tokens the words are also found by the tokenizer class that transformers prescribes for a model type.
+    tokenizer.add_tokens(words)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -73,33 +76,45 @@ def build_lens_ramps(folder: Path, model_dir: Path, *, depth: int, confidence_of
 
 
 def build_fused_ramps(folder: Path, model_dir: Path, *, depth: int, seed: int = 0) -> Path:
-    """An untrained fused head: runs every part, agrees by chance."""
+    """An untrained fused head: runs every part, agrees by chance. Its vocabulary leaves some tokens to copies."""
     torch.manual_seed(seed)
     h, m = HIDDEN_SIZE, 96
     shapes = {
-        "norm_hidden": (h,),
-        "norm_state": (h,),
-        "fuse": (h, 2 * h),
-        "norm_mlp": (h,),
+        "enter_weight": (h, 3 * h),
+        "fuse": (h, 3 * h),
+        "match": (LONGEST_MATCH + 1, h),
         "gate_up": (2 * m, h),
         "down": (h, m),
         "norm": (h,),
+        "pointer": (1, h),
     }
     tensors = {f"{depth}.{name}": torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
-    return _save(folder, model_dir, kind="fused", depth=depth, tensors=tensors, offset=0.0, intermediate_size=m)
+    vocabulary = torch.arange(VOCAB_SIZE - 40)
+    return _save(
+        folder,
+        model_dir,
+        kind="fused",
+        depth=depth,
+        tensors={VOCABULARY: vocabulary, **tensors},
+        offset=0.0,
+        intermediate_size=m,
+        inner=[1, 3],
+    )
 
 
-def _save(folder, model_dir, *, kind, depth, tensors, offset, intermediate_size=0) -> Path:
+def _save(folder, model_dir, *, kind, depth, tensors, offset, intermediate_size=0, inner=()) -> Path:
     info = BaseModelInfo.of(model_dir)
+    tensors = {VOCABULARY: torch.arange(info.vocab_size), **tensors}
     save_ramps(
         folder,
-        {VOCABULARY: torch.arange(info.vocab_size), **tensors},
+        tensors,
         kind=kind,
         base_model=info,
         depths=[depth],
         default_depth=depth,
-        ramp_vocab=info.vocab_size,
+        ramp_vocab=len(tensors[VOCABULARY]),
         intermediate_size=intermediate_size,
+        inner=list(inner),
         calibration={depth: [(1.0, offset)]},
     )
     return folder

@@ -64,6 +64,7 @@ class FusedHead(nn.Module):
     """
 
     reads_copies = True
+    dropout = 0.0  # while training only
 
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
@@ -87,9 +88,10 @@ class FusedHead(nn.Module):
     def forward(self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:
         copied = rms_norm(copies.embedding, None, self.eps) * (copies.lengths > 0)[:, None]
         parts = [rms_norm(hidden, None, self.eps), rms_norm(state, None, self.eps), copied.to(state.dtype)]
-        fused = F.linear(torch.cat(parts, dim=-1), self.fuse) + F.embedding(copies.lengths, self.match)
+        read = F.dropout(torch.cat(parts, dim=-1), self.dropout, self.training)
+        fused = F.linear(read, self.fuse) + F.embedding(copies.lengths, self.match)
         gate, up = F.linear(rms_norm(fused, None, self.eps), self.gate_up).chunk(2, dim=-1)
-        state = fused + F.linear(F.silu(gate) * up, self.down)
+        state = fused + F.linear(F.dropout(F.silu(gate) * up, self.dropout, self.training), self.down)
         normed = rms_norm(state, self.norm, self.eps)
         pointed = F.linear(normed, self.pointer).masked_fill(~copies.outside[:, None], float("-inf"))
         return torch.cat([F.linear(normed, self.head), pointed], dim=-1), state

@@ -109,7 +109,7 @@ def load_ramps(
         raise RampError(f"damaged {folder / WEIGHTS}: no tensor {error}") from None
     for name in BASE_WEIGHTS[manifest.kind]:
         values[name] = base_weights["head"][vocabulary] if name == "head" else base_weights[name]
-    head.to(dtype)
+    head.to(dtype).eval()
     for name, parameter in head.named_parameters():
         if values[name].shape != parameter.shape:
             raise RampError(

@@ -1,128 +1,319 @@
-"""Ramp training on a tiny model: rows, losses, calibration and vocabulary behave."""
+"""Ramp training and its surroundings on made-up rows: losses, rounds, calibration, vocabulary, resumption."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
-from apparate_llm.ramps.prepare.collect import collect
-from apparate_llm.ramps.prepare.synthesise import count_tokens, user_turn_affixes
-from apparate_llm.ramps.prepare.train import BaseParts, calibrate, evaluate_head, ramp_vocabulary, starts, train_head
+from apparate_llm.ramps.prepare.calibrate import calibrate_rounds, coverage_curve, fit
+from apparate_llm.ramps.prepare.capture import top_tokens
+from apparate_llm.ramps.prepare.command import duration, parse_depths
+from apparate_llm.ramps.prepare.evaluate import calibration_error, ceiling
+from apparate_llm.ramps.prepare.predict import completion_cost, tpt_ratio
+from apparate_llm.ramps.prepare.rows import HELD_OUT_EVERY, LEAD, TOP, Conversation, load_rows, rows_of, save_rows
+from apparate_llm.ramps.prepare.train import (
+    BaseParts,
+    RoundData,
+    TrainSettings,
+    batch_loss,
+    measure_head,
+    new_head,
+    ramp_vocabulary,
+    starts,
+    train_head,
+)
+from apparate_llm.ramps.prepare.workspace import Workspace
+
+VOCAB, H = 50, 16
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llama):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def conversations(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "conversations.jsonl"
+def base():
     torch.manual_seed(0)
-    lines = []
-    for length in (8, 20, 13, *[16] * 40):
-        prompt = torch.randint(5, 160, (1, length))
-        with torch.inference_mode():
-            full = model.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0)
-        lines.append(json.dumps({"prompt": prompt[0].tolist(), "answer": full[0, length:].tolist()}))
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    embedding = torch.randn(VOCAB, H)
+    return BaseParts(embedding, torch.randn(VOCAB, H), torch.ones(H), 1e-5)
+
+
+def conversation(base, generator):
+    """The next token is a function of the last two: the final state holds the older, the embedding the newer one."""
+    tokens = torch.randint(0, VOCAB, (2,), generator=generator).tolist()
+    while len(tokens) < 24:
+        tokens.append((3 * tokens[-1] + 5 * tokens[-2] + 7) % VOCAB)
+    prompt, answer = tokens[:6], tokens[6:]
+    states = torch.stack([base.embedding[token] for token in tokens[4:-1]])
+    best = torch.tensor([0, *answer])
+    others = torch.arange(1, TOP)
+    top_ids = (best[:, None] + torch.cat([torch.zeros(1), others])) % VOCAB
+    probability = torch.full((len(best), TOP), 0.1 / (TOP - 1))
+    probability[:, 0] = 0.9
+    return Conversation(prompt, answer, {2: states + 1}, states, top_ids, probability.log())
 
 
 @pytest.fixture(scope="module")
-def rows(model, conversations):
-    return collect(model, conversations, depths=(0, 2), skip_prefix=2, max_rows=10**6, batch_tokens=128)
+def conversations(base):
+    generator = torch.Generator().manual_seed(1)
+    return [conversation(base, generator) for _ in range(200)]
 
 
-def test_rows_hold_what_one_conversation_alone_gives(model, conversations, rows):
-    """Batches are padded; no row may show it."""
-    for number, line in enumerate(conversations.read_text().splitlines()[:3]):
-        record = json.loads(line)
-        ids = record["prompt"] + record["answer"]
-        with torch.inference_mode():
-            out = model.model(torch.tensor([ids]), output_hidden_states=True)
-        mine = rows.documents == number
-        assert rows.tokens[mine].tolist() == ids[2:]
-        torch.testing.assert_close(rows.final[mine], out.last_hidden_state[0, 2:], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(rows.hidden[2][mine], out.hidden_states[2][0, 2:], rtol=1e-4, atol=1e-4)
-        # Greedy answers: the best next token of each row before an answer token is that token.
-        first = len(record["prompt"]) - 1 - 2
-        assert rows.top_ids[mine][first:-1, 0].tolist() == record["answer"]
-        assert rows.is_answer[mine].tolist() == [i >= first for i in range(len(ids) - 2)]
+@pytest.fixture(scope="module")
+def rows(conversations):
+    return rows_of(conversations)
 
 
-def test_training_rows_never_span_two_conversations(rows):
-    for held_out in (False, True):
-        index = starts(rows, 3, held_out=held_out)
-        assert len(index)
-        for offset in (-1, 1, 2):
-            assert torch.equal(rows.documents[index + offset], rows.documents[index])
-    kept = set(rows.documents[starts(rows, 3, held_out=False)].tolist())
-    assert kept.isdisjoint(rows.documents[starts(rows, 3, held_out=True)].tolist())
+def settings(**changes):
+    return TrainSettings(**{"depth": 0, "intermediate_size": 32, "batch_rows": 256, "epochs": 30.0, **changes})
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_training_lowers_the_loss_and_learns_its_rows(model, rows, depth):
-    base = BaseParts(
-        embedding=model.get_input_embeddings().weight.detach(),
-        lm_head=model.get_output_embeddings().weight.detach(),
-        norm=model.model.norm.weight.detach(),
-        eps=model.config.rms_norm_eps,
+def test_rows_start_with_the_lead_and_the_prompts_last_token(conversations, rows):
+    first = rows.tokens[rows.conversations == 0].tolist()
+    one = conversations[0]
+    assert first == one.prompt[-2:] + one.answer[:-1]
+    assert rows.answer_index[:3].tolist() == [LEAD, 0, 1]
+    assert rows.top_ids[1 : len(first), 0].tolist() == one.answer
+    assert set(rows.conversations[rows.held_out].tolist()) == set(range(0, 200, HELD_OUT_EVERY))
+
+
+def test_rows_survive_the_disk_and_conversations_are_numbered_on(tmp_path, rows):
+    for name in ("a", "b"):
+        save_rows(tmp_path / name, rows, {"texts": torch.arange(3)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    both = load_rows([tmp_path / "a", tmp_path / "b"], depths=(2,))
+    n = len(rows.tokens)
+    for name in ("tokens", "final", "top_ids", "copied", "held_out"):
+        assert torch.equal(getattr(both, name)[n:], getattr(rows, name))
+    assert torch.equal(both.states[2][:n], rows.states[2])
+    assert torch.equal(both.conversations[n:], rows.conversations + 200)
+    assert load_rows([tmp_path / "a"], depths=()).states == {}
+
+
+def test_training_rows_are_answers_and_never_held_out(rows):
+    train, held_out = starts(rows, held_out=False), starts(rows, held_out=True)
+    assert set(train.tolist()).isdisjoint(held_out.tolist())
+    assert len(train) + len(held_out) == int((rows.answer_index > LEAD).sum())
+    assert not rows.held_out[train].any() and rows.held_out[held_out].all()
+
+
+def test_the_vocabulary_holds_what_the_model_wants_most_in_training_rows(rows):
+    vocabulary = ramp_vocabulary(rows, 20)
+    assert len(vocabulary) == 20 and torch.equal(vocabulary, vocabulary.sort().values)
+    train = starts(rows, held_out=False)
+    wanted = torch.zeros(VOCAB).index_add_(
+        0, rows.top_ids[train].flatten().long(), rows.top_logprobs[train].float().exp().flatten()
     )
-    vocabulary = ramp_vocabulary(rows, 160)
+    assert set(vocabulary.tolist()) == set(wanted.topk(20).indices.tolist())
 
-    def agreement(epochs):
-        head, _ = train_head(
-            rows,
-            base,
-            vocabulary,
-            depth=depth,
-            intermediate_size=96,
-            epochs=epochs,
-            seed=0,
-            time_budget_s=60,
-            batch_rows=128,
-        )
-        seen = rows._replace(documents=rows.documents * 20)  # makes every row held out: this looks at memory
+
+@pytest.mark.parametrize(("depth", "inner"), [(0, ()), (0, (2,)), (2, (2,))])
+def test_training_learns_the_rows_in_every_round(base, rows, depth, inner):
+    vocabulary = ramp_vocabulary(rows, VOCAB)
+    chosen = settings(depth=depth, inner=inner, round_weights=(1.0, 1.0))
+    data = RoundData(rows, base, depth=depth, inner=inner, vocabulary=vocabulary)
+
+    def agreement(head):
         return [
-            a.float().mean().item() for _, a in evaluate_head(head, seen, base, vocabulary, depth=depth, num_rounds=2)
+            float(part.agrees.float().mean())
+            for part in measure_head(head, data, starts(rows, held_out=True), num_rounds=2)
         ]
 
-    before, after = agreement(1.0), agreement(60.0)
-    assert after[0] > before[0] + 0.1
+    before = agreement(new_head(base, vocabulary, chosen))
+    head, record = train_head(rows, base, vocabulary, chosen)
+    after = agreement(head)
+    assert after[0] > before[0] + 0.3 and after[1] > 0.3
+    assert record["steps"] == int(30 * len(starts(rows, held_out=False)) / 256)
 
 
-def test_calibration_recovers_a_known_distortion():
+def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
+    """Against the same loss written out and differentiated by torch."""
+    vocabulary = ramp_vocabulary(rows, 30)  # some targets are outside
+    head = new_head(base, vocabulary, settings())
+    data = RoundData(rows, base, depth=0, inner=(), vocabulary=vocabulary)
+    index = starts(rows, held_out=False)[:64]
+    columns, probability = data.targets(index)
+    hidden, copies = data.inputs(index)
+
+    def reference():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores, _ = head(hidden, data.enter(head, index), copies)
+        logs = scores.float().log_softmax(-1).gather(1, columns)
+        return -(torch.where(probability > 0, logs, 0.0) * probability).sum(-1).mean()
+
+    expected = torch.autograd.grad(reference(), head.fuse)[0]
+    loss = batch_loss(head, data, index, (1.0,))
+    assert loss.item() == pytest.approx(reference().item(), rel=0.02)
+    got = torch.autograd.grad(loss, head.fuse)[0]
+    assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.99
+    assert got.norm() == pytest.approx(expected.norm().item(), rel=0.05)
+
+
+def test_a_token_outside_the_vocabulary_has_a_column_only_where_it_is_copied(base, rows):
+    vocabulary = ramp_vocabulary(rows, 30)
+    data = RoundData(rows, base, depth=0, inner=(), vocabulary=vocabulary)
+    index = starts(rows, held_out=False)
+    tokens = rows.top_ids[index, :1].long()
+    columns = data.columns(index, tokens)[:, 0]
+    inside = torch.isin(tokens[:, 0], vocabulary)
+    copied = (rows.copied[index] == tokens[:, 0]) & (rows.copy_lengths[index] > 0)
+    assert torch.equal(columns == 30, ~inside & copied) and torch.equal(columns == -1, ~inside & ~copied)
+    assert torch.equal(vocabulary[columns[inside]], tokens[inside, 0])
+    assert (~inside & copied).any() and (~inside & ~copied).any()
+
+
+def test_later_rounds_count_only_where_the_earlier_ones_agreed_and_the_text_went_on(base, rows):
+    vocabulary = ramp_vocabulary(rows, VOCAB)
+    data = RoundData(rows, base, depth=0, inner=(), vocabulary=vocabulary)
+    head, _ = train_head(rows, base, vocabulary, settings(epochs=10.0))
+    first, second, *_ = measure_head(head, data, starts(rows, held_out=True))
+    agreed = first.rows[first.agrees]
+    going_on = agreed[rows.conversations[agreed + 1] == rows.conversations[agreed]] + 1
+    assert second.rows.tolist() == going_on.tolist()
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(base, rows, tmp_path, monkeypatch):
+    vocabulary = ramp_vocabulary(rows, VOCAB)
+    whole, _ = train_head(rows, base, vocabulary, settings(epochs=4.0))
+    from apparate_llm.ramps.prepare import train
+
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
+    checkpoint = tmp_path / "train.pt"
+
+    class Killed(Exception):
+        pass
+
+    for stop_at in (0.3, 0.7):
+
+        def kill(done_frac, facts, stop_at=stop_at):
+            if done_frac >= stop_at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train_head(rows, base, vocabulary, settings(epochs=4.0), checkpoint=checkpoint, on_progress=kill)
+    resumed_from: list[float] = []
+    again, _ = train_head(
+        rows,
+        base,
+        vocabulary,
+        settings(epochs=4.0),
+        checkpoint=checkpoint,
+        on_progress=lambda done, facts: resumed_from.append(done),
+    )
+    assert resumed_from[0] > 0.6
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_time_budget_ends_the_training_and_what_was_spent_before_counts(base, rows, tmp_path):
+    vocabulary = ramp_vocabulary(rows, VOCAB)
+    checkpoint = tmp_path / "train.pt"
+    short = settings(epochs=1e6, time_budget_s=0.5)
+    _, record = train_head(rows, base, vocabulary, short, checkpoint=checkpoint)
+    _, again = train_head(rows, base, vocabulary, short, checkpoint=checkpoint)
+    assert again["steps"] == record["steps"]
+
+
+def test_platt_scaling_recovers_a_known_distortion():
     torch.manual_seed(0)
     confidence = torch.rand(20_000).clamp(0.01, 0.99)
     true = torch.sigmoid(0.5 * torch.logit(confidence) - 0.7)
-    scale, offset = calibrate(confidence, torch.rand(20_000) < true)
+    scale, offset = fit(confidence, torch.rand(20_000) < true)
     assert scale == pytest.approx(0.5, abs=0.05) and offset == pytest.approx(-0.7, abs=0.05)
+    assert fit(torch.empty(0), torch.empty(0, dtype=torch.bool)) == (0.0, 0.0)
 
 
-def test_calibration_without_rows_changes_nothing_wild():
-    scale, offset = calibrate(torch.empty(0), torch.empty(0, dtype=torch.bool))
-    assert (scale, offset) == (0.0, 0.0)
+def test_the_calibration_error_is_the_weighted_gap_of_the_bins():
+    confidence = torch.tensor([0.05] * 10 + [0.95] * 30)
+    agrees = torch.tensor([True] * 5 + [False] * 5 + [True] * 30)
+    assert calibration_error(confidence, agrees) == pytest.approx((10 * 0.45 + 30 * 0.05) / 40, abs=1e-6)
+    assert calibration_error(torch.empty(0), torch.empty(0, dtype=torch.bool)) == 0.0
 
 
-def test_the_vocabulary_is_what_the_model_wants_most(rows):
-    vocabulary = ramp_vocabulary(rows, 20)
-    assert len(vocabulary) == 20 and torch.equal(vocabulary, vocabulary.sort().values)
-    wanted = torch.bincount(rows.top_ids[rows.is_answer, 0].long(), minlength=160)
-    assert wanted.argmax() in vocabulary
+def test_calibration_is_checked_on_conversations_it_was_not_fitted_on():
+    """Confidence that means the opposite in the two halves: only the honest error is large."""
+    torch.manual_seed(0)
+    conversation = torch.arange(2000) % 2
+    confidence = torch.where(torch.rand(2000) < 0.5, 0.2, 0.8)
+    agrees = (confidence > 0.5) ^ (conversation == 1)
+    tensors = {
+        "0.confidence": confidence,
+        "0.agrees": agrees,
+        "0.conversation": conversation,
+        "0.kind": torch.zeros(2000, dtype=torch.int8),
+    }
+    result = calibrate_rounds(tensors)
+    assert result["calibration_error"] > 0.7
+    assert result["agreement"] == [pytest.approx(0.5, abs=0.05)] and result["by_kind"] == {
+        "open": result["agreement"][0]
+    }
 
 
-def test_a_half_written_conversation_is_cut_off(tmp_path):
-    path = tmp_path / "c.jsonl"
-    path.write_text('{"answer":[1,2]}\n{"answer":[1,2,3]}\n{"answer":[1,')
-    assert count_tokens(path) == (2, 5)
-    assert path.read_text() == '{"answer":[1,2]}\n{"answer":[1,2,3]}\n'
-    assert count_tokens(tmp_path / "none") == (0, 0)
+def test_the_coverage_curve_counts_from_the_most_confident_row_on():
+    probability = torch.tensor([0.9, 0.1, 0.8, 0.7])
+    agrees = torch.tensor([True, False, False, True])
+    assert coverage_curve(probability, agrees) == [(0.25, 0.0), (0.5, 0.25), (0.75, 0.25), (1.0, 0.5)]
 
 
-def test_the_chat_template_is_split_around_the_users_words(tiny_llama):
-    from transformers import AutoTokenizer
+def test_the_ceiling_is_of_answer_rows_only(rows):
+    facts = ceiling(rows)
+    assert facts["p_over_0.7_frac"] == 1.0 and facts["p_over_0.99_frac"] == 0.0
+    assert facts["mean_best_p"] == pytest.approx(0.9, abs=0.01)
 
-    assert user_turn_affixes(AutoTokenizer.from_pretrained(tiny_llama)) == ("<user> ", " <assistant> ")
+
+@pytest.mark.parametrize("vocab", [20, 500, 1024, 5000])
+def test_top_tokens_are_those_of_a_sort(vocab):
+    torch.manual_seed(vocab)
+    logits = torch.randn(7, vocab)
+    values, ids = top_tokens(logits)
+    expected = logits.log_softmax(-1).topk(TOP)
+    torch.testing.assert_close(values, expected.values)
+    assert torch.equal(ids, expected.indices)
+
+
+def test_the_predicted_ratio_weighs_tokens_against_costs():
+    costs = {"1": 10.0, "2": 10.0, "4": 14.0}
+    assert completion_cost(costs, 3) == 12.0 and completion_cost(costs, 6) == 18.0
+    ratio, exits = tpt_ratio([1.0], costs, {"1": 2.0}, 1)
+    assert (ratio, exits) == (pytest.approx(12 / 10 / 2), 1)
+    assert tpt_ratio([0.05], costs, {"1": 2.0}, 1) == (1.0, 0)
+    assert tpt_ratio([None], costs, {"1": 2.0}, 1) == (1.0, 0)  # no row got to that round
+    disturbed = {**costs, "1": 15.0}
+    assert completion_cost(disturbed, 1) == 10.0 and tpt_ratio([0.05], disturbed, {"1": 2.0}, 1) == (1.0, 0)
+
+
+def test_a_stages_result_counts_only_for_what_it_was_made_from(tmp_path):
+    workspace = Workspace(tmp_path / "out")
+    assert workspace.read("train", {"groups": 1}) is None
+    workspace.write("train", {"groups": 1}, {"loss": 2})
+    assert workspace.read("train", {"groups": 1}) == {"loss": 2}
+    assert workspace.read("train", {"groups": 2}) is None
+
+
+def test_two_preparations_cannot_share_a_folder(tmp_path):
+    with (
+        Workspace(tmp_path).locked(),
+        pytest.raises(RuntimeError, match="another preparation"),
+        Workspace(tmp_path).locked(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), ("1.5h", 5400)])
+def test_durations(text, seconds):
+    assert duration(text) == seconds
+
+
+def test_bad_depths_and_durations_say_what_is_allowed():
+    import argparse
+
+    for text in ("45", "0m", "m", "-1h", "1d"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"90s, 45m or 1\.5h"):
+            duration(text)
+    assert parse_depths("4,0", 24) == (0, 4) and parse_depths("auto", 24) == (0, 2)
+    for text in ("24", "0,0", "a", "", "-1"):
+        with pytest.raises(ValueError, match="numbers from 0 to 23"):
+            parse_depths(text, 24)
+
+
+def test_numbers_in_a_report_are_plain(base, rows):
+    assert json.dumps(ceiling(rows)) and all(math.isfinite(value) for value in ceiling(rows).values())
+    assert isinstance(completion_cost({"1": 1.0, "2": 2.0}, np.float64(1.5)), float)

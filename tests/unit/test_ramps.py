@@ -6,6 +6,7 @@ import torch
 from apparate_llm.ramps.checkpoint import (
     MANIFEST,
     WEIGHTS,
+    HeadShape,
     RampError,
     check_fits,
     choose_depth,
@@ -16,8 +17,8 @@ from apparate_llm.ramps.checkpoint import (
     shipped_folders,
 )
 from apparate_llm.ramps.fingerprint import Fingerprint, fingerprint_of
-from apparate_llm.ramps.heads import HEADS, FusedHead, LensHead
-from apparate_llm.ramps.load import calibrated, load_ramps
+from apparate_llm.ramps.heads import HEADS, Copies, FusedHead, LensHead
+from apparate_llm.ramps.load import Proposals, calibrated, load_ramps
 from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, build_fused_ramps, build_lens_ramps, build_tiny_model
 
 
@@ -33,7 +34,7 @@ def load(folder, depth=2):
 
 def test_heads_are_nan_until_loaded():
     for head_class in HEADS.values():
-        head = head_class(hidden_size=8, ramp_vocab=16, eps=1e-5, intermediate_size=12)
+        head = head_class(HeadShape(hidden_size=8, ramp_vocab=16, eps=1e-5, intermediate_size=12, num_inner=1))
         assert all(torch.isnan(parameter).all() for parameter in head.parameters())
 
 
@@ -43,7 +44,8 @@ def test_a_folder_round_trips(folder):
     for name, parameter in ramps.head.named_parameters():
         if name != "head":
             assert torch.equal(parameter, tensors[f"2.{name}"])
-    prediction = ramps.predict(torch.randn(3, HIDDEN_SIZE), torch.randn(3, HIDDEN_SIZE), round_number=5)
+    proposals = Proposals(torch.tensor([3, 0, 150]), torch.tensor([2, 0, 1]), torch.randn(3, HIDDEN_SIZE))
+    prediction = ramps.predict(torch.randn(3, HIDDEN_SIZE), torch.randn(3, HIDDEN_SIZE), proposals, round_number=5)
     assert prediction.token_ids.shape == (3,) and prediction.state.shape == (3, HIDDEN_SIZE)
     assert all(0.0 < confidence < 1.0 for confidence in prediction.confidences)
 
@@ -60,7 +62,7 @@ def test_a_lens_at_full_depth_is_the_model_itself(tmp_path, tiny_llama):
     folder = build_lens_ramps(tmp_path / "lens", tiny_llama, depth=NUM_LAYERS)
     base = {"norm": model.model.norm.weight.data, "head": model.lm_head.weight.data}
     ramps = load_ramps(folder, read_manifest(folder), depth=NUM_LAYERS, base_weights=base, dtype=torch.float32)
-    prediction = ramps.predict(inner[0][0], inner[0][0], round_number=0)
+    prediction = ramps.predict(inner[0][0], inner[0][0], None, round_number=0)
     assert torch.equal(prediction.token_ids, expected)
 
 
@@ -74,16 +76,60 @@ def test_the_lens_script_makes_a_folder_that_loads(tmp_path, tiny_llama):
         make_lens_ramps(tiny_llama, tmp_path / "lens", depth=NUM_LAYERS, ramp_vocab=100)
 
 
+def random_fused_head(**shape):
+    head = FusedHead(HeadShape(**{"hidden_size": 8, "ramp_vocab": 4, "eps": 1e-5, "intermediate_size": 6, **shape}))
+    for parameter in head.parameters():
+        parameter.data.normal_()
+    return head
+
+
+def no_copies(rows=2):
+    return Copies(torch.zeros(rows, 8), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool))
+
+
 def test_the_lens_hands_its_state_on_and_the_fused_head_makes_one():
     hidden, state = torch.randn(2, 8), torch.randn(2, 8)
-    for head in (
-        LensHead(hidden_size=8, ramp_vocab=4, eps=1e-5),
-        FusedHead(hidden_size=8, ramp_vocab=4, eps=1e-5, intermediate_size=6),
+    lens = LensHead(HeadShape(hidden_size=8, ramp_vocab=4, eps=1e-5))
+    assert torch.equal(lens(hidden, state, None)[1], state) and torch.equal(lens.enter(state, []), state)
+    assert not torch.equal(random_fused_head()(hidden, state, no_copies())[1], state)
+
+
+def test_every_input_of_the_fused_head_counts():
+    head = random_fused_head(num_inner=2)
+    hidden, final, inner = torch.randn(2, 8), torch.randn(2, 8), [torch.randn(2, 8), torch.randn(2, 8)]
+    copies = Copies(torch.randn(2, 8), torch.tensor([1, 3]), torch.tensor([False, True]))
+
+    def scores(hidden=hidden, final=final, inner=inner, copies=copies):
+        return head(hidden, head.enter(final, inner), copies)[0][:, :4]
+
+    for change in (
+        {"hidden": hidden + 1},
+        {"final": final * torch.arange(8)},
+        {"inner": inner[::-1]},
+        {"copies": copies._replace(embedding=copies.embedding.flip(1))},
+        {"copies": copies._replace(lengths=copies.lengths + 1)},
     ):
-        for parameter in head.parameters():
-            parameter.data.normal_()
-        _, out = head(hidden, state)
-        assert torch.equal(out, state) == isinstance(head, LensHead)
+        assert not torch.allclose(scores(), scores(**change))
+    without = copies._replace(lengths=torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(scores(copies=without), scores(copies=without._replace(embedding=torch.randn(2, 8))))
+
+
+def test_the_extra_column_is_open_only_to_copies_outside_the_vocabulary(folder):
+    copies = Copies(torch.randn(2, 8), torch.tensor([1, 1]), torch.tensor([False, True]))
+    scores, _ = random_fused_head()(torch.randn(2, 8), torch.randn(2, 8), copies)
+    assert scores.shape == (2, 5) and torch.isinf(scores[0, 4]) and torch.isfinite(scores[1, 4])
+    ramps = load(folder)
+    ramps.head.pointer.data.zero_()
+    ramps.head.head.data.zero_()
+    ramps.head.head.data[:, 0] = -1.0
+    ramps.head.norm.data.fill_(1.0)
+    hidden, state = torch.randn(64, HIDDEN_SIZE), torch.randn(64, HIDDEN_SIZE)
+    copied = torch.tensor([150, 7] * 32)  # the first is not of the ramp vocabulary
+    ones = torch.ones(64, dtype=torch.int64)
+    tokens = ramps.predict(
+        hidden, state, Proposals(copied, ones, torch.randn(64, HIDDEN_SIZE)), round_number=0
+    ).token_ids
+    assert 150 in tokens[::2] and 150 not in tokens[1::2]
 
 
 def test_calibration_is_platt_scaling_of_the_logit():
@@ -119,6 +165,8 @@ def test_every_flipped_byte_of_the_weights_is_found(folder):
         ({"schema_version": 2}, "schema_version"),
         ({"surprise": 1}, "surprise"),
         ({"calibration": {}}, "no calibration for depth 2"),
+        ({"inner": [3, 1]}, r"inner depths \[3, 1\] \(allowed: rising, 1 to 3\)"),
+        ({"inner": [4]}, "inner depths"),
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused_in_one_line(folder, change, says):
@@ -155,14 +203,14 @@ def test_an_interrupted_save_leaves_the_old_ramps_or_an_error(folder, monkeypatc
     changed = {name: value + 1 if value.is_floating_point() else value for name, value in load_tensors(folder).items()}
     from apparate_llm.ramps import checkpoint
 
-    stock = checkpoint._write_atomically
+    stock = checkpoint.write_atomically
 
     def crash_at_manifest(path, data):
         if path.name == MANIFEST:
             raise KeyboardInterrupt
         stock(path, data)
 
-    monkeypatch.setattr(checkpoint, "_write_atomically", crash_at_manifest)
+    monkeypatch.setattr(checkpoint, "write_atomically", crash_at_manifest)
     with pytest.raises(KeyboardInterrupt):
         save_ramps(folder, changed, **manifest)
     with pytest.raises(RampError, match="damaged"):

@@ -46,11 +46,13 @@ def test_modules_have_no_cycles():
 
 
 def test_arrows_point_down():
-    """core < controller, ramps < models < engine < api, eval, commands."""
-    rank = {"core": 0, "config": 0, "controller": 1, "ramps": 1, "patches": 1, "models": 2, "engine": 3}
+    """core < controller, ramps < models < engine < api, eval, preparation, commands."""
+    rank = {"core": 0, "config": 0, "files": 0, "controller": 1, "ramps": 1, "patches": 1, "models": 2, "engine": 3}
 
     def level(name: str) -> int:
         parts = name.split(".")
+        if parts[1:3] == ["ramps", "prepare"]:
+            return 4
         return rank.get(parts[1], 4) if len(parts) > 1 else 0
 
     for name, path in modules().items():

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from apparate_llm.ramps.evaluate import calibration_error, mean
 from apparate_llm.ramps.load import calibrated_all
+from apparate_llm.ramps.prepare.evaluate import calibration_error, mean
 from apparate_llm.ramps.prepare.synthesise import KINDS
 
 CURVE_POINTS = 50

@@ -1,6 +1,7 @@
 """The vLLM engine that preparation generates with, in this process so that its states can be recorded."""
 
 import gc
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 128
 KV_CACHE_GIB = 2
+ELEMENT_SIZE = 2  # bytes of a state's value: vLLM by itself runs models in bfloat16 or float16
 
 
 def environment() -> dict[str, str]:
@@ -51,7 +53,5 @@ def generation_engine(model: Path, *, seed: int = 0, **settings: Any) -> Iterato
 
 
 def context_length(model: Path) -> int:
-    import json
-
     config = json.loads((model / "config.json").read_text())
     return min(MAX_MODEL_LEN, config.get("max_position_embeddings") or MAX_MODEL_LEN)

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from apparate_llm.files import replacing
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
-from apparate_llm.ramps.evaluate import ceiling
 from apparate_llm.ramps.prepare.calibrate import calibrate_rounds
-from apparate_llm.ramps.prepare.engine import context_length, generation_engine
+from apparate_llm.ramps.prepare.engine import ELEMENT_SIZE, context_length, generation_engine
+from apparate_llm.ramps.prepare.evaluate import ceiling
 from apparate_llm.ramps.prepare.profile import profile
 from apparate_llm.ramps.prepare.report import write_report
 from apparate_llm.ramps.prepare.rows import Rows, bytes_per_row, load_rows
@@ -142,18 +142,19 @@ def disk_bytes(plan: Plan, base: BaseModelInfo, tokens: int) -> int:
         + 3 * base.hidden_size * plan.intermediate_size
     )
     checkpoints = len(plan.depths) * (parameters * 4 * 4 + rows * 8)  # weights, two moments, best; order of the rows
-    return int(rows * bytes_per_row(base.hidden_size, len(plan.states)) + text + checkpoints)
+    row = bytes_per_row(base.hidden_size, len(plan.states), ELEMENT_SIZE)
+    return int(rows * row + text + checkpoints)
 
 
 def _say_needs(run: _Run) -> None:
     plan = run.plan
-    loaded = bytes_per_row(run.base.hidden_size, 1 + len(plan.inner))
+    loaded = bytes_per_row(run.base.hidden_size, 1 + len(plan.inner), ELEMENT_SIZE)
     if plan.tokens is not None:
         tokens, need = plan.tokens, disk_bytes(plan, run.base, plan.tokens)
         memory = min(MAX_ROWS_GIB, tokens * loaded / 2**30)
         run.say(
-            f"{tokens:,} answer tokens need {need / 2**30:.2f} GiB of disk in {plan.out / 'work'} and "
-            f"{memory:.1f} GiB of memory for training rows"
+            f"{tokens:,} answer tokens need {gib(need)} of disk in {plan.out / 'work'} and "
+            f"{gib(memory * 2**30)} of memory for training rows"
         )
         _check_space(plan.out, need)
     else:
@@ -162,6 +163,10 @@ def _say_needs(run: _Run) -> None:
             f"each million answer tokens needs {per_million / 2**30:.1f} GiB of disk in {plan.out / 'work'}; "
             f"training keeps at most {MAX_ROWS_GIB:.0f} GiB of rows in memory"
         )
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _check_space(out: Path, need: int) -> None:
@@ -242,7 +247,8 @@ def group_size(plan: Plan) -> int:
 def _load(run: _Run, groups: int, depths: tuple[int, ...]) -> tuple[Rows, list[str]]:
     """Rows of as many groups as fit in memory, and the kind of each conversation's prompt."""
     files = group_files(run.workspace.folder)[:groups]
-    limit = int(MAX_ROWS_GIB * 2**30 / bytes_per_row(run.base.hidden_size, len(depths)))
+    row = bytes_per_row(run.base.hidden_size, len(depths), ELEMENT_SIZE)
+    limit = int(MAX_ROWS_GIB * 2**30 / row)
     tokens = kept = 0
     for path in files:
         tokens += answer_tokens(path)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ def profile(
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [*command, *(["--eager"] if enforce_eager else [])],
+            stdin=subprocess.PIPE,  # its end tells the child that this process has died
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -73,9 +75,15 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     args = parser.parse_args()
     depths = [int(depth) for depth in args.depths.split(",")]
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     print(json.dumps({"result": _measure(args.model, args.ramps, depths, eager=args.eager)}), flush=True)
     sys.stdout.flush()
     os._exit(0)  # nothing here needs vLLM's tidy end
+
+
+def _die_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _measure(model: Path, ramps: Path, depths: list[int], *, eager: bool) -> dict[str, Any]:

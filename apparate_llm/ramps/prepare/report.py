@@ -85,7 +85,7 @@ def advice(depths: list[dict[str, Any]]) -> dict[str, Any]:
             sentence += f" and {round(100 * (1 - predicted[str(last)]['tpt_ratio']))} % at batch {last}"
         kinds = sorted(best["by_kind"], key=lambda kind: best["by_kind"][kind])
         if len(kinds) > 1:
-            sentence += f"; {KIND_NAMES[kinds[-1]]} gains most, {KIND_NAMES[kinds[0]]} least"
+            sentence += f"; the gain is largest for {KIND_NAMES[kinds[-1]]}, smallest for {KIND_NAMES[kinds[0]]}"
         sentence += "."
     return {"depth": best["depth"], "sentence": sentence}
 

@@ -83,7 +83,7 @@ def join(parts: list[Rows]) -> Rows:
     return Rows(**fields, states=states)
 
 
-def bytes_per_row(hidden_size: int, num_states: int, element_size: int = 2) -> int:
+def bytes_per_row(hidden_size: int, num_states: int, element_size: int) -> int:
     """Of one row on disk and in memory; `num_states` without the final one."""
     return (num_states + 1) * hidden_size * element_size + TOP * (4 + 2) + 4 * 4 + 1
 

@@ -155,7 +155,7 @@ class Synthesiser:
             for _, after in affixes
         ]
         heads = [
-            {"prompt_token_ids": self.tokenizer(before + opening, add_special_tokens=False)["input_ids"]}
+            {"prompt_token_ids": self._head(before + opening)}
             for (before, _), opening in zip(affixes, openings, strict=True)
         ]
         torch.manual_seed(rng.getrandbits(32))
@@ -167,6 +167,12 @@ class Synthesiser:
             if len(text) >= MIN_PROMPT_CHARACTERS:
                 texts.append((kind, before + text + after))
         return texts
+
+    def _head(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids and self.tokenizer.bos_token_id is None:
+            raise ValueError("the model's chat template and tokenizer leave nothing for a prompt to start with")
+        return ids or [self.tokenizer.bos_token_id]
 
     def _affixes(self, rng: random.Random) -> tuple[str, str]:
         if rng.random() < SYSTEM_SHARE:

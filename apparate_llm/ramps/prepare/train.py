@@ -57,6 +57,8 @@ class TrainSettings:
     intermediate_size: int = 1536
     batch_rows: int = 1024
     learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    dropout: float = 0.0
     epochs: float = 5.0
     time_budget_s: float = math.inf
     round_weights: tuple[float, ...] = (1.0, 0.8, 0.6)
@@ -82,7 +84,8 @@ class RoundData:
     def __init__(
         self, rows: Rows, base: BaseParts, *, depth: int, inner: tuple[int, ...], vocabulary: torch.Tensor
     ) -> None:
-        self.rows, self.base, self.depth, self.inner_depths = rows, base, depth, inner
+        self.rows, self.depth, self.inner_depths = rows, depth, inner
+        self.embedding = base.embedding.to(rows.final.dtype)
         self.position = torch.full((base.lm_head.shape[0],), -1, dtype=torch.int64)
         self.position[vocabulary] = torch.arange(len(vocabulary))
         self.vocabulary_size = len(vocabulary)
@@ -95,7 +98,7 @@ class RoundData:
 
     def inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, Copies]:
         """Hidden states and copies of a round in the rows `index`."""
-        rows, embedding = self.rows, self.base.embedding
+        rows, embedding = self.rows, self.embedding
         if self.depth == 0:
             hidden = F.embedding(rows.tokens[index].long(), embedding)
         else:
@@ -133,6 +136,7 @@ def new_head(base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings)
         num_inner=len(settings.inner),
     )
     head = FusedHead(shape)
+    head.dropout = settings.dropout
     with torch.no_grad():
         for name in ("enter_weight", "fuse", "gate_up", "down", "pointer"):
             weight = getattr(head, name)
@@ -232,7 +236,7 @@ def working_copy(head: FusedHead, dtype: torch.dtype) -> FusedHead:
     """The head as it is served: in the base model's dtype."""
     import copy
 
-    return copy.deepcopy(head).requires_grad_(False).to(dtype)
+    return copy.deepcopy(head).requires_grad_(False).eval().to(dtype)
 
 
 def train_head(
@@ -279,7 +283,7 @@ class _Training:
         self.head = new_head(base, vocabulary, settings)
         self.trained = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+            self.trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
         )
         self.index = starts(rows, held_out=False)
         held_out = starts(rows, held_out=True)

@@ -18,9 +18,9 @@ def add_prepare(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "prepare",
         help="make ramps for a model",
-        description="Makes ramps for a model without any data: it writes and answers its own prompts, ramps are trained "
-        "on what it computes meanwhile and calibrated, and their cost is measured on this machine. An interrupted run "
-        "goes on where it stopped when the same command is given again.",
+        description="Makes ramps for a model without any data. The model writes and answers its own prompts; ramps are "
+        "trained on what it computes meanwhile and calibrated, and their cost is measured on this machine. An "
+        "interrupted run goes on where it stopped when the same command is given again.",
         allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", help="model folder (default: the embedded one)")
@@ -175,7 +175,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     reexec_with_libraries(environment())
 
     from apparate_llm.files import write_atomically
-    from apparate_llm.ramps.evaluate import evaluate
+    from apparate_llm.ramps.prepare.evaluate import evaluate
 
     model = model_folder(args.model)
     check_fits(manifest, args.folder, fingerprint=BaseModelInfo.of(model).fingerprint)

@@ -1,0 +1,102 @@
+"""Run by test_prepare.py in a process of its own: prepares tiny models, killing the work at random moments.
+
+    python -m tests.engine.prepare_and_kill KILLS SEED OUT MODEL...
+
+vLLM is imported once; every attempt is a fork. Prints one JSON object per model.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from apparate_llm.ramps.checkpoint import RampError, read_manifest
+from apparate_llm.ramps.prepare.pipeline import Plan, prepare
+
+TOKENS = 1500
+
+
+def plan_for(model: Path, out: Path) -> Plan:
+    return Plan(
+        model=model,
+        out=out,
+        depths=(0, 2),
+        inner=(1, 3),
+        tokens=TOKENS,
+        time_budget_s=None,
+        seed=0,
+        ramp_vocab=120,
+        intermediate_size=96,
+        enforce_eager=True,
+    )
+
+
+def start(plan: Plan) -> int:
+    if (pid := os.fork()) == 0:
+        log = os.open(plan.out.parent / f"{plan.out.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = 1
+        try:
+            prepare(plan)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def finished_work(out: Path) -> dict[str, str]:
+    """Hash of every finished file of the work folder that nothing may change any more."""
+    kept = [*(out / "work").glob("group-*.safetensors"), *(out / "work").glob("head-*.safetensors")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def loads(out: Path) -> bool:
+    try:
+        read_manifest(out)
+    except RampError:
+        return False
+    return True
+
+
+def prepare_with_kills(model: Path, out: Path, kills: int, rng: random.Random) -> dict[str, object]:
+    out.mkdir()
+    killed = 0
+    for _ in range(kills):
+        before = finished_work(out)
+        pid = start(plan_for(model, out))
+        time.sleep(rng.uniform(0.1, 7.0))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        after = finished_work(out)
+        lost = [name for name, digest in before.items() if after.get(name) != digest]
+        assert not lost, f"finished work is gone or changed: {lost}"
+        if loads(out):
+            assert (out / "report.json").is_file(), "ramps were there before the work was done"
+    before = finished_work(out)
+    code = os.waitstatus_to_exitcode(os.waitpid(start(plan_for(model, out)), 0)[1])
+    assert code == 0, (out.parent / f"{out.name}.log").read_text()[-3000:]
+    after = finished_work(out)
+    assert all(after[name] == digest for name, digest in before.items())
+    leftovers = [path.name for path in out.rglob(".*")]
+    return {"model": model.name, "killed": killed, "kept": len(before), "made": len(after), "leftovers": leftovers}
+
+
+def main() -> None:
+    import vllm.v1.engine.llm_engine  # noqa: F401 - once, for all forks
+
+    kills, seed, out, *models = sys.argv[1:]
+    rng = random.Random(int(seed))
+    for model in map(Path, models):
+        print(json.dumps(prepare_with_kills(model, Path(out) / model.name, int(kills), rng)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

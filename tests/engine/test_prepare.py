@@ -1,0 +1,186 @@
+"""`prepare` from end to end on tiny models, and the rows it takes out of vLLM."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from apparate_llm.ramps.checkpoint import read_manifest
+from apparate_llm.ramps.prepare.capture import Capture
+from apparate_llm.ramps.prepare.engine import environment
+from apparate_llm.ramps.prepare.pipeline import disk_bytes
+from apparate_llm.ramps.prepare.rows import rows_of
+from apparate_llm.ramps.prepare.synthesise import generate_rows
+from tests.engine.prepare_and_kill import TOKENS, plan_for
+from tests.harness import Engine, greedy, token_prompts
+from tests.tiny import MODEL_TYPES
+
+KILLS_PER_MODEL = 5
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_models, tmp_path_factory):
+    """Model type -> ramp folder, prepared in spite of kills; and what the runs reported."""
+    out = tmp_path_factory.mktemp("prepared")
+    command = [sys.executable, "-m", "tests.engine.prepare_and_kill", str(KILLS_PER_MODEL), "0", str(out)]
+    command += [str(tiny_models[model_type]) for model_type in MODEL_TYPES]
+    result = subprocess.run(command, env=os.environ | environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return {model_type: out / model_type for model_type in MODEL_TYPES}, reports
+
+
+def test_kills_lose_no_finished_work(prepared):
+    _, reports = prepared
+    assert len(reports) == len(MODEL_TYPES)
+    assert sum(report["killed"] for report in reports) >= 15  # the others had finished before
+    assert sum(report["kept"] for report in reports) > 0
+    assert all(report["made"] >= 3 and not report["leftovers"] for report in reports)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_prepared_ramps_serve_without_changing_a_token(model_type, prepared, tiny_models):
+    folders, _ = prepared
+    prompts = token_prompts(3)
+    with Engine(tiny_models[model_type]) as engine:
+        expected = engine.tokens(prompts, greedy(24))
+    for depth in (0, 2):
+        knobs = {"ramps": str(folders[model_type]), "depth": depth, "hold_threshold": 0.0}
+        with Engine(tiny_models[model_type], knobs) as engine:
+            assert engine.tokens(prompts, greedy(24)) == expected
+            assert engine.counts()["held"] > 20
+
+
+def test_the_report_says_what_the_folder_holds(prepared):
+    folders, _ = prepared
+    for folder in folders.values():
+        manifest, report = read_manifest(folder), json.loads((folder / "report.json").read_text())
+        assert manifest.depths == [0, 2] and manifest.inner == [1, 3]
+        assert manifest.default_depth == report["advice"]["depth"]
+        assert report["answer_tokens"] >= TOKENS
+        for item in report["depths"]:
+            assert [part["round"] for part in item["rounds"]] == [1, 2, 3, 4]
+            assert item["rounds"][0]["rows"] > 0
+            assert set(item["predicted"]) == set(report["profile"]["completion_ms"])
+            assert all(0 < predicted["tpt_ratio"] <= 1 for predicted in item["predicted"].values())
+        page = (folder / "report.html").read_text()
+        assert report["advice"]["sentence"] in page
+        assert "http://" not in page and "https://" not in page
+
+
+def test_disk_use_is_stated_within_a_fifth(prepared, tiny_models):
+    from apparate_llm.ramps.checkpoint import BaseModelInfo
+
+    folders, _ = prepared
+    for model_type in MODEL_TYPES:
+        work, model = folders[model_type] / "work", tiny_models[model_type]
+        used = sum(path.stat().st_size for path in work.iterdir() if path.is_file())
+        tokens = json.loads((work / "rows.json").read_text())["result"]["tokens"]
+        stated = disk_bytes(plan_for(model, folders[model_type]), BaseModelInfo.of(model), tokens)
+        assert stated == pytest.approx(used, rel=0.2), model_type
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}, {"num_gpu_blocks_override": 5}],
+    ids=["plain", "chunks", "preemption"],
+)
+def test_captured_rows_are_what_the_model_computes_for_each_text_alone(settings, tiny_llama):
+    from transformers import AutoModelForCausalLM
+
+    prompts = [prompt["prompt_token_ids"] for prompt in token_prompts(4, length=40)]
+    with Engine(tiny_llama, **settings) as engine:
+        capture = Capture(engine.llm, depths=(2, 3))
+        conversations = generate_rows(engine.llm, capture, prompts, temperature=0.0, max_tokens=24)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    rows = rows_of(conversations)
+    for number, conversation in enumerate(conversations):
+        assert conversation.prompt == prompts[number]
+        text = conversation.prompt + conversation.answer
+        with torch.inference_mode():
+            out = model.model(torch.tensor([text[:-1]]), output_hidden_states=True)
+            logits = model.lm_head(out.last_hidden_state[0]).log_softmax(-1)
+        keep = slice(len(conversation.prompt) - 2, None)
+        mine = rows.conversations == number
+        assert rows.tokens[mine].tolist() == text[keep][:-1]
+        for got, expected in (
+            (rows.final[mine], out.last_hidden_state[0, keep]),
+            (rows.states[2][mine], out.hidden_states[2][0, keep]),
+            (rows.states[3][mine], out.hidden_states[3][0, keep]),
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        best = logits[keep][1:].topk(16)
+        torch.testing.assert_close(rows.top_logprobs[mine][1:].float(), best.values, rtol=2e-2, atol=2e-2)
+        assert rows.top_ids[mine][1:, 0].tolist() == conversation.answer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["/nowhere"], "model folder not found: /nowhere"),
+        (["MODEL", "--time-budget", "0m"], "must be a time such as"),
+        (["MODEL", "--tokens", "-3"], "whole number of at least 1"),
+        (["MODEL", "--depths", "9"], "--depths must be auto or different numbers from 0 to 3, got '9'"),
+        (["MODEL", "--prompts", "/nowhere.jsonl"], "cannot read prompts /nowhere.jsonl"),
+        (["MODEL", "--tokens", "10", "--time-budget", "1m"], "not allowed with"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, says, tiny_llama, tmp_path):
+    out = tmp_path / "out"
+    command = [str(tiny_llama) if part == "MODEL" else part for part in arguments]
+    result = subprocess.run(
+        [sys.executable, "-m", "apparate_llm.cli", "prepare", *command, "--out", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert says in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_other_settings_in_the_same_folder_are_refused(prepared, tiny_llama):
+    folders, _ = prepared
+    from dataclasses import replace
+
+    from apparate_llm.ramps.prepare.pipeline import prepare
+
+    with pytest.raises(ValueError, match=r"holds a preparation with other settings \(seed\)"):
+        prepare(replace(plan_for(tiny_llama, folders["llama"]), seed=7))
+
+
+def test_ramps_show_and_evaluate(prepared, tiny_llama, tmp_path):
+    folders, _ = prepared
+    folder: Path = folders["llama"]
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [
+        {"category": f"kind{i % 2}", "prompt": " ".join(f"w{(7 * i + j) % 150}" for j in range(8))} for i in range(6)
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    cli = [sys.executable, "-m", "apparate_llm.cli", "ramps"]
+    shown = subprocess.run([*cli, "show", str(folder)], capture_output=True, text=True)
+    assert shown.returncode == 0 and "fused ramps for LlamaForCausalLM" in shown.stdout
+    command = [
+        *cli,
+        "evaluate",
+        str(folder),
+        "--model",
+        str(tiny_llama),
+        "--prompts",
+        str(prompts),
+        "--max-tokens",
+        "20",
+    ]
+    done = subprocess.run([*command, "--json", str(tmp_path / "e.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["schema_version"] == 1 and [item["depth"] for item in result["depths"]] == [0, 2]
+    for item in result["depths"]:
+        assert set(item["by_category"]) == {"kind0", "kind1"}
+        first = item["rounds"][0]
+        assert first["rows"] == result["answer_tokens"]
+        assert first["agreement"] == pytest.approx(sum(part["1"] for part in item["by_category"].values()) / 2)
+    assert 0 <= result["ceiling"]["p_over_0.9_frac"] <= 1 and 0 <= result["calibration_error"] <= 1

@@ -1,0 +1,38 @@
+"""The copy feature against its definition."""
+
+import numpy as np
+import pytest
+
+from apparate_llm.ramps.copying import LONGEST_MATCH, copies, copy_of
+
+
+def by_definition(context):
+    """Longest suffix that occurs earlier; of equally long ones the last."""
+    for length in range(min(LONGEST_MATCH, len(context) - 1), 0, -1):
+        for end in range(len(context) - 2, length - 2, -1):
+            if list(context[end - length + 1 : end + 1]) == list(context[-length:]):
+                return int(context[end + 1]), length
+    return 0, 0
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 10, 1000])
+def test_copies_are_what_followed_the_longest_recent_match(vocab):
+    rng = np.random.default_rng(vocab)
+    for _ in range(20):
+        text = rng.integers(0, vocab, size=rng.integers(1, 60)).astype(np.int32)
+        tokens, lengths = copies(text)
+        for i in range(len(text)):
+            expected = by_definition(text[: i + 1])
+            assert copy_of(text[: i + 1]) == expected
+            assert (int(tokens[i]), int(lengths[i])) == expected
+
+
+def test_the_more_recent_of_two_matches_wins_and_a_longer_one_beats_it():
+    assert copy_of(np.array([5, 1, 5, 2, 5])) == (2, 1)
+    assert copy_of(np.array([9, 5, 1, 7, 5, 2, 9, 5])) == (1, 2)
+
+
+def test_nothing_is_copied_out_of_nothing():
+    assert copy_of(np.array([], dtype=np.int32)) == (0, 0)
+    assert copy_of(np.array([4])) == (0, 0)
+    assert copy_of(np.array([1, 2, 3])) == (0, 0)
