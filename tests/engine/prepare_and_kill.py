@@ -69,10 +69,16 @@ def loads(out: Path) -> bool:
 def prepare_with_kills(model: Path, out: Path, kills: int, rng: random.Random) -> dict[str, object]:
     out.mkdir()
     killed = 0
-    for _ in range(kills):
+    for number in range(kills):
         before = finished_work(out)
         pid = start(plan_for(model, out))
-        time.sleep(rng.uniform(0.1, 7.0))
+        if number % 2:  # any moment
+            time.sleep(rng.uniform(0.1, 7.0))
+        else:  # some moment after the next piece of work is finished, on a slow machine too
+            until = time.monotonic() + 60
+            while len(finished_work(out)) <= len(before) and time.monotonic() < until:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0.0, 1.0))
         os.kill(pid, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         after = finished_work(out)

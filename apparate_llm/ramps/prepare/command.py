@@ -34,7 +34,7 @@ def add_prepare(subparsers: Any) -> None:
         "--time-budget", type=duration, metavar="TIME", help=f"e.g. 45m, 2h (default: {DEFAULT_TIME_BUDGET})"
     )
     parser.add_argument("--depths", default="auto", help="blocks before each ramp, e.g. 0,2,4 (default: auto)")
-    parser.add_argument("--ramp-vocab", type=positive, default=6144, help="tokens a ramp can predict (default: 6144)")
+    parser.add_argument("--ramp-vocab", type=positive, default=8192, help="tokens a ramp can predict (default: 8192)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
     parser.set_defaults(run=run_prepare)

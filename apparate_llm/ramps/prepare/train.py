@@ -57,9 +57,9 @@ class TrainSettings:
     intermediate_size: int = 1536
     batch_rows: int = 1024
     learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    dropout: float = 0.0
-    epochs: float = 5.0
+    weight_decay: float = 0.05
+    dropout: float = 0.1
+    epochs: float = 3.0
     time_budget_s: float = math.inf
     round_weights: tuple[float, ...] = (1.0, 0.8, 0.6)
     seed: int = 0
