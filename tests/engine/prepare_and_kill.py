@@ -19,6 +19,7 @@ from apparate_llm.ramps.checkpoint import RampError, read_manifest
 from apparate_llm.ramps.prepare.pipeline import Plan, prepare
 
 TOKENS = 1500
+USER_PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7", "w8 w9 w10 w11 w12"]
 
 
 def plan_for(model: Path, out: Path) -> Plan:
@@ -32,6 +33,7 @@ def plan_for(model: Path, out: Path) -> Plan:
         seed=0,
         ramp_vocab=120,
         intermediate_size=96,
+        user_prompts=[[{"role": "user", "content": text}] for text in USER_PROMPTS],
         enforce_eager=True,
     )
 

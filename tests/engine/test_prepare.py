@@ -14,8 +14,8 @@ from apparate_llm.ramps.prepare.capture import Capture
 from apparate_llm.ramps.prepare.engine import environment
 from apparate_llm.ramps.prepare.pipeline import disk_bytes
 from apparate_llm.ramps.prepare.rows import rows_of
-from apparate_llm.ramps.prepare.synthesise import generate_rows
-from tests.engine.prepare_and_kill import TOKENS, plan_for
+from apparate_llm.ramps.prepare.synthesise import generate_rows, group_files, kinds_of, texts_of
+from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for
 from tests.harness import Engine, greedy, token_prompts
 from tests.tiny import MODEL_TYPES
 
@@ -40,6 +40,22 @@ def test_kills_lose_no_finished_work(prepared):
     assert sum(report["killed"] for report in reports) >= 15  # the others had finished before
     assert sum(report["kept"] for report in reports) > 0
     assert all(report["made"] >= 3 and not report["leftovers"] for report in reports)
+
+
+def test_no_prompt_is_answered_twice_and_the_users_are_among_them(prepared, tiny_models):
+    from transformers import AutoTokenizer
+
+    folders, _ = prepared
+    for model_type, folder in folders.items():
+        tokenizer = AutoTokenizer.from_pretrained(tiny_models[model_type])
+        files = group_files(folder / "work")
+        prompts = [tuple(prompt) for path in files for prompt, _ in texts_of(path)]
+        kinds = [kind for path in files for kind in kinds_of(path)]
+        assert len(set(prompts)) == len(prompts) == len(kinds)
+        mine = [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind == "user"]
+        expected = [tokenizer(f"<user> {text} <assistant> ")["input_ids"] for text in USER_PROMPTS]
+        assert sorted(mine) == sorted(map(tuple, expected))
+        assert "passage" in kinds and "open" in kinds
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

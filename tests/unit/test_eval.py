@@ -132,3 +132,21 @@ def test_an_empty_prompt_file_is_refused(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no prompts in"):
         load_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(("count", "concurrency", "sizes"), [(16, 1, [4, 4, 4, 4]), (16, 16, [16]), (10, 4, [8, 2])])
+def test_blocks_cover_every_prompt_once_under_its_own_number(count, concurrency, sizes):
+    from apparate_llm.eval.quick import blocks
+
+    prompts = [[{"role": "user", "content": str(i)}] for i in range(count)]
+    made = blocks(prompts, concurrency)
+    assert [len(part) for _, part in made] == sizes
+    numbered = [(first + i, prompt) for first, part in made for i, prompt in enumerate(part)]
+    assert numbered == list(enumerate(prompts))
+
+
+def test_a_part_of_the_prompts_keeps_their_numbers(base_url):
+    messages = [[{"role": "user", "content": "steady"}]] * 2
+    call = closed_loop(base_url, "m", messages, concurrency=2, max_tokens=9, on_done=lambda done: None, first_index=4)
+    done, _ = asyncio.run(call)
+    assert sorted(one.prompt_index for one in done) == [4, 5]

@@ -22,12 +22,12 @@ COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.s
 def test_a_command_is_understood_as_it_stands(command):
     args, rest = build_parser().parse_known_args(name_model(shlex.split(command)[1:]))
     assert rest == []
-    if args.command in ("serve", "eval"):
+    if args.command in ("serve", "eval"):  # the others have no knobs
         knobs_from(args)
 
 
 def test_there_are_commands_of_every_kind():
-    assert {command.split()[1] for command in COMMANDS} == {"serve", "doctor", "eval"}
+    assert {command.split()[1] for command in COMMANDS} == {"serve", "doctor", "eval", "prepare", "ramps"}
 
 
 def test_the_vllm_flags_are_those_our_command_uses():

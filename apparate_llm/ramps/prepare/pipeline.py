@@ -44,7 +44,8 @@ GROUP_SIZE = 320  # conversations; what a kill can cost
 MAX_PROMPT_TOKENS = 96
 MAX_ANSWER_TOKENS = 320
 MAX_ROWS_GIB = 6.0  # of training rows in memory; what is more stays unused
-EPOCHS = 3.0  # of the first depth; the others start from it and take half as many
+MOST_EPOCHS, FEWEST_EPOCHS = 3.0, 1.5  # of the first depth; the others start from it and take half as many
+ENOUGH_ROWS = 1_280_000  # seen by then, more epochs overfit few rows and only cost time with many
 SYNTHESIS_SHARE = 0.55  # of the time budget
 TRAINING_SHARE = 0.38
 TYPICAL_ANSWER_TOKENS = 150  # for the estimate of disk use
@@ -244,6 +245,10 @@ def group_size(plan: Plan) -> int:
     return max(8, min(GROUP_SIZE, plan.tokens // (4 * TYPICAL_ANSWER_TOKENS)))
 
 
+def epochs_for(tokens: int) -> float:
+    return round(min(MOST_EPOCHS, max(FEWEST_EPOCHS, ENOUGH_ROWS / tokens)), 2)
+
+
 def _load(run: _Run, groups: int, depths: tuple[int, ...]) -> tuple[Rows, list[str]]:
     """Rows of as many groups as fit in memory, and the kind of each conversation's prompt."""
     files = group_files(run.workspace.folder)[:groups]
@@ -272,7 +277,7 @@ def _train(run: _Run, rows_record: dict[str, Any], depth: int, *, after: int | N
         depth=depth,
         inner=plan.inner,
         intermediate_size=plan.intermediate_size,
-        epochs=EPOCHS * part,
+        epochs=epochs_for(rows_record["tokens"]) * part,
         time_budget_s=share_s,
         seed=plan.seed,
     )

@@ -6,8 +6,10 @@ MAX_EXITS = 4
 
 
 def completion_cost(completion_ms: dict[str, float], rows: float) -> float:
-    """ms of a pass over `rows` rows: between measured batch sizes linear, beyond them by the last slope. More rows never
-    cost less: where a larger batch measured faster, the smaller one was disturbed."""
+    """ms of a pass over `rows` rows: between measured batch sizes linear, beyond them by the last slope.
+
+    More rows never cost less: where a larger batch measured faster, the smaller one was disturbed.
+    """
     sizes = np.array(sorted(map(int, completion_ms)), dtype=float)
     costs = np.array([completion_ms[str(int(size))] for size in sizes])
     costs = np.minimum.accumulate(costs[::-1])[::-1]
