@@ -65,7 +65,7 @@ def calibrate_rounds(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         calibration.append(fit(confidence, agrees))
         agreement.append(mean(agrees))
         rows.append(len(agrees))
-        half = tensors[f"{number}.conversation"] % 2 == 0
+        half = torch.unique(tensors[f"{number}.conversation"], return_inverse=True)[1] % 2 == 0
         probability = torch.empty(len(agrees), dtype=torch.float64)
         for fitted, measured in ((half, ~half), (~half, half)):
             probability[measured] = calibrated_all(confidence[measured], *fit(confidence[fitted], agrees[fitted]))

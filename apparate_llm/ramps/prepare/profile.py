@@ -19,8 +19,9 @@ from typing import Any
 from apparate_llm.launch import server_environment
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-STEPS = 12
-ROUNDS = 12
+STEPS = 24
+ROUNDS = 24
+WARM_UP = 3
 PROMPT_TOKENS = 64
 
 
@@ -35,7 +36,7 @@ def profile(
     """`completion_ms`: batch size -> median ms of an engine step without rounds, one row per request; `round_ms`:
     depth -> batch size -> median ms of one round. Raises RuntimeError if the engine fails."""
     environment = server_environment()
-    for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):  # preparation's own, not the server's
+    for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KMP_BLOCKTIME"):  # preparation's, not a server's
         environment.pop(name, None)
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", __name__, str(model), str(ramps), ",".join(map(str, depths))]
@@ -132,6 +133,9 @@ def _measure(model: Path, ramps: Path, depths: list[int], *, eager: bool) -> dic
 
 
 def _median_ms(work: Callable[[], Any], times: int) -> float:
+    """Of `times` calls, after some that are not counted: the first at a batch size makes its kernels."""
+    for _ in range(WARM_UP):
+        work()
     spent = []
     for _ in range(times):
         began = time.perf_counter()
