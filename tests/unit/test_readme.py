@@ -60,3 +60,13 @@ def test_measured_tables_are_those_of_the_committed_results(name):
     path = Path(__file__).resolve().parents[2] / "docs" / "results" / name
     assert table(path) in README
     assert name in README
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob("ramps-*.json"))
+)
+def test_agreement_in_the_docs_is_that_of_the_committed_results(path):
+    text = (path.parents[1] / "ramps.md").read_text()
+    for item in json.loads(path.read_text())["depths"]:
+        agreement = " | ".join(f"{part['agreement']:.3f}" for part in item["rounds"])
+        assert f"| {item['depth']} | {agreement} | {item['tokens_per_cycle']:.2f} |" in text
