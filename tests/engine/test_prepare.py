@@ -54,8 +54,9 @@ def test_no_prompt_is_answered_twice_and_the_users_are_among_them(prepared, tiny
         assert len(set(prompts)) == len(prompts) == len(kinds)
         mine = [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind == "user"]
         expected = [tokenizer(f"<user> {text} <assistant> ")["input_ids"] for text in USER_PROMPTS]
-        assert sorted(mine) == sorted(map(tuple, expected))
-        assert "passage" in kinds and "open" in kinds
+        # A third of each group of 8 prompts at most; the users' come in their order.
+        assert mine == list(map(tuple, expected))[: 2 * len(files)] and len(mine) >= 2
+        assert {"open", "code"} <= set(kinds)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
