@@ -362,6 +362,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "order": self.order,
             "generator": self.generator.get_state(),
+            "dropout_generator": torch.get_rng_state(),
             "best": self.best,
         }
         with replacing(path) as temporary:
@@ -375,3 +376,4 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.order, self.best = state["order"], state["best"]
         self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["dropout_generator"])
