@@ -105,6 +105,13 @@ def resolve_model(name: str) -> Path:
     return path
 
 
+def model_folder(name: str | Path | None) -> Path:
+    """The folder named, or the embedded default model's."""
+    from apparate_llm.default_model import default_model
+
+    return default_model() if name is None else resolve_model(str(name))
+
+
 def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str) -> None:
     """Find out here, in a second, what would otherwise stop the engine half a minute into its start."""
     from apparate_llm.ramps.fingerprint import fingerprint_of

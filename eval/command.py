@@ -15,7 +15,7 @@ def add_eval(subparsers: Any) -> None:
         "quick",
         help="plain vLLM against early exits, minutes",
         description="Starts plain vLLM and a server with early exits on the same model and compares them over HTTP, "
-        "interleaved (A B A B). Greedy decoding.",
+        "the two taking turns in short blocks of prompts. Greedy decoding.",
         allow_abbrev=False,
     )
     quick.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
@@ -23,7 +23,9 @@ def add_eval(subparsers: Any) -> None:
     quick.add_argument("--num-prompts", type=positive, help="use only the first N prompts")
     quick.add_argument("--concurrency", type=positive_list, default=[1, 4], help="e.g. 1,4 (the default)")
     quick.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: 128)")
-    quick.add_argument("--repeat", type=positive, default=2, help="A B pairs per concurrency (default: 2)")
+    quick.add_argument(
+        "--repeat", type=positive, default=2, help="passes over the prompts per system and concurrency (default: 2)"
+    )
     quick.add_argument("--json", type=Path, help="write the results there")
     quick.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
     quick.add_argument("--start-timeout-s", type=positive, default=900, help="longest wait for a server")

@@ -25,7 +25,7 @@ from rich.table import Table
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.knobs import knobs_from
 from apparate_llm.models.architectures import architecture_of
-from apparate_llm.serve import memory_flags, preflight_ramps
+from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
 
 WARM_UP_PROMPTS = 2
 TABLE_WIDTH = 120
@@ -85,13 +85,6 @@ def quick(args: argparse.Namespace) -> int:
     if failed:
         console.print(f"{failed} requests failed; first error: {first_error(cells)}; server logs in {logs}")
     return 1 if failed else 0
-
-
-def model_folder(model: Path | None) -> Path:
-    from apparate_llm.default_model import default_model
-    from apparate_llm.serve import resolve_model
-
-    return default_model() if model is None else resolve_model(str(model))
 
 
 def name_of(config: EarlyExitConfig) -> str:

@@ -12,7 +12,7 @@ from apparate_llm.controller.budget import AccuracyBudget
 from apparate_llm.controller.policies import Policy
 from apparate_llm.core import ExitCounts, Verb
 from apparate_llm.ramps.copying import copy_of
-from apparate_llm.ramps.load import Proposals, RampSet
+from apparate_llm.ramps.load import Prediction, Proposals, RampSet
 
 
 @dataclass(slots=True)
@@ -71,9 +71,7 @@ class Rounds:
         state = self.ramps.head.enter(final_states[state_rows], [inner[state_rows] for inner in inner_states])
         num_pending = 0
         for number in range(num_rounds):
-            hidden = self._shallow(live, tokens, number)
-            proposals = self._proposals(live) if self.ramps.head.reads_copies else None
-            prediction = self.ramps.predict(hidden, state, proposals, round_number=number)
+            prediction = self.predict(live, tokens, state, number)
             going: list[int] = []
             for i, (row, token, confidence) in enumerate(
                 zip(live, prediction.token_ids.tolist(), prediction.confidences, strict=True)
@@ -100,6 +98,12 @@ class Rounds:
             live = [live[i] for i in going]
             tokens, state = prediction.token_ids[going], prediction.state[going]
         return num_rounds
+
+    def predict(self, live: list[Row], tokens: torch.Tensor, state: torch.Tensor, number: int) -> Prediction:
+        """One round: `tokens` [num_rows] are the rows' newest, `state` [num_rows, hidden_size] the ramp's."""
+        hidden = self._shallow(live, tokens, number)
+        proposals = self._proposals(live) if self.ramps.head.reads_copies else None
+        return self.ramps.predict(hidden, state, proposals, round_number=number)
 
     def _proposals(self, live: list[Row]) -> Proposals:
         """What the copy feature makes of each row's text, its exits included."""

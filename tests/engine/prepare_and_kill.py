@@ -16,7 +16,8 @@ import traceback
 from pathlib import Path
 
 from apparate_llm.ramps.checkpoint import RampError, read_manifest
-from apparate_llm.ramps.prepare.pipeline import Plan, prepare
+from apparate_llm.ramps.prepare.pipeline import prepare
+from apparate_llm.ramps.prepare.plan import Plan
 
 TOKENS = 1500
 USER_PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7", "w8 w9 w10 w11 w12"]

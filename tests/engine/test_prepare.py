@@ -12,7 +12,7 @@ import torch
 from apparate_llm.ramps.checkpoint import read_manifest
 from apparate_llm.ramps.prepare.capture import Capture
 from apparate_llm.ramps.prepare.engine import environment
-from apparate_llm.ramps.prepare.pipeline import disk_bytes
+from apparate_llm.ramps.prepare.plan import disk_bytes
 from apparate_llm.ramps.prepare.rows import rows_of
 from apparate_llm.ramps.prepare.synthesise import generate_rows, group_files, kinds_of, texts_of
 from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for

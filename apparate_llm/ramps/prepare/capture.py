@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from apparate_llm.ramps.prepare.engine import runner_of
 from apparate_llm.ramps.prepare.rows import TOP, Conversation
 
 SEGMENT = 64
@@ -18,7 +19,7 @@ class Capture:
     """
 
     def __init__(self, llm: Any, *, depths: tuple[int, ...]) -> None:
-        self.runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        self.runner = runner_of(llm)
         model = self.runner.model
         num_layers = len(model.model.layers)
         if bad := [depth for depth in depths if not 0 < depth < num_layers]:

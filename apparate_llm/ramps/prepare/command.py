@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def duration(text: str) -> float:
 
 
 def parse_depths(text: str, num_layers: int) -> tuple[int, ...]:
-    from apparate_llm.ramps.prepare.pipeline import automatic_depths
+    from apparate_llm.ramps.prepare.plan import automatic_depths
 
     if text == "auto":
         return automatic_depths(num_layers)
@@ -81,36 +82,24 @@ def parse_depths(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(int(part) for part in parts))
 
 
-def model_folder(model: str | None) -> Path:
-    from apparate_llm.default_model import default_model
-    from apparate_llm.serve import resolve_model
-
-    return default_model() if model is None else resolve_model(model)
-
-
 def run_prepare(args: argparse.Namespace) -> int:
-    """Bad input is found before anything heavy is imported or written."""
+    """Bad input is found before anything is written."""
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.launch import reexec_with_libraries
     from apparate_llm.models.architectures import architecture_of, early_exit_architecture
     from apparate_llm.ramps.checkpoint import BaseModelInfo
     from apparate_llm.ramps.prepare.engine import environment
+    from apparate_llm.serve import model_folder, resolve_model
 
     user_prompts = load_prompts(args.prompts) if args.prompts else []
     if args.model is not None:
-        from apparate_llm.serve import resolve_model
-
         early_exit_architecture(architecture_of(resolve_model(args.model)))
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out must be a folder, {args.out} is a file")
     reexec_with_libraries(environment())
 
-    from apparate_llm.ramps.prepare.pipeline import (
-        Plan,
-        automatic_inner,
-        automatic_intermediate_size,
-        prepare,
-    )
+    from apparate_llm.ramps.prepare.pipeline import prepare
+    from apparate_llm.ramps.prepare.plan import Plan, automatic_inner, automatic_intermediate_size
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model = model_folder(args.model)
@@ -167,6 +156,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from apparate_llm.launch import reexec_with_libraries
     from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
     from apparate_llm.ramps.prepare.engine import environment
+    from apparate_llm.serve import model_folder
 
     prompts, categories = load_prompts(args.prompts), load_categories(args.prompts)
     manifest = read_manifest(args.folder)
@@ -181,8 +171,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
     check_fits(manifest, args.folder, fingerprint=BaseModelInfo.of(model).fingerprint)
     result = evaluate(args.folder, manifest, model, prompts, categories, max_tokens=args.max_tokens)
     print_evaluation(result)
+    if result.prompts < len(prompts):
+        left_out = len(prompts) - result.prompts
+        print(
+            f"{left_out} of {len(prompts)} prompts left out: too long for the context, or not answered", file=sys.stderr
+        )
     if args.json:
-        document = {"command": " ".join(["apparate-llm", *sys.argv[1:]]), **result.model_dump()}
+        document = {"command": shlex.join(["apparate-llm", *sys.argv[1:]]), **result.model_dump()}
         write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
         print(f"written: {args.json}", file=sys.stderr)
     return 0

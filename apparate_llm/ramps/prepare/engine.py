@@ -52,6 +52,11 @@ def generation_engine(model: Path, *, seed: int = 0, **settings: Any) -> Iterato
         cleanup_dist_env_and_memory()
 
 
+def runner_of(llm: Any) -> Any:
+    """vLLM's model runner inside an engine of this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def context_length(model: Path) -> int:
     config = json.loads((model / "config.json").read_text())
     return min(MAX_MODEL_LEN, config.get("max_position_embeddings") or MAX_MODEL_LEN)

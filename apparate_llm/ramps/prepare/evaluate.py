@@ -89,9 +89,7 @@ def pooled_calibration(
     return torch.cat(confidence), torch.cat([measured.agrees for measured in rounds])
 
 
-def evaluate_depth(
-    rows: Rows, base: BaseParts, ramps: RampSet, *, categories: list[str | None]
-) -> tuple[DepthResult, list[Measured]]:
+def evaluate_depth(rows: Rows, base: BaseParts, ramps: RampSet, *, categories: list[str | None]) -> DepthResult:
     """`categories` [number of conversations]: None where the prompt has none."""
     data = RoundData(rows, base, depth=ramps.depth, inner=ramps.inner, vocabulary=ramps.vocabulary)
     index = torch.nonzero(rows.answer_index > LEAD)[:, 0]
@@ -114,7 +112,7 @@ def evaluate_depth(
         tokens_per_cycle=tokens_per_cycle(measured),
         calibration_error=calibration_error(*pooled_calibration(measured, ramps.calibration)),
         by_category=dict(by_category),
-    ), measured
+    )
 
 
 def evaluate(
@@ -143,6 +141,8 @@ def evaluate(
         ]
         longest = llm.llm_engine.model_config.max_model_len - max_tokens
         fitting = [number for number, prompt in enumerate(ids) if 2 <= len(prompt) <= longest]
+        if not fitting:
+            raise ValueError(f"no prompt leaves room for {max_tokens} tokens of answer (at most {longest} tokens fit)")
         answers = generate_rows(
             llm,
             capture,
@@ -160,8 +160,7 @@ def evaluate(
     for depth in manifest.depths:
         weights = {"norm": base.norm, "head": base.lm_head}
         ramps = load_ramps(folder, manifest, depth=depth, base_weights=weights, dtype=dtype)
-        result, _ = evaluate_depth(rows, base, ramps, categories=[categories[number] for number in fitting])
-        results.append(result)
+        results.append(evaluate_depth(rows, base, ramps, categories=[categories[number] for number in fitting]))
     default = next(result for result in results if result.depth == manifest.default_depth)
     return Evaluation(
         model=model.name,

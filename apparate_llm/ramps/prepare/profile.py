@@ -78,7 +78,6 @@ def main() -> None:
     depths = [int(depth) for depth in args.depths.split(",")]
     threading.Thread(target=_die_with_parent, daemon=True).start()
     print(json.dumps({"result": _measure(args.model, args.ramps, depths, eager=args.eager)}), flush=True)
-    sys.stdout.flush()
     os._exit(0)  # nothing here needs vLLM's tidy end
 
 
@@ -93,7 +92,7 @@ def _measure(model: Path, ramps: Path, depths: list[int], *, eager: bool) -> dic
     from apparate_llm.config import parse_config
     from apparate_llm.engine.settings import vllm_settings
     from apparate_llm.models.architectures import architecture_of
-    from apparate_llm.ramps.prepare.engine import context_length
+    from apparate_llm.ramps.prepare.engine import context_length, runner_of
 
     config = parse_config({"ramps": str(ramps), "depth": depths[0]})
     llm = LLM(
@@ -106,7 +105,7 @@ def _measure(model: Path, ramps: Path, depths: list[int], *, eager: bool) -> dic
         enforce_eager=eager,
     )
     engine: Any = llm.llm_engine
-    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = runner_of(llm)
     rounds, runner.rounds = runner.rounds, None
     ramp_sets = _ramp_sets(model, ramps, depths, runner.model_config.dtype)
     completion: dict[str, float] = {}
@@ -179,9 +178,7 @@ def _round(rounds: Any, runner: Any, size: int) -> Callable[[], Any]:
 
     def run() -> None:
         with torch.inference_mode():
-            hidden = rounds._shallow(rows, tokens, 0)
-            proposals = rounds._proposals(rows) if rounds.ramps.head.reads_copies else None
-            rounds.ramps.predict(hidden, state, proposals, round_number=0)
+            rounds.predict(rows, tokens, state, 0)
 
     return run
 

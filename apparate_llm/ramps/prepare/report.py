@@ -3,13 +3,18 @@
 import base64
 import io
 import json
+import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from apparate_llm.files import write_atomically
 from apparate_llm.ramps.checkpoint import BaseModelInfo
+from apparate_llm.ramps.prepare.plan import Made
 from apparate_llm.ramps.prepare.predict import tpt_ratio
 
+COLORS = ("#2a7fde", "#d9822b", "#2e9e5b", "#b04fc9", "#c23b4a")
+GREY = "#808890"
 KIND_NAMES = {"open": "open chat", "code": "code", "passage": "texts to work on", "user": "your prompts"}
 
 
@@ -17,26 +22,18 @@ def write_report(
     out: Path,
     base: BaseModelInfo,
     model_name: str,
-    rows_record: dict[str, Any],
-    trained: dict[int, dict[str, Any]],
-    calibration: dict[int, dict[str, Any]],
+    made: Made,
     profiled: dict[str, Any],
 ) -> dict[str, Any]:
     """Write both files into `out`; returns what report.json holds."""
     depths = []
-    for depth, record in trained.items():
-        item = calibration[depth]
+    for depth, record in made.trained.items():
+        item = made.calibration[depth]
         round_ms = profiled["round_ms"][str(depth)]
-        predicted = {
-            batch: dict(
-                zip(
-                    ("tpt_ratio", "exits"),
-                    tpt_ratio(item["agreement"], profiled["completion_ms"], round_ms, int(batch)),
-                    strict=True,
-                )
-            )
-            for batch in profiled["completion_ms"]
-        }
+        predicted = {}
+        for batch in profiled["completion_ms"]:
+            ratio, exits = tpt_ratio(item["agreement"], profiled["completion_ms"], round_ms, int(batch))
+            predicted[batch] = {"tpt_ratio": ratio, "exits": exits}
         depths.append(
             {
                 "depth": depth,
@@ -58,9 +55,9 @@ def write_report(
         "schema_version": 1,
         "model": model_name,
         "base_model": base.model_dump(),
-        "answer_tokens": rows_record["tokens"],
-        "synthesis_seconds": rows_record["seconds"],
-        "ceiling": next(iter(trained.values()))["ceiling"],
+        "answer_tokens": made.rows["tokens"],
+        "synthesis_seconds": made.rows["seconds"],
+        "ceiling": next(iter(made.trained.values()))["ceiling"],
         "profile": profiled,
         "depths": depths,
         "advice": advice(depths),
@@ -101,84 +98,73 @@ def render(report: dict[str, Any]) -> str:
 
 
 def figures(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """(caption, data URI of an SVG) each; the lines are legible on white and on black."""
+    """(caption, data URI of an SVG) each."""
+    depths = report["depths"]
+    names = [f"depth {item['depth']}" for item in depths]
+    agreement = [[(part["round"], part["agreement"]) for part in item["rounds"]] for item in depths]
+    coverage = [[(100 * wrong, 100 * covered) for covered, wrong in item["coverage"]] for item in depths]
+    reliability = [[point[:2] for point in item["reliability"]] for item in depths]
+    errors = [f"{name}, error {item['calibration_error']:.3f}" for name, item in zip(names, depths, strict=True)]
+    ratios = [[(batch, value["tpt_ratio"]) for batch, value in item["predicted"].items()] for item in depths]
+    diagonal, level = [(0.0, 0.0), (1.0, 1.0)], [(batch, 1.0) for batch in depths[0]["predicted"]]
+    return [
+        _figure("Agreement with the full model, round by round", ("round", "agreement"), names, agreement),
+        _figure(
+            "Tokens that can exit (first round) against tokens that exit wrongly",
+            ("wrong exits, % of all tokens", "exits, % of all tokens"),
+            names,
+            coverage,
+            marker="",
+        ),
+        _figure(
+            "Calibration: what the ramp says against what happens",
+            ("calibrated confidence", "agreement"),
+            errors,
+            reliability,
+            guide=diagonal,
+        ),
+        _figure(
+            "Predicted TPT with exits / without, by batch size",
+            ("requests at once", "ratio"),
+            names,
+            ratios,
+            guide=level,
+        ),
+    ]
+
+
+def _figure(
+    caption: str,
+    axes: tuple[str, str],
+    labels: list[str],
+    lines: list[Any],
+    *,
+    guide: list[Any] | None = None,
+    marker: str = "o",
+) -> tuple[str, str]:
+    """One line of points (x, y) for each label, a dashed `guide` behind them; legible on white and on black."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawn = []
-    colors = ["#2a7fde", "#d9822b", "#2e9e5b", "#b04fc9", "#c23b4a"]
-
-    def figure(caption: str, x_label: str, y_label: str, draw: Any) -> None:
-        with plt.rc_context(_style("#808890")):
-            fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-            draw(ax)
-            ax.set_xlabel(x_label)
-            ax.set_ylabel(y_label)
-            ax.grid(alpha=0.25)
-            ax.spines[["top", "right"]].set_visible(False)
-            if ax.get_legend_handles_labels()[0]:
-                ax.legend(frameon=False)
-            buffer = io.BytesIO()
-            fig.savefig(buffer, format="svg", transparent=True)
-            plt.close(fig)
-        drawn.append((caption, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()))
-
-    def agreement(ax: Any) -> None:
-        for color, item in zip(colors, report["depths"], strict=False):
-            rounds = [part["round"] for part in item["rounds"]]
-            ax.plot(
-                rounds,
-                [part["agreement"] for part in item["rounds"]],
-                "o-",
-                color=color,
-                label=f"depth {item['depth']}",
-            )
-        ax.set_ylim(0, 1)
-        ax.set_xticks(range(1, 5))
-
-    def coverage(ax: Any) -> None:
-        for color, item in zip(colors, report["depths"], strict=False):
-            ax.plot(
-                [100 * wrong for _, wrong in item["coverage"]],
-                [100 * covered for covered, _ in item["coverage"]],
-                color=color,
-                label=f"depth {item['depth']}",
-            )
-        ax.set_xlim(left=0)
-        ax.set_ylim(0, 100)
-
-    def calibration(ax: Any) -> None:
-        ax.plot([0, 1], [0, 1], "--", color="#808890", linewidth=1)
-        for color, item in zip(colors, report["depths"], strict=False):
-            points = item["reliability"]
-            label = f"depth {item['depth']}, error {item['calibration_error']:.3f}"
-            ax.plot([p for p, _, _ in points], [a for _, a, _ in points], "o-", color=color, label=label)
-
-    def ratios(ax: Any) -> None:
-        for color, item in zip(colors, report["depths"], strict=False):
-            batches = list(item["predicted"])
-            ax.plot(
-                batches,
-                [item["predicted"][batch]["tpt_ratio"] for batch in batches],
-                "o-",
-                color=color,
-                label=f"depth {item['depth']}",
-            )
-        ax.axhline(1.0, linestyle="--", color="#808890", linewidth=1)
+    with plt.rc_context(_style(GREY)):
+        fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+        if guide:
+            ax.plot(*zip(*guide, strict=True), "--", color=GREY, linewidth=1)
+        for color, label, points in zip(cycle(COLORS), labels, lines, strict=False):
+            x, y = zip(*points, strict=True) if points else ((), ())
+            ax.plot(x, [math.nan if value is None else value for value in y], marker=marker, color=color, label=label)
+        ax.set_xlabel(axes[0])
+        ax.set_ylabel(axes[1])
         ax.set_ylim(bottom=0)
-
-    figure("Agreement with the full model, round by round", "round", "agreement", agreement)
-    figure(
-        "Tokens that can exit (first round) against tokens that exit wrongly",
-        "wrong exits, % of all tokens",
-        "exits, % of all tokens",
-        coverage,
-    )
-    figure("Calibration: what the ramp says against what happens", "calibrated confidence", "agreement", calibration)
-    figure("Predicted TPT with exits / without, by batch size", "requests at once", "ratio", ratios)
-    return drawn
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False)
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format="svg", transparent=True)
+        plt.close(fig)
+    return caption, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _style(color: str) -> dict[Any, Any]:

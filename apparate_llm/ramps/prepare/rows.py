@@ -85,7 +85,7 @@ def join(parts: list[Rows]) -> Rows:
 
 def bytes_per_row(hidden_size: int, num_states: int, element_size: int) -> int:
     """Of one row on disk and in memory; `num_states` without the final one."""
-    return (num_states + 1) * hidden_size * element_size + TOP * (4 + 2) + 4 * 4 + 1
+    return (num_states + 1) * hidden_size * element_size + TOP * (4 + 2) + 4 * 4 + 2
 
 
 def save_rows(path: Path, rows: Rows, texts: dict[str, torch.Tensor]) -> None:

@@ -1,12 +1,13 @@
 """Stages synthesise and collect: the model writes its own prompts and answers them while its inner states are recorded.
 
-Work goes by groups of conversations. Group g depends on (seed, g) and the groups before it only; its rows are one
-file, so a run that was killed goes on with the first missing group.
+Work goes by groups of conversations. Group g depends on (seed, g), its size and the groups before it only; its rows are
+one file, so a run that was killed goes on with the first missing group.
 """
 
 import math
 import random
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,15 @@ class Synthesiser:
         self.llm = llm
         self.folder = folder
         self.capture = Capture(llm, depths=depths)
-        self.user_prompts = user_prompts
         self.group_size = group_size
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
         self.seed = seed
         self.tokenizer = llm.get_tokenizer()
+        self.user_texts = [
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for messages in user_prompts
+        ]
         self.max_model_len = llm.llm_engine.model_config.max_model_len
         self.seen: set[str] = set()
         self.passages: list[str] = []
@@ -74,7 +78,7 @@ class Synthesiser:
     def write_group(self, number: int, size: int) -> int:
         """Make group `number` of up to `size` conversations and leave it on disk; returns its answer tokens."""
         rng = random.Random(f"{self.seed}/{number}")
-        kinds, prompts = self._prompts(rng, number, size)
+        kinds, prompts = self._prompts(rng, size)
         torch.manual_seed(rng.getrandbits(32))
         temperature = TEMPERATURES[number % len(TEMPERATURES)]
         found = generate_rows(
@@ -111,13 +115,10 @@ class Synthesiser:
 
     # ---- prompts
 
-    def _prompts(self, rng: random.Random, number: int, size: int) -> tuple[list[str], list[list[int]]]:
+    def _prompts(self, rng: random.Random, size: int) -> tuple[list[str], list[list[int]]]:
         """Kinds and token ids of up to `size` different prompts, chat template included."""
-        quota = self._user_quota()
-        texts: list[tuple[str, str]] = []
-        for messages in self.user_prompts[number * quota : (number + 1) * quota]:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            texts.append(("user", text))
+        mine = (("user", text) for text in self.user_texts if self._is_new(text))
+        texts = list(islice(mine, max(1, int(USER_SHARE * size))))
         if self.passages:
             for _ in range(int(PASSAGE_SHARE * (size - len(texts)))):
                 before, after = self._affixes(rng)
@@ -126,23 +127,27 @@ class Synthesiser:
         texts += self._written_prompts(rng, size - len(texts))
         kinds, prompts = [], []
         for kind, text in texts:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            key = self.tokenizer.decode(ids)
-            if key not in self.seen and 2 <= len(ids) <= self.max_model_len - self.max_answer_tokens:
-                self.seen.add(key)
+            if self._is_new(text):
+                ids = self._ids(text)
+                self.seen.add(self.tokenizer.decode(ids))
                 kinds.append(kind)
                 prompts.append(ids)
         return kinds, prompts
 
-    def _user_quota(self) -> int:
-        return max(1, int(USER_SHARE * self.group_size))
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _is_new(self, text: str) -> bool:
+        """Whether a prompt fits in the context and was not answered yet."""
+        ids = self._ids(text)
+        fits = 2 <= len(ids) <= self.max_model_len - self.max_answer_tokens
+        return fits and self.tokenizer.decode(ids) not in self.seen
 
     def _written_prompts(self, rng: random.Random, count: int) -> list[tuple[str, str]]:
         from vllm import SamplingParams
 
         if not count:
             return []
-
         affixes = [self._affixes(rng) for _ in range(count)]
         kinds = ["code" if rng.random() < CODE_SHARE else "open" for _ in range(count)]
         openings = [rng.choice(CODE_OPENINGS if kind == "code" else OPENINGS) for kind in kinds]
@@ -150,7 +155,7 @@ class Synthesiser:
             SamplingParams(
                 temperature=1.0,
                 max_tokens=self.max_prompt_tokens,
-                stop_token_ids=self.tokenizer(after, add_special_tokens=False)["input_ids"][:1],
+                stop_token_ids=self._ids(after)[:1],
             )
             for _, after in affixes
         ]
@@ -169,7 +174,7 @@ class Synthesiser:
         return texts
 
     def _head(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._ids(text)
         if not ids and self.tokenizer.bos_token_id is None:
             raise ValueError("the model's chat template and tokenizer leave nothing for a prompt to start with")
         return ids or [self.tokenizer.bos_token_id]

@@ -5,6 +5,7 @@ after the first run on the head's own output state, as they do when serving; a r
 counts little there, since serving would have stopped.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -40,14 +41,14 @@ class BaseParts(NamedTuple):
     @classmethod
     def of(cls, model_dir: Path) -> "BaseParts":
         """Read the parts from a model folder."""
-        from apparate_llm.ramps.checkpoint import BaseModelInfo
         from apparate_llm.ramps.fingerprint import checkpoint_tensors
 
         wanted = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
         found = {name: tensor for name, tensor in checkpoint_tensors(model_dir) if name in wanted}
         embedding = found["model.embed_tokens.weight"]
         head = found.get("lm_head.weight", embedding)
-        return cls(embedding, head, found["model.norm.weight"], BaseModelInfo.of(model_dir).rms_norm_eps)
+        config = json.loads((model_dir / "config.json").read_text())
+        return cls(embedding, head, found["model.norm.weight"], config["rms_norm_eps"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,7 @@ def train_head(
 
 class _Training:
     def __init__(self, rows: Rows, base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings) -> None:
-        self.settings, self.vocabulary = settings, vocabulary
+        self.settings = settings
         self.dtype = rows.final.dtype
         self.data = RoundData(rows, base, depth=settings.depth, inner=settings.inner, vocabulary=vocabulary)
         self.generator = torch.Generator().manual_seed(settings.seed)

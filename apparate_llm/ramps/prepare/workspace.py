@@ -25,7 +25,11 @@ class Workspace:
     def read(self, stage: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
         """The stage's result, None if it is still to be made (again)."""
         record = self._record(stage)
-        return record["result"] if record is not None and record["inputs"] == _plain(inputs) else None
+        return record["result"] if record is not None and self.made_from(stage, inputs) else None
+
+    def made_from(self, stage: str, inputs: dict[str, Any]) -> bool:
+        """Whether the result on disk was made from just these."""
+        return self.inputs(stage) == json.loads(json.dumps(inputs))
 
     def inputs(self, stage: str) -> dict[str, Any] | None:
         """What the result on disk was made from."""
@@ -51,7 +55,3 @@ class Workspace:
             for leftover in self.folder.glob(f".*{PART}"):  # of a run that was killed while it wrote
                 leftover.unlink()
             yield
-
-
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(value))
