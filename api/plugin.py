@@ -6,6 +6,8 @@ from typing import Any
 from apparate_llm.api.metrics import start_polling
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 
+from apparate_llm.config import config_from_vllm, parse_request_knobs
+
 router = APIRouter(prefix="/early_exit")
 
 
@@ -16,6 +18,17 @@ async def status(request: Request) -> dict[str, Any]:
     if engine is None:
         raise HTTPException(503, "this server runs without early exits (policy off)")
     return (await engine.collective_rpc("early_exit_status"))[0]
+
+
+def check_request_knobs(engine_client: Any) -> None:
+    """Refuse bad early-exit knobs where a request comes in: vLLM answers a ValueError raised here with HTTP 400."""
+    config, generate = config_from_vllm(engine_client.vllm_config), engine_client.generate
+
+    def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        parse_request_knobs(getattr(sampling_params, "extra_args", None), config)
+        return generate(prompt, sampling_params, *args, **kwargs)
+
+    engine_client.generate = checked
 
 
 class StatusPlugin:
@@ -31,4 +44,5 @@ class StatusPlugin:
         has_exits = engine_client is not None and args.worker_cls == WORKER_CLASS
         state.early_exit_engine = engine_client if has_exits else None
         if has_exits:
+            check_request_knobs(engine_client)
             state.early_exit_polling = start_polling(engine_client)  # kept: an unreferenced task may be collected

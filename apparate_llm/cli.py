@@ -10,6 +10,7 @@ def build_parser() -> OneLineParser:
     from apparate_llm.doctor import add_doctor
     from apparate_llm.eval.command import add_eval
     from apparate_llm.ramps.prepare.command import add_prepare, add_ramps
+    from apparate_llm.replay import add_replay
     from apparate_llm.serve import add_serve
 
     parser = OneLineParser(prog="apparate-llm", description="LLM serving with early exits, on vLLM.")
@@ -20,6 +21,7 @@ def build_parser() -> OneLineParser:
     add_eval(subparsers)
     add_prepare(subparsers)
     add_ramps(subparsers)
+    add_replay(subparsers)
     return parser
 
 

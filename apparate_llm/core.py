@@ -1,6 +1,6 @@
 """Shared nouns. Imports nothing of ours and nothing heavy."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import Enum
 
 
@@ -13,12 +13,17 @@ class Verb(Enum):
 
 
 @dataclass(slots=True)
-class Outstanding:
-    """A released exit whose remaining layers have not run yet."""
+class Exit:
+    """A token that a ramp proposed, from its round to its verdict."""
 
     position: int  # index in the request's prompt + output tokens
     token_id: int
     depth: int
+    round_number: int  # counts from 0
+    confidence: float  # the ramp's own, as calibrated when it was prepared
+    greedy: bool = True  # its verdict is the full model's best token; else whether vLLM's sampler keeps it
+    probability: float = 0.0  # of agreeing with its verdict; written by the policy
+    verb: Verb = Verb.STOP  # what became of it; written by the rounds
 
 
 @dataclass(slots=True)
@@ -27,13 +32,17 @@ class ExitCounts:
 
     emitted: int = 0  # output tokens, exits included
     held: int = 0
-    accepted: int = 0  # held exits the full model agreed with
+    accepted: int = 0  # held exits that were emitted
+    accepted_diverged: int = 0  # of these, emitted although the full model disagreed
     released: int = 0
     verified: int = 0  # released exits that have their verdict
-    diverged: int = 0  # verified exits the full model disagreed with
+    released_diverged: int = 0  # verified exits the full model disagreed with
     unverified: int = 0  # released exits whose request ended before their verdict
     completion_passes: int = 0
     rounds: int = 0
+    regret_nats: float = (
+        0.0  # over all divergences: log-probability of the full model's best token less the emitted one's
+    )
     fallbacks: int = 0  # times our layer failed and serving went on without exits
 
     @property
@@ -41,17 +50,15 @@ class ExitCounts:
         return self.released - self.verified - self.unverified
 
     @property
+    def diverged(self) -> int:
+        """Emitted tokens known to differ from their verdict."""
+        return self.released_diverged + self.accepted_diverged
+
+    @property
     def divergence_frac(self) -> float | None:
-        """Share of emitted tokens known to differ from their verdict; None before the first token."""
+        """Share of emitted tokens that diverged; None before the first token."""
         return self.diverged / self.emitted if self.emitted else None
 
     def as_dict(self) -> dict[str, int | float | None]:
-        return {**asdict(self), "outstanding": self.outstanding, "divergence_frac": self.divergence_frac}
-
-
-@dataclass(slots=True)
-class RequestExits:
-    """What the engine remembers of one live request."""
-
-    releasable: bool  # False where the request's contract needs the full model's scores
-    outstanding: list[Outstanding] = field(default_factory=list)
+        derived = ("outstanding", "diverged", "divergence_frac")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}

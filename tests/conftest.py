@@ -9,7 +9,7 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="ERROR",
     HF_HUB_OFFLINE="1",
-    OMP_NUM_THREADS="2",
+    OMP_NUM_THREADS="1",
 )
 
 

@@ -25,10 +25,9 @@ class Engine:
     def __init__(self, model: Path, knobs: dict[str, Any] | None = None, **vllm: Any) -> None:
         from vllm import LLM
 
-        # Small batches are what serving uses exits for; tests of their correctness want them in batches of any size.
-        settings = (
-            {} if knobs is None else vllm_settings(parse_config({"max_rows": 1024, **knobs}), architecture_of(model))
-        )
+        # Fixed thresholds and no limit on the rows: exits whatever they cost, unless a test asks for something else.
+        base = {"policy": "static", "accuracy_bound": 0.0, "max_exits": 3, "max_rows": 1024, "state": "none"}
+        settings = {} if knobs is None else vllm_settings(parse_config({**base, **knobs}), architecture_of(model))
         defaults = {
             "dtype": "float32",
             "enforce_eager": True,

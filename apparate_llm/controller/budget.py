@@ -1,25 +1,105 @@
-"""The accuracy bound as a budget: what may go wrong is paid for before it is emitted."""
+"""The accuracy bound as token buckets: what may go wrong is paid for before it is emitted.
+
+Every emitted token earns `bound`. A released exit costs 1 until its verdict proves it right; the 1 of a divergence,
+and of an exit whose request ended before its verdict, never comes back. A held exit that differs from its verdict may
+be emitted all the same, at the same price. So at every moment, even should all exits without a verdict turn out
+wrong,
+
+    divergences of the server    <=  sum of bound x emitted tokens
+    divergences of one request   <=  its bound x its emitted tokens + REQUEST_ALLOWANCE
+
+With the kind `regret` the price is not 1 but the exit's regret in nats; what is not known yet cannot be paid for, so
+exits are held, not released.
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from apparate_llm.core import ExitCounts
+REQUEST_ALLOWANCE = 1.0  # divergences (or nats) a request may have before it has earned them; 0 where its bound is 0
+HORIZON_TOKENS = 2000  # what the server saves up is capped at what this many tokens earn: no burst after a long calm
+LEAST_CAPACITY = 4.0
+ROUNDING = 1e-6  # of many sums of floats
 
 
 @dataclass(slots=True)
+class Bucket:
+    bound: float  # earned per emitted token
+    balance: float
+    capacity: float
+    earned: float  # in all, whatever the capacity cut off, the initial balance included
+    spent: float = 0.0  # in all, less what came back
+
+    @classmethod
+    def of_server(cls, bound: float) -> "Bucket":
+        return cls(bound, 0.0, max(LEAST_CAPACITY, HORIZON_TOKENS * bound), 0.0)
+
+    @classmethod
+    def of_request(cls, bound: float) -> "Bucket":
+        allowance = REQUEST_ALLOWANCE if bound > 0 else 0.0
+        return cls(bound, allowance, float("inf"), allowance)
+
+    def earn(self, amount: float) -> None:
+        self.earned += amount
+        self.balance = min(self.balance + amount, self.capacity)
+
+    def affords(self, cost: float) -> bool:
+        """The token paid for earns its own share first."""
+        return self.balance + self.bound >= cost - ROUNDING
+
+    def pay(self, cost: float) -> None:
+        self.spent += cost
+        self.balance -= cost
+
+    def take_back(self, cost: float) -> None:
+        self.spent -= cost
+        self.balance = min(self.balance + cost, self.capacity)
+
+    def check_integrity(self) -> None:
+        assert self.spent <= self.earned + ROUNDING * (1 + self.earned), f"budget overspent: {self}"
+
+
 class AccuracyBudget:
-    """Allows a release only if the bound holds even when every exit without a verdict turns out wrong.
+    """The server's bucket, and what is paid from it and from a request's own."""
 
-    Exits whose request ended before their verdict stay counted as wrong for good.
-    """
+    def __init__(self, accuracy_bound: float, kind: Literal["agreement", "regret"] = "agreement") -> None:
+        self.server = Bucket.of_server(accuracy_bound)
+        self.kind = kind
 
-    accuracy_bound: float  # largest share of divergent tokens among emitted ones, in [0, 1)
+    @property
+    def fill_frac(self) -> float:
+        """Share of the server's capacity that is there to be spent, in [0, 1]."""
+        return max(0.0, self.server.balance) / self.server.capacity
 
-    def allows_release(self, counts: ExitCounts, num_pending: int) -> bool:
-        """Whether one more exit may be released, `num_pending` more of this step not being in `counts` yet."""
-        wrong_at_worst = counts.diverged + counts.unverified + counts.outstanding + num_pending + 1
-        return wrong_at_worst <= self.accuracy_bound * (counts.emitted + num_pending + 1)
+    def emit(self, request: Bucket, num_tokens: int) -> None:
+        request.earn(request.bound * num_tokens)
+        self.server.earn(max(self.server.bound, request.bound) * num_tokens)  # a request may be allowed to be looser
 
-    def check_integrity(self, counts: ExitCounts) -> None:
-        wrong_at_worst = counts.diverged + counts.unverified + counts.outstanding
-        allowed = self.accuracy_bound * counts.emitted
-        assert wrong_at_worst <= allowed + 1e-9, f"budget overspent: {wrong_at_worst} > {allowed:.3f} ({counts})"
+    def may_release(self, request: Bucket) -> bool:
+        return self.kind == "agreement" and self._both_afford(request, 1.0)
+
+    def release(self, request: Bucket) -> None:
+        assert self.may_release(request), "released an exit that the budget does not allow"
+        self._pay(request, 1.0)
+
+    def prove_right(self, request: Bucket) -> None:
+        """A released exit's verdict agrees with it."""
+        for bucket in (self.server, request):
+            bucket.take_back(1.0)
+
+    def may_accept(self, request: Bucket, regret_nats: float) -> bool:
+        """Whether a held exit that its verdict differs from may be emitted."""
+        return self._both_afford(request, self._price(regret_nats))
+
+    def accept(self, request: Bucket, regret_nats: float) -> None:
+        assert self.may_accept(request, regret_nats), "accepted a divergence that the budget does not allow"
+        self._pay(request, self._price(regret_nats))
+
+    def _price(self, regret_nats: float) -> float:
+        return 1.0 if self.kind == "agreement" else regret_nats
+
+    def _both_afford(self, request: Bucket, cost: float) -> bool:
+        return request.bound > 0 and request.affords(cost) and self.server.affords(cost)
+
+    def _pay(self, request: Bucket, cost: float) -> None:
+        for bucket in (self.server, request):
+            bucket.pay(cost)

@@ -2,10 +2,17 @@
 
 from dataclasses import dataclass
 
-from apparate_llm.core import Verb
+from apparate_llm.controller.policy import Policy
+from apparate_llm.core import Exit, Verb
 
 
 @dataclass(slots=True, kw_only=True)
-class OffPolicy:
-    def decide(self, confidence: float, may_release: bool) -> Verb:
+class OffPolicy(Policy):
+    depth: int = 0
+    depths: tuple[int, ...] = (0,)
+
+    def start(self, num_requests: int) -> int:
+        return 0
+
+    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
         return Verb.STOP

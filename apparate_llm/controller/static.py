@@ -2,15 +2,25 @@
 
 from dataclasses import dataclass
 
-from apparate_llm.core import Verb
+from apparate_llm.controller.policy import Policy
+from apparate_llm.core import Exit, Verb
 
 
 @dataclass(slots=True, kw_only=True)
-class StaticPolicy:
+class StaticPolicy(Policy):
+    depth: int
+    depths: tuple[int, ...]
     threshold: float
     hold_threshold: float
+    max_exits: int
+    max_rows: int
 
-    def decide(self, confidence: float, may_release: bool) -> Verb:
-        if may_release and confidence >= self.threshold:
+    def start(self, num_requests: int) -> int:
+        """Rounds with which the next completion pass stays within `max_rows`, a row per request and exit."""
+        return max(0, min(self.max_exits, self.max_rows // max(num_requests, 1) - 1))
+
+    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
+        exit_.probability = exit_.confidence
+        if may_release and exit_.confidence >= self.threshold:
             return Verb.RELEASE
-        return Verb.HOLD if confidence >= self.hold_threshold else Verb.STOP
+        return Verb.HOLD if exit_.confidence >= self.hold_threshold else Verb.STOP

@@ -1,6 +1,8 @@
 """Shallow rounds: blocks [0, depth) and the ramp, one row per live request, several times over."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -8,9 +10,9 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from apparate_llm.controller.budget import AccuracyBudget
-from apparate_llm.controller.policies import Policy
-from apparate_llm.core import ExitCounts, Verb
+from apparate_llm.controller.budget import AccuracyBudget, Bucket
+from apparate_llm.controller.policy import Policy
+from apparate_llm.core import Exit, Verb
 from apparate_llm.ramps.copying import copy_of
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
 
@@ -25,10 +27,14 @@ class Row:
     state_row: int  # row of the completion pass that predicted the newest token
     max_released: int  # exits that may still be emitted
     max_held: int  # exits worth checking; a held one past this could not save a step
-    releasable: bool
+    may_release: bool
+    greedy: bool
+    bucket: Bucket
     stop_token_ids: frozenset[int]
-    released: list[int] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)
+    released: list[Exit] = field(default_factory=list)
+    held: list[Exit] = field(default_factory=list)
+    offered: Exit | None = None  # proposed and not taken
+    reach: float = 1.0  # probability that all held exits agree
 
     @property
     def num_exits(self) -> int:
@@ -39,65 +45,87 @@ class Rounds:
     """Runs the rounds of one engine step over a vLLM runner's model and KV cache."""
 
     def __init__(
-        self, runner: Any, *, ramps: RampSet, policy: Policy, budget: AccuracyBudget, max_exits: int, max_rows: int
+        self,
+        runner: Any,
+        *,
+        ramps: dict[int, RampSet],
+        policy: Policy,
+        budget: AccuracyBudget,
+        max_exits: int,
+        share: Callable[[Prediction], Prediction] = lambda prediction: prediction,
     ) -> None:
+        """share: makes the prediction of tensor-parallel rank 0 everybody's."""
         self.runner = runner
-        self.ramps = ramps
+        self.ramp_sets = ramps
         self.policy = policy
         self.budget = budget
         self.max_exits = max_exits
-        self.max_rows = max_rows
+        self.share = share
 
-    def num_rounds(self, num_requests: int) -> int:
-        """Rounds with which the next completion pass stays within `max_rows`, a row per request and exit."""
-        return max(0, min(self.max_exits, self.max_rows // max(num_requests, 1) - 1))
+    @property
+    def ramps(self) -> RampSet:
+        """Of the depth in use."""
+        return self.ramp_sets[self.policy.depth]
 
     def run(
-        self,
-        rows: list[Row],
-        num_rounds: int,
-        final_states: torch.Tensor,
-        inner_states: list[torch.Tensor],
-        counts: ExitCounts,
-    ) -> int:
-        """Fill in `released` and `held` of the rows in up to `num_rounds`; returns the number of rounds run.
+        self, rows: list[Row], num_rounds: int, final_states: torch.Tensor, inner_states: list[torch.Tensor]
+    ) -> list[tuple[int, float]]:
+        """Fill in `released`, `held` and `offered` of the rows in up to `num_rounds`; returns (rows, ms) of each
+        round run.
 
         final_states [num_tokens, hidden_size] are the completion pass's, after the final norm; inner_states, of the
         same shape each, its residual streams at the ramp's inner depths.
         """
+        began = perf_counter()
         live = rows
         tokens = torch.tensor([row.newest_token for row in live])
         state_rows = [row.state_row for row in live]
         state = self.ramps.head.enter(final_states[state_rows], [inner[state_rows] for inner in inner_states])
-        num_pending = 0
+        num_rows = self.runner.input_batch.num_reqs  # of the next completion pass
+        spent: list[tuple[int, float]] = []
         for number in range(num_rounds):
-            prediction = self.predict(live, tokens, state, number)
+            prediction = self.share(self.predict(live, tokens, state, number))
             going: list[int] = []
             for i, (row, token, confidence) in enumerate(
                 zip(live, prediction.token_ids.tolist(), prediction.confidences, strict=True)
             ):
-                may_release = (
-                    row.releasable
-                    and not row.held  # a held exit blocks later releases
-                    and row.num_exits < row.max_released
-                    and self.budget.allows_release(counts, num_pending)
-                )
-                verb = self.policy.decide(confidence, may_release)
-                if verb is Verb.RELEASE:
-                    assert may_release, "the policy released an exit that it may not"
-                    row.released.append(token)
-                    num_pending += 1
-                elif verb is Verb.HOLD and row.num_exits < row.max_held:
-                    row.held.append(token)
-                else:
-                    continue
-                if token not in row.stop_token_ids:
+                taken = self._decide(row, number, token, confidence, num_rows)
+                num_rows += taken
+                if taken and token not in row.stop_token_ids:
                     going.append(i)
-            if not going:
-                return number + 1
+            now = perf_counter()
+            spent.append((len(live), (now - began) * 1e3))
+            began = now
+            reaches = [live[i].reach for i in going]
+            if not going or number + 1 == num_rounds or not self.policy.goes_on(number + 1, reaches, num_rows):
+                break
             live = [live[i] for i in going]
             tokens, state = prediction.token_ids[going], prediction.state[going]
-        return num_rounds
+        return spent
+
+    def _decide(self, row: Row, number: int, token: int, confidence: float, num_rows: int) -> bool:
+        """Whether the row takes this exit."""
+        may_release = (
+            row.may_release
+            and not row.held  # a held exit blocks later releases
+            and row.num_exits < row.max_released
+            and self.budget.may_release(row.bucket)
+        )
+        position = row.newest_position + 1 + number
+        exit_ = Exit(position, token, self.ramps.depth, number, confidence, row.greedy)
+        verb = self.policy.decide(exit_, reach=row.reach, may_release=may_release, num_rows=num_rows)
+        if verb is Verb.RELEASE:
+            assert may_release, "the policy released an exit that it may not"
+            self.budget.release(row.bucket)
+            row.released.append(exit_)
+        elif verb is Verb.HOLD and row.num_exits < row.max_held:
+            row.held.append(exit_)
+            row.reach *= exit_.probability
+        else:
+            row.offered = exit_
+            return False
+        exit_.verb = verb
+        return True
 
     def predict(self, live: list[Row], tokens: torch.Tensor, state: torch.Tensor, number: int) -> Prediction:
         """One round: `tokens` [num_rows] are the rows' newest, `state` [num_rows, hidden_size] the ramp's."""
@@ -110,7 +138,8 @@ class Rounds:
         found = []
         for row in live:
             text = self.runner.input_batch.token_ids_cpu[row.request_index, : row.newest_position + 1]
-            found.append(copy_of(np.append(text, row.released + row.held) if row.num_exits else text))
+            exits = [exit_.token_id for exit_ in (*row.released, *row.held)]
+            found.append(copy_of(np.append(text, exits) if exits else text))
         tokens, lengths = torch.tensor(found).unbind(1)
         return Proposals(tokens, lengths, self.runner.model.model.embed_input_ids(tokens))
 
@@ -159,7 +188,7 @@ class Rounds:
 
     def room(self, request_index: int, newest_position: int) -> int:
         """Rounds whose KV slots (newest_position, newest_position + 1, ...) are allocated already."""
-        if self.ramps.depth == 0:
+        if self.policy.depth == 0:
             return self.max_exits
         slots = min(
             int(table.num_blocks_per_row[request_index]) * table.block_size

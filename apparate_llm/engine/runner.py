@@ -3,20 +3,28 @@
 Adds to one engine step: verdict rows in the completion pass, their comparison, and the rounds after sampling.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from apparate_llm.config import config_from_vllm
-from apparate_llm.controller.budget import AccuracyBudget
-from apparate_llm.controller.policies import POLICIES
-from apparate_llm.core import Outstanding
+from apparate_llm.config import ConfigError, RequestKnobs, config_from_vllm, parse_request_knobs
+from apparate_llm.controller.budget import AccuracyBudget, Bucket
+from apparate_llm.controller.feedback import FeedbackLog
+from apparate_llm.controller.policies import make_policy
+from apparate_llm.controller.state import ControllerState, resolve_path
+from apparate_llm.engine.clock import StepClock
 from apparate_llm.engine.eligibility import is_releasable, stop_token_ids
+from apparate_llm.engine.judge import best_and_regret, judge_held
 from apparate_llm.engine.output import EarlyExitOutput
+from apparate_llm.engine.parallel import share_prediction
 from apparate_llm.engine.rounds import Rounds, Row
-from apparate_llm.engine.verdicts import PendingVerdict, VerdictLedger
+from apparate_llm.engine.shadow import Shadow
+from apparate_llm.engine.verdicts import PendingVerdict, RequestExits, Verdict, VerdictLedger
+from apparate_llm.machine import cache_folder, cpu_name
 from apparate_llm.models.mixin import ramps_of
 
 logger = init_logger("vllm.apparate")
@@ -26,29 +34,64 @@ class EarlyExitRunner(CPUModelRunner):
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.exit_config = config_from_vllm(vllm_config)
-        self.budget = AccuracyBudget(self.exit_config.accuracy_bound)
-        self.ledger = VerdictLedger()
+        self.ledger = VerdictLedger(AccuracyBudget(self.exit_config.accuracy_bound, self.exit_config.bound_kind))
+        self.clock = StepClock(get_tp_group())
         self.rounds: Rounds | None = None  # None: no exits
+        self.controller_state: ControllerState | None = None  # None: nothing is kept
+        self.feedback: FeedbackLog | None = None
         self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
         self._released: dict[str, list[int]] = {}  # exits released in the step under way
+        self._judged: list[Verdict] = []  # on exits, by the step under way
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights)
-        if self.exit_config.policy == "off":
+        config = self.exit_config
+        if config.policy == "off":
             return
-        ramps = ramps_of(self.model)
-        if ramps.inner:
-            self.get_model().set_inner_state_depths(ramps.inner)  # type: ignore[operator]
+        ramps, depth = ramps_of(self.model)
+        inner_depths = set(ramps[depth].inner) | (ramps.keys() - {0} if len(ramps) > 1 else set())
+        if inner_depths:
+            self.get_model().set_inner_state_depths(tuple(sorted(inner_depths)))  # type: ignore[operator]
             self.use_aux_hidden_state_outputs = True
+        num_layers = self.model_config.get_total_num_hidden_layers()
+        policy = make_policy(config, depth=depth, depths=tuple(sorted(ramps)), num_layers=num_layers)
         self.rounds = Rounds(
             self,
             ramps=ramps,
-            policy=POLICIES[self.exit_config.policy](self.exit_config),
-            budget=self.budget,
-            max_exits=min(self.exit_config.max_exits, self.num_spec_tokens),
-            max_rows=self.exit_config.max_rows,
+            policy=policy,
+            budget=self.ledger.budget,
+            max_exits=min(config.max_exits, self.num_spec_tokens),
+            share=lambda prediction: share_prediction(prediction, get_tp_group()),
         )
-        logger.info("Early exits: ramp at depth %d, %s", ramps.depth, self.exit_config)
+        self.shadow = Shadow(self.rounds, tuple(sorted(inner_depths)))
+        is_first_rank = get_tp_group().rank_in_group == 0
+        identity = self._identity(depths=sorted(ramps))
+        path = resolve_path(config.state, identity, cache_folder())
+        if path is not None:
+            self.controller_state = ControllerState(path, identity, writes=is_first_rank)
+            self.controller_state.restore(policy)
+        if config.feedback_log is not None and is_first_rank:
+            self.feedback = FeedbackLog(Path(config.feedback_log), {**identity, "num_layers": num_layers})
+        logger.info("Early exits: ramps at depths %s, beginning with %d, %s", sorted(ramps), depth, config)
+
+    def _identity(self, depths: list[int]) -> dict[str, Any]:
+        """What the controller's experience is worth nothing without."""
+        return {
+            "model": Path(self.model_config.model).name,
+            "ramps": self.get_model().ramps_sha256,
+            "depths": depths,
+            "policy": self.exit_config.policy,
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "ranks": get_tp_group().world_size,
+            "dtype": str(self.dtype),
+            "compiled": not self.model_config.enforce_eager,
+        }
+
+    def shutdown(self) -> None:
+        if self.controller_state is not None and self.rounds is not None:
+            self.controller_state.save(self.rounds.policy)
+        super().shutdown()
 
     # ---- requests come and go
 
@@ -57,19 +100,38 @@ class EarlyExitRunner(CPUModelRunner):
             self.ledger.end_request(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id not in self.ledger.requests and new.sampling_params is not None:
-                self.ledger.add_request(new.req_id, releasable=is_releasable(new.sampling_params))
+                self.ledger.add_request(new.req_id, self._exits_of(new.sampling_params))
         correction = super()._update_states(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:  # the engine idles
+            self.clock.stop()
             self._guarded(self.check_integrity)
         return correction
+
+    def _exits_of(self, params: Any) -> RequestExits:
+        """A bad knob was refused by the API already, where it runs with our plugin; else it falls back to the
+        server's."""
+        config = self.exit_config
+        try:
+            knobs = parse_request_knobs(params.extra_args, config)
+        except ConfigError as error:
+            logger.error("%s; the server's own settings are used", error)
+            knobs = RequestKnobs.model_validate({})
+        bound = config.accuracy_bound if knobs.accuracy_bound is None else knobs.accuracy_bound
+        return RequestExits(
+            releasable=is_releasable(params),
+            greedy=params.temperature == 0.0,
+            takes_exits=bool(knobs.early_exit),
+            bucket=Bucket.of_request(bound),
+            tpt_target_ms=knobs.tpt_target_ms or config.tpt_target_ms,
+        )
 
     # ---- verdicts: extra logits rows, taken off again before vLLM samples
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         logits_indices, spec_metadata, max_sampled = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         self._pending = []
+        batch = self.input_batch
         if self.ledger.counts.outstanding:
-            batch = self.input_batch
             for index, request_id in enumerate(batch.req_ids):
                 self._pending += self.ledger.due(
                     request_id,
@@ -77,6 +139,12 @@ class EarlyExitRunner(CPUModelRunner):
                     num_scheduled=int(num_scheduled_tokens[index]),
                     first_row=int(self.query_start_loc.np[index]),
                 )
+        num_drafts = sum(spec_metadata.num_draft_tokens) if spec_metadata is not None else 0
+        self.clock.scheduled(
+            num_requests=batch.num_reqs,
+            num_rows=int(scheduler_output.total_num_scheduled_tokens),
+            num_decode_rows=batch.num_reqs + num_drafts + len(self._pending),
+        )
         if self._pending:
             rows = torch.tensor([item.row for item in self._pending], dtype=logits_indices.dtype)
             logits_indices = torch.cat([logits_indices, rows.to(logits_indices.device)])
@@ -85,22 +153,44 @@ class EarlyExitRunner(CPUModelRunner):
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
         state = self.execute_model_state
+        self._judged = []
         if state is not None:
             self.ledger.counts.completion_passes += 1
             if self._pending:
-                num_sampling_rows = len(state.logits) - len(self._pending)
-                verdicts = state.logits[num_sampling_rows:].argmax(dim=-1).tolist()
-                self.ledger.record(self._pending, verdicts)
-                self._pending = []
-                self.execute_model_state = state._replace(
-                    logits=state.logits[:num_sampling_rows],
-                    sample_hidden_states=state.sample_hidden_states[:num_sampling_rows],
-                )
+                state = self._record_released(state)
+            self._guarded(lambda: self._judge_held(state))
         self._released = {}
         output = super().sample_tokens(grammar_output)
         if self._released:
             output = EarlyExitOutput.extending(output, self._released)
         return output
+
+    def _record_released(self, state: Any) -> Any:
+        """Record the verdicts on released exits and take their rows off."""
+        num_sampling_rows = len(state.logits) - len(self._pending)
+        token_ids = torch.tensor([item.exit.token_id for item in self._pending])
+        self._judged = self.ledger.record(self._pending, *best_and_regret(state.logits[num_sampling_rows:], token_ids))
+        self._pending = []
+        self.execute_model_state = state._replace(
+            logits=state.logits[:num_sampling_rows],
+            sample_hidden_states=state.sample_hidden_states[:num_sampling_rows],
+        )
+        return self.execute_model_state
+
+    def _judge_held(self, state: Any) -> None:
+        metadata = state.spec_decode_metadata
+        lossless = self.exit_config.accuracy_bound == 0 and not self.exit_config.allow_looser_requests
+        if self.rounds is None or metadata is None or not metadata.max_spec_len or (lossless and self.feedback is None):
+            return  # what is accepted then tells the verdicts, see `_live_rows`
+        now_s = self.clock.now_s
+        self._judged += judge_held(
+            state.logits,
+            metadata,
+            self.input_batch.req_ids,
+            ledger=self.ledger,
+            policy=self.rounds.policy,
+            may_diverge=lambda request_id: self.ledger.requests[request_id].may_diverge(now_s),
+        )
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         # With nothing to check this is plain sampling: cheaper than the rejection sampler, which also fails on top-k
@@ -128,23 +218,59 @@ class EarlyExitRunner(CPUModelRunner):
     ) -> list[list[int]]:
         """vLLM's call for drafts after sampling and bookkeeping: the rounds. Held exits are the drafts."""
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        num_drafts = spec_decode_metadata.num_draft_tokens
-        rows = self._live_rows(sampled_token_ids, num_drafts)
-        num_rounds = self.rounds.num_rounds(self.input_batch.num_reqs) if self.rounds is not None else 0
-        if rows and num_rounds and self.rounds is not None:
-            run = self.rounds.run
-            inner = aux_hidden_states or []
-            done = self._guarded(lambda: run(rows, num_rounds, hidden_states, inner, self.ledger.counts))
-            if done is not None:
-                self.ledger.counts.rounds += done
-                for row in rows:
-                    drafts[row.request_index] = row.held
-                    self._commit_released(row)
+        self.clock.completed()
+        rows = self._live_rows(sampled_token_ids, spec_decode_metadata.num_draft_tokens)
+        if self.rounds is not None:
+            self._guarded(self._learn)
+        if self.rounds is not None and self.rounds.policy.wants_shadow():
+            num_drafts, inner = spec_decode_metadata.num_draft_tokens, aux_hidden_states or []
+            self._guarded(lambda: self.shadow.maybe_run(sampled_token_ids, num_drafts, hidden_states, inner))
+        if self.rounds is not None and rows:
+            self._guarded(lambda: self._run_rounds(rows, hidden_states, aux_hidden_states or []))
+            for row in rows:
+                drafts[row.request_index] = [exit_.token_id for exit_ in row.held]
+                self._commit(row)
+        self.clock.start()
         return drafts
 
+    def _learn(self) -> None:
+        """Tell the policy what the step has shown."""
+        assert self.rounds is not None
+        policy, took = self.rounds.policy, self.clock.last
+        for verdict in self._judged:
+            if verdict.follows_text:
+                policy.verdict(verdict.exit, verdict.agrees)
+        if took is not None:
+            policy.completed(took.num_requests, took.num_rows, took.completion_ms)
+        if self.feedback is not None:
+            self.feedback.completed(took, self._judged)
+        if self.controller_state is not None:
+            self.controller_state.save_now_and_then(policy)
+
+    def _run_rounds(self, rows: list[Row], final: torch.Tensor, inner: list[torch.Tensor]) -> None:
+        assert self.rounds is not None
+        policy = self.rounds.policy
+        num_rounds = min(policy.start(self.input_batch.num_reqs), self.rounds.max_exits)
+        if not num_rounds:
+            return
+        try:
+            spent = self.rounds.run(rows, num_rounds, final, self.shadow.ramp_states(inner))
+        except Exception:
+            for row in rows:
+                for _ in row.released:
+                    self.ledger.budget.prove_right(row.bucket)  # not emitted after all
+                row.released, row.held, row.offered = [], [], None
+            raise
+        self.ledger.counts.rounds += len(spent)
+        for num_rows, ms in self.clock.shared_rounds(spent):
+            policy.round_took(policy.depth, num_rows, ms)
+        if self.feedback is not None:
+            self.feedback.rounds(spent)
+
     def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int]) -> list[Row]:
-        """Count this step's checked tokens; a row for each request that goes on."""
-        counts, batch = self.ledger.counts, self.input_batch
+        """Count this step's checked tokens; a row for each request that goes on and takes exits."""
+        counts, batch, now_s = self.ledger.counts, self.input_batch, self.clock.now_s
+        judged = {verdict.request_id for verdict in self._judged if not verdict.released}
         rows = []
         for index, checked in enumerate(sampled_token_ids):
             if not checked:  # a prompt chunk
@@ -160,47 +286,65 @@ class EarlyExitRunner(CPUModelRunner):
             num_emitted = next((i + 1 for i, token in enumerate(checked) if token in stops), len(checked))
             num_before = len(request.output_token_ids) - len(checked)
             num_left = params.max_tokens - num_before - num_emitted
-            num_context_left = self.max_model_len - int(batch.num_tokens_no_spec[index])
-            counts.emitted += num_emitted + min(num_left, 0)
+            end = int(batch.num_tokens_no_spec[index])
+            num_context_left = self.max_model_len - end
+            exits = self.ledger.requests[request_id]
+            self._judge_by_sampling(request_id, exits, checked, end, 0 if request_id in judged else num_drafts[index])
+            self.ledger.emit(request_id, num_emitted + min(num_left, 0), now_s)
             if num_emitted < len(checked) or checked[-1] in stops or num_left <= 0 or num_context_left <= 0:
                 continue
-            if self.rounds is None:
+            if self.rounds is None or not exits.takes_exits:
                 continue
-            newest_position = int(batch.num_tokens_no_spec[index]) - 1
-            room = min(num_left, num_context_left, self.rounds.room(index, newest_position))
+            room = min(num_left, num_context_left, self.rounds.room(index, end - 1))
             if room <= 0:
                 continue
             rows.append(
                 Row(
                     request_index=index,
                     newest_token=checked[-1],
-                    newest_position=newest_position,
+                    newest_position=end - 1,
                     state_row=int(self.query_start_loc.np[index + 1]) - 1 - (num_drafts[index] - num_accepted),
                     max_released=room,
                     max_held=min(room, num_left - 1, num_context_left - 1),
-                    releasable=self.ledger.requests[request_id].releasable,
+                    may_release=exits.releasable and exits.may_diverge(now_s),
+                    greedy=exits.greedy,
+                    bucket=exits.bucket,
                     stop_token_ids=stops,
                 )
             )
         return rows
 
-    def _commit_released(self, row: Row) -> None:
+    def _judge_by_sampling(
+        self, request_id: str, exits: RequestExits, checked: list[int], end: int, num_drafts: int
+    ) -> None:
+        """Verdicts that the sampled tokens show: on `num_drafts` held exits, and on the one that was not taken."""
+        num_accepted = len(checked) - 1
+        for i, exit_ in enumerate(exits.held[: min(num_drafts, num_accepted + 1)]):
+            self._judged.append(Verdict(request_id, exit_, False, i < num_accepted))
+        offered = exits.offered
+        if offered is not None and end - len(checked) <= offered.position < end:
+            agrees = checked[offered.position - end] == offered.token_id
+            self._judged.append(Verdict(request_id, offered, False, agrees))
+        exits.held, exits.offered = [], None
+
+    def _commit(self, row: Row) -> None:
         """Make released exits ordinary tokens of the request, as vLLM's bookkeeping does with sampled ones."""
-        if not row.released:
-            return
-        assert self.rounds is not None
         batch = self.input_batch
         request_id = batch.req_ids[row.request_index]
+        exits = self.ledger.requests[request_id]
+        exits.held, exits.offered = row.held, row.offered
+        if not row.released:
+            return
         start = int(batch.num_tokens_no_spec[row.request_index])
         end = start + len(row.released)
         assert end <= self.max_model_len, f"released past the context: {end} > {self.max_model_len}"
-        batch.token_ids_cpu[row.request_index, start:end] = row.released
+        tokens = [exit_.token_id for exit_ in row.released]
+        batch.token_ids_cpu[row.request_index, start:end] = tokens
         batch.is_token_ids[row.request_index, start:end] = True
         batch.num_tokens_no_spec[row.request_index] = end
-        self.requests[request_id].output_token_ids.extend(row.released)
-        depth = self.rounds.ramps.depth
-        self.ledger.release(request_id, [Outstanding(start + i, token, depth) for i, token in enumerate(row.released)])
-        self._released[request_id] = row.released
+        self.requests[request_id].output_token_ids.extend(tokens)
+        self.ledger.release(request_id, row.released)
+        self._released[request_id] = tokens
 
     # ---- safety
 
@@ -217,7 +361,6 @@ class EarlyExitRunner(CPUModelRunner):
     def check_integrity(self) -> None:
         """Raise AssertionError if the exits do not add up or KV is counted that was never computed."""
         self.ledger.check_integrity()
-        self.budget.check_integrity(self.ledger.counts)
         for request_id, exits in self.ledger.requests.items():
             request = self.requests[request_id]
             tokens = request.num_tokens

@@ -1,14 +1,49 @@
 """Who owes a verdict, and what the verdicts said. Owned by the runner; one instance per server."""
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from apparate_llm.core import ExitCounts, Outstanding, RequestExits
+from apparate_llm.controller.budget import AccuracyBudget, Bucket
+from apparate_llm.core import Exit, ExitCounts
 
 
 class PendingVerdict(NamedTuple):
     request_id: str
-    exit: Outstanding
+    exit: Exit
     row: int  # row of the completion pass whose logits give the verdict
+
+
+class Verdict(NamedTuple):
+    request_id: str
+    exit: Exit
+    released: bool
+    agrees: bool
+    regret_nats: float | None = None  # None where it was not computed
+    follows_text: bool = True  # False after a rejected exit: a verdict on a text that was never emitted
+
+
+@dataclass(slots=True)
+class RequestExits:
+    """What the engine remembers of one live request."""
+
+    releasable: bool  # False where the request's contract needs the full model's scores
+    bucket: Bucket
+    greedy: bool = True
+    takes_exits: bool = True
+    tpt_target_ms: float | None = None
+    outstanding: list[Exit] = field(default_factory=list)  # released, no verdict yet
+    held: list[Exit] = field(default_factory=list)  # of the last rounds, in order
+    offered: Exit | None = None  # what the ramp proposed next and the policy did not take
+    num_emitted: int = 0
+    first_token_s: float | None = None  # on the monotonic clock, of the step that emitted it
+
+    def may_diverge(self, now_s: float) -> bool:
+        """With a target, only while the request is slower than it."""
+        if self.tpt_target_ms is None:
+            return True
+        if self.first_token_s is None or self.num_emitted < 2:
+            return False
+        return (now_s - self.first_token_s) * 1e3 > self.tpt_target_ms * (self.num_emitted - 1)
 
 
 class VerdictLedger:
@@ -18,12 +53,13 @@ class VerdictLedger:
     whichever pass computes that position: the next step normally, a later one after a preemption or a short chunk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: AccuracyBudget) -> None:
+        self.budget = budget
         self.counts = ExitCounts()
         self.requests: dict[str, RequestExits] = {}
 
-    def add_request(self, request_id: str, *, releasable: bool) -> None:
-        self.requests[request_id] = RequestExits(releasable=releasable)
+    def add_request(self, request_id: str, request: RequestExits) -> None:
+        self.requests[request_id] = request
 
     def end_request(self, request_id: str) -> None:
         """The request finished or was aborted: what is still outstanding stays unverified."""
@@ -31,12 +67,24 @@ class VerdictLedger:
         if request is not None:
             self.counts.unverified += len(request.outstanding)
 
-    def release(self, request_id: str, exits: list[Outstanding]) -> None:
+    def emit(self, request_id: str, num_tokens: int, now_s: float) -> None:
+        """Checked tokens, accepted exits among them, go out."""
+        request = self.requests[request_id]
+        if request.first_token_s is None:
+            request.first_token_s = now_s
+        request.num_emitted += num_tokens
+        self.counts.emitted += num_tokens
+        self.budget.emit(request.bucket, num_tokens)
+
+    def release(self, request_id: str, exits: list[Exit]) -> None:
+        """They go out, too; the budget was paid when the policy said so."""
         request = self.requests[request_id]
         assert request.releasable, f"released an exit of request {request_id}, which takes none"
         request.outstanding.extend(exits)
+        request.num_emitted += len(exits)
         self.counts.released += len(exits)
         self.counts.emitted += len(exits)
+        self.budget.emit(request.bucket, len(exits))
 
     def due(self, request_id: str, *, first_position: int, num_scheduled: int, first_row: int) -> list[PendingVerdict]:
         """Verdicts that a pass over [first_position, first_position + num_scheduled) will give."""
@@ -50,11 +98,27 @@ class VerdictLedger:
                 due.append(PendingVerdict(request_id, exit_, first_row + offset))
         return due
 
-    def record(self, pending: list[PendingVerdict], verdict_token_ids: list[int]) -> None:
-        for item, verdict in zip(pending, verdict_token_ids, strict=True):
-            self.requests[item.request_id].outstanding.remove(item.exit)
+    def record(self, pending: list[PendingVerdict], best: list[int], regrets_nats: list[float]) -> list[Verdict]:
+        """Verdicts on released exits: the full model's best token for each, and how much better it is."""
+        verdicts = []
+        for item, token_id, regret in zip(pending, best, regrets_nats, strict=True):
+            request = self.requests[item.request_id]
+            request.outstanding.remove(item.exit)
+            agrees = token_id == item.exit.token_id
             self.counts.verified += 1
-            self.counts.diverged += verdict != item.exit.token_id
+            if agrees:
+                self.budget.prove_right(request.bucket)
+            else:
+                self.counts.released_diverged += 1
+                self.counts.regret_nats += regret
+            verdicts.append(Verdict(item.request_id, item.exit, True, agrees, regret))
+        return verdicts
+
+    def accept_divergence(self, request_id: str, regret_nats: float) -> None:
+        """A held exit is emitted although its verdict differs; `emit` counts it with the checked tokens."""
+        self.budget.accept(self.requests[request_id].bucket, regret_nats)
+        self.counts.accepted_diverged += 1
+        self.counts.regret_nats += regret_nats
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless all exits add up."""
@@ -62,5 +126,11 @@ class VerdictLedger:
         open_exits = sum(len(request.outstanding) for request in self.requests.values())
         assert counts.outstanding == open_exits, f"{counts.outstanding} exits outstanding, {open_exits} on record"
         assert 0 <= counts.accepted <= counts.held, f"accepted {counts.accepted} of {counts.held} held exits"
-        assert 0 <= counts.diverged <= counts.verified, f"{counts.diverged} of {counts.verified} verdicts diverged"
+        assert 0 <= counts.accepted_diverged <= counts.accepted, f"accepted more divergences than exits: {counts}"
+        assert 0 <= counts.released_diverged <= counts.verified, f"more divergences than verdicts: {counts}"
         assert counts.released + counts.accepted <= counts.emitted, f"more exits than tokens: {counts}"
+        for bucket in (self.budget.server, *(request.bucket for request in self.requests.values())):
+            bucket.check_integrity()
+        if self.budget.kind == "agreement":
+            at_worst = counts.diverged + counts.unverified + counts.outstanding
+            assert abs(self.budget.server.spent - at_worst) < 1e-3, f"paid {self.budget.server.spent} for {at_worst}"

@@ -28,11 +28,14 @@ class EarlyExitWorker(CPUWorker):
     def early_exit_status(self) -> dict[str, Any]:
         """Knobs, depth in use and running totals, as plain values."""
         runner = self.model_runner
+        policy = runner.rounds.policy if runner.rounds else None
         return {
-            "active": runner.rounds is not None,
-            "depth": runner.rounds.ramps.depth if runner.rounds else None,
+            "active": policy is not None,
+            "depth": policy.depth if policy else None,
             "config": runner.exit_config.model_dump(),
             "counts": runner.ledger.counts.as_dict(),
+            "budget_fill_frac": runner.ledger.budget.fill_frac,
+            "controller": policy.status() if policy else {},
         }
 
     def early_exit_check_integrity(self) -> None:

@@ -39,7 +39,9 @@ class EarlyExitMixin(_Base):
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.early_exit_config = config_from_vllm(vllm_config)
-        self.ramps: RampSet | None = None
+        self.ramps = nn.ModuleDict()  # depth, as text -> RampSet
+        self.default_depth: int | None = None  # this and the hash are written by load_weights
+        self.ramps_sha256: str | None = None
         self._dtype = vllm_config.model_config.dtype
 
     def forward_shallow(self, depth: int, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -71,10 +73,15 @@ class EarlyExitMixin(_Base):
         loaded = super().load_weights(watched())
         if self.early_exit_config.policy != "off":
             folder, manifest = self._choose_ramps(fingerprint.hexdigest())
-            depth = choose_depth(manifest, self.early_exit_config.depth)
+            self.default_depth = choose_depth(manifest, self.early_exit_config.depth)
+            depths = manifest.depths if self.early_exit_config.depth == "auto" else [self.default_depth]
+            self.ramps_sha256 = manifest.weights_sha256
             head = next(kept[name] for name in HEAD_WEIGHTS if name in kept)
             base_weights = {"norm": kept[NORM_WEIGHT], "head": head}
-            self.ramps = load_ramps(folder, manifest, depth=depth, base_weights=base_weights, dtype=self._dtype)
+            for depth in depths:
+                self.ramps[str(depth)] = load_ramps(
+                    folder, manifest, depth=depth, base_weights=base_weights, dtype=self._dtype
+                )
             loaded |= {f"ramps.{name}" for name, _ in self.ramps.named_parameters()}
         return loaded
 
@@ -93,9 +100,9 @@ class EarlyExitMixin(_Base):
         return folder, manifest
 
 
-def ramps_of(model: nn.Module) -> RampSet:
-    """The ramps of a loaded model; raises ValueError for a model class without them."""
-    ramps = getattr(model, "ramps", None)
-    if ramps is None:
+def ramps_of(model: nn.Module) -> tuple[dict[int, RampSet], int]:
+    """A loaded model's ramps by depth, and the depth to begin with; raises ValueError for a model class without."""
+    ramps, depth = getattr(model, "ramps", None), getattr(model, "default_depth", None)
+    if not ramps or depth is None:
         raise ValueError(f"{type(model).__name__} has no ramps: give --hf-overrides an EarlyExit architecture")
-    return ramps
+    return {int(name): ramp for name, ramp in ramps.items()}, depth

@@ -122,8 +122,9 @@ def check_fits(manifest: RampManifest, folder: Path, *, fingerprint: str) -> Non
         )
 
 
-def choose_depth(manifest: RampManifest, depth: int | None) -> int:
-    if depth is None:
+def choose_depth(manifest: RampManifest, depth: int | Literal["auto"]) -> int:
+    """The depth to begin with."""
+    if depth == "auto":
         return manifest.default_depth
     if depth not in manifest.depths:
         raise RampError(f"no ramp at depth {depth} (allowed: {', '.join(map(str, manifest.depths))})")

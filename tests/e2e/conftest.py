@@ -62,7 +62,7 @@ def serve(tmp_path_factory, free_port) -> Callable:
     def start(*flags: str, **environment: str):
         port = free_port()
         log = tmp_path_factory.mktemp("logs") / "server.log"
-        command = [sys.executable, "-m", "apparate_llm.cli", "serve", *flags]
+        command = [sys.executable, "-m", "apparate_llm.cli", "serve", *flags, "--state", "none"]
         return running([*command, "--host", "127.0.0.1", "--port", str(port)], port, log, **environment)
 
     return start

@@ -9,7 +9,16 @@ from tests.e2e.conftest import TINY_FLAGS
 
 @pytest.fixture(scope="module")
 def server(serve, tiny_llama, lens_ramps):
-    ramps = ["--ramps", str(lens_ramps(depth=3)), "--accuracy-bound", "0.5", "--threshold", "0.05"]
+    ramps = [
+        "--ramps",
+        str(lens_ramps(depth=3)),
+        "--policy",
+        "static",
+        "--accuracy-bound",
+        "0.5",
+        "--threshold",
+        "0.05",
+    ]
     with serve(str(tiny_llama), *ramps, *TINY_FLAGS, "--served-model-name", "tiny") as base_url:
         yield base_url
 
@@ -139,3 +148,44 @@ def test_policy_off_serves_plain_vllm_and_says_so(serve, tiny_llama):
         assert reply.status_code == 503 and "policy off" in reply.text
         body = {"model": str(tiny_llama), "prompt": "w1 w2", "max_tokens": 5, "min_p": 0.5}
         assert httpx.post(f"{base_url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("xargs", "says"),
+    [
+        ({"early_exit": 7}, "early_exit: Input should be 0 or 1, got 7"),
+        ({"accuracy_bound": 0.9}, "accuracy_bound: at most the server's 0.5, got 0.9"),
+        ({"early_exot": 1, "early_exit_depth": 1}, "early_exit_depth: unknown knob"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_request_knob_is_a_400(server, client, xargs, says, stream):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "w1 w2"}],
+            max_tokens=4,
+            stream=stream,
+            extra_body={"vllm_xargs": xargs},
+        )
+    assert says in str(error.value)
+    assert httpx.get(f"{server}/health").status_code == 200
+
+
+def test_a_request_may_switch_exits_off_for_itself(server, client):
+    def counts():
+        return httpx.get(f"{server}/early_exit/status").json()["counts"]
+
+    before = counts()
+    for knobs in ({"early_exit": 0}, {"accuracy_bound": 0.0}):
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "w1 w2"}],
+            max_tokens=40,
+            temperature=0,
+            extra_body={"vllm_xargs": knobs, "ignore_eos": True},
+        )
+        after = counts()
+        assert after["released"] == before["released"]
+        if knobs.get("early_exit") == 0:
+            assert after["held"] == before["held"] and after["emitted"] == before["emitted"] + 40

@@ -67,9 +67,11 @@ def test_verdicts_are_the_full_models_choice_after_what_was_emitted(depth, tiny_
         seen = []
         stock = engine.runner.ledger.record
 
-        def record(pending, verdicts):
-            seen.extend((item.exit.position, item.exit.token_id, v) for item, v in zip(pending, verdicts, strict=True))
-            stock(pending, verdicts)
+        def record(pending, verdicts, regrets):
+            for item, verdict, regret in zip(pending, verdicts, regrets, strict=True):
+                seen.append((item.exit.position, item.exit.token_id, verdict))
+                assert (regret > 0) == (item.exit.token_id != verdict)
+            return stock(pending, verdicts, regrets)
 
         engine.runner.ledger.record = record
         (answer,) = engine.tokens(PROMPTS[:1], greedy(40))

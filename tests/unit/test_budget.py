@@ -2,51 +2,102 @@ import random
 
 import pytest
 
-from apparate_llm.controller.budget import AccuracyBudget
-from apparate_llm.core import ExitCounts
+from apparate_llm.controller.budget import HORIZON_TOKENS, AccuracyBudget, Bucket
 
 
-def test_a_bound_of_zero_allows_no_release():
-    assert not AccuracyBudget(0.0).allows_release(ExitCounts(emitted=10**9), num_pending=0)
+def test_a_bound_of_zero_allows_nothing():
+    budget, request = AccuracyBudget(0.0), Bucket.of_request(0.0)
+    budget.emit(request, 10**9)
+    assert not budget.may_release(request)
+    assert not budget.may_accept(request, 0.0)
 
 
 def test_unverified_exits_count_as_wrong_until_proven_right():
-    budget = AccuracyBudget(0.1)
-    counts = ExitCounts(emitted=29, released=2)
-    assert budget.allows_release(counts, num_pending=0)  # 3 of 30
-    assert not budget.allows_release(counts, num_pending=1)  # 4 of 31
-    counts.verified = 2
-    assert budget.allows_release(counts, num_pending=1)
-    counts.diverged = 2
-    assert not budget.allows_release(counts, num_pending=1)
+    budget, request = AccuracyBudget(0.1), Bucket.of_request(0.1)
+    budget.emit(request, 9)
+    budget.release(request)
+    budget.emit(request, 1)  # the exit: 1 of 10
+    assert not budget.may_release(request)
+    budget.emit(request, 8)
+    assert not budget.may_release(request)  # 2 of 19 would be too many
+    budget.prove_right(request)
+    assert budget.may_release(request)
 
 
-def test_exits_that_never_got_their_verdict_stay_counted():
-    counts = ExitCounts(emitted=29, released=3, unverified=3)
-    assert not AccuracyBudget(0.1).allows_release(counts, num_pending=0)
+def test_a_request_has_its_own_bound_and_a_small_allowance():
+    budget, request = AccuracyBudget(0.1), Bucket.of_request(0.01)
+    budget.emit(Bucket.of_request(0.1), 1000)  # the server could afford 100
+    budget.release(request)  # the allowance
+    assert not budget.may_release(request)
+    budget.emit(request, 99)
+    assert budget.may_release(request)
+    assert not budget.may_release(Bucket.of_request(0.0))
+
+
+def test_a_calm_server_saves_up_only_so_much():
+    budget, request = AccuracyBudget(0.05), Bucket.of_request(0.05)
+    budget.emit(request, 1_000_000)
+    spent = 0
+    while budget.may_accept(request, 1.0):
+        budget.accept(request, 1.0)
+        spent += 1
+    assert spent == HORIZON_TOKENS * 0.05
+
+
+def test_a_looser_request_brings_what_it_may_spend():
+    budget, request = AccuracyBudget(0.0), Bucket.of_request(0.5)
+    budget.emit(request, 4)
+    assert budget.may_release(request)
+    assert not budget.may_release(Bucket.of_request(0.0))
+
+
+def test_by_regret_only_what_is_known_is_paid_for():
+    budget, request = AccuracyBudget(0.01, "regret"), Bucket.of_request(0.01)
+    budget.emit(request, 100)
+    assert not budget.may_release(request)
+    assert budget.may_accept(request, 0.7)
+    budget.accept(request, 0.7)
+    assert not budget.may_accept(request, 0.7)
+    assert budget.may_accept(request, 0.2)
 
 
 @pytest.mark.parametrize("bound", [0.01, 0.05, 0.5])
-def test_no_course_of_events_breaks_the_bound(bound):
-    """Release whenever allowed; every verdict is as bad as chance makes it, some come late, some never."""
+def test_no_course_of_events_breaks_a_bound(bound):
+    """Spend whenever allowed; every verdict is as bad as chance makes it, some come late, some never."""
     rng = random.Random(1)
-    budget, counts = AccuracyBudget(bound), ExitCounts()
+    budget = AccuracyBudget(bound)
+    requests = [Bucket.of_request(bound) for _ in range(4)]
+    emitted, wrong, outstanding = [0] * 4, [0] * 4, [0] * 4
     for _ in range(20_000):
-        counts.emitted += 1
-        if budget.allows_release(counts, num_pending=0):
-            counts.released += 1
-            counts.emitted += 1
-        if counts.outstanding and rng.random() < 0.7:
-            if rng.random() < 0.05:
-                counts.unverified += 1
+        i = rng.randrange(4)
+        request = requests[i]
+        if budget.may_accept(request, 0.3) and rng.random() < 0.3:
+            budget.accept(request, 0.3)
+            wrong[i] += 1
+        emitted[i] += 1
+        budget.emit(request, 1)
+        if budget.may_release(request):
+            budget.release(request)
+            outstanding[i] += 1
+            emitted[i] += 1
+            budget.emit(request, 1)
+        if outstanding[i] and rng.random() < 0.7:
+            outstanding[i] -= 1
+            if rng.random() < 0.2:
+                budget.prove_right(request)
             else:
-                counts.verified += 1
-                counts.diverged += rng.random() < 0.8
-        assert counts.diverged <= bound * counts.emitted
-        budget.check_integrity(counts)
-    assert counts.diverged > 0
+                wrong[i] += 1  # a divergence, or its request ended before the verdict
+        assert wrong[i] + outstanding[i] <= bound * emitted[i] + 1 + 1e-6
+        assert sum(wrong) + sum(outstanding) <= bound * sum(emitted) + 1e-6
+        budget.server.check_integrity()
+        request.check_integrity()
+    assert sum(wrong) > 0.3 * bound * sum(emitted)
 
 
 def test_overspending_is_seen():
+    budget, request = AccuracyBudget(0.1), Bucket.of_request(0.1)
+    with pytest.raises(AssertionError, match="does not allow"):
+        budget.release(request)
+    budget.server.pay(1.0)
     with pytest.raises(AssertionError, match="overspent"):
-        AccuracyBudget(0.1).check_integrity(ExitCounts(emitted=10, released=2, verified=2, diverged=2))
+        budget.server.check_integrity()

@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm, parse_config
+from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm, parse_config, parse_request_knobs
 from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
 
 
@@ -16,12 +16,17 @@ def test_every_knob_is_a_flag_and_flags_give_what_json_gives():
     raw = {
         "policy": "static",
         "accuracy_bound": 0.05,
+        "bound_kind": "regret",
+        "tpt_target_ms": 20.5,
+        "allow_looser_requests": True,
         "threshold": 0.8,
         "hold_threshold": 0.2,
         "max_exits": 2,
         "max_rows": 8,
         "depth": 0,
         "ramps": "somewhere",
+        "feedback_log": "log.jsonl",
+        "state": "none",
     }
     assert set(raw) == set(EarlyExitConfig.model_fields)
     flags = [part for name, value in raw.items() for part in ("--" + name.replace("_", "-"), str(value))]
@@ -36,6 +41,8 @@ def test_no_flags_means_the_defaults():
     ("knob", "value", "says"),
     [
         ("policy", "sometimes", "'static' or 'off'"),
+        ("bound_kind", "taste", "'agreement' or 'regret'"),
+        ("tpt_target_ms", "0", "greater than 0"),
         ("accuracy_bound", "1", "less than 1"),
         ("accuracy_bound", "-0.1", "greater than or equal to 0"),
         ("accuracy_bound", "nan", "finite"),
@@ -81,3 +88,35 @@ def test_parser_errors_are_one_line_and_exit_code_2(capsys):
         parser.parse_args(["--number", "many"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "x: error: argument --number: invalid int value: 'many'\n"
+
+
+def test_the_depth_is_a_number_or_auto():
+    assert from_flags("--depth", "auto").depth == "auto" and from_flags("--depth", "2").depth == 2
+    with pytest.raises(ConfigError, match=r"depth: .*'auto'.*got 'deep'"):
+        from_flags("--depth", "deep")
+
+
+def test_a_request_may_be_stricter_than_the_server_and_looser_only_where_that_is_allowed():
+    server = EarlyExitConfig(accuracy_bound=0.05)
+    given = {"accuracy_bound": 0.01, "early_exit": 0, "tpt_target_ms": 15, "other": "plugin"}
+    knobs = parse_request_knobs(given, server)
+    assert (knobs.accuracy_bound, knobs.early_exit, knobs.tpt_target_ms) == (0.01, 0, 15.0)
+    assert parse_request_knobs(None, server).early_exit == 1
+    with pytest.raises(ConfigError, match=r"at most the server's 0.05, got 0.2"):
+        parse_request_knobs({"accuracy_bound": 0.2}, server)
+    looser = EarlyExitConfig(accuracy_bound=0.05, allow_looser_requests=True)
+    assert parse_request_knobs({"accuracy_bound": 0.2}, looser).accuracy_bound == 0.2
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"early_exit": 2}, "early_exit: Input should be 0 or 1, got 2"),
+        ({"accuracy_bound": 1.5}, "accuracy_bound: Input should be less than 1, got 1.5"),
+        ({"tpt_target_ms": "soon"}, "tpt_target_ms: .*number.*got 'soon'"),
+        ({"early_exits": 1}, "early_exits: unknown knob .allowed: early_exit, accuracy_bound, tpt_target_ms"),
+    ],
+)
+def test_a_bad_request_knob_is_one_line(given, says):
+    with pytest.raises(ConfigError, match=says):
+        parse_request_knobs(given, EarlyExitConfig())

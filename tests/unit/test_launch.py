@@ -28,6 +28,10 @@ def test_a_users_own_build_of_a_library_is_kept():
     assert environment["LD_PRELOAD"] == "/opt/libiomp5.so:/opt/libtcmalloc_minimal.so.4"
 
 
+def test_no_second_openmp_runtime_is_preloaded():
+    assert "libiomp5" not in server_environment({"LD_PRELOAD": "/opt/libgomp-1.so"})["LD_PRELOAD"]
+
+
 def test_our_plugin_is_named_beside_all_others():
     names = server_environment({})["VLLM_PLUGINS"].split(",")
     assert {"apparate", "lora_filesystem_resolver"} <= set(names)
@@ -84,7 +88,7 @@ def test_flags_that_early_exits_need_cannot_be_set_twice():
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["serve", "--policy", "foo"], "policy: Input should be 'static' or 'off', got 'foo'"),
+        (["serve", "--policy", "foo"], "policy: Input should be 'adaptive', 'apparate', 'static' or 'off', got 'foo'"),
         (["serve", "--accuracy-bound", "1"], "accuracy_bound: Input should be less than 1, got '1'"),
         (["serve", "--port", "http"], "argument --port: invalid int value: 'http'"),
         (["serve", "/nowhere/at/all"], "model folder not found: /nowhere/at/all"),

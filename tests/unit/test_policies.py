@@ -1,8 +1,18 @@
+from typing import Any, get_args
+
 import pytest
 
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.controller.policies import POLICIES
-from apparate_llm.core import Verb
+from apparate_llm.controller.policies import POLICIES, make_policy
+from apparate_llm.core import Exit, Verb
+
+
+def offered(confidence: float, *, round_number: int = 0, depth: int = 0) -> Exit:
+    return Exit(position=9, token_id=1, depth=depth, round_number=round_number, confidence=confidence)
+
+
+def make(name: str, **knobs: Any):
+    return make_policy(EarlyExitConfig(policy=name, **knobs), depth=0, depths=(0,), num_layers=30)
 
 
 @pytest.mark.parametrize(
@@ -18,15 +28,25 @@ from apparate_llm.core import Verb
     ],
 )
 def test_static_compares_with_its_two_thresholds(confidence, may_release, verb):
-    policy = POLICIES["static"](EarlyExitConfig(threshold=0.9, hold_threshold=0.3))
-    assert policy.decide(confidence, may_release) is verb
+    policy = make("static", threshold=0.9, hold_threshold=0.3)
+    assert policy.decide(offered(confidence), reach=1.0, may_release=may_release, num_rows=1) is verb
+
+
+def test_static_keeps_the_batch_within_max_rows():
+    policy = make("static", max_rows=4, max_exits=3)
+    assert [policy.start(num_requests) for num_requests in (1, 2, 3, 4, 5)] == [3, 1, 0, 0, 0]
 
 
 def test_off_never_takes_an_exit():
-    assert POLICIES["off"](EarlyExitConfig(policy="off")).decide(1.0, True) is Verb.STOP
+    policy = make("off")
+    assert policy.start(1) == 0
+    assert policy.decide(offered(1.0), reach=1.0, may_release=True, num_rows=1) is Verb.STOP
 
 
 def test_every_policy_of_the_schema_exists():
-    from typing import get_args
-
     assert set(POLICIES) == set(get_args(EarlyExitConfig.model_fields["policy"].annotation))
+
+
+def test_an_unknown_parameter_of_a_policy_is_named():
+    with pytest.raises(ValueError, match=r"policy adaptive: .*'patience'"):
+        make_policy(EarlyExitConfig(), depth=0, depths=(0,), num_layers=30, patience=3)

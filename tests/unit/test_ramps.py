@@ -219,7 +219,7 @@ def test_an_interrupted_save_leaves_the_old_ramps_or_an_error(folder, monkeypatc
 
 def test_a_depth_without_a_ramp_is_refused_with_the_allowed_ones(folder):
     manifest = read_manifest(folder)
-    assert choose_depth(manifest, None) == choose_depth(manifest, 2) == 2
+    assert choose_depth(manifest, "auto") == choose_depth(manifest, 2) == 2
     with pytest.raises(RampError, match=r"no ramp at depth 3 \(allowed: 2\)"):
         choose_depth(manifest, 3)
 

@@ -47,7 +47,17 @@ def test_modules_have_no_cycles():
 
 def test_arrows_point_down():
     """core < controller, ramps < models < engine < api, eval, preparation, commands."""
-    rank = {"core": 0, "config": 0, "files": 0, "controller": 1, "ramps": 1, "patches": 1, "models": 2, "engine": 3}
+    rank = {
+        "core": 0,
+        "config": 0,
+        "files": 0,
+        "machine": 0,
+        "controller": 1,
+        "ramps": 1,
+        "patches": 1,
+        "models": 2,
+        "engine": 3,
+    }
 
     def level(name: str) -> int:
         parts = name.split(".")

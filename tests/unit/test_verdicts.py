@@ -1,19 +1,32 @@
 import pytest
 
-from apparate_llm.core import Outstanding
-from apparate_llm.engine.verdicts import VerdictLedger
+from apparate_llm.controller.budget import AccuracyBudget, Bucket
+from apparate_llm.core import Exit
+from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 
 
-def ledger_with(*exits: Outstanding) -> VerdictLedger:
-    ledger = VerdictLedger()
-    ledger.add_request("a", releasable=True)
+def exit_at(position: int, token_id: int) -> Exit:
+    return Exit(position, token_id, depth=0, round_number=0, confidence=0.9)
+
+
+def empty_ledger(*, releasable: bool = True) -> VerdictLedger:
+    ledger = VerdictLedger(AccuracyBudget(0.5))
+    ledger.add_request("a", RequestExits(releasable=releasable, bucket=Bucket.of_request(0.5)))
+    return ledger
+
+
+def ledger_with(*exits: Exit) -> VerdictLedger:
+    ledger = empty_ledger()
+    ledger.emit("a", 10, now_s=0.0)
+    for _ in exits:
+        ledger.budget.release(ledger.requests["a"].bucket)
     ledger.release("a", list(exits))
     ledger.check_integrity()
     return ledger
 
 
 def test_a_verdict_is_due_where_the_position_before_it_is_computed():
-    ledger = ledger_with(Outstanding(10, 5, 0), Outstanding(11, 6, 0))
+    ledger = ledger_with(exit_at(10, 5), exit_at(11, 6))
     due = ledger.due("a", first_position=9, num_scheduled=3, first_row=20)
     assert [(item.exit.position, item.row) for item in due] == [(10, 20), (11, 21)]
     assert ledger.due("a", first_position=0, num_scheduled=9, first_row=0) == []
@@ -22,15 +35,17 @@ def test_a_verdict_is_due_where_the_position_before_it_is_computed():
 
 
 def test_verdicts_settle_exits():
-    ledger = ledger_with(Outstanding(10, 5, 0), Outstanding(11, 6, 0))
-    ledger.record(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7])
+    ledger = ledger_with(exit_at(10, 5), exit_at(11, 6))
+    ledger.record(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
     assert (ledger.counts.verified, ledger.counts.diverged, ledger.counts.outstanding) == (2, 1, 0)
+    assert ledger.counts.regret_nats == 0.4
+    assert ledger.budget.server.spent == 1.0
     ledger.check_integrity()
 
 
 def test_an_ended_request_leaves_its_open_exits_unverified():
-    ledger = ledger_with(Outstanding(10, 5, 0), Outstanding(11, 6, 0))
-    ledger.record(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [5])
+    ledger = ledger_with(exit_at(10, 5), exit_at(11, 6))
+    ledger.record(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [5], [0.0])
     ledger.end_request("a")
     ledger.end_request("a")  # told twice, counted once
     assert (ledger.counts.verified, ledger.counts.unverified, ledger.counts.outstanding) == (1, 1, 0)
@@ -38,14 +53,36 @@ def test_an_ended_request_leaves_its_open_exits_unverified():
 
 
 def test_requests_that_take_no_release_get_none():
-    ledger = VerdictLedger()
-    ledger.add_request("a", releasable=False)
+    ledger = empty_ledger(releasable=False)
     with pytest.raises(AssertionError, match="takes none"):
-        ledger.release("a", [Outstanding(3, 1, 0)])
+        ledger.release("a", [exit_at(3, 1)])
 
 
 def test_the_integrity_check_sees_exits_that_do_not_add_up():
-    ledger = ledger_with(Outstanding(10, 5, 0))
+    ledger = ledger_with(exit_at(10, 5))
     ledger.counts.released += 1
     with pytest.raises(AssertionError, match="2 exits outstanding, 1 on record"):
         ledger.check_integrity()
+
+
+def test_an_accepted_divergence_is_paid_for_and_counted_with_its_regret():
+    ledger = ledger_with()
+    ledger.counts.held = ledger.counts.accepted = 1
+    ledger.accept_divergence("a", 0.25)
+    assert (ledger.counts.diverged, ledger.counts.regret_nats) == (1, 0.25)
+    ledger.check_integrity()
+    ledger.counts.accepted_diverged = 2
+    with pytest.raises(AssertionError, match="more divergences than exits"):
+        ledger.check_integrity()
+
+
+def test_a_target_lets_a_request_diverge_only_while_it_is_slower():
+    ledger = empty_ledger()
+    request = ledger.requests["a"]
+    assert request.may_diverge(0.0)
+    request.tpt_target_ms = 20.0
+    assert not request.may_diverge(5.0)  # nothing emitted yet
+    ledger.emit("a", 1, now_s=10.0)
+    ledger.emit("a", 10, now_s=10.19)
+    assert not request.may_diverge(10.199)
+    assert request.may_diverge(10.201)  # 10 tokens after the first in 201 ms

@@ -94,7 +94,7 @@ def _measure(model: Path, ramps: Path, depths: list[int], *, eager: bool) -> dic
     from apparate_llm.models.architectures import architecture_of
     from apparate_llm.ramps.prepare.engine import context_length, runner_of
 
-    config = parse_config({"ramps": str(ramps), "depth": depths[0]})
+    config = parse_config({"ramps": str(ramps), "policy": "static", "state": "none"})
     llm = LLM(
         str(model),
         **vllm_settings(config, architecture_of(model)),
@@ -107,7 +107,6 @@ def _measure(model: Path, ramps: Path, depths: list[int], *, eager: bool) -> dic
     engine: Any = llm.llm_engine
     runner = runner_of(llm)
     rounds, runner.rounds = runner.rounds, None
-    ramp_sets = _ramp_sets(model, ramps, depths, runner.model_config.dtype)
     completion: dict[str, float] = {}
     round_ms: dict[str, dict[str, float]] = {str(depth): {} for depth in depths}
     vocab = runner.model_config.get_vocab_size()
@@ -123,8 +122,8 @@ def _measure(model: Path, ramps: Path, depths: list[int], *, eager: bool) -> dic
         ):
             engine.step()
         completion[str(size)] = _median_ms(engine.step, STEPS)
-        for depth, ramp_set in ramp_sets.items():
-            rounds.ramps = ramp_set
+        for depth in depths:
+            rounds.policy.depth = depth
             round_ms[str(depth)][str(size)] = _median_ms(_round(rounds, runner, size), ROUNDS)
         engine.abort_request(names)
         engine.step()
@@ -143,20 +142,11 @@ def _median_ms(work: Callable[[], Any], times: int) -> float:
     return round(median(spent), 4)
 
 
-def _ramp_sets(model: Path, ramps: Path, depths: list[int], dtype: Any) -> dict[int, Any]:
-    from apparate_llm.ramps.checkpoint import read_manifest
-    from apparate_llm.ramps.load import load_ramps
-    from apparate_llm.ramps.prepare.train import BaseParts
-
-    base, manifest = BaseParts.of(model), read_manifest(ramps)
-    weights = {"norm": base.norm, "head": base.lm_head}
-    return {depth: load_ramps(ramps, manifest, depth=depth, base_weights=weights, dtype=dtype) for depth in depths}
-
-
 def _round(rounds: Any, runner: Any, size: int) -> Callable[[], Any]:
     """One round over the engine's first `size` requests, without consequences: its KV slots are allocated already."""
     import torch
 
+    from apparate_llm.controller.budget import Bucket
     from apparate_llm.engine.rounds import Row
 
     batch = runner.input_batch
@@ -168,7 +158,9 @@ def _round(rounds: Any, runner: Any, size: int) -> Callable[[], Any]:
             state_row=i,
             max_released=1,
             max_held=1,
-            releasable=False,
+            may_release=False,
+            greedy=True,
+            bucket=Bucket.of_request(0.0),
             stop_token_ids=frozenset(),
         )
         for i in range(size)

@@ -1,0 +1,219 @@
+"""Policy `adaptive`: as many exits as pay at the measured costs, divergences where they bring most."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from apparate_llm.controller.calibration import OnlineCalibration
+from apparate_llm.controller.costs import ROWS, CostCurve, CostModel
+from apparate_llm.controller.depth import DepthChoice
+from apparate_llm.controller.policy import Policy
+from apparate_llm.core import Exit, Verb
+
+CALIBRATED_ROUNDS = 4  # later rounds share the last one's calibration
+PLAN_STEPS = 8  # a plan for a number of requests is kept for so many steps
+PLAIN_STEPS = frozenset({4, 8, 16, 32, 64})  # steps without exits, so that plain passes are measured, then every
+PLAIN_EVERY = 256
+PROBE_EVERY = 64  # steps at least between single rounds where exits do not pay
+PROBE_COST_FRAC = 0.01  # of the time that such rounds may take
+
+
+@dataclass(slots=True)
+class RoundStatistics:
+    """Moving averages over exits offered in one round."""
+
+    taken_frac: float = 0.9
+    agreement: float = 0.6  # probability of those taken
+    memory: float = 0.02
+
+    def observe(self, taken: bool, probability: float) -> None:
+        self.taken_frac += self.memory * (taken - self.taken_frac)
+        if taken:
+            self.agreement += self.memory * (probability - self.agreement)
+
+
+@dataclass(slots=True)
+class RoundsPlan:
+    num_rounds: int
+    rate: float  # tokens per ms that this many rounds promise, never less than without any
+    age: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class AdaptivePolicy(Policy):
+    depth: int
+    depths: tuple[int, ...]
+    num_layers: int
+    max_exits: int
+    fixed_depth: bool = False
+    release_confidence: float = 0.98
+    max_regret_nats: float = 4.0
+    costs: CostModel = field(init=False)
+    calibrations: dict[tuple[int, int, bool], OnlineCalibration] = field(default_factory=dict)
+    statistics: dict[tuple[int, int], RoundStatistics] = field(default_factory=dict)
+    depth_choice: DepthChoice = field(init=False)
+    _plans: dict[int, RoundsPlan] = field(default_factory=dict)
+    _steps: dict[int, int] = field(default_factory=dict)  # by number of requests
+    _since_probe: dict[int, int] = field(default_factory=dict)
+    _rate: float = 0.0  # of the step under way
+
+    def __post_init__(self) -> None:
+        self.costs = CostModel(self.num_layers)
+        self.depth_choice = DepthChoice(active=self.depth, depths=self.depths)
+
+    # ---- rounds of a step
+
+    def start(self, num_requests: int) -> int:
+        load = _load(num_requests)
+        steps = self._steps[load] = self._steps.get(load, 0) + 1
+        plan = self._plan(load, num_requests)
+        self._rate = plan.rate
+        if plan.num_rounds == 0:
+            return self._probe(load, num_requests)
+        if steps in PLAIN_STEPS or steps % PLAIN_EVERY == 0:
+            return 0
+        return self.max_exits
+
+    def _plan(self, load: int, num_requests: int) -> RoundsPlan:
+        plan = self._plans.get(load)
+        if plan is None or plan.age >= PLAN_STEPS:
+            rate, num_rounds = self.best_rate(self.depth, num_requests)
+            plan = self._plans[load] = RoundsPlan(num_rounds, rate)
+        plan.age += 1
+        return plan
+
+    def best_rate(self, depth: int, num_requests: int) -> tuple[float, int]:
+        """(tokens per ms, rounds it takes) of the best number of rounds at this load, by what was measured."""
+        best = (num_requests / self.costs.completion(num_requests), 0)
+        tokens = rows = float(num_requests)
+        going, reach, rounds_ms = float(num_requests), 1.0, 0.0
+        for number in range(self.max_exits):
+            statistics = self._statistics(depth, number)
+            rounds_ms += self.costs.round(depth, max(going, 1.0))
+            going *= statistics.taken_frac
+            reach *= self.depth_choice.relative(depth, statistics.agreement)
+            rows += going
+            tokens += going * reach
+            best = max(best, (tokens / (self.costs.completion(rows) + rounds_ms), number + 1))
+        return best
+
+    def _probe(self, load: int, num_requests: int) -> int:
+        """A single round now and then where none pays, so that a change is noticed."""
+        since = self._since_probe[load] = self._since_probe.get(load, 0) + 1
+        plain = self.costs.completion(num_requests)
+        extra = self.costs.round(self.depth, num_requests) + self.costs.completion(2 * num_requests) - plain
+        if since < max(PROBE_EVERY, extra / plain / PROBE_COST_FRAC):
+            return 0
+        self._since_probe[load] = 0
+        return 1
+
+    def goes_on(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
+        statistics, live = self._statistics(self.depth, number), len(reaches)
+        gain = sum(reaches) * statistics.taken_frac * self.depth_choice.relative(self.depth, statistics.agreement)
+        rows_ms = self.costs.completion(num_rows + live * statistics.taken_frac) - self.costs.completion(num_rows)
+        return gain >= self._rate * (self.costs.round(self.depth, live) + rows_ms)
+
+    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
+        p = exit_.probability = self._calibration(exit_).probability(exit_.confidence)
+        if may_release and p >= self.release_confidence:
+            verb = Verb.RELEASE
+        else:
+            row_ms = self.costs.completion(num_rows + 1) - self.costs.completion(num_rows)
+            verb = Verb.HOLD if reach * p >= self._rate * row_ms else Verb.STOP
+        self._statistics(exit_.depth, exit_.round_number).observe(verb is not Verb.STOP, p)
+        return verb
+
+    # ---- divergences
+
+    def accepts(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
+        """Worth it if it costs little against the tokens it saves: itself and what may follow. The fuller the budget,
+        the more a token may cost, so that spending settles where the budget is earned."""
+        gain, reach = 1.0, 1.0
+        for exit_ in later:
+            reach *= exit_.probability
+            gain += reach
+        return regret_nats <= self.max_regret_nats * min(1.0, 4.0 * fill_frac) * gain
+
+    # ---- feedback
+
+    def verdict(self, exit_: Exit, agrees: bool) -> None:
+        self._calibration(exit_).observe(exit_.confidence, agrees)
+
+    def shadow(self, depth: int, active_agrees: bool, agrees: bool) -> None:
+        self.depth_choice.observe(depth, active_agrees, agrees)
+
+    def wants_shadow(self) -> bool:
+        return len(self.depths) > 1 and not self.fixed_depth
+
+    def round_took(self, depth: int, num_rows: int, ms: float) -> None:
+        self.costs.observe_round(depth, num_rows, ms)
+
+    def completed(self, num_requests: int, num_rows: int, ms: float) -> None:
+        self.costs.completion.observe(num_rows, ms)
+        if self.wants_shadow():
+            before, self.depth = self.depth, self.depth_choice.choose(lambda d: self.best_rate(d, num_requests)[0])
+            if self.depth != before:
+                self._plans.clear()
+                for number in range(CALIBRATED_ROUNDS):  # until it has its own
+                    if (known := self.statistics.get((before, number))) is not None:
+                        self.statistics.setdefault((self.depth, number), replace(known))
+
+    def _calibration(self, exit_: Exit) -> OnlineCalibration:
+        key = (exit_.depth, min(exit_.round_number, CALIBRATED_ROUNDS - 1), exit_.greedy)
+        if key not in self.calibrations:
+            self.calibrations[key] = OnlineCalibration()
+        return self.calibrations[key]
+
+    def _statistics(self, depth: int, number: int) -> RoundStatistics:
+        """Of the active depth, whichever is asked for: another one's are relative to them."""
+        key = (self.depth_choice.active, min(number, CALIBRATED_ROUNDS - 1))
+        if key not in self.statistics:
+            self.statistics[key] = RoundStatistics()
+        return self.statistics[key]
+
+    # ---- outside
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "completion_ms": {str(rows): round(ms, 3) for rows, ms in self.costs.completion.measured().items()},
+            "round_ms": {
+                str(depth): {str(rows): round(ms, 3) for rows, ms in curve.measured().items()}
+                for depth, curve in self.costs.rounds.items()
+            },
+            "rounds_planned": {str(load): plan.num_rounds for load, plan in sorted(self._plans.items())},
+            "calibration": {
+                f"depth {depth}, round {number + 1}, {'greedy' if greedy else 'sampled'}": {
+                    "scale": round(item.scale, 3),
+                    "offset": round(item.offset, 3),
+                    "verdicts": item.num_verdicts,
+                }
+                for (depth, number, greedy), item in sorted(self.calibrations.items())
+            },
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "depth": self.depth,
+            "calibrations": [[*key, asdict(item)] for key, item in self.calibrations.items()],
+            "statistics": [[*key, asdict(item)] for key, item in self.statistics.items()],
+            "completion": asdict(self.costs.completion),
+            "rounds": [[depth, asdict(curve)] for depth, curve in self.costs.rounds.items()],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if not self.fixed_depth and state["depth"] not in self.depths:
+            raise ValueError(f"no ramp at depth {state['depth']}")
+        calibrations = {(d, n, bool(g)): OnlineCalibration(**item) for d, n, g, item in state["calibrations"]}
+        statistics = {(d, n): RoundStatistics(**item) for d, n, item in state["statistics"]}
+        completion = CostCurve(**state["completion"])
+        rounds = {depth: CostCurve(**curve) for depth, curve in state["rounds"]}
+        self.calibrations, self.statistics = calibrations, statistics
+        self.costs.completion, self.costs.rounds = completion, rounds
+        if not self.fixed_depth:
+            self.depth = self.depth_choice.active = state["depth"]
+
+
+def _load(num_requests: int) -> int:
+    """Numbers of requests that share a plan."""
+    return next((rows for rows in ROWS if rows >= num_requests), math.ceil(num_requests / ROWS[-1]) * ROWS[-1])

@@ -1,0 +1,44 @@
+"""Confidence -> probability of agreement, learned from verdicts and forgetting old ones."""
+
+import math
+from dataclasses import dataclass
+
+MAX_LOGIT = 6.0
+MIN_SCALE, MAX_SCALE, MAX_OFFSET = 0.2, 3.0, 8.0
+OFFSET_STEP = 0.05  # a memory of about 1 / (step x p(1-p)) verdicts: 100 for even chances
+SCALE_STEP = 0.004
+
+
+def logit(p: float) -> float:
+    if p <= 0.0:
+        return -MAX_LOGIT
+    if p >= 1.0:
+        return MAX_LOGIT
+    return max(-MAX_LOGIT, min(MAX_LOGIT, math.log(p / (1.0 - p))))
+
+
+def sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else 1.0 - 1.0 / (1.0 + math.exp(x))
+
+
+@dataclass(slots=True)
+class OnlineCalibration:
+    """P(agree) = sigmoid(scale x logit(confidence) + offset): logistic regression by gradient steps of constant size.
+
+    It starts as the calibration made when the ramps were prepared. As the steps do not shrink, old verdicts fade; as a
+    step is the surprise, a ramp that is wrong while sure moves it most.
+    """
+
+    scale: float = 1.0
+    offset: float = 0.0
+    num_verdicts: int = 0
+
+    def probability(self, confidence: float) -> float:
+        return sigmoid(self.scale * logit(confidence) + self.offset)
+
+    def observe(self, confidence: float, agrees: bool) -> None:
+        x = logit(confidence)
+        surprise = agrees - sigmoid(self.scale * x + self.offset)
+        self.scale = min(max(self.scale + SCALE_STEP * surprise * x, MIN_SCALE), MAX_SCALE)
+        self.offset = min(max(self.offset + OFFSET_STEP * surprise, -MAX_OFFSET), MAX_OFFSET)
+        self.num_verdicts += 1

@@ -1,0 +1,106 @@
+"""What a completion pass and a round cost on this machine, measured while serving, in ms."""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # where a curve has its points
+MEMORY = 32  # observations a point averages over
+MAX_SURPRISE = 2.0  # an observation counts as at most so many times what was expected: something disturbed it
+SETTLED = 4
+NOTICEABLE = 0.01  # change of a mean after which the curve is made anew
+
+
+@dataclass(slots=True)
+class CostCurve:
+    """ms over rows: at each point of ROWS a moving average, between them linear; points that were not measured yet
+    follow the prior's shape from their measured neighbours. Never falls with more rows."""
+
+    prior: tuple[float, ...]  # ms at each of ROWS; only the shape counts once something was measured
+    means: list[float] = field(default_factory=lambda: [0.0] * len(ROWS))
+    counts: list[int] = field(default_factory=lambda: [0] * len(ROWS))
+    values: list[float] = field(default_factory=list)  # what `__call__` reads
+    settled: list[float] = field(default_factory=list)  # the means it was made of
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for lists that do not fit ROWS, as a state file may hold them."""
+        self.prior = tuple(self.prior)
+        if {len(self.prior), len(self.means), len(self.counts)} != {len(ROWS)}:
+            raise ValueError(f"a cost curve has {len(ROWS)} points, got {len(self.means)}")
+        if not self.values:
+            self._settle()
+
+    def __call__(self, rows: float) -> float:
+        right = bisect_left(ROWS, rows)
+        if right == 0:
+            return self.values[0]
+        if right == len(ROWS):
+            return self.values[-1] * rows / ROWS[-1]
+        left = right - 1
+        share = (rows - ROWS[left]) / (ROWS[right] - ROWS[left])
+        return self.values[left] + share * (self.values[right] - self.values[left])
+
+    def observe(self, rows: int, ms: float) -> None:
+        right = min(bisect_left(ROWS, rows), len(ROWS) - 1)
+        left = max(right - 1, 0)
+        point = right if ROWS[right] == rows or rows - ROWS[left] > ROWS[right] - rows else left
+        if max(self.counts) >= SETTLED:
+            ms = min(ms, MAX_SURPRISE * self(rows))
+        self.counts[point] = min(self.counts[point] + 1, MEMORY)
+        self.means[point] += (ms - self.means[point]) / self.counts[point]
+        if abs(self.means[point] - self.settled[point]) > NOTICEABLE * self.means[point]:
+            self._settle()
+
+    def measured(self) -> dict[int, float]:
+        return {rows: mean for rows, mean, count in zip(ROWS, self.means, self.counts, strict=True) if count}
+
+    def _settle(self) -> None:
+        known = [i for i, count in enumerate(self.counts) if count]
+        raw = list(self.prior)
+        for i in range(len(ROWS)):
+            if known:
+                left = max((j for j in known if j <= i), default=known[0])
+                right = min((j for j in known if j >= i), default=known[-1])
+                share = (i - left) / (right - left) if right > left else 0.0
+                times = [self.means[j] / self.prior[j] for j in (left, right)]  # of the prior
+                raw[i] = self.prior[i] * (times[0] + share * (times[1] - times[0]))
+        self.settled = list(self.means)
+        self.values = _isotonic(raw, [max(count, 1) for count in self.counts])
+
+
+def _isotonic(values: list[float], weights: list[int]) -> list[float]:
+    """The rising sequence nearest to `values` (pool adjacent violators)."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        block = (value, float(weight), 1)
+        while blocks and blocks[-1][0] > block[0]:
+            mean, total, length = blocks.pop()
+            joined = total + block[1]
+            block = ((mean * total + block[0] * block[1]) / joined, joined, length + block[2])
+        blocks.append(block)
+    return [mean for mean, _, length in blocks for _ in range(length)]
+
+
+# Before anything is measured: a pass over 8 rows costs a quarter more than one over a single row, over 32 twice as
+# much; a round at depth 0 costs a twentieth of a pass.
+PRIOR_PASS_MS = tuple(30.0 * (1.0 + 0.033 * (rows - 1)) for rows in ROWS)
+PRIOR_ROUND_SHARE = 0.05
+
+
+@dataclass(slots=True)
+class CostModel:
+    """Completion passes by rows; rounds by depth and rows."""
+
+    num_layers: int
+    completion: CostCurve = field(default_factory=lambda: CostCurve(PRIOR_PASS_MS))
+    rounds: dict[int, CostCurve] = field(default_factory=dict)
+
+    def round(self, depth: int, rows: float) -> float:
+        curve = self.rounds.get(depth)
+        if curve is None or not any(curve.counts):
+            return (PRIOR_ROUND_SHARE + depth / self.num_layers) * self.completion(rows)
+        return curve(rows)
+
+    def observe_round(self, depth: int, rows: int, ms: float) -> None:
+        if depth not in self.rounds:
+            self.rounds[depth] = CostCurve(tuple(1.0 + 0.05 * (point - 1) for point in ROWS))
+        self.rounds[depth].observe(rows, ms)

@@ -1,0 +1,125 @@
+"""The feedback log: what exits were offered, what the full model said, and what it cost. No text, no tokens.
+
+One JSON object per line: first a header, then one cycle per line (see `Cycle`).
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from apparate_llm.core import Verb
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 32 << 20  # then the file becomes FILE.1, replacing an older one
+
+
+TAKEN = {Verb.STOP: 0, Verb.HOLD: 1, Verb.RELEASE: 2}  # offered and not taken, held, released
+
+
+class FeedbackError(ValueError):
+    """Not a feedback log. The message is one line for the user."""
+
+
+class LoggedExit(NamedTuple):
+    request: int  # the same for all exits of a request
+    depth: int
+    round_number: int
+    confidence: float
+    taken: int  # see TAKEN
+    agrees: bool
+    regret_nats: float | None
+
+
+class Cycle(NamedTuple):
+    """Rounds of one step and the completion pass that followed."""
+
+    num_requests: int
+    num_rows: int
+    completion_ms: float
+    rounds: list[tuple[int, float]]  # rows, ms
+    exits: list[LoggedExit]
+
+
+class FeedbackLog:
+    """Written by the engine; two files of MAX_BYTES at most."""
+
+    def __init__(self, path: Path, header: dict[str, Any], *, max_bytes: int = MAX_BYTES) -> None:
+        self.path = path
+        self.header = {"schema_version": SCHEMA_VERSION, **header}
+        self.max_bytes = max_bytes
+        self._rounds: list[tuple[int, float]] = []
+        self._file: TextIO | None = None
+
+    def rounds(self, spent: list[tuple[int, float]]) -> None:
+        self._rounds = spent
+
+    def completed(self, took: Any, verdicts: Iterable[Any]) -> None:
+        """took: engine.clock.Took, None where the step cannot be timed and is left out; verdicts:
+        engine.verdicts.Verdict."""
+        spent, self._rounds = self._rounds, []
+        if took is None:
+            return
+        exits = [
+            [
+                zlib.crc32(verdict.request_id.encode()),
+                verdict.exit.depth,
+                verdict.exit.round_number,
+                round(verdict.exit.confidence, 4),
+                TAKEN[verdict.exit.verb],
+                int(verdict.agrees),
+                None if verdict.regret_nats is None else round(verdict.regret_nats, 3),
+            ]
+            for verdict in verdicts
+            if verdict.exit.greedy
+        ]
+        rounds = [[rows, round(ms, 3)] for rows, ms in spent]
+        self._write([took.num_requests, took.num_rows, round(took.completion_ms, 3), rounds, exits])
+
+    def _write(self, record: Any) -> None:
+        if self._file is not None and self._file.tell() > self.max_bytes:
+            self._file.close()
+            os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+            self._file = None
+        if self._file is None:
+            self._file = self.path.open("w", buffering=1)  # by line: a killed server leaves whole lines
+            self._file.write(json.dumps(self.header) + "\n")
+        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+def _open(path: Path) -> TextIO:
+    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open()  # type: ignore[return-value]
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Raises FeedbackError with the file and what is wrong."""
+    try:
+        with _open(path) as file:
+            header = json.loads(file.readline())
+        if header["schema_version"] != SCHEMA_VERSION:
+            raise FeedbackError(f"{path}: schema version {header['schema_version']}, this is for {SCHEMA_VERSION}")
+        return header
+    except OSError as error:
+        raise FeedbackError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, FeedbackError):
+            raise
+        raise FeedbackError(f"{path} is not a feedback log: its first line is no header") from None
+
+
+def read_cycles(path: Path) -> Iterator[Cycle]:
+    """All cycles after the header; a last line that was cut off is left out."""
+    with _open(path) as file:
+        next(file)
+        for number, line in enumerate(file, 2):
+            if not line.endswith("\n"):
+                return
+            try:
+                requests, rows, ms, rounds, exits = json.loads(line)
+                offered = [LoggedExit(a, d, n, c, taken, bool(ok), regret) for a, d, n, c, taken, ok, regret in exits]
+                yield Cycle(requests, rows, ms, [(r, t) for r, t in rounds], offered)
+            except (ValueError, TypeError):
+                raise FeedbackError(f"{path}:{number}: not a cycle") from None

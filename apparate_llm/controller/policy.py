@@ -1,0 +1,62 @@
+"""What every policy is asked and told. A policy knows nothing of vLLM: the replay asks and tells the same."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from apparate_llm.core import Exit, Verb
+
+
+class Policy:
+    """Base of the policies; deterministic given the same questions and feedback.
+
+    One engine step: `start`, then for each round `decide` once per request that takes part and `goes_on`; later, when
+    the completion pass has run, `accepts` for held exits that their verdict differs from, `verdict` for each exit
+    that got one and `completed` with what it cost.
+    """
+
+    depth: int  # of the ramp it wants; read before each step's rounds
+    depths: tuple[int, ...]  # ramps there are
+
+    def start(self, num_requests: int) -> int:
+        """Most rounds this step may run with so many requests generating; 0: none."""
+        raise NotImplementedError
+
+    def goes_on(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
+        """Whether round `number` (from 1; the first always runs) is worth it. reaches: for each request still taking
+        part, the probability that all its held exits agree; num_rows: of the next completion pass as of now."""
+        return True
+
+    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
+        """What becomes of an exit; sets its `probability`."""
+        raise NotImplementedError
+
+    def accepts(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
+        """Whether a held exit that differs is worth its price. later: the request's held exits after it; fill_frac:
+        share of the budget's capacity that is there."""
+        return False
+
+    def verdict(self, exit_: Exit, agrees: bool) -> None:
+        """The full model's word on an exit."""
+
+    def shadow(self, depth: int, active_agrees: bool, agrees: bool) -> None:
+        """Inactive ramp `depth` and the active one, evaluated on the same state after a checked token."""
+
+    def wants_shadow(self) -> bool:
+        return False
+
+    def round_took(self, depth: int, num_rows: int, ms: float) -> None:
+        """One round's time."""
+
+    def completed(self, num_requests: int, num_rows: int, ms: float) -> None:
+        """Everything of an engine step but its rounds: a completion pass of `num_rows` decode rows."""
+
+    def status(self) -> dict[str, Any]:
+        """Plain values for the status page."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What it has learned, as JSON."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up `state()` again; raises KeyError, TypeError or ValueError if it is not one."""

@@ -1,0 +1,234 @@
+"""Any policy on a feedback log, offline: what it would have emitted, how wrong and how fast.
+
+The log's cycles are taken one after another, each with the exits that were offered in it and their verdicts. A policy
+that takes fewer exits than the log's would go on from an earlier token than the log's next cycle does; that is
+ignored, as the next cycle is still a fair sample of what follows. What a log does not hold (rounds it did not run)
+cannot be taken. Verdicts come at the end of their cycle.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from apparate_llm.controller.budget import AccuracyBudget, Bucket
+from apparate_llm.controller.costs import ROWS, CostCurve
+from apparate_llm.controller.feedback import Cycle, LoggedExit
+from apparate_llm.controller.policy import Policy
+from apparate_llm.core import Exit, Verb
+
+
+class LogCosts:
+    """What passes and rounds took in a log: medians by rows, between them linear."""
+
+    def __init__(self, cycles: Sequence[Cycle]) -> None:
+        """Raises ValueError where the log has no completion pass or no round."""
+        passes: dict[int, list[float]] = {}
+        rounds: dict[int, dict[int, list[float]]] = {}
+        for cycle in cycles:
+            passes.setdefault(cycle.num_rows, []).append(cycle.completion_ms)
+            if cycle.exits:
+                by_rows = rounds.setdefault(cycle.exits[0].depth, {})
+                for num_rows, ms in cycle.rounds:
+                    by_rows.setdefault(num_rows, []).append(ms)
+        self.completion = _curve(passes)
+        self.rounds = {depth: _curve(by_rows) for depth, by_rows in rounds.items()}
+        if not self.rounds:
+            raise ValueError("the log holds no exits")
+
+
+def _curve(samples: dict[int, list[float]]) -> CostCurve:
+    import numpy as np
+
+    if not samples:
+        raise ValueError("the log holds no times")
+    rows = sorted(samples)
+    values = np.interp(ROWS, rows, [median(samples[count]) for count in rows])
+    return CostCurve(tuple(float(value) for value in values))
+
+
+@dataclass(slots=True)
+class Replayed:
+    """Totals of one policy over one log."""
+
+    cycles: int = 0
+    emitted: int = 0
+    rounds: int = 0
+    held: int = 0
+    accepted: int = 0
+    released: int = 0
+    diverged: int = 0
+    regret_nats: float = 0.0
+    request_ms: float = 0.0  # sum over cycles of their time x requests that waited for it
+    plain_request_ms: float = 0.0  # the same had every cycle been a plain pass, per token it then emits
+    plain_emitted: int = 0
+    worst_share: float = 0.0  # largest share of divergent tokens over any prefix beyond 500 tokens
+    buckets: dict[int, Bucket] = field(default_factory=dict)
+
+    @property
+    def tpt_ms(self) -> float:
+        return self.request_ms / self.emitted
+
+    @property
+    def tpt_ratio(self) -> float:
+        return self.tpt_ms / (self.plain_request_ms / self.plain_emitted)
+
+    @property
+    def divergence_frac(self) -> float:
+        return self.diverged / self.emitted
+
+    @property
+    def regret_per_token(self) -> float:
+        return self.regret_nats / self.emitted
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.emitted / self.plain_emitted
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One request in one cycle."""
+
+    bucket: Bucket
+    offered: list[LoggedExit]  # by round
+    taken: list[Exit] = field(default_factory=list)
+    not_taken: Exit | None = None
+    reach: float = 1.0
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.taken) and self.taken[-1].verb is Verb.HOLD
+
+
+def replay(cycles: Iterable[Cycle], costs: LogCosts, policy: Policy, *, accuracy_bound: float, kind: str) -> Replayed:
+    """`kind`: as the knob bound_kind."""
+    result, budget = Replayed(), AccuracyBudget(accuracy_bound, kind)  # type: ignore[arg-type]
+    for cycle in cycles:
+        answers = _answers(cycle, policy.depth, result.buckets, accuracy_bound)
+        num_rows, ms = _rounds(cycle, answers, costs, policy, budget, result)
+        completion_ms = costs.completion(num_rows)
+        emitted = cycle.num_requests  # one checked token each
+        for answer in answers:
+            emitted += _verdicts(answer, policy, budget, result)
+        for _ in range(cycle.num_requests - len(answers)):
+            budget.emit(Bucket.of_request(0.0), 1)
+        policy.completed(cycle.num_requests, num_rows, completion_ms)
+        result.cycles += 1
+        result.emitted += emitted
+        result.request_ms += (ms + completion_ms) * cycle.num_requests
+        result.plain_request_ms += costs.completion(cycle.num_requests) * cycle.num_requests
+        result.plain_emitted += cycle.num_requests
+        if result.emitted > 500:
+            result.worst_share = max(result.worst_share, result.diverged / result.emitted)
+    return result
+
+
+def _answers(cycle: Cycle, depth: int, buckets: dict[int, Bucket], accuracy_bound: float) -> list[_Answer]:
+    offered: dict[int, dict[int, LoggedExit]] = {}
+    for exit_ in cycle.exits:
+        if exit_.depth == depth:
+            offered.setdefault(exit_.request, {})[exit_.round_number] = exit_
+    answers = []
+    for request, by_round in offered.items():
+        if request not in buckets:
+            buckets[request] = Bucket.of_request(accuracy_bound)
+        in_order: list[LoggedExit] = []
+        while len(in_order) in by_round:
+            in_order.append(by_round[len(in_order)])
+        answers.append(_Answer(buckets[request], in_order))
+    return answers
+
+
+def _rounds(
+    cycle: Cycle,
+    answers: list[_Answer],
+    costs: LogCosts,
+    policy: Policy,
+    budget: AccuracyBudget,
+    result: Replayed,
+) -> tuple[int, float]:
+    """Rows of the completion pass that follows, and ms of the rounds."""
+    num_rows, ms, live = cycle.num_requests, 0.0, [answer for answer in answers if answer.offered]
+    for number in range(policy.start(cycle.num_requests)):
+        live = [answer for answer in live if number < len(answer.offered)]
+        if not live:
+            break
+        took = costs.rounds[policy.depth](len(live))
+        policy.round_took(policy.depth, len(live), took)
+        ms += took
+        result.rounds += 1
+        going = []
+        for answer in live:
+            logged = answer.offered[number]
+            exit_ = Exit(0, 0, logged.depth, number, logged.confidence)
+            may_release = not answer.holds and budget.may_release(answer.bucket)
+            verb = policy.decide(exit_, reach=answer.reach, may_release=may_release, num_rows=num_rows)
+            if verb is Verb.STOP:
+                answer.not_taken = exit_
+                continue
+            if verb is Verb.RELEASE:
+                budget.release(answer.bucket)
+            else:
+                answer.reach *= exit_.probability
+            exit_.verb = verb
+            answer.taken.append(exit_)
+            num_rows += 1
+            going.append(answer)
+        live = going
+        if not live or not policy.goes_on(number + 1, [answer.reach for answer in live], num_rows):
+            break
+    return num_rows, ms
+
+
+def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: Replayed) -> int:
+    """Exits that are emitted."""
+    emitted = 0
+    for number, exit_ in enumerate(answer.taken):
+        logged = answer.offered[number]
+        regret = logged.regret_nats or 0.0
+        policy.verdict(exit_, logged.agrees)
+        if exit_.verb is Verb.RELEASE:
+            result.released += 1
+            if logged.agrees:
+                budget.prove_right(answer.bucket)
+        else:
+            result.held += 1
+            if not logged.agrees:
+                later = answer.taken[number + 1 :]
+                may = logged.regret_nats is not None and budget.may_accept(answer.bucket, regret)
+                if not (may and policy.accepts(regret, later, budget.fill_frac)):
+                    break
+                budget.accept(answer.bucket, regret)
+            result.accepted += 1
+        emitted += 1
+        if not logged.agrees:
+            result.diverged += 1
+            result.regret_nats += regret
+    else:
+        if answer.not_taken is not None:
+            policy.verdict(answer.not_taken, answer.offered[len(answer.taken)].agrees)
+    budget.emit(answer.bucket, emitted + 1)
+    return emitted
+
+
+def oracle(cycles: Iterable[Cycle], costs: LogCosts, *, depth: int) -> Replayed:
+    """A perfect ramp of the same proposals: it knows the verdicts, takes every right exit and never runs a round in
+    vain."""
+    result = Replayed()
+    for cycle in cycles:
+        lengths = []
+        for answer in _answers(cycle, depth, result.buckets, 0.0):
+            wrong = next((i for i, exit_ in enumerate(answer.offered) if not exit_.agrees), len(answer.offered))
+            lengths.append(wrong)
+        ms = sum(
+            costs.rounds[depth](sum(length > number for length in lengths)) for number in range(max(lengths, default=0))
+        )
+        rows = cycle.num_requests + sum(lengths)
+        result.cycles += 1
+        result.accepted += sum(lengths)
+        result.held += sum(lengths)
+        result.emitted += rows
+        result.request_ms += (ms + costs.completion(rows)) * cycle.num_requests
+        result.plain_request_ms += costs.completion(cycle.num_requests) * cycle.num_requests
+        result.plain_emitted += cycle.num_requests
+    return result

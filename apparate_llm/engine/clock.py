@@ -1,0 +1,56 @@
+"""Times of the engine's steps. With tensor parallelism rank 0's clock is everybody's, so that all decide alike."""
+
+from time import monotonic
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Took(NamedTuple):
+    num_requests: int
+    num_rows: int  # of the completion pass: one per request and exit
+    completion_ms: float  # everything of the step but its rounds
+
+
+def share_floats(values: list[float], group: Any) -> list[float]:
+    """Rank 0's values, on every rank of vLLM's group coordinator."""
+    if group.world_size == 1:
+        return values
+    shared = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.broadcast(shared, src=group.ranks[0], group=group.cpu_group)
+    return shared.tolist()
+
+
+class StepClock:
+    """A step lasts from the end of one step's rounds to the end of the next one's."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.now_s = monotonic()  # when the last completion pass was sampled
+        self.last: Took | None = None  # None where the step was no plain decode step, or the engine had idled
+        self._began_s: float | None = None
+        self._scheduled = (0, 0)
+        self._is_decode = False
+
+    def scheduled(self, *, num_requests: int, num_rows: int, num_decode_rows: int) -> None:
+        """num_decode_rows: what `num_rows` would be if no prompt were being read."""
+        self._scheduled = (num_requests, num_rows)
+        self._is_decode = num_rows == num_decode_rows
+
+    def completed(self) -> None:
+        now_s = monotonic()
+        took_s = now_s - self._began_s if self._began_s is not None and self._is_decode else -1.0
+        self.now_s, took_s = share_floats([now_s, took_s], self.group)
+        self.last = Took(*self._scheduled, took_s * 1e3) if took_s >= 0 else None
+
+    def start(self) -> None:
+        self._began_s = monotonic()
+
+    def stop(self) -> None:
+        """The engine idles: the time until the next step is nobody's."""
+        self._began_s = None
+
+    def shared_rounds(self, spent: list[tuple[int, float]]) -> list[tuple[int, float]]:
+        """Rank 0's times of a step's rounds."""
+        times = share_floats([ms for _, ms in spent], self.group)
+        return [(num_rows, ms) for (num_rows, _), ms in zip(spent, times, strict=True)]

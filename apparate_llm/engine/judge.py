@@ -1,0 +1,65 @@
+"""Verdicts on held exits, from the logits of the completion pass that vLLM's rejection sampler is about to read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from apparate_llm.controller.policy import Policy
+from apparate_llm.engine.verdicts import Verdict, VerdictLedger
+
+
+def best_and_regret(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[list[int], list[float]]:
+    """Of each row [num_rows, vocab]: the best token, and by how many nats it is better than `token_ids` [num_rows]."""
+    best = logits.max(dim=-1)
+    own = logits.gather(1, token_ids.long()[:, None])[:, 0]
+    return best.indices.tolist(), (best.values.float() - own.float()).tolist()
+
+
+def judge_held(
+    logits: torch.Tensor,
+    metadata: Any,
+    request_ids: list[str],
+    *,
+    ledger: VerdictLedger,
+    policy: Policy,
+    may_diverge: Callable[[str], bool],
+) -> list[Verdict]:
+    """Verdicts on the held exits of requests that take the full model's best token, in order.
+
+    Where the budget and the policy allow it, a held exit that differs is let through: its logit is raised above all
+    others, so that vLLM's sampler accepts it. metadata: vLLM's SpecDecodeMetadata; logits [num_tokens, vocab],
+    changed in place.
+    """
+    spans = []
+    first = 0
+    for request_id, num_drafts in zip(request_ids, metadata.num_draft_tokens, strict=True):
+        request = ledger.requests.get(request_id)
+        if num_drafts and request is not None and request.releasable:
+            spans.append((request_id, request, first, num_drafts))
+        first += num_drafts
+    if not spans:
+        return []
+    rows = metadata.target_logits_indices[:first].long()
+    best, regrets = best_and_regret(logits[rows], metadata.draft_token_ids[:first])
+    verdicts: list[Verdict] = []
+    for request_id, request, start, count in spans:
+        held = request.held[:count]
+        assert len(held) == count, f"{count} drafts of {request_id}, {len(held)} held exits"
+        diverging = may_diverge(request_id)
+        passes = True
+        for i, exit_ in enumerate(held):
+            row, regret = start + i, regrets[start + i]
+            agrees = best[row] == exit_.token_id
+            verdicts.append(Verdict(request_id, exit_, False, agrees, regret, follows_text=passes))
+            if agrees or not passes:
+                continue
+            passes = (
+                diverging
+                and ledger.budget.may_accept(request.bucket, regret)
+                and policy.accepts(regret, held[i + 1 :], ledger.budget.fill_frac)
+            )
+            if passes:
+                ledger.accept_divergence(request_id, regret)
+                logits[rows[row], exit_.token_id] = logits[rows[row]].max() + 1.0
+    return verdicts

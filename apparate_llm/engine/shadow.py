@@ -1,0 +1,71 @@
+"""Shadow evaluation: what the ramps that are not in use would have said, on states that the completion pass has
+anyway."""
+
+from time import perf_counter
+
+import torch
+
+from apparate_llm.engine.clock import share_floats
+from apparate_llm.engine.rounds import Rounds
+from apparate_llm.ramps.copying import copy_of
+from apparate_llm.ramps.load import Proposals
+
+COST_FRAC = 0.01  # of the time that goes by
+MAX_ROWS = 4
+
+
+class Shadow:
+    """Compares all ramps' first-round tokens with the full model's, at positions after an accepted held exit: there
+    the pass has the newest token's inner state and the final state of the token before it."""
+
+    def __init__(self, rounds: Rounds, depths: tuple[int, ...]) -> None:
+        """depths: of the completion pass's inner states."""
+        self.rounds = rounds
+        self.depths = depths
+        self._due_s = 0.0
+
+    def ramp_states(self, inner: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The inner states that the ramps read, out of all the completion pass gives."""
+        return [inner[self.depths.index(depth)] for depth in self.rounds.ramps.inner]
+
+    def maybe_run(
+        self, sampled_token_ids: list[list[int]], num_drafts: list[int], final: torch.Tensor, inner: list[torch.Tensor]
+    ) -> None:
+        """After a completion pass; num_drafts: held exits it checked, per request."""
+        runner = self.rounds.runner
+        if runner.clock.now_s < self._due_s:
+            return
+        rows, texts, targets = [], [], []
+        for index, checked in enumerate(sampled_token_ids):
+            end = int(runner.input_batch.num_tokens_no_spec[index])
+            newest_row = int(runner.query_start_loc.np[index + 1]) - 1 - num_drafts[index]
+            for accepted in range(1, len(checked)):
+                rows.append(newest_row + accepted)
+                texts.append(runner.input_batch.token_ids_cpu[index, : end - len(checked) + accepted])
+                targets.append(checked[accepted])
+        if not rows:
+            return
+        began_s = perf_counter()
+        self._compare(rows[:MAX_ROWS], texts[:MAX_ROWS], targets[:MAX_ROWS], final, inner)
+        (took_s,) = share_floats([perf_counter() - began_s], runner.clock.group)
+        self._due_s = runner.clock.now_s + took_s / COST_FRAC
+
+    def _compare(self, rows: list[int], texts: list, targets: list[int], final: torch.Tensor, inner: list) -> None:
+        policy, before = self.rounds.policy, [row - 1 for row in rows]
+        embed = self.rounds.runner.model.model.embed_input_ids
+        newest = torch.tensor([int(text[-1]) for text in texts])
+        tokens, lengths = torch.tensor([copy_of(text) for text in texts]).unbind(1)
+        proposals = Proposals(tokens, lengths, embed(tokens))
+        states = [state[before] for state in self.ramp_states(inner)]
+        agrees = {}
+        for depth, ramps in self.rounds.ramp_sets.items():
+            hidden = inner[self.depths.index(depth)][rows] if depth else embed(newest)
+            state = ramps.head.enter(final[before], states)
+            given = proposals if ramps.head.reads_copies else None
+            prediction = ramps.predict(hidden, state, given, round_number=0)
+            agrees[depth] = [
+                token == target for token, target in zip(prediction.token_ids.tolist(), targets, strict=True)
+            ]
+        for depth in agrees.keys() - {policy.depth}:
+            for active, other in zip(agrees[policy.depth], agrees[depth], strict=True):
+                policy.shadow(depth, active, other)

@@ -1,0 +1,197 @@
+"""`apparate-llm replay`: what a policy would have done with the exits of a feedback log."""
+
+import argparse
+import itertools
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from apparate_llm.config import EarlyExitConfig, parse_config
+from apparate_llm.files import replacing, write_atomically
+from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
+
+LOGS = Path(__file__).parent / "assets" / "logs"
+Row = dict[str, Any]
+
+
+def add_replay(subparsers: Any) -> None:
+    parser: OneLineParser = subparsers.add_parser(
+        "replay",
+        help="any policy on a feedback log, offline",
+        description="Replays a feedback log (written by `serve --feedback-log FILE`) under a policy, once for each "
+        "combination of the --param values, and shows speed against divergences. An oracle's row shows what a perfect "
+        "ramp with the same proposals would reach.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "log", nargs="?", help=f"a file or a shipped log: {', '.join(shipped_logs())} (default: the first)"
+    )
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="NAME=V1,V2",
+        help="values to try of a knob (threshold=0.8,0.9) or of a policy's parameter (window=8,16,32); repeatable",
+    )
+    parser.add_argument("--figure", type=Path, help="draw TPT against divergences (PNG, SVG or PDF)")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    add_knobs(parser)
+    parser.set_defaults(run=run_replay)
+
+
+def shipped_logs() -> dict[str, Path]:
+    return {path.name.split(".")[0]: path for path in sorted(LOGS.glob("*.jsonl.gz"))}
+
+
+def run_replay(args: argparse.Namespace) -> int:
+    from apparate_llm.controller.feedback import read_cycles, read_header
+    from apparate_llm.controller.replay import LogCosts
+
+    config = knobs_from(args)
+    path = find_log(args.log)
+    for out in (args.figure, args.json):
+        if out is not None and not out.parent.is_dir():
+            raise ValueError(f"folder not found: {out.parent}")
+    header, cycles = read_header(path), list(read_cycles(path))
+    costs = LogCosts(cycles)
+    if config.depth not in ("auto", *costs.rounds):
+        raise ValueError(
+            f"--depth: the log holds exits of depth {', '.join(map(str, costs.rounds))}, got {config.depth}"
+        )
+    combinations = parameter_grid(args.param)
+    rows = [one_row(config, parameters, header, cycles, costs) for parameters in combinations]
+    rows.append(oracle_row(config, cycles, costs))
+    print_rows(
+        rows, f"{path.name}: {len(cycles)} passes of {header.get('model', 'a model')} on {header.get('cpu', '?')}"
+    )
+    if args.json:
+        document = {"schema_version": 1, "command": shlex.join(["apparate-llm", *sys.argv[1:]]), "rows": rows}
+        write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
+    if args.figure:
+        save_figure(args.figure, rows)
+    return 0
+
+
+def find_log(name: str | None) -> Path:
+    shipped = shipped_logs()
+    if name is None:
+        if not shipped:
+            raise ValueError("no log given, and none is shipped")
+        return next(iter(shipped.values()))
+    return shipped[name] if name in shipped else Path(name)
+
+
+def parameter_grid(given: list[str]) -> list[dict[str, Any]]:
+    """All combinations of `name=v1,v2`; raises ValueError for what is not of this form."""
+    axes = []
+    for text in given:
+        name, equals, values = text.partition("=")
+        if not (name and equals and values):
+            raise ValueError(f"--param must be NAME=V1,V2,..., got {text!r}")
+        try:
+            axes.append([(name, json.loads(value)) for value in values.split(",")])
+        except json.JSONDecodeError:
+            raise ValueError(f"--param {name}: values must be numbers, true or false, got {values!r}") from None
+    return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def one_row(config: EarlyExitConfig, parameters: Row, header: Row, cycles: list[Any], costs: Any) -> Row:
+    from apparate_llm.controller.policies import make_policy
+    from apparate_llm.controller.replay import replay
+
+    knobs = {name: value for name, value in parameters.items() if name in EarlyExitConfig.model_fields}
+    rest = {name: value for name, value in parameters.items() if name not in knobs}
+    config = parse_config({**config.model_dump(), **knobs})
+    depths = tuple(sorted(costs.rounds))
+    policy = make_policy(
+        config,
+        depth=depths[0] if config.depth == "auto" else config.depth,
+        depths=depths if config.depth == "auto" else (config.depth,),
+        num_layers=header["num_layers"],
+        **rest,
+    )
+    result = replay(cycles, costs, policy, accuracy_bound=config.accuracy_bound, kind=config.bound_kind)
+    label = ", ".join(f"{name}={value}" for name, value in parameters.items())
+    return row_of(config.policy, label, config.accuracy_bound, result)
+
+
+def oracle_row(config: EarlyExitConfig, cycles: list[Any], costs: Any) -> Row:
+    from apparate_llm.controller.replay import oracle
+
+    depth = min(costs.rounds) if config.depth == "auto" else config.depth
+    return row_of("oracle", "", 0.0, oracle(cycles, costs, depth=depth))
+
+
+def row_of(policy: str, parameters: str, accuracy_bound: float, result: Any) -> Row:
+    return {
+        "policy": policy,
+        "parameters": parameters,
+        "accuracy_bound": accuracy_bound,
+        "tpt_ratio": round(result.tpt_ratio, 4),
+        "tpt_ms": round(result.tpt_ms, 3),
+        "tokens_per_pass": round(result.tokens_per_pass, 3),
+        "divergence_frac": round(result.divergence_frac, 5),
+        "worst_divergence_frac": round(result.worst_share, 5),
+        "regret_nats_per_token": round(result.regret_per_token, 5),
+        "emitted": result.emitted,
+        "held": result.held,
+        "accepted": result.accepted,
+        "released": result.released,
+        "diverged": result.diverged,
+    }
+
+
+def print_rows(rows: list[Row], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    columns = (
+        "policy|parameters|bound|TPT / plain|tokens per pass|diverged|regret, nats per token|held|accepted|released"
+    )
+    for column in columns.split("|"):
+        table.add_column(column, justify="left" if column in ("policy", "parameters") else "right")
+    for row in rows:
+        table.add_row(
+            row["policy"],
+            row["parameters"],
+            f"{row['accuracy_bound']:g}",
+            f"{row['tpt_ratio']:.3f}",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['divergence_frac']:.4f}",
+            f"{row['regret_nats_per_token']:.4f}",
+            *(str(row[name]) for name in ("held", "accepted", "released")),
+        )
+    Console(width=max(Console().width, 120)).print(table)
+
+
+def save_figure(path: Path, rows: list[Row]) -> None:
+    """Raises ValueError for a kind of file that cannot be drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, ax = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    draw_tradeoff(ax, rows)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or None, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_tradeoff(ax: Any, rows: list[Row]) -> None:
+    """TPT ratio over divergence share; a line for each policy, points named by their parameters."""
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        points = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row["divergence_frac"])
+        x = [100 * row["divergence_frac"] for row in points]
+        ax.plot(x, [row["tpt_ratio"] for row in points], marker="o", label=policy)
+        for row, at in zip(points, x, strict=True):
+            ax.annotate(
+                row["parameters"], (at, row["tpt_ratio"]), fontsize=7, xytext=(4, 4), textcoords="offset points"
+            )
+    ax.set_xlabel("divergent tokens, %")
+    ax.set_ylabel("time per output token / plain")
+    ax.grid(alpha=0.3)
+    ax.legend()

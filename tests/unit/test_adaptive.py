@@ -1,0 +1,129 @@
+import json
+
+import pytest
+
+from apparate_llm.config import EarlyExitConfig
+from apparate_llm.controller.adaptive import AdaptivePolicy
+from apparate_llm.controller.policies import make_policy
+from apparate_llm.core import Exit, Verb
+
+
+def make(depths=(0,), **knobs) -> AdaptivePolicy:
+    policy = make_policy(EarlyExitConfig(max_exits=4, **knobs), depth=0, depths=depths, num_layers=30)
+    assert isinstance(policy, AdaptivePolicy)
+    return policy
+
+
+def offered(confidence: float, number: int = 0, depth: int = 0) -> Exit:
+    return Exit(9, 1, depth, number, confidence)
+
+
+def teach(policy: AdaptivePolicy, *, pass_ms: float = 20.0, row_ms: float = 0.2, round_ms: float = 1.0) -> None:
+    """What a machine costs."""
+    for _ in range(8):
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            policy.completed(1, rows, pass_ms + row_ms * rows)
+            policy.round_took(policy.depth, rows, round_ms)
+
+
+def test_sure_exits_are_released_likely_ones_held_and_hopeless_ones_left():
+    policy = make()
+    teach(policy)
+    assert policy.start(1) == 4
+    assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is Verb.RELEASE
+    assert policy.decide(offered(0.99), reach=1.0, may_release=False, num_rows=1) is Verb.HOLD
+    assert policy.decide(offered(0.6), reach=1.0, may_release=True, num_rows=1) is Verb.HOLD
+    assert policy.decide(offered(0.003), reach=1.0, may_release=True, num_rows=1) is Verb.STOP
+
+
+def test_another_round_pays_while_it_brings_more_than_it_costs():
+    policy = make()
+    teach(policy, round_ms=2.0)
+    policy.start(1)
+    assert policy.goes_on(1, [0.9], 2)
+    assert not policy.goes_on(1, [0.02], 2)
+    assert policy.goes_on(1, [0.1] * 12, 24), "a round shared by many pays sooner"
+
+
+def test_dear_rounds_or_rows_stop_exits_but_for_a_probe():
+    for costs in ({"round_ms": 40.0}, {"row_ms": 30.0}):
+        policy = make()
+        teach(policy, **costs)
+        rounds = [policy.start(8) for _ in range(2000)]
+        assert set(rounds) == {0, 1}
+        assert rounds.count(1) <= 2000 / 64
+
+
+def test_plain_passes_are_measured_now_and_then():
+    policy = make()
+    teach(policy)
+    rounds = [policy.start(1) for _ in range(1024)]
+    assert rounds.count(0) < 12 and 0 in rounds[:8]
+
+
+def test_verdicts_move_what_a_confidence_is_worth():
+    policy = make()
+    teach(policy)
+    policy.start(1)
+    for _ in range(256):
+        policy.verdict(offered(0.99), False)
+    assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is not Verb.RELEASE
+    assert policy.decide(offered(0.99, number=1), reach=1.0, may_release=True, num_rows=1) is Verb.RELEASE, "own rounds"
+
+
+def test_a_cheap_divergence_that_saves_much_is_taken_when_the_budget_is_full():
+    policy = make()
+    later = [offered(0.9, 1), offered(0.9, 2)]
+    for exit_ in later:
+        exit_.probability = 0.9
+    assert policy.accepts(0.3, [], fill_frac=0.5)
+    assert not policy.accepts(0.3, [], fill_frac=0.01)
+    assert not policy.accepts(6.0, [], fill_frac=1.0) and policy.accepts(6.0, later, fill_frac=1.0)
+
+
+def test_a_deeper_ramp_that_agrees_more_takes_over_and_gives_way_when_it_costs_too_much():
+    policy = make(depths=(0, 2))
+    teach(policy)
+    policy.round_took(2, 1, 1.5)
+    right = {0: 4, 2: 9}  # of ten
+
+    def go_on() -> None:
+        for i in range(400):
+            active, other = policy.depth, 2 - policy.depth
+            policy.shadow(other, active_agrees=i % 10 < right[active], agrees=i % 10 < right[other])
+            policy.completed(1, 2, 20.4)
+
+    go_on()
+    assert policy.depth == 2
+    for _ in range(50):
+        policy.round_took(2, 1, 15.0)
+    go_on()
+    assert policy.depth == 0
+
+
+def test_a_depth_that_was_asked_for_stays():
+    policy = make(depths=(0,), depth=0)
+    assert not policy.wants_shadow()
+
+
+def test_what_it_learned_survives_as_json():
+    policy = make(depths=(0, 2))
+    teach(policy)
+    policy.start(1)
+    for _ in range(100):
+        policy.decide(offered(0.9), reach=1.0, may_release=False, num_rows=1)
+        policy.verdict(offered(0.9), False)
+    other = make(depths=(0, 2))
+    other.restore(json.loads(json.dumps(policy.state())))
+    assert other.state() == policy.state()
+    assert other.best_rate(0, 1) == policy.best_rate(0, 1)
+    json.dumps(policy.status())
+
+
+@pytest.mark.parametrize("damage", [{"depth": 7}, {"calibrations": [[0, 0]]}, {"rounds": None}])
+def test_a_damaged_state_changes_nothing(damage):
+    policy = make(depths=(0, 2))
+    before = policy.state()
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        policy.restore({**before, **damage})
+    assert policy.state() == before

@@ -1,0 +1,187 @@
+"""Policies on made-up feedback: the bound holds whatever happens, and the adaptive policy is worth its name."""
+
+import json
+import random
+import time
+
+import pytest
+
+from apparate_llm.config import EarlyExitConfig
+from apparate_llm.controller.feedback import Cycle, LoggedExit
+from apparate_llm.controller.policies import make_policy
+from apparate_llm.controller.replay import LogCosts, Replayed, oracle, replay
+from scripts.check_bound import check_bound
+from tests import logs
+
+
+def run(cycles: list[Cycle], name: str, *, costs: LogCosts | None = None, **knobs) -> Replayed:
+    config = EarlyExitConfig(policy=name, **{"accuracy_bound": 0.05, "max_exits": 3, "max_rows": 64, **knobs})
+    policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
+    costs = costs or LogCosts(cycles)
+    return replay(cycles, costs, policy, accuracy_bound=config.accuracy_bound, kind=config.bound_kind)
+
+
+def test_a_replay_by_hand():
+    def exit_(number: int, confidence: float, agrees: bool) -> LoggedExit:
+        return LoggedExit(1, 0, number, confidence, 1, agrees, 0.0 if agrees else 0.5)
+
+    cycles = [
+        Cycle(1, 3, 24.0, [(1, 1.0)] * 2, [exit_(0, 0.8, True), exit_(1, 0.7, True)]),  # both held and accepted
+        Cycle(1, 3, 24.0, [(1, 1.0)] * 2, [exit_(0, 0.6, False), exit_(1, 0.9, True)]),  # rejected at the first
+        Cycle(1, 2, 22.0, [(1, 1.0)], [exit_(0, 0.2, True)]),  # not taken
+        Cycle(1, 1, 20.0, [], []),
+    ]
+    result = run(cycles, "static", hold_threshold=0.5, accuracy_bound=0.0)
+    assert (result.emitted, result.held, result.accepted, result.rounds) == (3 + 1 + 1 + 1, 3, 2, 5)
+    assert result.request_ms == pytest.approx((24 + 2) + (24 + 2) + (20 + 1) + 20)
+    assert result.tpt_ratio == pytest.approx((93 / 6) / 20)
+    assert oracle(cycles, LogCosts(cycles), depth=0).emitted == 3 + 1 + 2 + 1
+
+
+@pytest.mark.parametrize("name", ["adaptive", "apparate", "static"])
+@pytest.mark.parametrize("bound", [0.01, 0.05])
+def test_a_ramp_that_turns_wrong_while_sure_never_breaks_the_bound(name, bound):
+    def agrees(confidence: float, cycle: int, rng: random.Random) -> bool:
+        return rng.random() < (confidence if cycle // 700 % 2 == 0 else 1.0 - confidence)
+
+    result = run(list(logs.cycles(6000, agrees=agrees)), name, accuracy_bound=bound)
+    assert result.worst_share <= bound
+    assert result.diverged > 0
+
+
+@pytest.mark.parametrize("name", ["adaptive", "apparate", "static"])
+def test_the_bound_holds_against_a_ramp_that_turns_wrong_once_it_is_trusted(name):
+    """50,000 verdicts here; `python -m scripts.check_bound` makes a million."""
+    checked = check_bound(name, num_verdicts=50_000, accuracy_bound=0.05)
+    assert checked.num_verdicts >= 50_000
+    assert checked.worst_share <= 0.05
+    assert checked.divergence_frac > 0.01, "the bound was never put to the test"
+
+
+def test_a_request_keeps_to_its_own_bound_and_allowance():
+    result = run(list(logs.cycles(3000)), "adaptive", accuracy_bound=0.02)
+    assert len(result.buckets) == 50
+    for bucket in result.buckets.values():
+        bucket.check_integrity()
+        assert bucket.spent <= bucket.earned
+
+
+def test_the_regret_bound_holds_in_nats_per_token():
+    result = run(list(logs.cycles(4000)), "adaptive", accuracy_bound=0.02, bound_kind="regret")
+    assert 0.01 < result.regret_per_token <= 0.02
+    assert result.released == 0
+
+
+def test_lossless_is_lossless_and_a_larger_bound_is_faster():
+    cycles = list(logs.cycles(4000))
+    lossless, loose = (run(cycles, "adaptive", accuracy_bound=bound) for bound in (0.0, 0.1))
+    assert lossless.diverged == 0 and lossless.tpt_ratio < 0.75
+    assert loose.tpt_ratio < 0.95 * lossless.tpt_ratio
+    assert oracle(cycles, LogCosts(cycles), depth=0).tpt_ratio < lossless.tpt_ratio
+
+
+def test_adaptive_is_faster_than_any_static_threshold_and_the_papers_policy_at_no_more_divergences():
+    cycles = list(logs.cycles(5000))
+    adaptive = run(cycles, "adaptive")
+    others = [run(cycles, "static", threshold=value) for value in (0.8, 0.9, 0.95, 0.98, 0.99)]
+    others.append(run(cycles, "apparate"))
+    for other in others:
+        assert adaptive.tpt_ratio < other.tpt_ratio
+    assert adaptive.divergence_frac <= 0.05
+
+
+def test_exits_stop_where_rows_are_dear_and_come_back():
+    dear = list(logs.cycles(800, requests=8, row_ms=6.0))
+    cheap = list(logs.cycles(800, requests=1, row_ms=0.1))
+    config = EarlyExitConfig(accuracy_bound=0.0, max_exits=3)
+    policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
+
+    def part(cycles):
+        return replay(cycles, LogCosts(cycles), policy, accuracy_bound=0.0, kind="agreement")
+
+    assert part(cheap).tpt_ratio < 0.7
+    part(dear[:100])  # settles
+    settled = part(dear[100:])
+    assert settled.tpt_ratio < 1.03
+    assert part(cheap[100:]).tpt_ratio < 0.7
+
+
+def test_decisions_take_little_time():
+    for requests, limit_ms in ((1, 0.2), (16, 0.5)):
+        cycles = list(logs.cycles(600, requests=requests, row_ms=0.02))
+        costs = LogCosts(cycles)
+        began = time.process_time()
+        result = run(cycles, "adaptive", costs=costs)
+        per_step_ms = (time.process_time() - began) / len(cycles) * 1e3
+        assert result.rounds > 600, "nothing was decided"
+        assert per_step_ms < 10 * limit_ms, per_step_ms  # with the replay's own work, and on a busy machine
+
+
+def test_the_same_feedback_gives_the_same_decisions():
+    one, two = (run(list(logs.cycles(1500)), "adaptive") for _ in range(2))
+    assert (one.emitted, one.request_ms, one.diverged) == (two.emitted, two.request_ms, two.diverged)
+
+
+def log_file(path, count: int = 400):
+    from apparate_llm.controller.feedback import SCHEMA_VERSION
+
+    lines = [json.dumps({"schema_version": SCHEMA_VERSION, "num_layers": 30, "model": "made up"})]
+    for cycle in logs.cycles(count):
+        lines.append(json.dumps([*cycle[:4], [[*exit_[:5], int(exit_.agrees), exit_[6]] for exit_ in cycle.exits]]))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_command_tries_all_parameters_and_draws_them(tmp_path, capsys):
+    from apparate_llm.cli import main
+
+    log = log_file(tmp_path / "log.jsonl")
+    figure, out = tmp_path / "figure.png", tmp_path / "rows.json"
+    command = ["replay", str(log), "--policy", "static", "--accuracy-bound", "0.05", "--param", "threshold=0.8,0.9"]
+    assert main([*command, "--param", "max_exits=1,3", "--figure", str(figure), "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["parameters"] for row in rows] == [
+        "threshold=0.8, max_exits=1",
+        "threshold=0.8, max_exits=3",
+        "threshold=0.9, max_exits=1",
+        "threshold=0.9, max_exits=3",
+        "",
+    ]
+    assert rows[-1]["policy"] == "oracle" and rows[-1]["tpt_ratio"] < min(row["tpt_ratio"] for row in rows[:-1])
+    assert rows[1]["tpt_ratio"] < rows[0]["tpt_ratio"]
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert "static" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--param", "window"], "--param must be NAME=V1,V2,..., got 'window'"),
+        (["--param", "threshold=high"], "--param threshold: values must be numbers"),
+        (["--param", "patience=3"], "policy adaptive: .*'patience'"),
+        (["--param", "max_exits=99"], "max_exits: .*less than or equal to 16, got 99"),
+        (["--depth", "7"], "--depth: the log holds exits of depth 0, got 7"),
+        (["--figure", "nowhere/x.png"], "folder not found: nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(change, says, tmp_path, capsys):
+    from apparate_llm.cli import main
+
+    assert main(["replay", str(log_file(tmp_path / "log.jsonl", 8)), *change]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    import re
+
+    assert re.search(says, message), message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("hello\n", "is not a feedback log"), ('{"schema_version": 9}\n', "schema version 9")]
+)
+def test_what_is_no_log_is_one_line(text, says, tmp_path, capsys):
+    from apparate_llm.cli import main
+
+    (tmp_path / "log.jsonl").write_text(text)
+    assert main(["replay", str(tmp_path / "log.jsonl")]) == 2
+    assert says in capsys.readouterr().err
+    assert main(["replay", str(tmp_path / "missing.jsonl")]) == 2

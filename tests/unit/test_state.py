@@ -1,0 +1,107 @@
+import json
+import logging
+
+import pytest
+
+from apparate_llm.config import EarlyExitConfig
+from apparate_llm.controller.feedback import Cycle, FeedbackLog, LoggedExit, read_cycles, read_header
+from apparate_llm.controller.policies import make_policy
+from apparate_llm.controller.state import ControllerState, resolve_path
+from apparate_llm.core import Exit, Verb
+
+IDENTITY = {"model": "m", "ramps": "abc", "cpu": "c"}
+
+
+def policy_with(verdicts: int = 0):
+    policy = make_policy(EarlyExitConfig(), depth=0, depths=(0,), num_layers=30)
+    for _ in range(verdicts):
+        policy.verdict(Exit(0, 0, 0, 0, 0.9), False)
+    return policy
+
+
+def test_what_was_learned_comes_back_after_a_restart(tmp_path):
+    path = tmp_path / "deep" / "state.json"
+    learned, fresh = policy_with(50), policy_with()
+    ControllerState(path, IDENTITY, writes=True).save(learned)
+    assert ControllerState(path, IDENTITY, writes=False).restore(fresh)
+    assert fresh.state() == learned.state()
+    assert [item.name for item in path.parent.iterdir()] == ["state.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"schema_version": 7}', "schema version 7, expected 1"),
+        (json.dumps({"schema_version": 1, "identity": {**IDENTITY, "cpu": "other"}, "state": {}}), "'cpu': 'other'"),
+        (json.dumps({"schema_version": 1, "identity": IDENTITY, "state": {"depth": 0}}), "KeyError"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_reported_and_ignored(text, says, tmp_path, caplog):
+    path = tmp_path / "state.json"
+    path.write_text(text)
+    policy = policy_with()
+    before = policy.state()
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.WARNING, logger="vllm.apparate"):
+        assert not ControllerState(path, IDENTITY, writes=True).restore(policy)
+    assert policy.state() == before
+    assert says in caplog.text and "ignored" in caplog.text
+
+
+def test_no_file_is_no_news_and_a_place_that_cannot_be_written_costs_nothing(tmp_path, caplog):
+    state = ControllerState(tmp_path / "none.json", IDENTITY, writes=True)
+    assert not state.restore(policy_with())
+    (tmp_path / "file").write_text("")
+    logging.getLogger("vllm").propagate = True
+    ControllerState(tmp_path / "file" / "state.json", IDENTITY, writes=True).save(policy_with(1))
+    assert "not saved" in caplog.text
+    ControllerState(tmp_path / "mine.json", IDENTITY, writes=False).save(policy_with(1))
+    assert not (tmp_path / "mine.json").exists()
+
+
+def test_each_server_has_its_own_place(tmp_path):
+    one, two = (resolve_path(None, {**IDENTITY, "cpu": cpu}, tmp_path) for cpu in "ab")
+    assert one is not None and two is not None and one != two and one.is_relative_to(tmp_path)
+    assert resolve_path("none", IDENTITY, tmp_path) is None
+    assert resolve_path("x.json", IDENTITY, tmp_path).name == "x.json"
+
+
+class Took:
+    num_requests, num_rows, completion_ms = 1, 3, 20.12345
+
+
+class Verdict:
+    def __init__(self, confidence: float, verb: Verb, *, greedy: bool = True) -> None:
+        self.request_id, self.released, self.agrees, self.regret_nats = "secret prompt", verb is Verb.RELEASE, True, 0.0
+        self.exit = Exit(5, 77, 0, 1, confidence, greedy, verb=verb)
+
+
+def test_a_feedback_log_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = FeedbackLog(path, {"num_layers": 30})
+    log.rounds([(1, 1.5)])
+    log.completed(Took, [Verdict(0.9, Verb.HOLD), Verdict(0.99, Verb.RELEASE), Verdict(0.5, Verb.HOLD, greedy=False)])
+    log.completed(None, [])
+    log.completed(Took, [])
+    assert read_header(path)["num_layers"] == 30
+    first, second = read_cycles(path)
+    request = first.exits[0].request
+    held, released = LoggedExit(request, 0, 1, 0.9, 1, True, 0.0), LoggedExit(request, 0, 1, 0.99, 2, True, 0.0)
+    assert first == Cycle(1, 3, 20.123, [(1, 1.5)], [held, released])
+    assert second.rounds == [] and second.exits == []
+    assert "secret" not in path.read_text() and "77" not in path.read_text()
+
+
+def test_a_feedback_log_is_bounded_and_a_cut_line_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = FeedbackLog(path, {"num_layers": 30}, max_bytes=2000)
+    for _ in range(1000):
+        log.completed(Took, [Verdict(0.9, Verb.HOLD)])
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["log.jsonl", "log.jsonl.1"]
+    assert all(item.stat().st_size < 2300 for item in tmp_path.iterdir())
+    complete = len(list(read_cycles(path)))
+    with path.open("a") as file:
+        file.write("[1,3,20.1,[")
+    assert len(list(read_cycles(path))) == complete > 0
