@@ -70,9 +70,10 @@ def _word_tokenizer(vocab_size: int):
     )
 
 
-def build_lens_ramps(folder: Path, model_dir: Path, *, depth: int, confidence_offset: float = 0.0) -> Path:
-    """A lens at `depth`. At depth NUM_LAYERS it is a perfect ramp; below, it agrees now and then."""
-    return _save(folder, model_dir, kind="lens", depth=depth, tensors={}, offset=confidence_offset)
+def build_lens_ramps(folder: Path, model_dir: Path, *, depth: int, confidence_offset: float = 0.0, others=()) -> Path:
+    """A lens at `depth`, the default, and one at each of `others`. At depth NUM_LAYERS it is a perfect ramp; below, it
+    agrees now and then."""
+    return _save(folder, model_dir, kind="lens", depth=depth, tensors={}, offset=confidence_offset, others=others)
 
 
 def build_fused_ramps(folder: Path, model_dir: Path, *, depth: int, seed: int = 0) -> Path:
@@ -102,7 +103,7 @@ def build_fused_ramps(folder: Path, model_dir: Path, *, depth: int, seed: int = 
     )
 
 
-def _save(folder, model_dir, *, kind, depth, tensors, offset, intermediate_size=0, inner=()) -> Path:
+def _save(folder, model_dir, *, kind, depth, tensors, offset, intermediate_size=0, inner=(), others=()) -> Path:
     info = BaseModelInfo.of(model_dir)
     tensors = {VOCABULARY: torch.arange(info.vocab_size), **tensors}
     save_ramps(
@@ -110,11 +111,11 @@ def _save(folder, model_dir, *, kind, depth, tensors, offset, intermediate_size=
         tensors,
         kind=kind,
         base_model=info,
-        depths=[depth],
+        depths=sorted([depth, *others]),
         default_depth=depth,
         ramp_vocab=len(tensors[VOCABULARY]),
         intermediate_size=intermediate_size,
         inner=list(inner),
-        calibration={depth: [(1.0, offset)]},
+        calibration={depth: [(1.0, offset)] for depth in (depth, *others)},
     )
     return folder

@@ -44,12 +44,8 @@ class EarlyExitWorker(CPUWorker):
 
 def check_supported(vllm_config: Any) -> None:
     """Raise ValueError for a server set-up that early exits cannot serve."""
-    parallel = vllm_config.parallel_config
-    for name, size in (
-        ("tensor-parallel-size", parallel.tensor_parallel_size),
-        ("pipeline-parallel-size", parallel.pipeline_parallel_size),
-    ):
-        if size > 1:
-            raise ValueError(f"early exits need --{name} 1, got {size}; --policy off serves plain vLLM")
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise ValueError(f"early exits need --pipeline-parallel-size 1, got {stages}; --policy off serves plain vLLM")
     if vllm_config.lora_config is not None:
         raise ValueError("early exits do not work with --enable-lora; --policy off serves plain vLLM")

@@ -1,0 +1,196 @@
+"""The controller at work in an engine: bounds, per-request knobs, targets, log, state, change of depth."""
+
+import json
+
+import pytest
+
+from apparate_llm.controller.feedback import read_cycles, read_header
+from apparate_llm.controller.replay import LogCosts, oracle
+from tests.harness import Engine, greedy, token_prompts
+from tests.tiny import build_lens_ramps
+
+PROMPTS = token_prompts(6, shared=30)
+
+
+def adaptive(ramps, **knobs):
+    return {"ramps": str(ramps), "policy": "adaptive", **knobs}
+
+
+def cheap_rounds(engine: Engine):
+    """The policy, made to believe that rounds cost a hundredth of a pass: on a tiny model they cost about as much as
+    one."""
+    policy = engine.runner.rounds.policy
+    for depth in policy.depths:
+        policy.costs.observe_round(depth, 1, 0.3)
+    deaf = {"__slots__": (), "round_took": lambda self, *args: None, "completed": lambda self, *args: None}
+    policy.__class__ = type("Deaf", (type(policy),), deaf)
+    return policy
+
+
+def with_knobs(max_tokens: int, **xargs):
+    return greedy(max_tokens, extra_args=xargs)
+
+
+@pytest.fixture(scope="module")
+def plain_tokens(tiny_llama):
+    with Engine(tiny_llama) as engine:
+        return engine.tokens(PROMPTS, greedy(100))
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+def test_a_bound_of_zero_is_lossless(depth, tiny_llama, lens_ramps, plain_tokens):
+    with Engine(tiny_llama, adaptive(lens_ramps(depth=depth), max_exits=6)) as engine:
+        cheap_rounds(engine)
+        assert engine.tokens(PROMPTS, greedy(100)) == plain_tokens
+        counts = engine.counts()
+    assert counts["accepted"] > 0 and counts["diverged"] == 0
+
+
+@pytest.mark.parametrize("kind", ["agreement", "regret"])
+def test_accepted_divergences_keep_the_bound_and_are_what_the_full_model_says(kind, tiny_llama, lens_ramps):
+    """Ask plain vLLM for the next token after every emitted prefix: the divergences must be exactly those counted."""
+    bound = 0.1
+    knobs = adaptive(lens_ramps(depth=3), accuracy_bound=bound, bound_kind=kind)
+    with Engine(tiny_llama, knobs) as engine:
+        # Whatever the budget pays for: what is tested is the accounting.
+        cheap_rounds(engine).max_regret_nats = 1e6
+        engine.add("warm", PROMPTS[1], greedy(150))
+        engine.run()
+        before = engine.counts()
+        engine.add("a", PROMPTS[0], greedy(60))
+        (answer,) = engine.run().values()
+        counts = engine.counts()
+        spent = counts["regret_nats"] if kind == "regret" else counts["diverged"]
+        assert spent <= bound * counts["emitted"]
+    tokens = [*PROMPTS[0]["prompt_token_ids"], *answer]
+    start = len(tokens) - len(answer)
+    with Engine(tiny_llama) as plain:
+        prefixes = [{"prompt_token_ids": tokens[:position]} for position in range(start, len(tokens))]
+        choices = [choice for (choice,) in plain.tokens(prefixes, greedy(1))]
+    differ = sum(choice != token for choice, token in zip(choices, answer, strict=True))
+    unverified = counts["unverified"] - before["unverified"]
+    assert counts["diverged"] - before["diverged"] <= differ <= counts["diverged"] - before["diverged"] + unverified
+    assert counts["accepted_diverged"] > before["accepted_diverged"], "nothing was let through"
+    if kind == "regret":
+        assert counts["released"] == 0
+
+
+def test_the_bound_holds_at_every_step_for_the_server_and_each_request(tiny_llama, lens_ramps):
+    bound = 0.05
+    with Engine(tiny_llama, adaptive(lens_ramps(depth=3), accuracy_bound=bound)) as engine:
+        policy = cheap_rounds(engine)
+        policy.release_confidence, policy.max_regret_nats = 0.5, 1e6
+        for index, prompt in enumerate(PROMPTS):
+            engine.add(str(index), prompt, greedy(150))
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.step()
+            counts = engine.counts()
+            assert counts["diverged"] + counts["outstanding"] + counts["unverified"] <= bound * counts["emitted"]
+            engine.check_integrity()
+        assert counts["accepted_diverged"] > 0 and counts["released"] > 0
+
+
+def test_requests_choose_for_themselves(tiny_llama, lens_ramps, plain_tokens):
+    with Engine(tiny_llama, adaptive(lens_ramps(depth=3), accuracy_bound=0.3, max_exits=3)) as engine:
+        cheap_rounds(engine).max_regret_nats = 1e6
+        engine.tokens(PROMPTS[:2], greedy(100))  # the server can afford divergences from here on
+        params = [
+            with_knobs(100),
+            with_knobs(100, accuracy_bound=0.0),
+            with_knobs(100, early_exit=0),
+            with_knobs(100, tpt_target_ms=1e9),
+            with_knobs(100, tpt_target_ms=1e-6),
+        ]
+        for index, item in enumerate(params):
+            engine.add(str(index), PROMPTS[index], item)
+        requests, seen = engine.runner.ledger.requests, {}
+        stock = engine.runner.ledger.end_request
+        engine.runner.ledger.end_request = lambda name: (seen.update({name[0]: requests.get(name)}), stock(name))[1]
+        answers = engine.run()
+    for index in (1, 2, 3):
+        assert answers[str(index)] == plain_tokens[index], f"request {index} was to be lossless"
+    assert answers["0"] != plain_tokens[0] and answers["4"] != plain_tokens[4]
+    assert seen["2"].held == [] and not seen["2"].takes_exits
+
+
+def test_a_bad_knob_that_no_api_refused_costs_the_request_its_knobs_and_nothing_else(
+    tiny_llama, lens_ramps, plain_tokens
+):
+    with Engine(tiny_llama, adaptive(lens_ramps(depth=3))) as engine:
+        params = with_knobs(100, accuracy_bound="much")
+        assert engine.tokens(PROMPTS[:1], params) == plain_tokens[:1]
+
+
+def test_a_failing_policy_leaves_plain_serving(tiny_llama, lens_ramps, plain_tokens):
+    for method in ("start", "decide", "goes_on", "verdict", "completed"):
+        with Engine(tiny_llama, adaptive(lens_ramps(depth=4), max_exits=3)) as engine:
+            policy = cheap_rounds(engine)
+
+            def fail(self, *args, **kwargs):
+                raise RuntimeError("injected")
+
+            policy.__class__ = type("Failing", (type(policy),), {"__slots__": (), method: fail})
+            assert engine.tokens(PROMPTS, greedy(100)) == plain_tokens, method
+            status = engine.status()
+            assert status["active"] is False and status["counts"]["fallbacks"] == 1, method
+
+
+def test_the_feedback_log_tells_what_happened(tiny_llama, lens_ramps, tmp_path):
+    path = tmp_path / "log.jsonl"
+    with Engine(
+        tiny_llama, {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "feedback_log": str(path)}
+    ) as engine:
+        engine.tokens(PROMPTS[:2], greedy(60))
+        counts = engine.counts()
+    cycles = list(read_cycles(path))
+    exits = [exit_ for cycle in cycles for exit_ in cycle.exits]
+    assert read_header(path)["num_layers"] == 4
+    assert len({exit_.request for exit_ in exits}) == 2
+    assert 0.8 * counts["held"] <= sum(exit_.taken == 1 for exit_ in exits) <= counts["held"]
+    assert all(exit_.agrees and not exit_.regret_nats and exit_.depth == 4 for exit_ in exits)  # a perfect ramp
+    assert {cycle.num_requests for cycle in cycles} <= {1, 2}
+    assert all(cycle.completion_ms > 0 and all(ms > 0 for _, ms in cycle.rounds) for cycle in cycles)
+    assert oracle(cycles, LogCosts(cycles), depth=4).tokens_per_pass > 2
+
+
+def test_experience_survives_a_restart(tiny_llama, lens_ramps, tmp_path):
+    path = tmp_path / "state.json"
+    knobs = adaptive(lens_ramps(depth=4), state=str(path))
+    with Engine(tiny_llama, knobs) as engine:
+        engine.tokens(PROMPTS, greedy(40))
+        learned = engine.runner.rounds.policy.state()
+    with Engine(tiny_llama, knobs) as engine:
+        assert json.loads(json.dumps(engine.runner.rounds.policy.state())) == json.loads(json.dumps(learned))
+    with Engine(tiny_llama, adaptive(lens_ramps(depth=3), state=str(path))) as engine:  # other ramps
+        assert not engine.runner.rounds.policy.calibrations
+
+
+def test_the_depth_may_change_at_any_step(tiny_llama, tmp_path, plain_tokens):
+    """Ramps at several depths, one in use after the other; the shadow knows that the deepest is always right."""
+    ramps = build_lens_ramps(tmp_path / "ramps", tiny_llama, depth=3, confidence_offset=6.0, others=(1, 4))
+    with Engine(tiny_llama, adaptive(ramps, max_exits=3)) as engine:
+        runner, seen, shadows = engine.runner, set(), []
+        policy, stock, steps = runner.rounds.policy, runner.rounds.policy.start, 0
+
+        def start(self, num_requests):
+            nonlocal steps
+            steps += 1
+            self.depth_choice.active = self.depth = (3, 1, 4)[steps // 5 % 3]
+            seen.add(self.depth)
+            return stock(num_requests)
+
+        def shadow(self, depth, active_agrees, agrees):
+            shadows.append((self.depth, depth, active_agrees, agrees))
+
+        runner.shadow.__class__ = type("Eager", (type(runner.shadow),), {"__setattr__": _never_due})
+        policy.__class__ = type("Turning", (type(policy),), {"__slots__": (), "start": start, "shadow": shadow})
+        assert engine.tokens(PROMPTS, greedy(100)) == plain_tokens
+    assert seen == {1, 3, 4}
+    assert len(shadows) > 30
+    assert all(agrees for _, depth, _, agrees in shadows if depth == 4)
+    assert all(active for depth, _, active, _ in shadows if depth == 4)
+    assert not all(agrees for _, depth, _, agrees in shadows if depth == 1)
+
+
+def _never_due(self, name, value):
+    object.__setattr__(self, name, 0.0 if name == "_due_s" else value)
