@@ -90,7 +90,8 @@ def quick(args: argparse.Namespace) -> int:
 def name_of(config: EarlyExitConfig) -> str:
     if config.policy == "off":
         return "off"
-    return "lossless" if config.accuracy_bound == 0 else f"epsilon={config.accuracy_bound:g}"
+    bound = "lossless" if config.accuracy_bound == 0 else f"epsilon={config.accuracy_bound:g}"
+    return bound if config.policy == "adaptive" else f"{config.policy} {bound}"
 
 
 def knob_flags(args: argparse.Namespace) -> list[str]:

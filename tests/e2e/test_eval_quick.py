@@ -15,6 +15,7 @@ def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps,
     prompts.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 3} w7"}) + "\n" for i in range(6)))
     command = [sys.executable, "-m", "apparate_llm.cli", "eval", "quick", str(tiny_llama)]
     command += ["--ramps", str(lens_ramps(depth=4)), "--prompts", str(prompts), "--concurrency", "1,3"]
+    command += ["--policy", "static", "--accuracy-bound", "0", "--max-rows", "64"]  # exits whatever they cost here
     command += ["--max-tokens", "48", "--json", str(tmp_path / "out.json"), "--logs", str(tmp_path / "logs")]
     command += [f"--vllm-flag={flag}" for flag in TINY_FLAGS]
     env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
@@ -23,18 +24,18 @@ def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps,
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["schema_version"] == 1 and results["command"].startswith("apparate-llm eval quick")
     runs = {(run["system"], run["concurrency"]): run for run in results["runs"]}
-    assert set(runs) == {(name, c) for name in ("vllm", "lossless") for c in (1, 3)}
+    assert set(runs) == {(name, c) for name in ("vllm", "static lossless") for c in (1, 3)}
     for (name, _), run in runs.items():
         assert run["requests"] == 12 and run["failed"] == 0
         assert run["tpt_ms"]["p50"] <= run["tpt_ms"]["p95"] <= run["tpt_ms"]["p99"]
         assert (run["exits"] is None) == (name == "vllm")
     for concurrency in (1, 3):
-        ours = runs["lossless", concurrency]
+        ours = runs["static lossless", concurrency]
         assert ours["identical_frac"] == 1.0
         assert ours["exits"]["released"] == 0 and ours["divergences"] == 0
         assert 0 < ours["exits"]["accepted"] <= ours["exits"]["held"] <= ours["output_tokens"]
         assert ours["output_tokens"] == runs["vllm", concurrency]["output_tokens"]
-    assert [(item["system"], item["baseline"]) for item in results["ratios"]] == [("lossless", "vllm")] * 2
+    assert [(item["system"], item["baseline"]) for item in results["ratios"]] == [("static lossless", "vllm")] * 2
     assert all(len(item["tpt_mean_by_repeat"]) == 2 for item in results["ratios"])
     assert "lossless" in done.stdout
     assert not processes_of(tiny_llama)

@@ -128,7 +128,7 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
     from apparate_llm.engine.settings import vllm_settings
     from tests.e2e.conftest import running
 
-    settings = vllm_settings(parse_config({"ramps": str(lens_ramps(depth=4))}), "LlamaForCausalLM")
+    settings = vllm_settings(parse_config({"ramps": str(lens_ramps(depth=4)), "policy": "static"}), "LlamaForCausalLM")
     flags = []
     for name, value in settings.items():
         flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else value]
