@@ -83,12 +83,13 @@ class Server:
         response = httpx.get(f"{self.base_url}/v1/models", timeout=10.0)
         return response.raise_for_status().json()["data"][0]["id"]
 
+    def status(self) -> dict[str, Any]:
+        """Of its exits; for a system that has them."""
+        return httpx.get(f"{self.base_url}/early_exit/status", timeout=10.0).raise_for_status().json()
+
     def counts(self) -> dict[str, Any] | None:
         """Running totals of its exits, None for a system without."""
-        if not self.system.has_exits:
-            return None
-        response = httpx.get(f"{self.base_url}/early_exit/status", timeout=10.0)
-        return response.raise_for_status().json()["counts"]
+        return self.status()["counts"] if self.system.has_exits else None
 
     def pause(self) -> None:
         """Take it off the processors: idle engines still poll, which would disturb the other system."""

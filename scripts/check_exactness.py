@@ -110,13 +110,16 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=40)
     parser.add_argument("--hold-threshold", type=float, default=0.0)
     parser.add_argument("--depth", type=int)
+    parser.add_argument("--policy", default="static")
     parser.add_argument("--only", help="comma-separated runs besides the plain ones: " + ", ".join(RUNS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     chats = load_prompts(args.prompts)
     chats = [chat for chat in chats if sum(len(m["content"]) for m in chat) < 1200][: args.num_prompts]
     chats = [[{"role": "system", "content": SYSTEM}, *chat] for chat in chats]
-    knobs = {"hold_threshold": args.hold_threshold, "depth": args.depth}
+    knobs: dict[str, Any] = {"policy": args.policy, "hold_threshold": args.hold_threshold}
+    if args.depth is not None:
+        knobs["depth"] = args.depth
     context = multiprocessing.get_context("spawn")
     outcome: dict[str, Any] = {}
     failed = False

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts
 
+SETTLED_TOKENS = 500  # below so many, a single divergence is a large share
+
 
 class PendingVerdict(NamedTuple):
     request_id: str
@@ -35,6 +37,7 @@ class RequestExits:
     held: list[Exit] = field(default_factory=list)  # of the last rounds, in order
     offered: Exit | None = None  # what the ramp proposed next and the policy did not take
     num_emitted: int = 0
+    num_diverged: int = 0
     first_token_s: float | None = None  # on the monotonic clock, of the step that emitted it
 
     def may_diverge(self, now_s: float) -> bool:
@@ -44,6 +47,14 @@ class RequestExits:
         if self.first_token_s is None or self.num_emitted < 2:
             return False
         return (now_s - self.first_token_s) * 1e3 > self.tpt_target_ms * (self.num_emitted - 1)
+
+
+@dataclass(slots=True)
+class Audit:
+    """How near the accuracy bound was, at worst."""
+
+    largest_divergence_frac: float = 0.0  # of the server, over all prefixes of its output beyond SETTLED_TOKENS
+    largest_request_excess: float = 0.0  # divergences of a request less its bound x tokens, over all prefixes of all
 
 
 class VerdictLedger:
@@ -56,6 +67,7 @@ class VerdictLedger:
     def __init__(self, budget: AccuracyBudget) -> None:
         self.budget = budget
         self.counts = ExitCounts()
+        self.audit = Audit()
         self.requests: dict[str, RequestExits] = {}
 
     def add_request(self, request_id: str, request: RequestExits) -> None:
@@ -110,15 +122,26 @@ class VerdictLedger:
                 self.budget.prove_right(request.bucket)
             else:
                 self.counts.released_diverged += 1
-                self.counts.regret_nats += regret
+                self._diverged(request, regret)
             verdicts.append(Verdict(item.request_id, item.exit, True, agrees, regret))
         return verdicts
 
     def accept_divergence(self, request_id: str, regret_nats: float) -> None:
         """A held exit is emitted although its verdict differs; `emit` counts it with the checked tokens."""
-        self.budget.accept(self.requests[request_id].bucket, regret_nats)
+        request = self.requests[request_id]
+        self.budget.accept(request.bucket, regret_nats)
         self.counts.accepted_diverged += 1
+        self._diverged(request, regret_nats)
+
+    def _diverged(self, request: RequestExits, regret_nats: float) -> None:
+        """An emitted token is known to differ. No other moment can raise a share: all else is tokens emitted."""
         self.counts.regret_nats += regret_nats
+        request.num_diverged += 1
+        excess = request.num_diverged - request.bucket.bound * request.num_emitted
+        self.audit.largest_request_excess = max(self.audit.largest_request_excess, excess)
+        if self.counts.emitted > SETTLED_TOKENS:
+            share = self.counts.diverged / self.counts.emitted
+            self.audit.largest_divergence_frac = max(self.audit.largest_divergence_frac, share)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless all exits add up."""

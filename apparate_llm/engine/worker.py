@@ -1,5 +1,6 @@
 """The worker class named in `--worker-cls`: vLLM's own, with the early-exit runner."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class EarlyExitWorker(CPUWorker):
             "depth": policy.depth if policy else None,
             "config": runner.exit_config.model_dump(),
             "counts": runner.ledger.counts.as_dict(),
+            "audit": asdict(runner.ledger.audit),
             "budget_fill_frac": runner.ledger.budget.fill_frac,
             "controller": policy.status() if policy else {},
         }

@@ -70,6 +70,8 @@ def test_an_accepted_divergence_is_paid_for_and_counted_with_its_regret():
     ledger.counts.held = ledger.counts.accepted = 1
     ledger.accept_divergence("a", 0.25)
     assert (ledger.counts.diverged, ledger.counts.regret_nats) == (1, 0.25)
+    assert ledger.audit.largest_request_excess == 0.0  # well within its bound
+    assert ledger.audit.largest_divergence_frac == 0.0  # too few tokens to speak of a share
     ledger.check_integrity()
     ledger.counts.accepted_diverged = 2
     with pytest.raises(AssertionError, match="more divergences than exits"):
