@@ -131,16 +131,17 @@ class VerdictLedger:
         request = self.requests[request_id]
         self.budget.accept(request.bucket, regret_nats)
         self.counts.accepted_diverged += 1
-        self._diverged(request, regret_nats)
+        self._diverged(request, regret_nats, num_uncounted=1)
 
-    def _diverged(self, request: RequestExits, regret_nats: float) -> None:
-        """An emitted token is known to differ. No other moment can raise a share: all else is tokens emitted."""
+    def _diverged(self, request: RequestExits, regret_nats: float, num_uncounted: int = 0) -> None:
+        """An emitted token is known to differ. No other moment can raise a share: all else is tokens emitted.
+        num_uncounted: of them not in the counts yet."""
         self.counts.regret_nats += regret_nats
         request.num_diverged += 1
-        excess = request.num_diverged - request.bucket.bound * request.num_emitted
+        excess = request.num_diverged - request.bucket.bound * (request.num_emitted + num_uncounted)
         self.audit.largest_request_excess = max(self.audit.largest_request_excess, excess)
         if self.counts.emitted > SETTLED_TOKENS:
-            share = self.counts.diverged / self.counts.emitted
+            share = self.counts.diverged / (self.counts.emitted + num_uncounted)
             self.audit.largest_divergence_frac = max(self.audit.largest_divergence_frac, share)
 
     def check_integrity(self) -> None:
