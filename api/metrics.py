@@ -11,11 +11,15 @@ POLL_INTERVAL_S = 5.0
 COUNTERS = {
     "emitted": "Output tokens, exits included",
     "held": "Held exits checked by the full model",
-    "accepted": "Held exits the full model agreed with",
+    "accepted": "Held exits that were emitted",
+    "accepted_diverged": "Held exits emitted although the full model disagreed",
     "released": "Exits emitted before their remaining layers ran",
     "verified": "Released exits that have their verdict",
-    "diverged": "Released exits the full model disagreed with",
+    "diverged": "Emitted tokens that differ from their verdict",
+    "regret_nats": "Over all divergences, how much better the full model's best token was",
     "unverified": "Released exits whose request ended before their verdict",
+    "targets_met": "Requests that ended within their time per output token",
+    "targets_missed": "Requests that were slower than their target",
     "fallbacks": "Times early exits failed and serving went on without them",
 }
 

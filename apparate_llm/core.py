@@ -38,6 +38,8 @@ class ExitCounts:
     verified: int = 0  # released exits that have their verdict
     released_diverged: int = 0  # verified exits the full model disagreed with
     unverified: int = 0  # released exits whose request ended before their verdict
+    targets_met: int = 0  # requests that ended within their time per output token
+    targets_missed: int = 0
     completion_passes: int = 0
     rounds: int = 0
     regret_nats: float = (

@@ -1,11 +1,15 @@
 """Who owes a verdict, and what the verdicts said. Owned by the runner; one instance per server."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts
 
+logger = logging.getLogger("vllm.apparate")
+LEAST_TOKENS = 16  # a request must have for its time per token to count
+TARGET_TOLERANCE = 1.05
 SETTLED_TOKENS = 500  # below so many, a single divergence is a large share
 
 
@@ -39,6 +43,7 @@ class RequestExits:
     num_emitted: int = 0
     num_diverged: int = 0
     first_token_s: float | None = None  # on the monotonic clock, of the step that emitted it
+    last_token_s: float = 0.0
 
     def may_diverge(self, now_s: float) -> bool:
         """With a target, only while the request is slower than it."""
@@ -47,6 +52,13 @@ class RequestExits:
         if self.first_token_s is None or self.num_emitted < 2:
             return False
         return (now_s - self.first_token_s) * 1e3 > self.tpt_target_ms * (self.num_emitted - 1)
+
+    @property
+    def tpt_ms(self) -> float | None:
+        """Time per output token; None for a single token."""
+        if self.first_token_s is None or self.num_emitted < 2:
+            return None
+        return (self.last_token_s - self.first_token_s) * 1e3 / (self.num_emitted - 1)
 
 
 @dataclass(slots=True)
@@ -76,14 +88,36 @@ class VerdictLedger:
     def end_request(self, request_id: str) -> None:
         """The request finished or was aborted: what is still outstanding stays unverified."""
         request = self.requests.pop(request_id, None)
-        if request is not None:
-            self.counts.unverified += len(request.outstanding)
+        if request is None:
+            return
+        self.counts.unverified += len(request.outstanding)
+        if request.tpt_target_ms is not None and request.num_emitted >= LEAST_TOKENS:
+            assert request.tpt_ms is not None
+            if request.tpt_ms <= request.tpt_target_ms * TARGET_TOLERANCE:
+                self.counts.targets_met += 1
+            else:
+                self.counts.targets_missed += 1
+                self.report_missed(request.tpt_ms, request.tpt_target_ms)
+
+    def report_missed(self, tpt_ms: float, target_ms: float) -> None:
+        """At the first request that misses its target, the second, the fourth, ..."""
+        missed = self.counts.targets_missed
+        if missed & (missed - 1) == 0:
+            logger.warning(
+                "TPT target of %.1f ms not met: a request took %.1f ms per token, all exits its bound allows included "
+                "(%d requests missed their target so far, %d met it)",
+                target_ms,
+                tpt_ms,
+                missed,
+                self.counts.targets_met,
+            )
 
     def emit(self, request_id: str, num_tokens: int, now_s: float) -> None:
         """Checked tokens, accepted exits among them, go out."""
         request = self.requests[request_id]
         if request.first_token_s is None:
             request.first_token_s = now_s
+        request.last_token_s = now_s
         request.num_emitted += num_tokens
         self.counts.emitted += num_tokens
         self.budget.emit(request.bucket, num_tokens)
