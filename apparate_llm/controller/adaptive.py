@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from apparate_llm.controller.calibration import OnlineCalibration
+from apparate_llm.controller.calibration import MEMORY_VERDICTS, OnlineCalibration
 from apparate_llm.controller.costs import ROWS, CostCurve, CostModel
 from apparate_llm.controller.depth import DepthChoice
 from apparate_llm.controller.policy import Policy
@@ -49,6 +49,7 @@ class AdaptivePolicy(Policy):
     fixed_depth: bool = False
     release_confidence: float = 0.98
     max_regret_nats: float = 4.0
+    memory_verdicts: float = MEMORY_VERDICTS
     costs: CostModel = field(init=False)
     calibrations: dict[tuple[int, int, bool], OnlineCalibration] = field(default_factory=dict)
     statistics: dict[tuple[int, int], RoundStatistics] = field(default_factory=dict)
@@ -162,7 +163,7 @@ class AdaptivePolicy(Policy):
     def _calibration(self, exit_: Exit) -> OnlineCalibration:
         key = (exit_.depth, min(exit_.round_number, CALIBRATED_ROUNDS - 1), exit_.greedy)
         if key not in self.calibrations:
-            self.calibrations[key] = OnlineCalibration()
+            self.calibrations[key] = OnlineCalibration(memory_verdicts=self.memory_verdicts)
         return self.calibrations[key]
 
     def _statistics(self, depth: int, number: int) -> RoundStatistics:

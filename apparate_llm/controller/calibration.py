@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 MAX_LOGIT = 6.0
 MIN_SCALE, MAX_SCALE, MAX_OFFSET = 0.2, 3.0, 8.0
-OFFSET_STEP = 0.05  # a memory of about 1 / (step x p(1-p)) verdicts: 100 for even chances
-SCALE_STEP = 0.004
+MEMORY_VERDICTS = 100.0  # where chances are four to one
+STEPS = (5.0, 0.4)  # of offset and scale, over the memory
 
 
 def logit(p: float) -> float:
@@ -32,6 +32,7 @@ class OnlineCalibration:
     scale: float = 1.0
     offset: float = 0.0
     num_verdicts: int = 0
+    memory_verdicts: float = MEMORY_VERDICTS
 
     def probability(self, confidence: float) -> float:
         return sigmoid(self.scale * logit(confidence) + self.offset)
@@ -39,6 +40,7 @@ class OnlineCalibration:
     def observe(self, confidence: float, agrees: bool) -> None:
         x = logit(confidence)
         surprise = agrees - sigmoid(self.scale * x + self.offset)
-        self.scale = min(max(self.scale + SCALE_STEP * surprise * x, MIN_SCALE), MAX_SCALE)
-        self.offset = min(max(self.offset + OFFSET_STEP * surprise, -MAX_OFFSET), MAX_OFFSET)
+        step = surprise / self.memory_verdicts
+        self.scale = min(max(self.scale + STEPS[1] * step * x, MIN_SCALE), MAX_SCALE)
+        self.offset = min(max(self.offset + STEPS[0] * step, -MAX_OFFSET), MAX_OFFSET)
         self.num_verdicts += 1

@@ -7,6 +7,7 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # where a 
 MEMORY = 32  # observations a point averages over
 MAX_SURPRISE = 2.0  # an observation counts as at most so many times what was expected: something disturbed it
 SETTLED = 4
+STALE = 256  # observations elsewhere after which a point's mean counts for little
 NOTICEABLE = 0.01  # change of a mean after which the curve is made anew
 
 
@@ -18,6 +19,8 @@ class CostCurve:
     prior: tuple[float, ...]  # ms at each of ROWS; only the shape counts once something was measured
     means: list[float] = field(default_factory=lambda: [0.0] * len(ROWS))
     counts: list[int] = field(default_factory=lambda: [0] * len(ROWS))
+    seen: list[int] = field(default_factory=lambda: [0] * len(ROWS))  # number of the last observation at each point
+    num_observed: int = 0
     values: list[float] = field(default_factory=list)  # what `__call__` reads
     settled: list[float] = field(default_factory=list)  # the means it was made of
 
@@ -45,6 +48,10 @@ class CostCurve:
         point = right if ROWS[right] == rows or rows - ROWS[left] > ROWS[right] - rows else left
         if max(self.counts) >= SETTLED:
             ms = min(ms, MAX_SURPRISE * self(rows))
+        self.num_observed += 1
+        if self.num_observed - self.seen[point] > STALE:
+            self.counts[point] = min(self.counts[point], SETTLED)  # what it cost long ago says little
+        self.seen[point] = self.num_observed
         self.counts[point] = min(self.counts[point] + 1, MEMORY)
         self.means[point] += (ms - self.means[point]) / self.counts[point]
         if abs(self.means[point] - self.settled[point]) > NOTICEABLE * self.means[point]:

@@ -45,6 +45,17 @@ def test_a_disturbed_step_counts_for_little():
     assert curve(2) == pytest.approx(30.0, rel=0.05)
 
 
+def test_a_point_that_was_not_seen_for_long_soon_believes_what_it_sees():
+    curve = CostCurve(PRIOR_PASS_MS)
+    for _ in range(100):
+        curve.observe(8, 100.0)  # the machine was busy
+    for _ in range(1000):
+        curve.observe(1, 20.0)
+    for _ in range(6):
+        curve.observe(8, 24.0)
+    assert curve(8) < 65.0
+
+
 def test_rounds_are_guessed_from_the_depth_until_measured():
     costs = CostModel(num_layers=20)
     assert costs.round(0, 1) < costs.round(2, 1) < costs.completion(1)
