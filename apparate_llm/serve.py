@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.config import ConfigError, EarlyExitConfig
+from apparate_llm.controller.state import NONE as NO_STATE
 from apparate_llm.engine.settings import vllm_settings
 from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
 from apparate_llm.launch import port_problem, reexec_with_libraries
@@ -45,6 +46,7 @@ def name_model(argv: list[str]) -> list[str]:
 def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     """Raises ValueError subclasses for bad input; does not return if the server starts."""
     config = knobs_from(args)
+    check_files(config)
     if args.model is not None:
         model = resolve_model(args.model)
         architecture = architecture_of(model) if config.policy != "off" else ""
@@ -69,6 +71,16 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the folder
     print("Starting: vllm serve " + " ".join(quote(flag) for flag in flags), file=sys.stderr, flush=True)
     return start_vllm(flags)
+
+
+def check_files(config: EarlyExitConfig) -> None:
+    """That the files the engine will write can be written."""
+    for flag, name in (("--feedback-log", config.feedback_log), ("--state", config.state)):
+        if name is None or (flag == "--state" and name == NO_STATE):
+            continue
+        path = Path(name).expanduser()
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"{flag}: cannot write {name}: it must be a file in a folder that exists")
 
 
 def start_vllm(flags: list[str]) -> int:

@@ -71,7 +71,7 @@ class EarlyExitRunner(CPUModelRunner):
             self.controller_state = ControllerState(path, identity, writes=is_first_rank)
             self.controller_state.restore(policy)
         if config.feedback_log is not None and is_first_rank:
-            self.feedback = FeedbackLog(Path(config.feedback_log), {**identity, "num_layers": num_layers})
+            self.feedback = FeedbackLog(Path(config.feedback_log).expanduser(), {**identity, "num_layers": num_layers})
         logger.info("Early exits: ramps at depths %s, beginning with %d, %s", sorted(ramps), depth, config)
 
     def _identity(self, depths: list[int]) -> dict[str, Any]:
@@ -179,9 +179,10 @@ class EarlyExitRunner(CPUModelRunner):
 
     def _judge_held(self, state: Any) -> None:
         metadata = state.spec_decode_metadata
-        lossless = self.exit_config.accuracy_bound == 0 and not self.exit_config.allow_looser_requests
-        if self.rounds is None or metadata is None or not metadata.max_spec_len or (lossless and self.feedback is None):
-            return  # what is accepted then tells the verdicts, see `_live_rows`
+        config = self.exit_config
+        lossless = config.accuracy_bound == 0 and not config.allow_looser_requests and config.feedback_log is None
+        if self.rounds is None or metadata is None or not metadata.max_spec_len or lossless:
+            return  # without scores what is accepted tells the verdicts, see `_judge_by_sampling`
         now_s = self.clock.now_s
         self._judged += judge_held(
             state.logits,

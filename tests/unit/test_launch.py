@@ -92,6 +92,8 @@ def test_flags_that_early_exits_need_cannot_be_set_twice():
         (["serve", "--accuracy-bound", "1"], "accuracy_bound: Input should be less than 1, got '1'"),
         (["serve", "--port", "http"], "argument --port: invalid int value: 'http'"),
         (["serve", "/nowhere/at/all"], "model folder not found: /nowhere/at/all"),
+        (["serve", "--feedback-log", "/nowhere/log"], "--feedback-log: cannot write /nowhere/log"),
+        (["serve", "--state", "/tmp"], "--state: cannot write /tmp"),
         (["eval", "quick", "--concurrency", "0"], "must be a whole number of at least 1, got '0'"),
         (["eval", "quick", "--prompts", "/nowhere.jsonl"], "cannot read prompts /nowhere.jsonl"),
         (["doctor", "--now"], "unrecognized arguments: --now"),
