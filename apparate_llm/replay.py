@@ -42,7 +42,7 @@ def add_replay(subparsers: Any) -> None:
 
 
 def shipped_logs() -> dict[str, Path]:
-    return {path.name.split(".")[0]: path for path in sorted(LOGS.glob("*.jsonl.gz"))}
+    return {path.name.removesuffix(".jsonl.gz"): path for path in sorted(LOGS.glob("*.jsonl.gz"))}
 
 
 def run_replay(args: argparse.Namespace) -> int:

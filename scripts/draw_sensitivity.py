@@ -21,7 +21,7 @@ FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 CONSTANTS = (
     ("apparate", "window", 16),
     ("apparate", "adjust_every", 128),
-    ("adaptive", "max_regret_nats", 4.0),
+    ("adaptive", "max_regret_nats", 1.0),
     ("adaptive", "memory_verdicts", 100.0),
 )
 

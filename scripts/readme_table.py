@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Prints a results file of `apparate-llm eval quick` as the README's table: python -m scripts.readme_table FILE"""
+"""Prints a results file of `apparate-llm eval quick` or `scripts.compare` as the README's table:
+
+python -m scripts.readme_table FILE
+"""
 
 import json
 import sys
@@ -29,5 +32,29 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def comparison(path: Path) -> str:
+    lines = [
+        "| concurrency | system | TPT mean, ms | p99 | tokens | exits held, accepted, released | divergences | same outputs "
+        "| TPT / plain | throughput / plain |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in json.loads(path.read_text())["rows"]:
+        counts, plain = row["counts"], row["system"] == "vllm"
+        cells = [
+            str(row["concurrency"]),
+            row["system"],
+            *(f"{row['tpt_ms'][key]:.1f}" for key in ("mean", "p99")),
+            str(row["output_tokens"]),
+            ", ".join(str(counts[key]) for key in ("held", "accepted", "released")) if counts else "",
+            str(counts["diverged"]) if counts else "",
+            "" if plain else f"{row['identical_frac']:.2f}",
+            "" if plain else f"{row['tpt_ratio']:.2f}",
+            "" if plain else f"{row['throughput_ratio']:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
+    file = Path(sys.argv[1])
+    print((comparison if "rows" in json.loads(file.read_text()) else table)(file))

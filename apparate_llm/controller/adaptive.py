@@ -48,7 +48,7 @@ class AdaptivePolicy(Policy):
     max_exits: int
     fixed_depth: bool = False
     release_confidence: float = 0.98
-    max_regret_nats: float = 4.0
+    max_regret_nats: float = 1.0
     memory_verdicts: float = MEMORY_VERDICTS
     costs: CostModel = field(init=False)
     calibrations: dict[tuple[int, int, bool], OnlineCalibration] = field(default_factory=dict)
