@@ -34,8 +34,8 @@ def table(path: Path) -> str:
 
 def comparison(path: Path) -> str:
     lines = [
-        "| concurrency | system | TPT mean, ms | p99 | tokens | exits held, accepted, released | divergences | same outputs "
-        "| TPT / plain | throughput / plain |",
+        "| concurrency | system | TPT mean, ms | p99 | tokens | exits held, accepted, released | divergences "
+        "| same outputs | TPT / plain | throughput / plain |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in json.loads(path.read_text())["rows"]:
