@@ -55,7 +55,8 @@ def test_no_file_is_no_news_and_a_place_that_cannot_be_written_costs_nothing(tmp
     assert not state.restore(policy_with())
     (tmp_path / "file").write_text("")
     logging.getLogger("vllm").propagate = True
-    ControllerState(tmp_path / "file" / "state.json", IDENTITY, writes=True).save(policy_with(1))
+    with caplog.at_level(logging.WARNING, logger="vllm.apparate"):
+        ControllerState(tmp_path / "file" / "state.json", IDENTITY, writes=True).save(policy_with(1))
     assert "not saved" in caplog.text
     ControllerState(tmp_path / "mine.json", IDENTITY, writes=False).save(policy_with(1))
     assert not (tmp_path / "mine.json").exists()
