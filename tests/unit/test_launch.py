@@ -102,7 +102,7 @@ def test_flags_that_early_exits_need_cannot_be_set_twice():
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, says):
     done = subprocess.run(
-        [sys.executable, "-m", "apparate_llm.cli", *flags], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "apparate_llm.cli", *flags], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 2
     assert says in done.stderr
@@ -211,7 +211,7 @@ def test_doctor_passes_here():
         [sys.executable, "-m", "apparate_llm.cli", "doctor"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         env=environment,
     )
     assert done.returncode == 0, done.stdout
