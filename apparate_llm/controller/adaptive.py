@@ -46,7 +46,6 @@ class AdaptivePolicy(Policy):
     depths: tuple[int, ...]
     num_layers: int
     max_exits: int
-    fixed_depth: bool = False
     release_confidence: float = 0.98
     max_regret_nats: float = 1.0
     memory_verdicts: float = MEMORY_VERDICTS
@@ -61,7 +60,7 @@ class AdaptivePolicy(Policy):
 
     def __post_init__(self) -> None:
         self.costs = CostModel(self.num_layers)
-        self.depth_choice = DepthChoice(active=self.depth, depths=self.depths)
+        self.depth_choice = DepthChoice(active=self.depth)
 
     # ---- rounds of a step
 
@@ -90,7 +89,7 @@ class AdaptivePolicy(Policy):
         tokens = rows = float(num_requests)
         going, reach, rounds_ms = float(num_requests), 1.0, 0.0
         for number in range(self.max_exits):
-            statistics = self._statistics(depth, number)
+            statistics = self._statistics(number)
             rounds_ms += self.costs.round(depth, max(going, 1.0))
             going *= statistics.taken_frac
             reach *= self.depth_choice.relative(depth, statistics.agreement)
@@ -110,8 +109,8 @@ class AdaptivePolicy(Policy):
         return 1
 
     def goes_on(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
-        statistics, live = self._statistics(self.depth, number), len(reaches)
-        gain = sum(reaches) * statistics.taken_frac * self.depth_choice.relative(self.depth, statistics.agreement)
+        statistics, live = self._statistics(number), len(reaches)
+        gain = sum(reaches) * statistics.taken_frac * statistics.agreement
         rows_ms = self.costs.completion(num_rows + live * statistics.taken_frac) - self.costs.completion(num_rows)
         return gain >= self._rate * (self.costs.round(self.depth, live) + rows_ms)
 
@@ -120,9 +119,9 @@ class AdaptivePolicy(Policy):
         if may_release and p >= self.release_confidence:
             verb = Verb.RELEASE
         else:
-            row_ms = self.costs.completion(num_rows + 1) - self.costs.completion(num_rows)
+            row_ms = self.costs.completion.of_another(num_rows)
             verb = Verb.HOLD if reach * p >= self._rate * row_ms else Verb.STOP
-        self._statistics(exit_.depth, exit_.round_number).observe(verb is not Verb.STOP, p)
+        self._statistics(exit_.round_number).observe(verb is not Verb.STOP, p)
         return verb
 
     # ---- divergences
@@ -145,7 +144,7 @@ class AdaptivePolicy(Policy):
         self.depth_choice.observe(depth, active_agrees, agrees)
 
     def wants_shadow(self) -> bool:
-        return len(self.depths) > 1 and not self.fixed_depth
+        return len(self.depths) > 1
 
     def round_took(self, depth: int, num_rows: int, ms: float) -> None:
         self.costs.observe_round(depth, num_rows, ms)
@@ -166,8 +165,8 @@ class AdaptivePolicy(Policy):
             self.calibrations[key] = OnlineCalibration(memory_verdicts=self.memory_verdicts)
         return self.calibrations[key]
 
-    def _statistics(self, depth: int, number: int) -> RoundStatistics:
-        """Of the active depth, whichever is asked for: another one's are relative to them."""
+    def _statistics(self, number: int) -> RoundStatistics:
+        """Of the active depth; another one's are relative to them."""
         key = (self.depth_choice.active, min(number, CALIBRATED_ROUNDS - 1))
         if key not in self.statistics:
             self.statistics[key] = RoundStatistics()
@@ -203,7 +202,7 @@ class AdaptivePolicy(Policy):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        if not self.fixed_depth and state["depth"] not in self.depths:
+        if state["depth"] not in self.depths:
             raise ValueError(f"no ramp at depth {state['depth']}")
         calibrations = {(d, n, bool(g)): OnlineCalibration(**item) for d, n, g, item in state["calibrations"]}
         statistics = {(d, n): RoundStatistics(**item) for d, n, item in state["statistics"]}
@@ -211,8 +210,7 @@ class AdaptivePolicy(Policy):
         rounds = {depth: CostCurve(**curve) for depth, curve in state["rounds"]}
         self.calibrations, self.statistics = calibrations, statistics
         self.costs.completion, self.costs.rounds = completion, rounds
-        if not self.fixed_depth:
-            self.depth = self.depth_choice.active = state["depth"]
+        self.depth = self.depth_choice.active = state["depth"]
 
 
 def _load(num_requests: int) -> int:

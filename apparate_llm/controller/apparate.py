@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from apparate_llm.controller.policy import Policy
+from apparate_llm.controller.policy import Policy, rounds_within
 from apparate_llm.core import Exit, Verb
 
 FIRST_STEP, LEAST_STEP = 0.01, 0.001
@@ -100,8 +100,7 @@ class ApparatePolicy(Policy):
     max_rows: int
     window: int = 16
     adjust_every: int = 128
-    fixed_depth: bool = False
-    threshold: float = 0.0
+    threshold: float = field(init=False, default=0.0)
     _records: deque[Record] = field(init=False)
     _num_verdicts: int = 0
     _num_offered: int = 0
@@ -113,7 +112,7 @@ class ApparatePolicy(Policy):
         self._records = deque(maxlen=self.window)
 
     def start(self, num_requests: int) -> int:
-        return max(0, min(self.max_exits, self.max_rows // max(num_requests, 1) - 1))
+        return rounds_within(self.max_rows, self.max_exits, num_requests)
 
     def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
         exit_.probability = exit_.confidence
@@ -128,7 +127,7 @@ class ApparatePolicy(Policy):
         self._num_verdicts += 1
         if self._num_verdicts % self.window == 0:
             (self.threshold,) = tune_thresholds(self._records, [self._pass_ms or 1.0], self.accuracy_bound)
-        if self._num_verdicts % self.adjust_every == 0 and not self.fixed_depth:
+        if self._num_verdicts % self.adjust_every == 0:
             exit_frac = self._num_exits / self._num_offered
             (utility,) = utilities([exit_frac], [0.0, self._pass_ms], [self._round_ms])
             self.depth = adjust_ramps(self.depth, utility, self.depths)

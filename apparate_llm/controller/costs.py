@@ -42,6 +42,15 @@ class CostCurve:
         share = (rows - ROWS[left]) / (ROWS[right] - ROWS[left])
         return self.values[left] + share * (self.values[right] - self.values[left])
 
+    def of_another(self, rows: int) -> float:
+        """ms that one row more than `rows` costs."""
+        right = bisect_left(ROWS, rows + 1)
+        if right == len(ROWS):
+            return self.values[-1] / ROWS[-1]
+        if right == 0:
+            return 0.0
+        return (self.values[right] - self.values[right - 1]) / (ROWS[right] - ROWS[right - 1])
+
     def observe(self, rows: int, ms: float) -> None:
         right = min(bisect_left(ROWS, rows), len(ROWS) - 1)
         left = max(right - 1, 0)

@@ -27,7 +27,6 @@ class Shadow:
 @dataclass(slots=True)
 class DepthChoice:
     active: int
-    depths: tuple[int, ...]
     shadows: dict[int, Shadow] = field(default_factory=dict)
     steps: int = 0
 

@@ -1,6 +1,6 @@
 """The policies by name."""
 
-from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from apparate_llm.config import EarlyExitConfig
@@ -10,50 +10,22 @@ from apparate_llm.controller.off import OffPolicy
 from apparate_llm.controller.policy import Policy
 from apparate_llm.controller.static import StaticPolicy
 
-# Each takes the knobs, the depth to begin with, all depths there are, the model's number of layers, and constructor
-# arguments by name (the replay varies them).
-POLICIES: dict[str, Callable[..., Policy]] = {
-    "adaptive": lambda config, depth, depths, num_layers, **parameters: AdaptivePolicy(
-        **{
-            "depth": depth,
-            "depths": depths,
-            "num_layers": num_layers,
-            "max_exits": config.max_exits,
-            "fixed_depth": config.depth != "auto",
-            **parameters,
-        }
-    ),
-    "apparate": lambda config, depth, depths, num_layers, **parameters: ApparatePolicy(
-        **{
-            "depth": depth,
-            "depths": depths,
-            "accuracy_bound": config.accuracy_bound,
-            "max_exits": config.max_exits,
-            "max_rows": config.max_rows,
-            "fixed_depth": config.depth != "auto",
-            **parameters,
-        }
-    ),
-    "static": lambda config, depth, depths, num_layers, **parameters: StaticPolicy(
-        **{
-            "depth": depth,
-            "depths": depths,
-            "threshold": config.threshold,
-            "hold_threshold": config.hold_threshold,
-            "max_exits": config.max_exits,
-            "max_rows": config.max_rows,
-            **parameters,
-        }
-    ),
-    "off": lambda config, depth, depths, num_layers, **parameters: OffPolicy(**parameters),
+POLICIES: dict[str, Any] = {
+    "adaptive": AdaptivePolicy,
+    "apparate": ApparatePolicy,
+    "static": StaticPolicy,
+    "off": OffPolicy,
 }
 
 
 def make_policy(
     config: EarlyExitConfig, *, depth: int, depths: tuple[int, ...], num_layers: int, **parameters: Any
 ) -> Policy:
-    """Raises ValueError for a parameter the policy does not have."""
-    try:
-        return POLICIES[config.policy](config, depth, depths, num_layers, **parameters)
-    except TypeError as error:
-        raise ValueError(f"policy {config.policy}: {error}") from None
+    """The policy of the knobs, beginning at `depth`. It takes those knobs that have a field of its own; `parameters`
+    are further fields, which the replay varies. Raises ValueError for one that the policy does not have."""
+    policy = POLICIES[config.policy]
+    takes = {item.name for item in fields(policy) if item.init and not item.name.startswith("_")}
+    if unknown := parameters.keys() - takes:
+        raise ValueError(f"policy {config.policy} has no parameter {', '.join(map(repr, sorted(unknown)))}")
+    given = {**dict(config), "depth": depth, "depths": depths, "num_layers": num_layers, **parameters}
+    return policy(**{name: given[name] for name in takes & given.keys()})

@@ -1,12 +1,15 @@
 """What every policy is asked and told. A policy knows nothing of vLLM: the replay asks and tells the same."""
 
+# ruff: noqa: B027 - what a policy need not hear goes to an empty method
+
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 from apparate_llm.core import Exit, Verb
 
 
-class Policy:
+class Policy(ABC):
     """Base of the policies; deterministic given the same questions and feedback.
 
     One engine step: `start`, then for each round `decide` once per request that takes part and `goes_on`; later, when
@@ -15,20 +18,20 @@ class Policy:
     """
 
     depth: int  # of the ramp it wants; read before each step's rounds
-    depths: tuple[int, ...]  # ramps there are
+    depths: tuple[int, ...]  # ramps there are; a single one where the depth is fixed
 
+    @abstractmethod
     def start(self, num_requests: int) -> int:
         """Most rounds this step may run with so many requests generating; 0: none."""
-        raise NotImplementedError
 
     def goes_on(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
         """Whether round `number` (from 1; the first always runs) is worth it. reaches: for each request still taking
         part, the probability that all its held exits agree; num_rows: of the next completion pass as of now."""
         return True
 
+    @abstractmethod
     def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
         """What becomes of an exit; sets its `probability`."""
-        raise NotImplementedError
 
     def accepts(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
         """Whether a held exit that differs is worth its price. later: the request's held exits after it; fill_frac:
@@ -60,3 +63,8 @@ class Policy:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up `state()` again; raises KeyError, TypeError or ValueError if it is not one."""
+
+
+def rounds_within(max_rows: int, max_exits: int, num_requests: int) -> int:
+    """Rounds with which the next completion pass stays within `max_rows`, a row per request and exit."""
+    return max(0, min(max_exits, max_rows // max(num_requests, 1) - 1))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from apparate_llm.controller.policy import Policy
+from apparate_llm.controller.policy import Policy, rounds_within
 from apparate_llm.core import Exit, Verb
 
 
@@ -16,8 +16,7 @@ class StaticPolicy(Policy):
     max_rows: int
 
     def start(self, num_requests: int) -> int:
-        """Rounds with which the next completion pass stays within `max_rows`, a row per request and exit."""
-        return max(0, min(self.max_exits, self.max_rows // max(num_requests, 1) - 1))
+        return rounds_within(self.max_rows, self.max_exits, num_requests)
 
     def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
         exit_.probability = exit_.confidence

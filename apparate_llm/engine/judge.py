@@ -61,5 +61,5 @@ def judge_held(
             )
             if passes:
                 ledger.accept_divergence(request_id, regret)
-                logits[rows[row], exit_.token_id] = logits[rows[row]].max() + 1.0
+                logits[rows[row], exit_.token_id] += regret + 1.0  # one above the best
     return verdicts

@@ -32,6 +32,8 @@ def test_more_rows_never_cost_less_whatever_the_noise():
         curve.observe(rows, (20 + rows) * rng.uniform(0.6, 1.6))
         costs = [curve(n) for n in range(1, 300)]
         assert costs == sorted(costs)
+        rows = rng.randint(1, 400)
+        assert curve.of_another(rows) == pytest.approx(curve(rows + 1) - curve(rows))
 
 
 def test_a_disturbed_step_counts_for_little():

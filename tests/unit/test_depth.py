@@ -14,7 +14,7 @@ def shadowed(choice: DepthChoice, depth: int, samples: int = LEAST_SAMPLES) -> D
 
 
 def test_a_ramp_that_promises_clearly_more_takes_over():
-    choice = shadowed(DepthChoice(active=0, depths=(0, 2)), 2)
+    choice = shadowed(DepthChoice(active=0), 2)
     assert choice.relative(2, 0.4) > 0.55
     assert choice.relative(0, 0.4) == 0.4
     assert choose(choice, {0: 1.0, 2: 1.2}) == 2
@@ -22,13 +22,13 @@ def test_a_ramp_that_promises_clearly_more_takes_over():
 
 
 def test_a_little_more_or_too_few_samples_is_not_enough():
-    assert choose(shadowed(DepthChoice(active=0, depths=(0, 2)), 2), {0: 1.0, 2: 1.04}) == 0
-    assert choose(shadowed(DepthChoice(active=0, depths=(0, 2)), 2, LEAST_SAMPLES - 1), {0: 1.0, 2: 9.0}) == 0
-    assert choose(shadowed(DepthChoice(active=0, depths=(0, 2)), 2), {0: 1.0, 2: 9.0}, CHECK_EVERY - 1) == 0
+    assert choose(shadowed(DepthChoice(active=0), 2), {0: 1.0, 2: 1.04}) == 0
+    assert choose(shadowed(DepthChoice(active=0), 2, LEAST_SAMPLES - 1), {0: 1.0, 2: 9.0}) == 0
+    assert choose(shadowed(DepthChoice(active=0), 2), {0: 1.0, 2: 9.0}, CHECK_EVERY - 1) == 0
 
 
 def test_two_equal_ramps_do_not_take_turns():
-    choice, switches, active = DepthChoice(active=0, depths=(0, 2)), 0, 0
+    choice, switches, active = DepthChoice(active=0), 0, 0
     for step in range(20 * CHECK_EVERY):
         other = 2 - choice.active
         choice.observe(other, step % 2 == 0, step % 2 == 0)
