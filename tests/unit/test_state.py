@@ -1,5 +1,4 @@
 import json
-import logging
 
 import pytest
 
@@ -8,6 +7,7 @@ from apparate_llm.controller.feedback import Cycle, FeedbackLog, LoggedExit, rea
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.state import ControllerState, resolve_path
 from apparate_llm.core import Exit, Verb
+from tests.logged import logged
 
 IDENTITY = {"model": "m", "ramps": "abc", "cpu": "c"}
 
@@ -38,26 +38,24 @@ def test_what_was_learned_comes_back_after_a_restart(tmp_path):
         (json.dumps({"schema_version": 1, "identity": IDENTITY, "state": {"depth": 0}}), "KeyError"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_reported_and_ignored(text, says, tmp_path, caplog):
+def test_a_damaged_or_foreign_file_is_reported_and_ignored(text, says, tmp_path):
     path = tmp_path / "state.json"
     path.write_text(text)
     policy = policy_with()
     before = policy.state()
-    logging.getLogger("vllm").propagate = True
-    with caplog.at_level(logging.WARNING, logger="vllm.apparate"):
+    with logged() as messages:
         assert not ControllerState(path, IDENTITY, writes=True).restore(policy)
     assert policy.state() == before
-    assert says in caplog.text and "ignored" in caplog.text
+    assert says in messages[0] and "ignored" in messages[0]
 
 
-def test_no_file_is_no_news_and_a_place_that_cannot_be_written_costs_nothing(tmp_path, caplog):
+def test_no_file_is_no_news_and_a_place_that_cannot_be_written_costs_nothing(tmp_path):
     state = ControllerState(tmp_path / "none.json", IDENTITY, writes=True)
     assert not state.restore(policy_with())
     (tmp_path / "file").write_text("")
-    logging.getLogger("vllm").propagate = True
-    with caplog.at_level(logging.WARNING, logger="vllm.apparate"):
+    with logged() as messages:
         ControllerState(tmp_path / "file" / "state.json", IDENTITY, writes=True).save(policy_with(1))
-    assert "not saved" in caplog.text
+    assert "not saved" in messages[0]
     ControllerState(tmp_path / "mine.json", IDENTITY, writes=False).save(policy_with(1))
     assert not (tmp_path / "mine.json").exists()
 

@@ -1,10 +1,9 @@
-import logging
-
 import pytest
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+from tests.logged import logged
 
 
 def exit_at(position: int, token_id: int) -> Exit:
@@ -92,10 +91,9 @@ def test_a_target_lets_a_request_diverge_only_while_it_is_slower():
     assert request.may_diverge(10.201)  # 10 tokens after the first in 201 ms
 
 
-def test_targets_met_and_missed_are_counted_and_a_miss_is_reported(caplog):
-    logging.getLogger("vllm").propagate = True
+def test_targets_met_and_missed_are_counted_and_a_miss_is_reported():
     ledger = empty_ledger()
-    with caplog.at_level(logging.WARNING, logger="vllm.apparate"):
+    with logged() as reports:
         for number, (took_s, target_ms) in enumerate(
             [(0.19, 10.0), (0.21, 10.0), (0.19, None), (0.9, 10.0), (0.9, 10.0)]
         ):
@@ -107,5 +105,4 @@ def test_targets_met_and_missed_are_counted_and_a_miss_is_reported(caplog):
             ledger.emit(name, 19, now_s=1.0 + took_s)
             ledger.end_request(name)
     assert (ledger.counts.targets_met, ledger.counts.targets_missed) == (1, 3)
-    reports = [record.message for record in caplog.records]
     assert len(reports) == 2 and "10.0 ms not met: a request took 11.1 ms per token" in reports[0]
