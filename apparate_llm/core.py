@@ -1,7 +1,8 @@
 """Shared nouns. Imports nothing of ours and nothing heavy."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Verb(Enum):
@@ -42,10 +43,15 @@ class ExitCounts:
     targets_missed: int = 0
     completion_passes: int = 0
     rounds: int = 0
+    shallow_blocks: int = 0  # decoder blocks run for rows of rounds
+    exits_by_depth: dict[int, int] = field(default_factory=dict)  # emitted, released or accepted
     regret_nats: float = (
         0.0  # over all divergences: log-probability of the full model's best token less the emitted one's
     )
     fallbacks: int = 0  # times our layer failed and serving went on without exits
+
+    def emit_exits(self, depth: int, number: int) -> None:
+        self.exits_by_depth[depth] = self.exits_by_depth.get(depth, 0) + number
 
     @property
     def outstanding(self) -> int:
@@ -61,6 +67,6 @@ class ExitCounts:
         """Share of emitted tokens that diverged; None before the first token."""
         return self.diverged / self.emitted if self.emitted else None
 
-    def as_dict(self) -> dict[str, int | float | None]:
+    def as_dict(self) -> dict[str, Any]:
         derived = ("outstanding", "diverged", "divergence_frac")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}

@@ -13,9 +13,11 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def add_knobs(parser: argparse.ArgumentParser) -> None:
+def add_knobs(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
     group = parser.add_argument_group("early exits")
     for name, field in EarlyExitConfig.model_fields.items():
+        if name in leave_out:
+            continue
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
         default = "" if field.default is None else f" (default: {field.default})"
         group.add_argument(
@@ -30,7 +32,7 @@ def knobs_from(args: argparse.Namespace) -> EarlyExitConfig:
     """The knobs the user gave; ConfigError names the flag, what was got and what is allowed."""
     given: dict[str, Any] = {}
     for name in EarlyExitConfig.model_fields:
-        if (value := getattr(args, name)) is not None:
+        if (value := getattr(args, name, None)) is not None:
             given[name] = value
     try:
         return parse_config(given)

@@ -185,15 +185,16 @@ def take_json(flags: list[str], name: str) -> dict[str, Any]:
     return parsed
 
 
-def memory_flags(vllm_flags: list[str]) -> list[str]:
-    """On a CPU, vLLM by itself takes nearly all memory for the KV cache and fails where some is in use already."""
+def memory_flags(vllm_flags: list[str], num_servers: int = 1) -> list[str]:
+    """On a CPU, vLLM by itself takes nearly all memory for the KV cache and fails where some is in use already.
+    num_servers: that will run beside each other."""
     import psutil
 
     if any(given_value(vllm_flags, name) is not None for name in ("kv_cache_memory_bytes", "gpu_memory_utilization")):
         return []
     if "VLLM_CPU_KVCACHE_SPACE" in os.environ or not is_cpu_build():
         return []
-    size = min(MAX_DEFAULT_KV_CACHE_BYTES, psutil.virtual_memory().available // 4)
+    size = min(MAX_DEFAULT_KV_CACHE_BYTES, psutil.virtual_memory().available // (4 * num_servers))
     return ["--kv-cache-memory-bytes", str(size)]
 
 

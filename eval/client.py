@@ -4,48 +4,99 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import httpx
 from apparate_llm.eval.prompts import Messages
 
+TIMEOUT_S = 600.0
+
+
+class Ask(NamedTuple):
+    """One request of a workload."""
+
+    prompt_index: int
+    max_tokens: int
+    at_s: float | None = None  # arrival after the block's start; None: as soon as a client is free
+
+
+class Chunk(NamedTuple):
+    """One piece of a stream that carried a token."""
+
+    at_s: float  # after the request was sent
+    tokens: int | None  # received so far, this chunk's included; None where the server does not say
+    characters: int  # of text so far
+
 
 @dataclass(slots=True)
 class Completion:
-    """One request as its client saw it. Times are seconds on the monotonic clock."""
+    """One request as its client saw it."""
 
     prompt_index: int
-    started_s: float
-    chunk_times_s: list[float] = field(default_factory=list)  # of chunks that carried text or ended the answer
+    started_s: float  # after the block's start
+    chunks: list[Chunk] = field(default_factory=list)
     text: str = ""
     output_tokens: int | None = None  # from the server's usage
     error: str | None = None
 
     @property
     def ttft_ms(self) -> float | None:
-        return (self.chunk_times_s[0] - self.started_s) * 1e3 if self.chunk_times_s and not self.error else None
+        """Time to the first token."""
+        return self.chunks[0].at_s * 1e3 if self.chunks and not self.error else None
 
     @property
     def tpt_ms(self) -> float | None:
         """(last token - first token) / (tokens - 1); None for answers of fewer than two tokens."""
-        if self.error or not self.output_tokens or self.output_tokens < 2 or len(self.chunk_times_s) < 2:
+        if self.error or not self.output_tokens or self.output_tokens < 2 or len(self.chunks) < 2:
             return None
-        return (self.chunk_times_s[-1] - self.chunk_times_s[0]) * 1e3 / (self.output_tokens - 1)
+        return (self.chunks[-1].at_s - self.chunks[0].at_s) * 1e3 / (self.output_tokens - 1)
+
+    @property
+    def e2e_ms(self) -> float | None:
+        """From the request to its last token."""
+        return self.chunks[-1].at_s * 1e3 if self.chunks and not self.error else None
+
+    @property
+    def gaps_ms(self) -> list[float]:
+        """Between the chunks that carried tokens."""
+        if self.error:
+            return []
+        return [(b.at_s - a.at_s) * 1e3 for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
+
+    def tokens_before(self, character: int) -> int | None:
+        """Tokens received before the chunk that brought this character."""
+        before: int | None = 0
+        for chunk in self.chunks:
+            if chunk.characters > character:
+                return before
+            before = chunk.tokens
+        return before
+
+    def as_record(self) -> dict[str, Any]:
+        return {**asdict(self), "chunks": [[round(at_s, 6), *rest] for at_s, *rest in self.chunks]}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "Completion":
+        return cls(**{**record, "chunks": [Chunk(*chunk) for chunk in record["chunks"]]})
 
 
 async def complete(
-    client: httpx.AsyncClient, model: str, messages: Messages, *, prompt_index: int, max_tokens: int
+    client: httpx.AsyncClient, model: str, messages: Messages, ask: Ask, *, fixed_length: bool, began: float
 ) -> Completion:
-    """Ask for one greedy answer; a failure is recorded, not raised."""
+    """Ask for one greedy answer; a failure is recorded, not raised. began: the block's, on the monotonic clock."""
     body = {
         "model": model,
         "messages": messages,
         "temperature": 0.0,
-        "max_tokens": max_tokens,
+        "max_tokens": ask.max_tokens,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
-    result = Completion(prompt_index=prompt_index, started_s=time.monotonic())
+    if fixed_length:
+        body["ignore_eos"] = True
+    sent = time.monotonic()
+    result = Completion(prompt_index=ask.prompt_index, started_s=sent - began)
     finished = False
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -59,19 +110,9 @@ async def complete(
                 if line == "data: [DONE]":
                     finished = True
                     break
-                now = time.monotonic()
-                chunk = json.loads(line[6:])
-                if "error" in chunk:
-                    result.error = f"error in stream: {chunk['error']}"
+                _take(result, json.loads(line[6:]), time.monotonic() - sent)
+                if result.error:
                     return result
-                if chunk.get("usage"):
-                    result.output_tokens = chunk["usage"]["completion_tokens"]
-                for choice in chunk.get("choices", ()):
-                    text = choice["delta"].get("content")
-                    # The role chunk comes before any token is computed; an empty text with a finish reason is a token.
-                    if text or choice.get("finish_reason"):
-                        result.text += text or ""
-                        result.chunk_times_s.append(now)
     except (httpx.HTTPError, json.JSONDecodeError, KeyError) as error:
         result.error = f"{type(error).__name__}: {error}"
         return result
@@ -80,31 +121,59 @@ async def complete(
     return result
 
 
-async def closed_loop(
+def _take(result: Completion, chunk: dict[str, Any], at_s: float) -> None:
+    if "error" in chunk:
+        result.error = f"error in stream: {chunk['error']}"
+        return
+    before = result.output_tokens or 0
+    usage = chunk.get("usage")
+    if usage:
+        result.output_tokens = usage["completion_tokens"]
+    for choice in chunk.get("choices", ()):
+        text = choice["delta"].get("content") or ""
+        result.text += text
+        # The role chunk comes before any token. A token may have no text yet, and the last one none at all.
+        has_token = usage["completion_tokens"] > before if usage else bool(text or choice.get("finish_reason"))
+        if has_token:
+            tokens = usage["completion_tokens"] if usage else None
+            result.chunks.append(Chunk(at_s, tokens, len(result.text)))
+
+
+async def run_block(
     base_url: str,
     model: str,
     prompts: list[Messages],
+    asks: list[Ask],
     *,
-    concurrency: int,
-    max_tokens: int,
-    on_done: Callable[[Completion], None],
-    first_index: int = 0,
+    concurrency: int | None,
+    fixed_length: bool = False,
+    on_done: Callable[[Completion], None] = lambda done: None,
 ) -> tuple[list[Completion], float]:
-    """All prompts, `concurrency` at a time; returns the completions and the wall time in seconds.
-
-    `first_index` is the number of the first prompt in the whole set, when `prompts` is a part of it."""
-    queue = list(enumerate(prompts, first_index))[::-1]
+    """All of `asks`: as many at a time as `concurrency`, or each at its own time if that is None. Returns the
+    completions and the wall time in seconds."""
     done: list[Completion] = []
     limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(base_url=base_url, timeout=httpx.Timeout(600.0), limits=limits) as client:
-
-        async def worker() -> None:
-            while queue:
-                index, messages = queue.pop()
-                completion = await complete(client, model, messages, prompt_index=index, max_tokens=max_tokens)
-                done.append(completion)
-                on_done(completion)
-
+    async with httpx.AsyncClient(base_url=base_url, timeout=httpx.Timeout(TIMEOUT_S), limits=limits) as client:
         began = time.monotonic()
-        await asyncio.gather(*(worker() for _ in range(concurrency)))
+
+        async def serve(ask: Ask) -> None:
+            messages = prompts[ask.prompt_index]
+            completion = await complete(client, model, messages, ask, fixed_length=fixed_length, began=began)
+            done.append(completion)
+            on_done(completion)
+
+        async def client_of(queue: list[Ask]) -> None:
+            while queue:
+                await serve(queue.pop(0))
+
+        async def arrive(ask: Ask) -> None:
+            assert ask.at_s is not None, f"no arrival time: {ask}"
+            await asyncio.sleep(began + ask.at_s - time.monotonic())
+            await serve(ask)
+
+        if concurrency is None:
+            await asyncio.gather(*(arrive(ask) for ask in asks))
+        else:
+            queue = list(asks)
+            await asyncio.gather(*(client_of(queue) for _ in range(concurrency)))
         return done, time.monotonic() - began

@@ -5,12 +5,32 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from apparate_llm.config import EarlyExitConfig
 from apparate_llm.knobs import OneLineParser, add_knobs, positive
+
+DEFAULT_SYSTEMS = "vllm,lossless,bounded,ngram,hf-early-exit"
+NOT_SHARED = ("policy", "accuracy_bound")  # knobs that make a system, not those that several share
+OBJECTIVES = ("ttft", "tpt", "e2e")
 
 
 def add_eval(subparsers: Any) -> None:
     parser = subparsers.add_parser("eval", help="measure what early exits bring")
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=OneLineParser)
+    _add_quick(kinds)
+    _add_tpt(kinds)
+    _add_drift(kinds)
+    report: OneLineParser = kinds.add_parser(
+        "report", help="draw the report of an evaluation again", allow_abbrev=False
+    )
+    report.add_argument("folder", type=Path, help="the evaluation's --out")
+    report.set_defaults(run=_later("run_report"))
+    compare: OneLineParser = kinds.add_parser("compare", help="two evaluations side by side", allow_abbrev=False)
+    compare.add_argument("a", type=Path, help="folder or results.json")
+    compare.add_argument("b", type=Path, help="another")
+    compare.set_defaults(run=_later("run_compare"))
+
+
+def _add_quick(kinds: Any) -> None:
     quick: OneLineParser = kinds.add_parser(
         "quick",
         help="plain vLLM against early exits, minutes",
@@ -18,31 +38,167 @@ def add_eval(subparsers: Any) -> None:
         "the two taking turns in short blocks of prompts. Greedy decoding.",
         allow_abbrev=False,
     )
-    quick.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
-    quick.add_argument("--prompts", type=Path, help="JSONL with `turns`, `prompt` or `messages` (default: built-in)")
-    quick.add_argument("--num-prompts", type=positive, help="use only the first N prompts")
+    _add_common(quick, repeat=2)
     quick.add_argument("--concurrency", type=positive_list, default=[1, 4], help="e.g. 1,4 (the default)")
-    quick.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: 128)")
-    quick.add_argument(
-        "--repeat", type=positive, default=2, help="passes over the prompts per system and concurrency (default: 2)"
-    )
     quick.add_argument("--json", type=Path, help="write the results there")
     quick.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
-    quick.add_argument("--start-timeout-s", type=positive, default=900, help="longest wait for a server")
-    quick.add_argument("--vllm-flag", action="append", default=[], metavar="FLAG", help="vLLM flag for both servers")
+    quick.add_argument("--prompts", type=Path, help="prompts, see `eval tpt --help` (default: quick)")
     add_knobs(quick)
-    quick.set_defaults(run=run_quick)
+    quick.set_defaults(run=_later("run_quick"))
+
+
+def _add_tpt(kinds: Any) -> None:
+    tpt: OneLineParser = kinds.add_parser(
+        "tpt",
+        help="the full evaluation: several systems, loads and measures, with a report",
+        description="Serves the model by several systems, each a server process of its own, and asks them the same "
+        "prompts over HTTP with streaming, the systems taking turns block by block. Leaves raw timestamps, "
+        "results.json and report.html in --out; the same command goes on after an interruption.",
+        epilog=_systems_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_common(tpt, repeat=1)
+    _add_systems(tpt, DEFAULT_SYSTEMS)
+    tpt.add_argument(
+        "--prompts",
+        type=Path,
+        default=Path("chat"),
+        help="chat (default), code, copy, quick, or a file: JSONL with turns, prompt or messages (Spec-Bench, MT-bench), "
+        "ShareGPT JSON, or plain lines",
+    )
+    tpt.add_argument(
+        "--concurrency", type=positive_list, default=[1, 2, 4, 8], help="clients of closed loops (default: 1,2,4,8)"
+    )
+    tpt.add_argument("--rate", type=rates, help="requests per second of open loops with Poisson arrivals, e.g. 0.5,1")
+    tpt.add_argument("--trace", type=Path, help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens: arrivals by it")
+    tpt.add_argument("--trace-scale", type=above_zero, default=1.0, help="times of the trace are multiplied by it")
+    tpt.add_argument("--num-requests", type=positive, help="of the trace (default: as many as prompts)")
+    tpt.add_argument(
+        "--length",
+        choices=("free", "fixed", "both"),
+        default="free",
+        help="answers end by themselves, or at --max-tokens",
+    )
+    tpt.set_defaults(run=_later("run_tpt"))
+
+
+def _add_drift(kinds: Any) -> None:
+    drift: OneLineParser = kinds.add_parser(
+        "drift",
+        help="quality over time while the workload changes: A, B, A",
+        description="Like `eval tpt`, with one workload, another and the first again in the life of one server.",
+        epilog=_systems_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_common(drift, repeat=1)
+    _add_systems(drift, "vllm,bounded")
+    drift.add_argument("--workloads", type=paths, default=[Path("chat"), Path("code")], help="A,B (default: chat,code)")
+    drift.add_argument("--clients", type=positive, default=2, help="clients of the closed loop (default: 2)")
+    drift.set_defaults(run=_later("run_drift"))
+
+
+def _add_common(parser: OneLineParser, *, repeat: int) -> None:
+    parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
+    parser.add_argument("--num-prompts", type=positive, help="use only the first N prompts (of each set)")
+    parser.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: 128)")
+    parser.add_argument(
+        "--repeat",
+        type=positive,
+        default=repeat,
+        help=f"passes over the prompts per system and load (default: {repeat})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of Poisson arrivals (default: 0)")
+    parser.add_argument("--start-timeout-s", type=positive, default=900, help="longest wait for a server")
+    parser.add_argument(
+        "--vllm-flag", action="append", default=[], metavar="FLAG", help="vLLM flag for all vLLM servers"
+    )
+
+
+def _add_systems(parser: OneLineParser, default: str) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything measured")
+    parser.add_argument("--fresh", action="store_true", help="throw away what --out holds of an earlier evaluation")
+    parser.add_argument("--systems", default=default, help=f"names, see below (default: {default})")
+    parser.add_argument(
+        "--accuracy-bounds", type=shares, default=[0.05], metavar="E1,E2", help="of system bounded (default: 0.05)"
+    )
+    parser.add_argument(
+        "--system", action="append", default=[], metavar='"NAME=--knob value"', help="early exits with these knobs"
+    )
+    parser.add_argument(
+        "--base-url",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="a server that is running, any OpenAI-compatible",
+    )
+    parser.add_argument("--hf-layer", type=positive, help="blocks of hf-early-exit's draft (default: half of them)")
+    parser.add_argument(
+        "--slo", type=objectives, metavar="ttft=MS,tpt=MS", help=f"objectives of goodput: {', '.join(OBJECTIVES)} in ms"
+    )
+    add_knobs(parser, leave_out=NOT_SHARED)
+
+
+def _systems_help() -> str:
+    from apparate_llm.eval.systems import NAMES
+
+    return "systems:\n" + "\n".join(f"  {name:14} {text}" for name, text in NAMES.items())
 
 
 def positive_list(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
-def run_quick(args: argparse.Namespace) -> int:
-    from apparate_llm.eval.quick import quick
+def above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return number
 
-    def stop(*_: object) -> None:
-        raise SystemExit(143)
 
-    signal.signal(signal.SIGTERM, stop)  # leave by the way that stops the servers, too
-    return quick(args)
+def rates(text: str) -> list[float]:
+    return [above_zero(part) for part in text.split(",")]
+
+
+def shares(text: str) -> list[float]:
+    bound = EarlyExitConfig.model_fields["accuracy_bound"]
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= share < 1 for share in found):
+        raise argparse.ArgumentTypeError(f"each must be in [0, 1) ({bound.description}), got {text!r}")
+    return found
+
+
+def paths(text: str) -> list[Path]:
+    return [Path(part) for part in text.split(",")]
+
+
+def objectives(text: str) -> dict[str, float]:
+    found = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in OBJECTIVES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(OBJECTIVES)} (e.g. ttft=200,tpt=20)")
+        found[name] = above_zero(value)
+    return found
+
+
+def _later(name: str) -> Any:
+    """A command of `eval/tpt.py`, imported when it runs; leaves by the way that stops the servers, too."""
+
+    def run(args: argparse.Namespace) -> int:
+        from apparate_llm.eval import tpt
+
+        def stop(*_: object) -> None:
+            raise SystemExit(143)
+
+        signal.signal(signal.SIGTERM, stop)
+        return getattr(tpt, name)(args)
+
+    return run

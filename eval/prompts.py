@@ -1,43 +1,87 @@
-"""Prompts for an evaluation: the built-in ones or a JSONL file."""
+"""Prompts for an evaluation: a built-in set or a file."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-BUILT_IN = Path(__file__).parent / "prompts" / "quick.jsonl"
+FOLDER = Path(__file__).parent / "prompts"
+BUILT_IN = ("chat", "code", "copy", "quick")
 
 Messages = list[dict[str, str]]
 
 
-def load_prompts(path: Path | None) -> list[Messages]:
-    """One chat per line. A line holds `messages`, or `prompt`, or `turns` (the first one is asked).
+class Prompt(NamedTuple):
+    messages: Messages
+    category: str | None = None
+    reference: str | None = None  # a right answer
+    tests: str | None = None  # Python asserts for the code of an answer
 
+
+def load_prompts(source: Path | None) -> list[Prompt]:
+    """The first turn of every chat of a file, or a built-in set by name (None: `quick`).
+
+    JSONL: a line holds `messages`, or `prompt`, or `turns` (Spec-Bench, MT-bench), and may hold `category`, `reference`
+    and `tests`. JSON: a list of objects with `conversations` (ShareGPT). Any other suffix: one prompt per line.
     Raises ValueError naming the file and line of what is wrong.
     """
-    path = path or BUILT_IN
+    if source is None or str(source) in BUILT_IN:
+        source = FOLDER / f"{source or 'quick'}.jsonl"
     try:
-        lines = path.read_text().splitlines()
+        text = source.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read prompts {path}: {error}") from None
-    prompts = [_messages(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        raise ValueError(f"cannot read prompts {source}: {error} (built-in sets: {', '.join(BUILT_IN)})") from None
+    if source.suffix == ".json":
+        prompts = _sharegpt(text, source)
+    else:
+        read = _of_line if source.suffix == ".jsonl" else _plain
+        lines = enumerate(text.split("\n"), 1)
+        prompts = [read(line, f"{source}:{number}") for number, line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"no prompts in {path}")
+        raise ValueError(f"no prompts in {source}")
     return prompts
 
 
-def load_categories(path: Path) -> list[str | None]:
-    """`category` of each prompt of `load_prompts(path)`, None where a line has none."""
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [None if record.get("category") is None else str(record["category"]) for record in records]
+def _plain(line: str, where: str) -> Prompt:
+    return Prompt([{"role": "user", "content": line.strip()}])
 
 
-def _messages(line: str, where: str) -> Messages:
+def _sharegpt(text: str, source: Path) -> list[Prompt]:
+    try:
+        chats = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: not JSON: {error}") from None
+    if not isinstance(chats, list):
+        raise ValueError(f"{source}: expected a list of chats with `conversations`, got {type(chats).__name__}")
+    prompts = []
+    for number, chat in enumerate(chats, 1):
+        turns = chat.get("conversations") if isinstance(chat, dict) else None
+        if not isinstance(turns, list):
+            raise ValueError(f"{source}: chat {number} has no list `conversations`")
+        asked = next((turn for turn in turns if isinstance(turn, dict) and turn.get("from") in ("human", "user")), None)
+        if asked is not None and isinstance(asked.get("value"), str) and asked["value"].strip():
+            prompts.append(Prompt([{"role": "user", "content": asked["value"]}]))
+    return prompts
+
+
+def _of_line(line: str, where: str) -> Prompt:
     try:
         record: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
+    category, tests = record.get("category"), record.get("tests")
+    if tests is not None and not isinstance(tests, str):
+        raise ValueError(f"{where}: `tests` must be a text")
+    return Prompt(
+        _messages(record, where),
+        None if category is None else str(category),
+        _first_text(record.get("reference")),
+        tests,
+    )
+
+
+def _messages(record: dict[str, Any], where: str) -> Messages:
     if "messages" in record:
         messages = record["messages"]
         ok = isinstance(messages, list) and messages
@@ -56,3 +100,10 @@ def _messages(line: str, where: str) -> Messages:
     if not isinstance(text, str) or not text:
         raise ValueError(f"{where}: the prompt must be a text that is not empty")
     return [{"role": "user", "content": text}]
+
+
+def _first_text(reference: Any) -> str | None:
+    """Spec-Bench keeps a list with one text for each turn, or a list of right answers."""
+    while isinstance(reference, list) and reference:
+        reference = reference[0]
+    return reference if isinstance(reference, str) and reference else None

@@ -1,10 +1,10 @@
-"""The JSON every evaluation writes."""
+"""The JSON every evaluation writes. Times are ms, shares lie in [0, 1], unknown is null."""
 
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # keys are only ever added
 
 
 class _Strict(BaseModel):
@@ -18,29 +18,70 @@ class Distribution(_Strict):
     p50: float | None
     p95: float | None
     p99: float | None
+    mean_ci95: tuple[float, float] | None = None  # bootstrap over requests
 
 
 class Exits(_Strict):
+    """What the server counted during the run."""
+
     held: int
     accepted: int
     released: int
+    unverified: int  # released, and their request ended before their verdict
+    by_depth: dict[str, int]  # depth -> exits that were emitted
+
+
+class Quality(_Strict):
+    """Against the baseline's answers to the same prompts, and against the prompt file's references."""
+
+    identical_frac: float | None  # the very same text
+    first_difference_tokens: float | None  # median over answers that differ: tokens before they do
+    rouge_l_baseline: float | None  # ROUGE-L F-measure, mean
+    rouge_l_reference: float | None  # prompts with a reference
+    same_number_frac: float | None  # final number as in the baseline's answer; prompts about maths
+    right_number_frac: float | None  # final number as in the reference; prompts about maths with a reference
+    code_passed_frac: float | None  # prompts with tests
+
+
+class Moment(_Strict):
+    """After one more block of requests."""
+
+    phase: str  # of the prompts, one name if there is only one set
+    output_tokens: int  # so far
+    divergence_frac: float | None  # of the tokens so far
+    block_divergence_frac: float | None  # of this block's tokens
+    tpt_ms: float | None  # mean over the block's requests
 
 
 class Run(_Strict):
-    """One system at one concurrency, all repeats together."""
+    """One system under one load, all repeats together."""
 
     system: str
     model: str
-    concurrency: int
-    tpt_ms: Distribution
-    ttft_ms: Distribution
-    output_tokens_per_s: float | None
+    load: str  # "1 client", "16 clients", "2 requests/s", a trace
+    concurrency: int | None  # clients; None where arrivals are set by time
+    fixed_length: bool  # answers are made to have exactly the longest length
     requests: int
     failed: int
     output_tokens: int
+    wall_s: float
+    tpt_ms: Distribution
+    ttft_ms: Distribution
+    gap_ms: Distribution  # between chunks that carry tokens, over all chunks
+    e2e_ms: Distribution
+    shared_chunk_frac: float | None  # of the tokens: came in one chunk with an earlier one
+    output_tokens_per_s: float | None
+    goodput_frac: float | None  # of the requests: within every --slo; None without
+    goodput_per_s: float | None
+    cpu_s_per_token: float | None
+    energy_j_per_token: float | None  # None where the machine does not tell
+    blocks_per_token: float | None  # decoder blocks executed
+    peak_memory_gib: float | None  # all processes, since their start; shared pages count for each
     exits: Exits | None  # None for a system without exits
     divergences: int | None
-    identical_frac: float | None  # share of outputs equal to the baseline's, None for the baseline itself
+    regret_nats_per_token: float | None
+    quality: Quality | None  # None for the baseline itself
+    timeline: list[Moment]
 
 
 class Ratio(_Strict):
@@ -48,9 +89,14 @@ class Ratio(_Strict):
 
     system: str
     baseline: str
-    concurrency: int
+    load: str
+    concurrency: int | None
+    fixed_length: bool
     tpt_mean: float | None
+    tpt_mean_ci95: tuple[float, float] | None  # bootstrap over prompts, paired
     tpt_p99: float | None
+    ttft_mean: float | None
+    ttft_p99: float | None
     throughput: float | None
     tpt_mean_by_repeat: list[float]
 
@@ -58,6 +104,13 @@ class Ratio(_Strict):
 class Results(_Strict):
     schema_version: int = SCHEMA_VERSION
     command: str
+    commit: str | None  # of a source checkout
+    started: str  # ISO 8601
     machine: dict[str, Any]
+    settings: dict[str, Any]
+    systems: dict[str, str]  # name -> how it was started
+    skipped: dict[str, str]  # name -> why it could not run
     runs: list[Run]
     ratios: list[Ratio]
+    oracle_ratio: dict[str, float]  # concurrency -> TPT with a perfect ramp / without, replayed from the model's log
+    notes: list[str]  # what a reader should know, e.g. that the machine was noisy

@@ -5,50 +5,39 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
+import psutil
+from apparate_llm.eval.systems import System
 
 from apparate_llm.launch import server_environment
 
 STOP_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class System:
-    """A way to serve the model."""
+class Usage(NamedTuple):
+    """Of all processes of a server."""
 
-    name: str
-    command: tuple[str, ...]  # without --port
-    has_exits: bool
-
-
-def plain_vllm(model: Path, vllm_flags: list[str]) -> System:
-    """vLLM as it comes, in the same environment."""
-    command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *vllm_flags)
-    return System("vllm", command, has_exits=False)
-
-
-def early_exits(name: str, model: Path, knobs: list[str], vllm_flags: list[str]) -> System:
-    command = (sys.executable, "-m", "apparate_llm.cli", "serve", str(model), *knobs, *vllm_flags)
-    return System(name, command, has_exits="off" not in knobs)
+    cpu_s: float  # user and system, since the start
+    peak_memory_gib: float  # largest resident sizes, added up
 
 
 class Server:
-    """Context manager around one server process group listening on loopback."""
+    """Context manager around one server process group listening on loopback, or one that is running elsewhere."""
 
     def __init__(self, system: System, *, log: Path, start_timeout_s: float) -> None:
         self.system = system
         self.log = log
         self.start_timeout_s = start_timeout_s
-        self.base_url = ""
-        self.process: subprocess.Popen[bytes] | None = None
+        self.base_url = system.base_url or ""
+        self.process: subprocess.Popen[bytes] | None = None  # None: not ours
 
     def __enter__(self) -> "Server":
+        if self.system.base_url is not None:
+            return self
         port = _free_port()
         self.base_url = f"http://127.0.0.1:{port}"
         with self.log.open("wb") as log:
@@ -64,19 +53,21 @@ class Server:
 
     def wait_ready(self) -> None:
         """Raises RuntimeError with the end of the log if the server does not come up."""
-        assert self.process is not None
         began = time.monotonic()
         while True:
             waited = time.monotonic() - began
-            if self.process.poll() is not None:
+            if self.process is not None and self.process.poll() is not None:
                 raise RuntimeError(f"{self.system.name} ended with exit code {self.process.returncode}{self._tail()}")
             if waited > self.start_timeout_s:
                 raise RuntimeError(f"{self.system.name} not ready after {waited:.0f} s{self._tail()}")
             try:
-                if httpx.get(f"{self.base_url}/health", timeout=2.0).status_code == 200:
+                # Not every OpenAI-compatible server has /health.
+                path = "/health" if self.process is not None else "/v1/models"
+                if httpx.get(f"{self.base_url}{path}", timeout=2.0).status_code == 200:
                     return
-            except httpx.HTTPError:
-                pass
+            except httpx.HTTPError as error:
+                if self.process is None:
+                    raise RuntimeError(f"{self.system.name} does not answer at {self.base_url}: {error}") from None
             time.sleep(0.5)
 
     def model_name(self) -> str:
@@ -91,15 +82,30 @@ class Server:
         """Running totals of its exits, None for a system without."""
         return self.status()["counts"] if self.system.has_exits else None
 
+    def usage(self) -> Usage | None:
+        """None for a server that is not ours."""
+        if self.process is None:
+            return None
+        cpu_s = peak = 0.0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self.process.pid)
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    cpu_s += times.user + times.system
+                    peak += _peak_resident_gib(process.pid)
+        return Usage(cpu_s, peak)
+
     def pause(self) -> None:
-        """Take it off the processors: idle engines still poll, which would disturb the other system."""
+        """Take it off the processors: idle engines still poll, which would disturb the other systems."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
     def __exit__(self, *exc: object) -> None:
-        assert self.process is not None
+        if self.process is None:
+            return
         self.resume()
         self._signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -108,11 +114,13 @@ class Server:
         self.process.wait()
 
     def _signal(self, number: int) -> None:
-        assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
 
     def _tail(self) -> str:
+        if self.process is None:
+            return ""
         lines = self.log.read_text(errors="replace").strip().splitlines()[-15:]
         return f"; end of its log {self.log}:\n" + "\n".join(lines)
 
@@ -121,3 +129,12 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _peak_resident_gib(pid: int) -> float:
+    """0 where the system does not keep it."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
+    return 0.0

@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--only", help="comma-separated runs besides the plain ones: " + ", ".join(RUNS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    chats = load_prompts(args.prompts)
+    chats = [prompt.messages for prompt in load_prompts(args.prompts)]
     chats = [chat for chat in chats if sum(len(m["content"]) for m in chat) < 1200][: args.num_prompts]
     chats = [[{"role": "system", "content": SYSTEM}, *chat] for chat in chats]
     knobs: dict[str, Any] = {"policy": args.policy, "hold_threshold": args.hold_threshold}

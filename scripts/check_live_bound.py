@@ -17,21 +17,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from apparate_llm.eval.client import closed_loop
-from apparate_llm.eval.prompts import Messages, load_categories, load_prompts
-from apparate_llm.eval.quick import machine
-from apparate_llm.eval.servers import Server, early_exits
+from apparate_llm.eval.client import Ask, run_block
+from apparate_llm.eval.prompts import Messages, load_prompts
+from apparate_llm.eval.servers import Server
+from apparate_llm.eval.systems import Choice, early_exits
 
 from apparate_llm.controller.budget import REQUEST_ALLOWANCE
+from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
 
 def prompts_of(phase: str) -> list[Messages]:
     path, _, category = phase.partition(":")
-    prompts = load_prompts(Path(path))
-    if category:
-        kinds = load_categories(Path(path))
-        prompts = [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind == category]
+    prompts = [p.messages for p in load_prompts(Path(path)) if not category or p.category == category]
     if not prompts:
         raise ValueError(f"no prompts in {phase}")
     return prompts
@@ -49,8 +47,8 @@ def main() -> int:
     args = parser.parse_args()
     phases = [(phase, prompts_of(phase)) for phase in args.phase]
     model = model_folder(args.model)
-    knobs = ["--accuracy-bound", str(args.bound), "--state", "none"]
-    system = early_exits("bounded", model, knobs, [*memory_flags([]), "--max-model-len", "4096"])
+    choice = Choice(model, vllm_flags=(*memory_flags([]), "--max-model-len", "4096"))
+    system = early_exits("bounded", choice, "--accuracy-bound", str(args.bound))
     with Server(system, log=Path(tempfile.mkdtemp()) / "server.log", start_timeout_s=900) as server:
         server.wait_ready()
         rows = [ask(server, phase, prompts, args) for phase, prompts in phases]
@@ -76,16 +74,8 @@ def ask(server: Server, phase: str, prompts: list[Messages], args: argparse.Name
     before = server.status()["counts"]
     name, goal = server.model_name(), before["emitted"] + args.tokens / len(args.phase)
     while (counts := server.status()["counts"])["emitted"] < goal:
-        done, _ = asyncio.run(
-            closed_loop(
-                server.base_url,
-                name,
-                prompts,
-                concurrency=args.concurrency,
-                max_tokens=args.max_tokens,
-                on_done=lambda _: None,
-            )
-        )
+        asks = [Ask(index, args.max_tokens) for index in range(len(prompts))]
+        done, _ = asyncio.run(run_block(server.base_url, name, prompts, asks, concurrency=args.concurrency))
         if failed := [item.error for item in done if item.error]:
             raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")
     row = {key: counts[key] - before[key] for key in ("emitted", "held", "accepted", "released", "diverged")}

@@ -73,7 +73,7 @@ def record(args: argparse.Namespace, log: Path) -> None:
         enable_prefix_caching=False,
     )
     policy: Any = runner_of(llm).rounds.policy
-    sets = [load_prompts(path) for path in args.prompts] or [load_prompts(None)]
+    sets = [[prompt.messages for prompt in load_prompts(path)] for path in args.prompts or [None]]
     for prompts in sets:
         random.Random(0).shuffle(prompts)
     turns = itertools.cycle(prompt for group in itertools.zip_longest(*sets) for prompt in group if prompt is not None)

@@ -263,6 +263,7 @@ class EarlyExitRunner(CPUModelRunner):
                 row.released, row.held, row.offered = [], [], None
             raise
         self.ledger.counts.rounds += len(spent)
+        self.ledger.counts.shallow_blocks += policy.depth * sum(num_rows for num_rows, _ in spent)
         for num_rows, ms in self.clock.shared_rounds(spent):
             policy.round_took(policy.depth, num_rows, ms)
         if self.feedback is not None:
@@ -290,6 +291,8 @@ class EarlyExitRunner(CPUModelRunner):
             end = int(batch.num_tokens_no_spec[index])
             num_context_left = self.max_model_len - end
             exits = self.ledger.requests[request_id]
+            if num_accepted:
+                counts.emit_exits(exits.held[0].depth, num_accepted)
             self._judge_by_sampling(request_id, exits, checked, end, 0 if request_id in judged else num_drafts[index])
             self.ledger.emit(request_id, num_emitted + min(num_left, 0), now_s)
             if num_emitted < len(checked) or checked[-1] in stops or num_left <= 0 or num_context_left <= 0:

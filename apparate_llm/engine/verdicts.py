@@ -129,6 +129,8 @@ class VerdictLedger:
         request.outstanding.extend(exits)
         request.num_emitted += len(exits)
         self.counts.released += len(exits)
+        for exit_ in exits:
+            self.counts.emit_exits(exit_.depth, 1)
         self.counts.emitted += len(exits)
         self.budget.emit(request.bucket, len(exits))
 
@@ -186,6 +188,8 @@ class VerdictLedger:
         assert 0 <= counts.accepted <= counts.held, f"accepted {counts.accepted} of {counts.held} held exits"
         assert 0 <= counts.accepted_diverged <= counts.accepted, f"accepted more divergences than exits: {counts}"
         assert 0 <= counts.released_diverged <= counts.verified, f"more divergences than verdicts: {counts}"
+        by_depth = sum(counts.exits_by_depth.values())
+        assert counts.released + counts.accepted == by_depth, f"{by_depth} exits by depth: {counts}"
         assert counts.released + counts.accepted <= counts.emitted, f"more exits than tokens: {counts}"
         for bucket in (self.budget.server, *(request.bucket for request in self.requests.values())):
             bucket.check_integrity()

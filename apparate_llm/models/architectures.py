@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 # vLLM architecture -> (ours, its class path as vLLM's ModelRegistry takes it)
 ARCHITECTURES: dict[str, tuple[str, str]] = {
@@ -18,18 +19,30 @@ class UnsupportedModelError(ValueError):
 
 def architecture_of(model_dir: Path) -> str:
     """The (first) architecture in a model folder's config.json; raises UnsupportedModelError."""
-    config_path = model_dir / "config.json"
+    architectures = _config_of(model_dir).get("architectures") or []
+    if not architectures:
+        raise UnsupportedModelError(f"{model_dir / 'config.json'} names no architecture")
+    return architectures[0]
+
+
+def layers_of(model_dir: Path) -> int:
+    """Number of decoder blocks; raises UnsupportedModelError."""
+    layers = _config_of(model_dir).get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise UnsupportedModelError(f"{model_dir / 'config.json'} does not say num_hidden_layers")
+    return layers
+
+
+def _config_of(model_dir: Path) -> dict[str, Any]:
     if not model_dir.is_dir():
         raise UnsupportedModelError(f"model folder not found: {model_dir}")
+    path = model_dir / "config.json"
     try:
-        architectures = json.loads(config_path.read_text()).get("architectures") or []
+        return json.loads(path.read_text())
     except FileNotFoundError:
         raise UnsupportedModelError(f"not a model folder (no config.json): {model_dir}") from None
     except json.JSONDecodeError as error:
-        raise UnsupportedModelError(f"damaged {config_path}: {error}") from None
-    if not architectures:
-        raise UnsupportedModelError(f"{config_path} names no architecture")
-    return architectures[0]
+        raise UnsupportedModelError(f"damaged {path}: {error}") from None
 
 
 def early_exit_architecture(architecture: str) -> str:

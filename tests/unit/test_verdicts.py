@@ -69,6 +69,7 @@ def test_the_integrity_check_sees_exits_that_do_not_add_up():
 def test_an_accepted_divergence_is_paid_for_and_counted_with_its_regret():
     ledger = ledger_with()
     ledger.counts.held = ledger.counts.accepted = 1
+    ledger.counts.emit_exits(0, 1)
     ledger.accept_divergence("a", 0.25)
     assert (ledger.counts.diverged, ledger.counts.regret_nats) == (1, 0.25)
     assert ledger.audit.largest_request_excess == 0.0  # well within its bound

@@ -91,7 +91,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     from apparate_llm.ramps.prepare.engine import environment
     from apparate_llm.serve import model_folder, resolve_model
 
-    user_prompts = load_prompts(args.prompts) if args.prompts else []
+    user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
     if args.model is not None:
         early_exit_architecture(architecture_of(resolve_model(args.model)))
     if args.out.exists() and not args.out.is_dir():
@@ -152,13 +152,14 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from apparate_llm.eval.prompts import load_categories, load_prompts
+    from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.launch import reexec_with_libraries
     from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
     from apparate_llm.ramps.prepare.engine import environment
     from apparate_llm.serve import model_folder
 
-    prompts, categories = load_prompts(args.prompts), load_categories(args.prompts)
+    asked = load_prompts(args.prompts)
+    prompts, categories = [prompt.messages for prompt in asked], [prompt.category for prompt in asked]
     manifest = read_manifest(args.folder)
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"folder of --json not found: {args.json.parent}")

@@ -151,7 +151,7 @@ def _write_ramps(run: Run, folder: Path, made: Made, *, default_depth: int) -> N
 
 def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
     """Stage profile: what a completion pass and each depth's round cost on this machine."""
-    from apparate_llm.eval.quick import machine
+    from apparate_llm.machine import machine
 
     plan, workspace = run.plan, run.workspace
     here = {key: value for key, value in machine().items() if key in ("cpu", "cores", "packages")}
