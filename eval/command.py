@@ -9,7 +9,7 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.knobs import OneLineParser, add_knobs, positive
 
 DEFAULT_SYSTEMS = "vllm,lossless,bounded,ngram,hf-early-exit"
-NOT_SHARED = ("policy", "accuracy_bound")  # knobs that make a system, not those that several share
+NOT_SHARED = ("policy", "accuracy_bound", "feedback_log", "state")  # a system's own, or a file that only one may write
 OBJECTIVES = ("ttft", "tpt", "e2e")
 
 

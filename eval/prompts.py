@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from apparate_llm.eval.code_check import check_tests
+
 FOLDER = Path(__file__).parent / "prompts"
 BUILT_IN = ("chat", "code", "copy", "quick")
 
@@ -71,8 +73,13 @@ def _of_line(line: str, where: str) -> Prompt:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
     category, tests = record.get("category"), record.get("tests")
-    if tests is not None and not isinstance(tests, str):
-        raise ValueError(f"{where}: `tests` must be a text")
+    if tests is not None:
+        if not isinstance(tests, str):
+            raise ValueError(f"{where}: `tests` must be a text")
+        try:
+            check_tests(tests)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return Prompt(
         _messages(record, where),
         None if category is None else str(category),

@@ -11,42 +11,64 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-# What the first word of the prompt asks for: delays in seconds before each chunk, and each chunk's text.
-SHAPES: dict[str, list[tuple[float, str]]] = {
-    "steady": [(0.10, "a"), *[(0.05, "b")] * 4],
-    "bursts": [(0.10, "a"), (0.10, "bcd"), (0.10, "efg")],
-    "single": [(0.05, "a")],
+# What the first word of the prompt asks for: chunks of (delay before it in seconds, its text, tokens in it).
+SHAPES: dict[str, list[tuple[float, str, int]]] = {
+    "steady": [(0.10, "a", 1), *[(0.05, "b", 1)] * 4],
+    "bursts": [(0.10, "a", 1), (0.10, "bcd", 3), (0.10, "efg", 3)],
+    "stall": [(0.05, "a", 1), (0.05, "b", 1), (0.40, "c", 1), (0.05, "d", 1)],
+    "silent": [(0.10, "a", 1), (0.10, "", 1), (0.10, "bc", 1)],  # a token whose text comes with the next one
+    "single": [(0.05, "a", 1)],
+    "broken": [(0.05, "a", 1)],
+    "error": [(0.05, "a", 1)],
 }
-TOKENS = {"steady": 5, "bursts": 7, "single": 1}
+END_DELAY_S = 0.05  # before the token that ends an answer, which has no text
 
 app = FastAPI()
+
+
+@app.get("/health")
+async def health() -> dict[str, str]:
+    return {}
+
+
+@app.get("/v1/models")
+async def models() -> dict[str, Any]:
+    return {"data": [{"id": "fake"}]}
 
 
 @app.post("/v1/chat/completions")
 async def chat(request: Request) -> Any:
     body = await request.json()
     assert body["stream"] and body["temperature"] == 0.0
-    kind = body["messages"][0]["content"].split()[0]
-    if kind == "refused":
+    words = body["messages"][0]["content"].split()
+    if words[0] == "refused":
         return JSONResponse({"error": "no"}, status_code=429)
-    return StreamingResponse(_stream(kind), media_type="text/event-stream")
+    continuous = body["stream_options"].get("continuous_usage_stats", False) and "old" not in words
+    return StreamingResponse(_stream(words[0], continuous), media_type="text/event-stream")
 
 
-async def _stream(kind: str):
+async def _stream(kind: str, continuous: bool):
+    tokens = 0
+
     def event(**chunk: Any) -> str:
+        if continuous and "usage" not in chunk and "error" not in chunk:
+            chunk["usage"] = {"completion_tokens": tokens}
         return f"data: {json.dumps(chunk)}\n\n"
 
     yield event(choices=[{"delta": {"role": "assistant", "content": ""}}])
-    for delay, text in SHAPES.get(kind, SHAPES["steady"]):
+    for delay, text, number in SHAPES.get(kind, SHAPES["steady"]):
         await asyncio.sleep(delay)
+        tokens += number
         yield event(choices=[{"delta": {"content": text}}])
         if kind == "broken":
             return
         if kind == "error":
             yield event(error={"message": "boom"})
             return
+    await asyncio.sleep(END_DELAY_S)
+    tokens += 1
     yield event(choices=[{"delta": {}, "finish_reason": "stop"}])
-    yield event(choices=[], usage={"completion_tokens": TOKENS.get(kind, 5) + 1})
+    yield event(choices=[], usage={"completion_tokens": tokens})
     yield "data: [DONE]\n\n"
 
 

@@ -1,0 +1,200 @@
+"""One evaluation: servers started and warmed, loads measured with the systems taking turns, everything kept on disk."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from apparate_llm.eval.client import Ask, Completion, run_block
+from apparate_llm.eval.loads import Load
+from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.servers import Server
+from apparate_llm.eval.store import Block, BlockKey, Store
+from apparate_llm.eval.surroundings import energy_j, probe_ms, processor_times, stolen_frac
+from apparate_llm.eval.systems import BASELINE, System
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+WARM_UP = (2, 32)  # prompts at once, tokens
+
+
+@dataclass(slots=True)
+class Evaluation:
+    model: Path
+    systems: list[System]
+    prompts: list[Prompt]
+    loads: list[Load]
+    repeat: int
+    store: Store
+    start_timeout_s: float
+    phases: tuple[tuple[str, int], ...] = ()  # (name, number of its first prompt) of a workload that changes
+    dead: dict[str, str] = field(default_factory=dict)  # system -> why it is not measured (any more)
+
+    def keys(self, system: System) -> Iterator[tuple[BlockKey, Load, tuple[Ask, ...]]]:
+        for number, load in enumerate(self.loads):
+            if is_served(system, load):
+                for repeat in range(self.repeat):
+                    for block, asks in enumerate(load.blocks):
+                        yield BlockKey(number, repeat, block, system.name), load, asks
+
+    def is_done(self, system: System) -> bool:
+        return all(self.store.has(key) for key, *_ in self.keys(system))
+
+
+def is_served(system: System, load: Load) -> bool:
+    """Whether the system is measured under a load: one that takes a request at a time says nothing about more."""
+    return system.max_concurrency is None or load.concurrency == system.max_concurrency
+
+
+def evaluate(evaluation: Evaluation, console: Console) -> None:
+    """Fills `evaluation.store`; raises RuntimeError if the baseline cannot run."""
+    with progress_bar(console) as progress, ExitStack() as stack:
+        servers = _start(evaluation, stack, progress)
+        total = done = 0
+        for server in servers:
+            for key, _, asks in evaluation.keys(server.system):
+                total += len(asks)
+                done += len(asks) * evaluation.store.has(key)
+        task = progress.add_task("measuring", total=total, completed=done)
+        for number, load in enumerate(evaluation.loads):
+            taking_part = [server for server in servers if is_served(server.system, load)]
+            _measure(evaluation, number, load, taking_part, progress, task)
+
+
+def _start(evaluation: Evaluation, stack: ExitStack, progress: Progress) -> list[Server]:
+    """Start what still has something to measure, one after another: starting two at once would take vLLM's memory
+    check by surprise."""
+    servers = []
+    for system in evaluation.systems:
+        if system.problem is not None:
+            evaluation.dead[system.name] = system.problem
+            continue
+        if evaluation.is_done(system):
+            continue
+        log = evaluation.store.logs / f"{system.name.replace(' ', '-')}.log"
+        server = stack.enter_context(Server(system, log=log, start_timeout_s=evaluation.start_timeout_s))
+        waiting = progress.add_task(f"starting {system.name}", total=None)
+        try:
+            server.wait_ready()
+            _ask(server, evaluation, [Ask(index, WARM_UP[1]) for index in range(WARM_UP[0])], WARM_UP[0])
+        except (RuntimeError, httpx.HTTPError) as error:
+            if system.name == BASELINE:
+                raise RuntimeError(f"the baseline does not run: {error}") from None
+            progress.console.print(f"skipped {system.name}: {error}", markup=False)
+            evaluation.dead[system.name] = str(error)
+            server.__exit__()
+            continue
+        finally:
+            progress.remove_task(waiting)
+        server.pause()
+        servers.append(server)
+    return servers
+
+
+def _measure(
+    evaluation: Evaluation, number: int, load: Load, servers: list[Server], progress: Progress, task: Any
+) -> None:
+    """The systems take turns block by block (A B, B A, A B, ...), so that a machine that is slower for some minutes is
+    slower for all. The waiting ones are off the processors. A closed loop begins with requests that are not counted."""
+    settled: set[str] = set()
+    order = list(servers)
+    for repeat in range(evaluation.repeat):
+        for block, asks in enumerate(load.blocks):
+            for server in order:
+                name = server.system.name
+                key = BlockKey(number, repeat, block, name)
+                if evaluation.store.has(key) or name in evaluation.dead:
+                    continue
+                progress.update(task, description=f"{name}, {load.name}, {repeat + 1}/{evaluation.repeat}")
+                try:
+                    with _running(server):
+                        if name not in settled and load.concurrency is not None:
+                            settling = list(asks[: max(2, load.concurrency)])
+                            _ask(server, evaluation, settling, load.concurrency)
+                        settled.add(name)
+                        found = _measure_block(server, evaluation, key, load, asks)
+                except (httpx.HTTPError, RuntimeError) as error:
+                    evaluation.dead[name] = f"stopped answering under {load.name}: {error}"
+                    progress.console.print(f"{name} {evaluation.dead[name]}", markup=False)
+                    continue
+                evaluation.store.add(found)
+                progress.advance(task, len(asks))
+            order.reverse()
+
+
+def _measure_block(server: Server, evaluation: Evaluation, key: BlockKey, load: Load, asks: tuple[Ask, ...]) -> Block:
+    probe = probe_ms()
+    counts, usage = server.counts(), server.usage()
+    energy, processors = energy_j(), processor_times()
+    completions, wall_s = _ask(server, evaluation, list(asks), load.concurrency, load.fixed_length)
+    energy_after, stolen = energy_j(), stolen_frac(processors, processor_times())
+    if server.process is not None and server.process.poll() is not None:
+        raise RuntimeError(f"ended with exit code {server.process.returncode}; its log: {server.log}")
+    after, usage_after = server.counts(), server.usage()
+    return Block(
+        key=key,
+        completions=completions,
+        wall_s=wall_s,
+        counts=None if counts is None or after is None else difference(counts, after),
+        cpu_s=None if usage is None or usage_after is None else usage_after.cpu_s - usage.cpu_s,
+        # A counter that ran over between the two says nothing.
+        energy_j=None if energy is None or energy_after is None or energy_after < energy else energy_after - energy,
+        peak_memory_gib=None if usage_after is None else usage_after.peak_memory_gib,
+        probe_ms=probe,
+        stolen_frac=stolen,
+    )
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What was counted in between; shares, which have no difference, are left out."""
+    found: dict[str, Any] = {}
+    for name, value in after.items():
+        if isinstance(value, dict):
+            found[name] = {key: number - before.get(name, {}).get(key, 0) for key, number in value.items()}
+        elif name != "divergence_frac":
+            found[name] = value - (before.get(name) or 0)
+    return found
+
+
+def _ask(
+    server: Server, evaluation: Evaluation, asks: list[Ask], concurrency: int | None, fixed_length: bool = False
+) -> tuple[list[Completion], float]:
+    asks = [ask for ask in asks if ask.prompt_index < len(evaluation.prompts)]
+    messages = [prompt.messages for prompt in evaluation.prompts]
+    call = run_block(
+        server.base_url, server.model_name(), messages, asks, concurrency=concurrency, fixed_length=fixed_length
+    )
+    return asyncio.run(call)
+
+
+@contextmanager
+def _running(server: Server) -> Iterator[None]:
+    server.resume()
+    try:
+        yield
+    finally:
+        server.pause()
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )

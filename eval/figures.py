@@ -1,0 +1,253 @@
+"""One small function per figure, `(ax, points, ...)`: what is drawn was measured before, so it can be drawn again."""
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from apparate_llm.eval.schema import Moment, Results, Run
+from apparate_llm.eval.tables import bounds_of, load_name, loads_of, systems_of
+
+# Legible on white and on black, like those of the report on ramps.
+COLORS = ("#2a7fde", "#d9822b", "#2e9e5b", "#b04fc9", "#c23b4a", "#17a2b0", "#a88a1e", "#e0669b")
+GREY = "#808890"
+MAX_STEPS = 400  # of a CDF; more cannot be seen
+LEGEND_CHARACTERS = 64  # in a row; the line before each name takes up about five
+SHORTEST_GAP_MS = 0.1  # chunks that came at once have none, which a logarithmic axis cannot show
+
+Key = tuple[str, str, bool]  # system, load, fixed_length
+Axes = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """The values behind the distributions of a `Run`."""
+
+    tpt_ms: dict[Key, list[float]] = field(default_factory=dict)  # one per request
+    gap_ms: dict[Key, list[float]] = field(default_factory=dict)  # one per chunk but the first
+
+
+class Figure(NamedTuple):
+    caption: str
+    image: str  # data URI of an SVG
+
+
+def figures(results: Results, points: Points) -> list[Figure]:
+    """Every figure there is something to show for."""
+    colors = system_colors(results)
+    made = []
+    for fixed_length in (False, True):
+        runs = [run for run in results.runs if run.fixed_length == fixed_length and run.tpt_ms.mean is not None]
+        closed = [run for run in runs if run.concurrency is not None]
+        if len({run.concurrency for run in closed}) > 1:
+            caption = load_name("Time per output token by number of clients, with 95 % CI", fixed_length)
+            made.append(_figure(caption, partial(tpt_by_concurrency, runs=closed, colors=colors)))
+        known = [run for run in runs if run.output_tokens_per_s is not None]
+        if known:
+            caption = load_name("Throughput and time per output token, by load", fixed_length)
+            made.append(_figure(caption, partial(throughput_latency, runs=known, colors=colors)))
+    for load in loads_of(results):
+        made += _of_load(results, points, load, colors)
+    exits = [run for run in results.runs if run.exits is not None and run.exits.by_depth and run.output_tokens]
+    if exits:
+        height = 1.3 + 0.34 * len(exits)
+        made.append(_figure("Tokens that left early, by depth", partial(exits_by_depth, runs=exits), height))
+    return made
+
+
+def _of_load(results: Results, points: Points, load: tuple[str, bool], colors: dict[str, str]) -> list[Figure]:
+    name, made = load_name(*load), []
+    tpt, gaps = ({s: v for s in colors if (v := of.get((s, *load)))} for of in (points.tpt_ms, points.gap_ms))
+    timelines = {
+        run.system: run.timeline
+        for run in results.runs
+        if (run.load, run.fixed_length) == load and any(at.divergence_frac is not None for at in run.timeline)
+    }
+    if tpt:
+        caption = f"Time per output token of the requests, {name}"
+        made.append(_figure(caption, partial(tpt_cdf, values=tpt, colors=colors)))
+    if gaps:
+        made.append(_figure(f"Gaps between tokens, {name}", partial(gap_cdf, values=gaps, colors=colors)))
+    if timelines:
+        draw = partial(divergence, timelines=timelines, colors=colors, bounds=bounds_of(results))
+        made.append(_figure(f"Differing tokens as the tokens went by, {name}", draw))
+    return made
+
+
+def system_colors(results: Results) -> dict[str, str]:
+    """The same in all figures."""
+    return {system: COLORS[index % len(COLORS)] for index, system in enumerate(systems_of(results))}
+
+
+def tpt_cdf(ax: Axes, values: dict[str, list[float]], colors: dict[str, str]) -> None:
+    _cdf(ax, values, colors)
+    ax.set_xlabel("time per output token, ms")
+    ax.set_ylabel("requests at or below, %")
+
+
+def gap_cdf(ax: Axes, values: dict[str, list[float]], colors: dict[str, str]) -> None:
+    _cdf(ax, {system: [max(gap, SHORTEST_GAP_MS) for gap in gaps] for system, gaps in values.items()}, colors)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel(f"gap between chunks with tokens, ms ({SHORTEST_GAP_MS:g}: that or less)")
+    ax.set_ylabel("gaps at or below, %")
+
+
+def tpt_by_concurrency(ax: Axes, runs: list[Run], colors: dict[str, str]) -> None:
+    for system, own in _by_system(runs):
+        own.sort(key=lambda run: run.concurrency or 0)
+        means = [run.tpt_ms.mean or 0.0 for run in own]
+        intervals = [run.tpt_ms.mean_ci95 or (mean, mean) for run, mean in zip(own, means, strict=True)]
+        errors = [(mean - low, high - mean) for mean, (low, high) in zip(means, intervals, strict=True)]
+        ax.errorbar(
+            [run.concurrency for run in own],
+            means,
+            yerr=np.clip(np.array(errors).T, 0, None),
+            marker="o",
+            capsize=3,
+            color=colors[system],
+            label=system,
+        )
+    levels = sorted({run.concurrency for run in runs if run.concurrency is not None})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(levels, [str(level) for level in levels])
+    ax.set_xlabel("clients")
+    ax.set_ylabel("time per output token, mean, ms")
+    ax.set_ylim(bottom=0)
+
+
+def throughput_latency(ax: Axes, runs: list[Run], colors: dict[str, str]) -> None:
+    """Better is right and below. Points along the number of clients are joined; other loads stand alone."""
+    for system, own in _by_system(runs):
+        own.sort(key=lambda run: run.concurrency or 0)
+        label: str | None = system
+        for joined in (True, False):
+            part = [run for run in own if (run.concurrency is not None) == joined]
+            if not part:
+                continue
+            x, y = [run.output_tokens_per_s for run in part], [run.tpt_ms.mean for run in part]
+            ax.plot(x, y, "o-" if joined else "D", color=colors[system], label=label)
+            label = None
+            for run, *at in zip(part, x, y, strict=True):
+                text = str(run.concurrency) if joined else run.load
+                ax.annotate(text, at, (5, 4), textcoords="offset points", fontsize=8, color=colors[system])
+    closed = any(run.concurrency is not None for run in runs)
+    ax.set_xlabel("output tokens per second" + " (labels: clients)" * closed)
+    ax.set_ylabel("time per output token, mean, ms")
+    ax.margins(0.1)
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
+
+
+def divergence(ax: Axes, timelines: dict[str, list[Moment]], colors: dict[str, str], bounds: dict[str, float]) -> None:
+    """Share of all tokens so far; a dashed line where the bound is."""
+    for system, moments in timelines.items():
+        known = [moment for moment in moments if moment.divergence_frac is not None]
+        shares = [100 * (moment.divergence_frac or 0.0) for moment in known]
+        ax.plot(
+            [moment.output_tokens for moment in known], shares, "o-", markersize=3, color=colors[system], label=system
+        )
+        if bounds.get(system):
+            ax.axhline(100 * bounds[system], linestyle="--", linewidth=1, color=colors[system])
+    if any(bounds.get(system) for system in timelines):
+        ax.plot([], [], "--", linewidth=1, color=GREY, label="accuracy bound")
+    ax.set_xlabel("output tokens so far")
+    ax.set_ylabel("differing tokens, %")
+    ax.margins(x=0.02, y=0.15)
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
+    spans = _phases(max(timelines.values(), key=len))
+    if len(spans) > 1:
+        for index, (phase, start, end) in enumerate(spans):
+            ax.axvspan(start, end, color=GREY, alpha=0.16 if index % 2 else 0.05, linewidth=0)
+            at = ((start + end) / 2, 1.0)
+            ax.annotate(
+                phase,
+                at,
+                (0, 3),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+
+
+def exits_by_depth(ax: Axes, runs: list[Run]) -> None:
+    """One bar per system and load; what is missing to 100 % went through all layers."""
+    from matplotlib import colormaps
+
+    names = [f"{run.system}, {load_name(run.load, run.fixed_length)}" for run in runs]
+    depths = sorted(
+        {depth for run in runs if run.exits for depth in run.exits.by_depth}, key=lambda text: (len(text), text)
+    )
+    left = np.zeros(len(runs))
+    for index, depth in enumerate(depths):
+        shares = np.array(
+            [100 * (run.exits.by_depth.get(depth, 0) if run.exits else 0) / run.output_tokens for run in runs]
+        )
+        color = colormaps["plasma"](0.4 + 0.4 * index / max(1, len(depths) - 1))
+        ax.barh(range(len(runs)), shares, left=left, height=0.65, color=color, label=f"depth {depth}")
+        left += shares
+    ax.set_yticks(range(len(runs)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("exits sent, % of output tokens")
+    ax.set_xlim(left=0)
+
+
+def _by_system(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
+    for system in dict.fromkeys(run.system for run in runs):
+        yield system, [run for run in runs if run.system == system]
+
+
+def _cdf(ax: Axes, values: dict[str, list[float]], colors: dict[str, str]) -> None:
+    for system, known in values.items():
+        ordered = np.sort(known)
+        shown = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), MAX_STEPS)).round().astype(int))
+        x = np.concatenate([ordered[:1], ordered[shown]])
+        y = np.concatenate([[0.0], 100 * (shown + 1) / len(ordered)])
+        ax.step(x, y, where="post", color=colors[system], label=system)
+    ax.set_ylim(0, 102)
+
+
+def _phases(moments: list[Moment]) -> list[tuple[str, int, int]]:
+    """(name, first, last token) of each."""
+    spans: list[tuple[str, int, int]] = []
+    for moment in moments:
+        if spans and spans[-1][0] == moment.phase:
+            spans[-1] = (moment.phase, spans[-1][1], moment.output_tokens)
+        else:
+            spans.append((moment.phase, spans[-1][2] if spans else 0, moment.output_tokens))
+    return spans
+
+
+def _figure(caption: str, draw: Callable[[Axes], None], height: float = 3.6) -> Figure:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    # Text stays text and names of parts do not vary, so that the same points make the same file.
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "apparate",
+        "text.parse_math": False,
+        "font.size": 10,
+        **dict.fromkeys(names, GREY),
+    }
+    with plt.rc_context(style):
+        fig, ax = plt.subplots(figsize=(5.2, height), layout="constrained")
+        draw(ax)
+        ax.grid(color=GREY, alpha=0.2)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        longest = max(map(len, ax.get_legend_handles_labels()[1]), default=0)
+        columns = max(1, LEGEND_CHARACTERS // (longest + 5))
+        fig.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=columns)
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(fig)
+    return Figure(caption, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())

@@ -1,0 +1,32 @@
+"""What a perfect ramp would reach, by replaying the model's shipped log of exits."""
+
+from pathlib import Path
+
+from apparate_llm.controller.feedback import read_cycles, read_header
+from apparate_llm.controller.replay import LogCosts, oracle
+from apparate_llm.ramps.checkpoint import find_shipped, read_manifest
+from apparate_llm.ramps.fingerprint import fingerprint_of
+from apparate_llm.replay import shipped_logs
+
+LEAST_CYCLES = 100
+
+
+def oracle_ratios(model: Path, concurrencies: list[int]) -> dict[str, float]:
+    """Concurrency -> TPT with a ramp that knows every verdict / without; empty where no log of this model ships. From
+    the log's own machine and prompts, so a bound to hold measured ratios against, no more."""
+    folder = find_shipped(fingerprint_of(model))
+    if folder is None:
+        return {}
+    ramps = read_manifest(folder).weights_sha256
+    for path in shipped_logs().values():
+        if read_header(path).get("ramps") == ramps:
+            cycles = list(read_cycles(path))
+            costs = LogCosts(cycles)
+            depth = min(costs.rounds)
+            found = {}
+            for concurrency in concurrencies:
+                part = [cycle for cycle in cycles if cycle.num_requests == concurrency]
+                if len(part) >= LEAST_CYCLES:
+                    found[str(concurrency)] = oracle(part, costs, depth=depth).tpt_ratio
+            return found
+    return {}

@@ -1,0 +1,151 @@
+"""The results in one sentence: how much faster, at what cost, when not."""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from apparate_llm.eval.schema import Ratio, Results, Run
+from apparate_llm.eval.tables import bounds_of, divergence_frac, key_of, load_name, number
+
+MAX_LISTED = 3  # more loads than these are given as a range
+
+Verdict = Literal["faster", "slower", "no clear difference", "not measured"]
+
+
+def summary_sentence(results: Results) -> str:
+    """Says faster or slower only where the whole confidence interval (without one: the ratio) does."""
+    if not results.ratios:
+        return _nothing_compared(results) + _failures(results.runs) + "."
+    parts = []
+    for baseline in dict.fromkeys(item.baseline for item in results.ratios):
+        ratios = [item for item in results.ratios if item.baseline == baseline]
+        systems = dict.fromkeys(item.system for item in ratios)
+        clauses = [_system_clause(results, [item for item in ratios if item.system == system]) for system in systems]
+        parts.append(f"against {plain_name(baseline)}, " + "; ".join(clauses))
+    text = "; ".join(parts)
+    for said_once in (" time per token", "95 % CI "):
+        head, found, tail = text.partition(said_once)
+        text = head + found + tail.replace(said_once, "")
+    return text[0].upper() + text[1:] + _failures(results.runs) + "."
+
+
+def verdict(item: Ratio) -> Verdict:
+    if item.tpt_mean is None:
+        return "not measured"
+    # The interval is of prompts that both answered, so the ratio of all requests can lie outside of it.
+    edges = (item.tpt_mean, *(item.tpt_mean_ci95 or ()))
+    if max(edges) < 1:
+        return "faster"
+    return "slower" if min(edges) > 1 else "no clear difference"
+
+
+def plain_name(system: str) -> str:
+    return "plain vLLM" if system == "vllm" else system
+
+
+def _system_clause(results: Results, ratios: list[Ratio]) -> str:
+    runs = {key_of(run): run for run in results.runs}
+    groups: dict[Verdict, list[Ratio]] = {"faster": [], "no clear difference": [], "slower": [], "not measured": []}
+    for item in _told(ratios):
+        groups[verdict(item)].append(item)
+    parts = []
+    if groups["faster"]:
+        parts.append(_changes(groups["faster"], runs, "less"))
+    if groups["no clear difference"]:
+        parts.append(f"shows no clear difference {_loads(groups['no clear difference'])}")
+    if groups["slower"]:
+        parts.append(_changes(groups["slower"], runs, "more"))
+    if groups["not measured"]:
+        parts.append(f"gave no times {_loads(groups['not measured'])}")
+    whole = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
+    return f"{ratios[0].system}{_promise(ratios[0].system, bounds_of(results))} {whole}"
+
+
+def _told(ratios: list[Ratio]) -> list[Ratio]:
+    """Users get answers of their own length; the others are told of only where they alone warn."""
+    own_length = [item for item in ratios if not item.fixed_length]
+    slower = {item.load for item in own_length if verdict(item) == "slower"}
+    others = [item for item in ratios if item.fixed_length and verdict(item) == "slower" and item.load not in slower]
+    return own_length + others if own_length else ratios
+
+
+def _promise(system: str, bounds: dict[str, float]) -> str:
+    if system not in bounds or "lossless" in system:
+        return ""
+    return f" (at most {_percent(bounds[system])} % of the tokens may differ)" if bounds[system] else " (lossless)"
+
+
+def _changes(ratios: list[Ratio], runs: dict[tuple[str, str, bool], Run], word: str) -> str:
+    """`takes 23 % less time per token with 1 client (95 % CI 20 to 26) at a cost of 4.1 % differing tokens`"""
+    cost = _cost([runs[key_of(item)] for item in ratios if key_of(item) in runs], warn_only=word == "more")
+    if len(ratios) > MAX_LISTED:
+        changes = [abs(1 - item.tpt_mean) for item in ratios if item.tpt_mean is not None]
+        return f"takes {_range(changes)} % {word} time per token {_loads(ratios)}{cost}"
+    listed = []
+    for item in ratios:
+        assert item.tpt_mean is not None, f"{item} has a verdict without a ratio"
+        interval = "no CI"
+        if item.tpt_mean_ci95 is not None:
+            low, high = sorted(abs(1 - edge) for edge in item.tpt_mean_ci95)
+            interval = f"95 % CI {_percent(low)} to {_percent(high)}"
+        listed.append(f"{_percent(abs(1 - item.tpt_mean))} % {word} time per token {_loads([item])} ({interval})")
+    return f"takes {_joined(listed)}{cost}"
+
+
+def _cost(runs: list[Run], *, warn_only: bool) -> str:
+    shares = [share for run in runs if (share := divergence_frac(run)) is not None]
+    if not shares or (warn_only and not any(shares)):
+        return ""
+    return f" at a cost of {_range(shares)} % differing tokens" if any(shares) else " without a differing token"
+
+
+def _range(fracs: list[float]) -> str:
+    low, high = _percent(min(fracs)), _percent(max(fracs))
+    return low if low == high else f"{low} to {high}"
+
+
+def _loads(ratios: Sequence[Ratio | Run]) -> str:
+    """`with 1, 4 and 16 clients`; loads of other kinds `under ...`."""
+    names = [load_name(item.load, item.fixed_length) for item in ratios]
+    clients = [match[1] for name in names if (match := re.fullmatch(r"(\d+) clients?", name))]
+    parts = [f"{_joined(clients)} {'client' if clients == ['1'] else 'clients'}"] if clients else []
+    parts += [name for name in names if not re.fullmatch(r"\d+ clients?", name)]
+    closed = all(item.concurrency is not None for item in ratios)
+    return ("with " if closed else "under ") + " and ".join(parts)
+
+
+def _joined(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _percent(frac: float) -> str:
+    value = 100 * frac
+    if value >= 9.95:
+        return f"{value:.0f}"
+    text = f"{value:.1f}".removesuffix(".0")
+    return "under 0.1" if text == "0" and value > 0 else text
+
+
+def _nothing_compared(results: Results) -> str:
+    times = [run for run in results.runs if run.tpt_ms.mean is not None]
+    if not times:
+        return "Nothing was measured"
+    systems = list(dict.fromkeys(run.system for run in times))
+    only = f"Only {plain_name(systems[0])} was measured" if len(systems) == 1 else "No system was the baseline"
+    named = [
+        ("" if len(systems) == 1 else f"{run.system} ") + f"{number(run.tpt_ms.mean, 1)} ms per token {_loads([run])}"
+        for run in times
+    ]
+    return f"{only}, so nothing can be compared: {_joined(named)}"
+
+
+def _failures(runs: list[Run]) -> str:
+    failed: dict[str, int] = {}
+    for run in runs:
+        if run.failed:
+            failed[run.system] = failed.get(run.system, 0) + run.failed
+    if not failed:
+        return ""
+    total = sum(run.requests for run in runs)
+    who = ", ".join(f"{system}: {count}" for system, count in failed.items())
+    return f"; {sum(failed.values())} of {total} requests failed ({who})"

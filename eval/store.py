@@ -1,0 +1,95 @@
+"""What an evaluation has measured so far, block by block on disk: an interrupted one goes on from there."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apparate_llm.eval.client import Completion
+
+from apparate_llm.files import write_atomically
+
+
+class BlockKey(NamedTuple):
+    load: int  # number of the load
+    repeat: int
+    block: int
+    system: str
+
+
+@dataclass(slots=True)
+class Block:
+    """One system's answers to one block of requests."""
+
+    key: BlockKey
+    completions: list[Completion]
+    wall_s: float
+    counts: dict[str, Any] | None  # exits during the block, None for a system without
+    cpu_s: float | None
+    energy_j: float | None  # of the whole machine
+    peak_memory_gib: float | None  # since the server's start
+    probe_ms: float  # a fixed piece of work just before the block: how fast the machine was
+    stolen_frac: float  # of processor time, taken by other machines on the same host
+
+
+class Store:
+    """`plan.json`: the settings that all blocks share; `blocks/`: one file each; `logs/`: the servers' own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.logs = folder / "logs"
+
+    def open(self, plan: dict[str, Any], *, fresh: bool) -> int:
+        """Returns how many blocks are there already; raises ValueError if they were measured with other settings."""
+        path = self.folder / "plan.json"
+        ours = path.exists()
+        if fresh and ours:
+            shutil.rmtree(self.folder / "blocks", ignore_errors=True)
+        elif ours:
+            kept = json.loads(path.read_text())
+            plan = json.loads(json.dumps(plan))
+            different = sorted(name for name in plan.keys() | kept.keys() if plan.get(name) != kept.get(name))
+            if different:
+                raise ValueError(
+                    f"{self.folder} holds an evaluation with other settings ({', '.join(different)}): "
+                    "go on with the same ones, or choose another --out, or give --fresh to throw it away"
+                )
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty and holds no evaluation: choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "blocks").mkdir(exist_ok=True)
+        self.logs.mkdir(exist_ok=True)
+        write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
+        return sum(1 for _ in self.blocks())
+
+    def plan(self) -> dict[str, Any]:
+        """Raises ValueError where there is no evaluation."""
+        try:
+            return json.loads((self.folder / "plan.json").read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{self.folder} holds no evaluation (no plan.json)") from None
+
+    def has(self, key: BlockKey) -> bool:
+        return self._path(key).exists()
+
+    def add(self, block: Block) -> None:
+        record = {name: getattr(block, name) for name in Block.__slots__}
+        record["key"] = block.key._asdict()
+        record["completions"] = [done.as_record() for done in block.completions]
+        write_atomically(self._path(block.key), json.dumps(record).encode())
+
+    def blocks(self) -> Iterator[Block]:
+        """In the order of their keys."""
+        found = []
+        for path in (self.folder / "blocks").glob("*.json"):
+            record = json.loads(path.read_text())
+            key = BlockKey(**record.pop("key"))
+            completions = [Completion.of_record(done) for done in record.pop("completions")]
+            found.append(Block(key=key, completions=completions, **record))
+        return iter(sorted(found, key=lambda block: block.key))
+
+    def _path(self, key: BlockKey) -> Path:
+        system = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in key.system)
+        return self.folder / "blocks" / f"{key.load:02}-{key.repeat:02}-{key.block:04}-{system}.json"

@@ -1,0 +1,291 @@
+"""From the blocks on disk to `Results`: figures of every system under every load, ratios, quality."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from apparate_llm.eval.client import Completion
+from apparate_llm.eval.code_check import code_passes
+from apparate_llm.eval.loads import Load
+from apparate_llm.eval.measures import (
+    distribution,
+    goodput_frac,
+    output_tokens,
+    ratio_interval,
+    ratio_of,
+    shared_chunk_frac,
+    tokens_per_s,
+)
+from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.quality import final_number, first_difference, is_maths, rouge_l
+from apparate_llm.eval.schema import Exits, Moment, Quality, Ratio, Run
+from apparate_llm.eval.store import Block
+from apparate_llm.eval.systems import BASELINE, System
+
+NOISY_SPREAD = 1.25  # 90th over 10th percentile of the probe
+NOISY_STOLEN_FRAC = 0.02
+
+
+@dataclass(slots=True)
+class Cell:
+    """All blocks of one system under one load, in the order of repeats and prompts."""
+
+    system: System
+    load: Load
+    blocks: list[Block]
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [done for block in self.blocks for done in block.completions]
+
+    @property
+    def wall_s(self) -> float:
+        return sum(block.wall_s for block in self.blocks)
+
+    def total(self, name: str) -> Any:
+        """Of a count of exits; None for a system without."""
+        values = [block.counts[name] for block in self.blocks if block.counts is not None]
+        return sum(values) if values else None
+
+    def per_token(self, seconds_or_joules: Sequence[float | None]) -> float | None:
+        tokens = output_tokens(self.completions)
+        known = [value for value in seconds_or_joules if value is not None]
+        return sum(known) / tokens if tokens and len(known) == len(self.blocks) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What the figures are made from, besides the blocks."""
+
+    model: Path
+    num_layers: int
+    prompts: list[Prompt]
+    phases: tuple[tuple[str, int], ...]
+    slo_ms: dict[str, float]
+
+
+def cells_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) -> list[Cell]:
+    by_key: dict[tuple[int, str], list[Block]] = defaultdict(list)
+    for block in blocks:
+        by_key[block.key.load, block.key.system].append(block)
+    return [
+        Cell(system, load, by_key[number, system.name])
+        for number, load in enumerate(loads)
+        for system in systems
+        if (number, system.name) in by_key
+    ]
+
+
+def runs_of(cells: list[Cell], summary: Summary) -> list[Run]:
+    runs = []
+    for cell in cells:
+        base = _baseline_of(cell, cells)
+        quality = None
+        if base is not None and base is not cell:
+            prompts = summary.prompts
+            if cell.load.fixed_length:  # an answer that is made to go on does not end with what it came to
+                prompts = [Prompt(prompt.messages) for prompt in prompts]
+            quality = quality_of(cell.completions, base.completions, prompts)
+        runs.append(_run(cell, summary, quality))
+    return runs
+
+
+def _baseline_of(cell: Cell, cells: list[Cell]) -> Cell | None:
+    return next((other for other in cells if other.system.name == BASELINE and other.load is cell.load), None)
+
+
+def _run(cell: Cell, summary: Summary, quality: Quality | None) -> Run:
+    completions, load, blocks = cell.completions, cell.load, cell.blocks
+    good = goodput_frac(completions, summary.slo_ms)
+    tokens, diverged = output_tokens(completions), cell.total("diverged")
+    regret = cell.total("regret_nats")
+    peaks = [block.peak_memory_gib for block in blocks if block.peak_memory_gib is not None]
+    return Run(
+        system=cell.system.name,
+        model=summary.model.name,
+        load=load.name,
+        concurrency=load.concurrency,
+        fixed_length=load.fixed_length,
+        requests=len(completions),
+        failed=sum(done.error is not None for done in completions),
+        output_tokens=tokens,
+        wall_s=cell.wall_s,
+        tpt_ms=distribution([done.tpt_ms for done in completions], interval=True),
+        ttft_ms=distribution([done.ttft_ms for done in completions], interval=True),
+        gap_ms=distribution([gap for done in completions for gap in done.gaps_ms]),
+        e2e_ms=distribution([done.e2e_ms for done in completions], interval=True),
+        shared_chunk_frac=shared_chunk_frac(completions),
+        output_tokens_per_s=tokens_per_s(completions, cell.wall_s),
+        goodput_frac=good,
+        goodput_per_s=None if good is None or not cell.wall_s else good * len(completions) / cell.wall_s,
+        cpu_s_per_token=cell.per_token([block.cpu_s for block in blocks]),
+        energy_j_per_token=cell.per_token([block.energy_j for block in blocks]),
+        blocks_per_token=_blocks_per_token(cell, summary.num_layers),
+        peak_memory_gib=max(peaks) if peaks else None,
+        exits=_exits(cell),
+        divergences=diverged,
+        regret_nats_per_token=None if regret is None or not tokens else regret / tokens,
+        quality=quality,
+        timeline=_timeline(cell, summary),
+    )
+
+
+def _exits(cell: Cell) -> Exits | None:
+    if cell.total("held") is None:
+        return None
+    by_depth: dict[str, int] = defaultdict(int)
+    for block in cell.blocks:
+        for depth, number in (block.counts or {}).get("exits_by_depth", {}).items():
+            by_depth[depth] += number
+    names = ("held", "accepted", "released", "unverified")
+    return Exits(**{name: cell.total(name) for name in names}, by_depth=dict(by_depth))
+
+
+def _blocks_per_token(cell: Cell, num_layers: int) -> float | None:
+    """Of a system whose passes we know: plain vLLM's run all blocks once a token; held exits that fail cost a row more,
+    rounds their shallow blocks."""
+    if cell.system.name == BASELINE:
+        return float(num_layers)
+    emitted = cell.total("emitted")
+    if not emitted:
+        return None
+    rows = emitted + cell.total("held") - cell.total("accepted")
+    return (rows * num_layers + cell.total("shallow_blocks")) / emitted
+
+
+def _timeline(cell: Cell, summary: Summary) -> list[Moment]:
+    """Block after block. Closed loops only keep the order of the prompts, so only they show phases."""
+    moments = []
+    tokens = diverged = 0
+    for block in cell.blocks:
+        block_tokens = output_tokens(block.completions)
+        tokens += block_tokens
+        found = None if block.counts is None else block.counts["diverged"]
+        diverged += found or 0
+        first = min((done.prompt_index for done in block.completions), default=0)
+        phase = next((name for name, start in reversed(summary.phases) if first >= start), "")
+        moments.append(
+            Moment(
+                phase=phase,
+                output_tokens=tokens,
+                divergence_frac=None if found is None or not tokens else diverged / tokens,
+                block_divergence_frac=None if found is None or not block_tokens else found / block_tokens,
+                tpt_ms=distribution([done.tpt_ms for done in block.completions]).mean,
+            )
+        )
+    return moments
+
+
+def quality_of(ours: list[Completion], baseline: list[Completion], prompts: list[Prompt]) -> Quality:
+    """Over answers without an error, the baseline's to the same prompt beside them."""
+    wanted = {done.prompt_index: done for done in baseline if not done.error}
+    answers = [done for done in ours if not done.error]
+    pairs = [(done, wanted[done.prompt_index]) for done in answers if done.prompt_index in wanted]
+    asked = [(done.text, prompts[done.prompt_index]) for done in answers]
+    maths = [(text, prompt.reference) for text, prompt in asked if is_maths(prompt.category)]
+    same_number = [
+        final_number(a.text) == final_number(b.text) for a, b in pairs if is_maths(prompts[a.prompt_index].category)
+    ]
+    positions = [
+        before
+        for a, b in pairs
+        if (at := first_difference(a.text, b.text)) is not None and (before := a.tokens_before(at)) is not None
+    ]
+    return Quality(
+        identical_frac=_mean([a.text == b.text for a, b in pairs]),
+        first_difference_tokens=float(median(positions)) if positions else None,
+        rouge_l_baseline=_mean([1.0 if a.text == b.text else rouge_l(a.text, b.text) for a, b in pairs]),
+        rouge_l_reference=_mean(
+            [
+                rouge_l(text, prompt.reference)
+                for text, prompt in asked
+                if prompt.reference and not prompt.tests and not is_maths(prompt.category)
+            ]
+        ),
+        same_number_frac=_mean(same_number),
+        right_number_frac=_mean([final_number(text) == final_number(right) for text, right in maths if right]),
+        code_passed_frac=_mean([code_passes(text, prompt.tests) for text, prompt in asked if prompt.tests]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def ratios_of(cells: list[Cell], runs: list[Run]) -> list[Ratio]:
+    """Every system against plain vLLM under the same load."""
+    ratios = []
+    for cell, run in zip(cells, runs, strict=True):
+        base = _baseline_of(cell, cells)
+        if base is None or base is cell:
+            continue
+        base_run = runs[next(i for i, other in enumerate(cells) if other is base)]
+        pairs = zip(_tpt_by_repeat(cell), _tpt_by_repeat(base), strict=False)
+        ratios.append(
+            Ratio(
+                system=run.system,
+                baseline=BASELINE,
+                load=run.load,
+                concurrency=run.concurrency,
+                fixed_length=run.fixed_length,
+                tpt_mean=ratio_of(run.tpt_ms.mean, base_run.tpt_ms.mean),
+                tpt_mean_ci95=ratio_interval(cell.completions, base.completions),
+                tpt_p99=ratio_of(run.tpt_ms.p99, base_run.tpt_ms.p99),
+                ttft_mean=ratio_of(run.ttft_ms.mean, base_run.ttft_ms.mean),
+                ttft_p99=ratio_of(run.ttft_ms.p99, base_run.ttft_ms.p99),
+                throughput=ratio_of(run.output_tokens_per_s, base_run.output_tokens_per_s),
+                tpt_mean_by_repeat=[value for a, b in pairs if (value := ratio_of(a, b)) is not None],
+            )
+        )
+    return ratios
+
+
+def _tpt_by_repeat(cell: Cell) -> list[float | None]:
+    by_repeat: dict[int, list[float | None]] = defaultdict(list)
+    for block in cell.blocks:
+        by_repeat[block.key.repeat] += [done.tpt_ms for done in block.completions]
+    return [distribution(by_repeat[repeat]).mean for repeat in sorted(by_repeat)]
+
+
+def notes_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) -> list[str]:
+    """What a reader should know before believing the figures."""
+    notes = []
+    if probes := [block.probe_ms for block in blocks]:
+        low, high = np.percentile(probes, [10, 90])
+        if high > NOISY_SPREAD * low:
+            notes.append(
+                f"The machine was uneven: reading 64 MiB took {low:.1f} to {high:.1f} ms (10th to 90th percentile over "
+                "the blocks). Ratios are of blocks side by side; absolute figures are worth less."
+            )
+        stolen = float(np.mean([block.stolen_frac for block in blocks]))
+        if stolen > NOISY_STOLEN_FRAC:
+            notes.append(f"{100 * stolen:.0f} % of the processor time was taken by other machines on the same host.")
+    for system in systems:
+        if system.max_concurrency is not None and any(load.concurrency != system.max_concurrency for load in loads):
+            notes.append(f"{system.name} works on one request at a time and was measured with one client only.")
+    failed = sum(done.error is not None for block in blocks for done in block.completions)
+    if failed:
+        notes.append(f"{failed} requests failed; they have no times and count as missed in goodput.")
+    return notes
+
+
+def saturation_notes(runs: list[Run]) -> list[str]:
+    """Whether the loads went up to where a system serves no more tokens per second."""
+    notes = []
+    for system in dict.fromkeys(run.system for run in runs):
+        found = sorted(
+            (run.concurrency, run.output_tokens_per_s)
+            for run in runs
+            if run.system == system and run.concurrency is not None and run.output_tokens_per_s and not run.fixed_length
+        )
+        if len(found) < 2:
+            continue
+        best_at, best = max(found, key=lambda item: item[1])
+        rising = best_at == found[-1][0] and best > 1.1 * found[-2][1]
+        ending = "still rising there" if rising else "saturated"
+        notes.append(f"{system}: at most {best:.1f} output tokens/s, with {best_at} clients ({ending}).")
+    return notes

@@ -1,0 +1,147 @@
+"""Ways to serve a model that an evaluation can compare, by name."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from apparate_llm.config import parse_config
+from apparate_llm.controller.policies import POLICIES
+from apparate_llm.models.architectures import architecture_of, layers_of
+from apparate_llm.serve import preflight_ramps
+
+BASELINE = "vllm"
+NUM_SPECULATIVE_TOKENS = 4  # of vLLM's n-gram speculation
+SUFFIX_PACKAGE = "arctic_inference"
+NAMES = {
+    "vllm": "plain vLLM, the baseline",
+    "lossless": "early exits, accuracy bound 0",
+    "bounded": "early exits, once for each of --accuracy-bounds",
+    "off": "our server with --policy off",
+    "idle": "ramps run, and no exit is ever taken: what a ramp costs",
+    "ngram": "vLLM's n-gram speculation",
+    "suffix": f"vLLM's suffix decoding (package {SUFFIX_PACKAGE})",
+    "hf": "Hugging Face generate",
+    "hf-early-exit": "Hugging Face generate with assistant_early_exit",
+    **{
+        name: f"early exits with policy {name}, once for each bound"
+        for name in POLICIES
+        if name not in ("off", "adaptive")
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A way to serve the model."""
+
+    name: str
+    command: tuple[str, ...] = ()  # without --port; empty for a server that is running already
+    base_url: str | None = None  # of that one
+    has_exits: bool = False
+    bound: float | None = None  # accuracy bound, of a system with exits
+    max_concurrency: int | None = None  # requests it works on at a time
+    problem: str | None = None  # why it cannot run here
+
+    @property
+    def started_by(self) -> str:
+        return " ".join(self.command).replace(sys.executable, "python") or f"at {self.base_url}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What all systems of one evaluation have in common."""
+
+    model: Path
+    vllm_flags: tuple[str, ...] = ()
+    knobs: tuple[str, ...] = ()  # of every system with early exits
+    bounds: tuple[float, ...] = (0.05,)
+    hf_layer: int | None = None  # blocks of the draft of hf-early-exit; None: half of them
+
+
+def systems_of(names: list[str], base_urls: list[str], choice: Choice) -> list[System]:
+    """The systems by their names, plain vLLM first; raises ValueError for a name that is none."""
+    systems = []
+    for name in dict.fromkeys(names):
+        if name not in NAMES:
+            raise ValueError(f"unknown system {name!r}; there are {', '.join(NAMES)}")
+        systems += _named(name, choice)
+    for text in base_urls:
+        name, _, url = text.partition("=")
+        if not name or not url.startswith(("http://", "https://")):
+            raise ValueError(f"--base-url: NAME=http://HOST:PORT wanted, got {text!r}")
+        systems.append(System(name, base_url=url.rstrip("/").removesuffix("/v1")))
+    doubled = {system.name for system in systems if [other.name for other in systems].count(system.name) > 1}
+    if doubled:
+        raise ValueError(f"two systems are called {', '.join(sorted(doubled))}")
+    return sorted(systems, key=lambda system: system.name != BASELINE)
+
+
+def _named(name: str, choice: Choice) -> list[System]:
+    if name == "vllm":
+        return [plain_vllm(choice)]
+    if name == "ngram":
+        settings = {
+            "method": "ngram",
+            "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+            "prompt_lookup_max": NUM_SPECULATIVE_TOKENS,
+            "prompt_lookup_min": 2,
+        }
+        return [plain_vllm(choice, name, "--speculative-config", json.dumps(settings))]
+    if name == "suffix":
+        system = plain_vllm(choice, name, "--speculative-config", json.dumps({"method": "suffix"}))
+        if importlib.util.find_spec(SUFFIX_PACKAGE) is None:
+            system = replace(system, problem=f"the package {SUFFIX_PACKAGE} is not installed")
+        return [system]
+    if name in ("hf", "hf-early-exit"):
+        return [_hugging_face(name, choice)]
+    if name == "lossless":
+        return [early_exits(name, choice, "--accuracy-bound", "0")]
+    if name == "off":
+        return [early_exits(name, choice, "--policy", "off")]
+    if name == "idle":
+        idle = ("--policy", "static", "--accuracy-bound", "0", "--hold-threshold", "1", "--max-rows", "65536")
+        return [early_exits(name, choice, *idle)]
+    policy = () if name == "bounded" else ("--policy", name)
+    return [
+        early_exits(f"{name} {bound:g}", choice, *policy, "--accuracy-bound", f"{bound:g}") for bound in choice.bounds
+    ]
+
+
+def plain_vllm(choice: Choice, name: str = BASELINE, *flags: str) -> System:
+    """vLLM as it comes, in the same environment."""
+    command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(choice.model))
+    return System(name, (*command, *choice.vllm_flags, *flags))
+
+
+def early_exits(name: str, choice: Choice, *knobs: str) -> System:
+    """Our server. A later knob wins over an earlier one; state is not kept unless a knob says so, as what is measured
+    should not depend on what was served before."""
+    given = {"--state": "none"}
+    flags = [*choice.knobs, *knobs]
+    given |= dict(zip(flags[::2], flags[1::2], strict=True))
+    command = (sys.executable, "-m", "apparate_llm.cli", "serve", str(choice.model))
+    config = parse_config({key[2:].replace("-", "_"): value for key, value in given.items()})
+    has_exits = config.policy != "off"
+    problem = None
+    if has_exits:
+        try:
+            preflight_ramps(config, choice.model, architecture_of(choice.model))
+        except ValueError as error:
+            problem = str(error)
+    return System(
+        name,
+        (*command, *(part for pair in given.items() for part in pair), *choice.vllm_flags),
+        has_exits=has_exits,
+        bound=config.accuracy_bound if has_exits else None,
+        problem=problem,
+    )
+
+
+def _hugging_face(name: str, choice: Choice) -> System:
+    command = (sys.executable, "-m", "apparate_llm.eval.hf_server", "--model", str(choice.model))
+    if name == "hf-early-exit":
+        layer = choice.hf_layer or layers_of(choice.model) // 2
+        command = (*command, "--early-exit", str(layer))
+    return System(name, command, max_concurrency=1)

