@@ -69,7 +69,7 @@ def _trace_rows(path: Path, num_requests: int) -> list[tuple[datetime, int, int]
             reader = csv.DictReader(file)
             if missing := [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or ())]:
                 raise ValueError(f"{path}: not a trace: columns {', '.join(TRACE_COLUMNS)} wanted, no {missing[0]}")
-            rows = []
+            rows: list[tuple[datetime, int, int]] = []
             for number, row in enumerate(reader, 2):
                 if len(rows) == num_requests:
                     break

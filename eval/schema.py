@@ -80,7 +80,7 @@ class Run(_Strict):
     exits: Exits | None  # None for a system without exits
     divergences: int | None
     regret_nats_per_token: float | None
-    quality: Quality | None  # None for the baseline itself
+    quality: Quality | None  # None without a baseline; of that itself, only what needs no comparison
     timeline: list[Moment]
 
 

@@ -85,11 +85,11 @@ def runs_of(cells: list[Cell], summary: Summary) -> list[Run]:
     for cell in cells:
         base = _baseline_of(cell, cells)
         quality = None
-        if base is not None and base is not cell:
+        if base is not None:
             prompts = summary.prompts
             if cell.load.fixed_length:  # an answer that is made to go on does not end with what it came to
                 prompts = [Prompt(prompt.messages) for prompt in prompts]
-            quality = quality_of(cell.completions, base.completions, prompts)
+            quality = quality_of(cell.completions, [] if base is cell else base.completions, prompts)
         runs.append(_run(cell, summary, quality))
     return runs
 

@@ -140,7 +140,7 @@ def early_exits(name: str, choice: Choice, *knobs: str) -> System:
 
 
 def _hugging_face(name: str, choice: Choice) -> System:
-    command = (sys.executable, "-m", "apparate_llm.eval.hf_server", "--model", str(choice.model))
+    command: tuple[str, ...] = (sys.executable, "-m", "apparate_llm.eval.hf_server", "--model", str(choice.model))
     if name == "hf-early-exit":
         layer = choice.hf_layer or layers_of(choice.model) // 2
         command = (*command, "--early-exit", str(layer))

@@ -66,7 +66,7 @@ def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
         assert run.shared_chunk_frac == pytest.approx(4 / 14)
         assert run.goodput_frac == pytest.approx(4 / 6)
         assert run.exits is None and run.divergences is None and run.cpu_s_per_token is None
-    assert runs[0].quality is None and runs[1].quality.identical_frac == 1.0
+    assert runs[0].quality.identical_frac is None and runs[1].quality.identical_frac == 1.0
     assert runs[1].quality.rouge_l_baseline == 1.0 and runs[1].quality.first_difference_tokens is None
     for ratio in ratios:
         assert ratio.tpt_mean == pytest.approx(1.0, abs=0.15) and len(ratio.tpt_mean_by_repeat) == 2
@@ -164,7 +164,7 @@ def test_answers_are_compared_with_the_baselines_and_with_references():
 
     asked = [
         Prompt([], "math", reference="... #### 42"),
-        Prompt([], "qa", reference="the cat sat"),
+        Prompt([], "qa", reference="the dog sat"),
         Prompt([], "code", tests="assert f(2) == 4"),
     ]
 
@@ -176,7 +176,7 @@ def test_answers_are_compared_with_the_baselines_and_with_references():
     found = quality_of(ours, answers("It is 41.", "the cat sat", code), asked)
     assert found.identical_frac == pytest.approx(2 / 3) and found.first_difference_tokens == 3
     assert found.same_number_frac == 0.0 and found.right_number_frac == 1.0
-    assert found.code_passed_frac == 1.0 and 0.3 < found.rouge_l_reference < 1.0
+    assert found.code_passed_frac == 1.0 and found.rouge_l_reference == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(("count", "clients", "sizes"), [(16, 1, [4] * 4), (16, 16, [16]), (10, 4, [8, 2])])
