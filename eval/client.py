@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -84,7 +83,8 @@ class Completion:
 async def complete(
     client: httpx.AsyncClient, model: str, messages: Messages, ask: Ask, *, fixed_length: bool, began: float
 ) -> Completion:
-    """Ask for one greedy answer; a failure is recorded, not raised. began: the block's, on the monotonic clock."""
+    """Ask for one greedy answer; a failure is recorded, not raised. began: the block's, on the event loop's clock."""
+    clock = asyncio.get_running_loop().time
     body = {
         "model": model,
         "messages": messages,
@@ -95,7 +95,7 @@ async def complete(
     }
     if fixed_length:
         body["ignore_eos"] = True
-    sent = time.monotonic()
+    sent = clock()
     result = Completion(prompt_index=ask.prompt_index, started_s=sent - began)
     finished = False
     try:
@@ -110,7 +110,7 @@ async def complete(
                 if line == "data: [DONE]":
                     finished = True
                     break
-                _take(result, json.loads(line[6:]), time.monotonic() - sent)
+                _take(result, json.loads(line[6:]), clock() - sent)
                 if result.error:
                     return result
     except (httpx.HTTPError, json.JSONDecodeError, KeyError) as error:
@@ -148,13 +148,15 @@ async def run_block(
     concurrency: int | None,
     fixed_length: bool = False,
     on_done: Callable[[Completion], None] = lambda done: None,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> tuple[list[Completion], float]:
     """All of `asks`: as many at a time as `concurrency`, or each at its own time if that is None. Returns the
-    completions and the wall time in seconds."""
+    completions and the wall time in seconds. transport: instead of a network's."""
     done: list[Completion] = []
+    clock, timeout = asyncio.get_running_loop().time, httpx.Timeout(TIMEOUT_S)
     limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(base_url=base_url, timeout=httpx.Timeout(TIMEOUT_S), limits=limits) as client:
-        began = time.monotonic()
+    async with httpx.AsyncClient(base_url=base_url, timeout=timeout, limits=limits, transport=transport) as client:
+        began = clock()
 
         async def serve(ask: Ask) -> None:
             messages = prompts[ask.prompt_index]
@@ -168,7 +170,7 @@ async def run_block(
 
         async def arrive(ask: Ask) -> None:
             assert ask.at_s is not None, f"no arrival time: {ask}"
-            await asyncio.sleep(began + ask.at_s - time.monotonic())
+            await asyncio.sleep(began + ask.at_s - clock())
             await serve(ask)
 
         if concurrency is None:
@@ -176,4 +178,4 @@ async def run_block(
         else:
             queue = list(asks)
             await asyncio.gather(*(client_of(queue) for _ in range(concurrency)))
-        return done, time.monotonic() - began
+        return done, clock() - began

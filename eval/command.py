@@ -64,8 +64,8 @@ def _add_tpt(kinds: Any) -> None:
         "--prompts",
         type=Path,
         default=Path("chat"),
-        help="chat (default), code, copy, quick, or a file: JSONL with turns, prompt or messages (Spec-Bench, MT-bench), "
-        "ShareGPT JSON, or plain lines",
+        help="chat (default), code, copy, quick, or a file: JSONL with turns, prompt or messages (Spec-Bench, "
+        "MT-bench), ShareGPT JSON, or plain lines",
     )
     tpt.add_argument(
         "--concurrency", type=positive_list, default=[1, 2, 4, 8], help="clients of closed loops (default: 1,2,4,8)"

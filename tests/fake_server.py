@@ -1,12 +1,14 @@
-"""A fake OpenAI server with set delays and known stream shapes, for the client's tests."""
+"""A fake OpenAI server with set delays and known stream shapes: over HTTP, or in virtual time, where delays are exact
+however busy the machine is."""
 
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -19,6 +21,7 @@ SHAPES: dict[str, list[tuple[float, str, int]]] = {
     "silent": [(0.10, "a", 1), (0.10, "", 1), (0.10, "bc", 1)],  # a token whose text comes with the next one
     "single": [(0.05, "a", 1)],
     "broken": [(0.05, "a", 1)],
+    "cut": [(0.05, "a", 1)],
     "error": [(0.05, "a", 1)],
 }
 END_DELAY_S = 0.05  # before the token that ends an answer, which has no text
@@ -38,16 +41,21 @@ async def models() -> dict[str, Any]:
 
 @app.post("/v1/chat/completions")
 async def chat(request: Request) -> Any:
-    body = await request.json()
+    answer = _answer(await request.json())
+    if answer is None:
+        return JSONResponse({"error": "no"}, status_code=429)
+    return StreamingResponse(answer, media_type="text/event-stream")
+
+
+def _answer(body: dict[str, Any]) -> AsyncIterator[str] | None:
+    """None: refused."""
     assert body["stream"] and body["temperature"] == 0.0
     words = body["messages"][0]["content"].split()
-    if words[0] == "refused":
-        return JSONResponse({"error": "no"}, status_code=429)
     continuous = body["stream_options"].get("continuous_usage_stats", False) and "old" not in words
-    return StreamingResponse(_stream(words[0], continuous), media_type="text/event-stream")
+    return None if words[0] == "refused" else _stream(words[0], continuous)
 
 
-async def _stream(kind: str, continuous: bool):
+async def _stream(kind: str, continuous: bool) -> AsyncIterator[str]:
     tokens = 0
 
     def event(**chunk: Any) -> str:
@@ -62,6 +70,8 @@ async def _stream(kind: str, continuous: bool):
         yield event(choices=[{"delta": {"content": text}}])
         if kind == "broken":
             return
+        if kind == "cut":
+            raise httpx.RemoteProtocolError("peer closed connection")
         if kind == "error":
             yield event(error={"message": "boom"})
             return
@@ -86,3 +96,41 @@ def fake_server() -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+class FakeTransport(httpx.AsyncBaseTransport):
+    """The same answers without a network."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = _answer(json.loads(request.content))
+        if answer is None:
+            return httpx.Response(429, json={"error": "no"})
+        return httpx.Response(200, stream=_Bytes(answer))
+
+
+class _Bytes(httpx.AsyncByteStream):
+    def __init__(self, text: AsyncIterator[str]) -> None:
+        self.text = text
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self.text:
+            yield part.encode()
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Nothing takes any time but sleeping, which is over at once."""
+
+    now_s = 0.0
+
+    def time(self) -> float:
+        return self.now_s
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:
+            self.now_s = max(self.now_s, self._scheduled[0].when())
+        super()._run_once()
+
+
+def in_virtual_time(work: Coroutine[Any, Any, Any]) -> Any:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(work)

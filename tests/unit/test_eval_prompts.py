@@ -73,5 +73,3 @@ def test_an_empty_prompt_file_is_refused(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no prompts in"):
         load_prompts(tmp_path / "p.jsonl")
-
-

@@ -33,10 +33,13 @@ def serving(generator):
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}") as client:
-        yield client
-    server.should_exit = True
-    thread.join()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def direct(model_dir, max_tokens):
 
 
 def body(max_tokens=20, **others):
-    return {"model": "any", "messages": MESSAGES, "temperature": 0, "max_tokens": max_tokens, **others}
+    return {"model": "any", "messages": MESSAGES, "temperature": 0, "max_tokens": max_tokens} | others
 
 
 def ask(client, *args, **kwargs):
@@ -82,9 +85,11 @@ def text_of(chunks):
 
 @contextmanager
 def at_each_pass(generator, call):
-    hook = generator.model.register_forward_pre_hook(lambda *_: call())
-    yield
-    hook.remove()
+    hook = generator.model.register_forward_pre_hook(call, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def end_token_at(model_dir, copy, position):
@@ -165,29 +170,32 @@ def test_a_pass_that_accepts_several_tokens_is_one_chunk(tiny_llama, tmp_path):
 
 
 def test_requests_are_served_one_after_the_other(generator, client):
-    times: dict[str, list[float]] = {}
+    lengths, answers = [], {}
 
-    def run(name):
-        with client.stream("POST", "/v1/chat/completions", json=body(10, stream=True)) as response:
-            lines = [(line, time.monotonic()) for line in response.iter_lines() if '"finish_reason"' in line]
-        times[name] = [at for _, at in lines[1:]]  # without the role chunk
+    def slow_pass(_, __, inputs):
+        lengths.append(inputs["input_ids"].shape[1])
+        time.sleep(0.01)
 
-    with at_each_pass(generator, lambda: time.sleep(0.02)):
-        threads = [threading.Thread(target=run, args=(name,)) for name in ("first", "second")]
-        for thread in threads:
-            thread.start()
-            time.sleep(0.05)
+    def run(words):
+        answers[words] = stream(client, 10, messages=[{"role": "user", "content": words}])
+
+    with at_each_pass(generator, slow_pass):
+        threads = [threading.Thread(target=run, args=(words,)) for words in ("w1 w2", "w3")]
+        threads[0].start()
+        while not lengths:
+            time.sleep(0.001)
+        threads[1].start()
         for thread in threads:
             thread.join()
-    assert len(times["first"]) == len(times["second"]) == 10
-    assert times["first"][-1] < times["second"][0]
+    assert lengths == [4, *[1] * 9, 3, *[1] * 9]  # a prompt and nine tokens, then the other's
+    assert [len(chunks) for chunks in answers.values()] == [11, 11]
 
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_leaves_makes_room_for_the_next(generator, client, streamed):
     passes = []
 
-    def slow_pass():
+    def slow_pass(*_):
         passes.append(1)
         time.sleep(0.01)
 
@@ -212,7 +220,7 @@ def test_the_server_goes_on_after_an_error_in_the_model(tiny_llama, early_exit):
     generator = Generator(tiny_llama, dtype="float32", early_exit=early_exit)
     passes = iter(range(1000))
 
-    def fail_late():
+    def fail_late(*_):
         if next(passes) >= 8:
             raise RuntimeError("boom")
 
