@@ -1,6 +1,6 @@
 """Every patch: what, why, and when it goes."""
 
-from apparate_llm.patches import cpu_expand_kernel
+from apparate_llm.patches import aot_load, cpu_expand_kernel
 from apparate_llm.patches.guard import Patch
 
 LEDGER: tuple[Patch, ...] = (
@@ -14,6 +14,17 @@ LEDGER: tuple[Patch, ...] = (
         upstream="https://github.com/vllm-project/vllm/pull/42638 (closed, other cause, same effect)",
         delete_when="the stock function writes its result back into `output` without changing its dtype",
         apply=cpu_expand_kernel.apply,
+    ),
+    Patch(
+        file="aot_load",
+        target="vllm.compilation.decorators._try_load_aot_compiled_fn",
+        mode="wrap",
+        source_sha256="3201ac0ee6146d20a006ef86948c47018625ff517c202f3bb18ca84167360cef",
+        what="a compiled model is loaded from vLLM's cache at a second start on the CPU backend",
+        why="without it every start compiles again, half a minute to two minutes",
+        upstream="none known; the method came with https://github.com/vllm-project/vllm/pull/25205",
+        delete_when="vLLM on a CPU says `Directly load AOT compilation` at a second start",
+        apply=aot_load.apply,
     ),
 )
 

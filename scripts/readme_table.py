@@ -1,60 +1,53 @@
 #!/usr/bin/env python3
-"""Prints a results file of `apparate-llm eval quick` or `scripts.compare` as the README's table:
+"""Prints the results of an evaluation as the README's table:
 
-python -m scripts.readme_table FILE
+python -m scripts.readme_table RESULTS.json
 """
 
-import json
 import sys
 from pathlib import Path
 
+from apparate_llm.eval.compare import load_results
+from apparate_llm.eval.tables import divergence_frac, key_of, ratios_by_run
+
+COLUMNS = (
+    "load|system|TPT mean, ms|p99|TTFT mean, ms|tokens/s|exits emitted|tokens that differ|TPT / plain (95 % CI)"
+    "|throughput / plain"
+)
+
 
 def table(path: Path) -> str:
-    results = json.loads(path.read_text())
-    ratios = {(item["system"], item["concurrency"]): item for item in results["ratios"]}
-    lines = [
-        "| system | concurrency | TPT mean, ms | p50 | p99 | tokens/s | exits held, accepted | same outputs "
-        "| TPT / plain |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for run in results["runs"]:
-        exits, item = run["exits"], ratios.get((run["system"], run["concurrency"]))
+    results = load_results(path)
+    ratios = ratios_by_run(results)
+    columns = COLUMNS.split("|")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for run in sorted(results.runs, key=lambda run: [other.load for other in results.runs].index(run.load)):
+        exits, ratio, share = run.exits, ratios.get(key_of(run)), divergence_frac(run)
+        taken = None if exits is None else (exits.accepted + exits.released) / run.output_tokens
+        faster = "" if ratio is None else number(ratio.tpt_mean, 2)
+        if ratio is not None and ratio.tpt_mean_ci95 is not None:
+            faster += " ({:.2f}-{:.2f})".format(*ratio.tpt_mean_ci95)
         cells = [
-            run["system"],
-            str(run["concurrency"]),
-            *(f"{run['tpt_ms'][key]:.1f}" for key in ("mean", "p50", "p99")),
-            f"{run['output_tokens_per_s']:.1f}",
-            f"{exits['held']}, {exits['accepted']}" if exits else "",
-            f"{run['identical_frac']:.2f}" if run["identical_frac"] is not None else "",
-            f"{item['tpt_mean']:.2f} ({', '.join(f'{v:.2f}' for v in item['tpt_mean_by_repeat'])})" if item else "",
+            run.load,
+            run.system,
+            *(number(value, 1) for value in (run.tpt_ms.mean, run.tpt_ms.p99, run.ttft_ms.mean)),
+            number(run.output_tokens_per_s, 1),
+            percent(taken),
+            percent(share),
+            faster,
+            "" if ratio is None else number(ratio.throughput, 2),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def comparison(path: Path) -> str:
-    lines = [
-        "| concurrency | system | TPT mean, ms | p99 | tokens | exits held, accepted, released | divergences "
-        "| same outputs | TPT / plain | throughput / plain |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in json.loads(path.read_text())["rows"]:
-        counts, plain = row["counts"], row["system"] == "vllm"
-        cells = [
-            str(row["concurrency"]),
-            row["system"],
-            *(f"{row['tpt_ms'][key]:.1f}" for key in ("mean", "p99")),
-            str(row["output_tokens"]),
-            ", ".join(str(counts[key]) for key in ("held", "accepted", "released")) if counts else "",
-            str(counts["diverged"]) if counts else "",
-            "" if plain else f"{row['identical_frac']:.2f}",
-            "" if plain else f"{row['tpt_ratio']:.2f}",
-            "" if plain else f"{row['throughput_ratio']:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 if __name__ == "__main__":
-    file = Path(sys.argv[1])
-    print((comparison if "rows" in json.loads(file.read_text()) else table)(file))
+    print(table(Path(sys.argv[1])))

@@ -150,7 +150,7 @@ class AdaptivePolicy(Policy):
         self.costs.observe_round(depth, num_rows, ms)
 
     def completed(self, num_requests: int, num_rows: int, ms: float) -> None:
-        self.costs.completion.observe(num_rows, ms)
+        self.costs.observe_completion(num_rows, ms)
         if self.wants_shadow():
             before, self.depth = self.depth, self.depth_choice.choose(lambda d: self.best_rate(d, num_requests)[0])
             if self.depth != before:
@@ -175,10 +175,11 @@ class AdaptivePolicy(Policy):
     # ---- outside
 
     def status(self) -> dict[str, Any]:
+        pace = self.costs.pace
         return {
-            "completion_ms": {str(rows): round(ms, 3) for rows, ms in self.costs.completion.measured().items()},
+            "completion_ms": {str(rows): round(ms * pace, 3) for rows, ms in self.costs.completion.measured().items()},
             "round_ms": {
-                str(depth): {str(rows): round(ms, 3) for rows, ms in curve.measured().items()}
+                str(depth): {str(rows): round(ms * pace, 3) for rows, ms in curve.measured().items()}
                 for depth, curve in self.costs.rounds.items()
             },
             "rounds_planned": {str(load): plan.num_rounds for load, plan in sorted(self._plans.items())},

@@ -1,4 +1,8 @@
-"""What a completion pass and a round cost on this machine, measured while serving, in ms."""
+"""What a completion pass and a round cost on this machine, measured while serving.
+
+Machines get slower and faster by the minute, most of all shared ones. What decides is how costs compare, so every
+time is divided by the pace of the moment before it is averaged: ms at pace 1.
+"""
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -8,6 +12,7 @@ MEMORY = 32  # observations a point averages over
 MAX_SURPRISE = 2.0  # an observation counts as at most so many times what was expected: something disturbed it
 SETTLED = 4
 STALE = 256  # observations elsewhere after which a point's mean counts for little
+PACE_GAIN = 0.2  # how fast the pace follows the last passes
 NOTICEABLE = 0.01  # change of a mean after which the curve is made anew
 
 
@@ -104,9 +109,10 @@ PRIOR_ROUND_SHARE = 0.05
 
 @dataclass(slots=True)
 class CostModel:
-    """Completion passes by rows; rounds by depth and rows."""
+    """Completion passes by rows; rounds by depth and rows. All in ms at pace 1."""
 
     num_layers: int
+    pace: float = 1.0  # how much slower than that the machine is now
     completion: CostCurve = field(default_factory=lambda: CostCurve(PRIOR_PASS_MS))
     rounds: dict[int, CostCurve] = field(default_factory=dict)
 
@@ -116,7 +122,14 @@ class CostModel:
             return (PRIOR_ROUND_SHARE + depth / self.num_layers) * self.completion(rows)
         return curve(rows)
 
+    def observe_completion(self, rows: int, ms: float) -> None:
+        """A number of rows that is new takes up the difference to what was expected of it, one that is well known
+        leaves it to the pace."""
+        self.completion.observe(rows, ms / self.pace)
+        slower = ms / self.pace / self.completion(rows)
+        self.pace *= min(max(slower, 1 / MAX_SURPRISE), MAX_SURPRISE) ** PACE_GAIN
+
     def observe_round(self, depth: int, rows: int, ms: float) -> None:
         if depth not in self.rounds:
             self.rounds[depth] = CostCurve(tuple(1.0 + 0.05 * (point - 1) for point in ROWS))
-        self.rounds[depth].observe(rows, ms)
+        self.rounds[depth].observe(rows, ms / self.pace)

@@ -11,7 +11,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from apparate_llm.config import ConfigError, RequestKnobs, config_from_vllm, parse_request_knobs
+from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, RequestKnobs, config_from_vllm, parse_request_knobs
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.feedback import FeedbackLog
 from apparate_llm.controller.policies import make_policy
@@ -53,6 +53,10 @@ class EarlyExitRunner(CPUModelRunner):
         if inner_depths:
             self.get_model().set_inner_state_depths(tuple(sorted(inner_depths)))  # type: ignore[operator]
             self.use_aux_hidden_state_outputs = True
+        # vLLM's compile cache has this in its key. All that shapes the compiled pass are the states it gives out; the
+        # knobs were read before.
+        others = {k: v for k, v in self.vllm_config.additional_config.items() if k != ADDITIONAL_CONFIG_KEY}
+        self.vllm_config.additional_config = others | {"early_exit_inner_depths": sorted(inner_depths)}
         num_layers = self.model_config.get_total_num_hidden_layers()
         policy = make_policy(config, depth=depth, depths=tuple(sorted(ramps)), num_layers=num_layers)
         self.rounds = Rounds(
@@ -226,13 +230,21 @@ class EarlyExitRunner(CPUModelRunner):
         if self.rounds is not None and self.rounds.policy.wants_shadow():
             num_drafts, inner = spec_decode_metadata.num_draft_tokens, aux_hidden_states or []
             self._guarded(lambda: self.shadow.maybe_run(sampled_token_ids, num_drafts, hidden_states, inner))
-        if self.rounds is not None and rows:
+        if self.rounds is not None and rows and not self._begins_an_answer(sampled_token_ids):
             self._guarded(lambda: self._run_rounds(rows, hidden_states, aux_hidden_states or []))
             for row in rows:
                 drafts[row.request_index] = [exit_.token_id for exit_ in row.held]
                 self._commit(row)
         self.clock.start()
         return drafts
+
+    def _begins_an_answer(self, sampled_token_ids: list[list[int]]) -> bool:
+        """Whether a request's first token is among those of this step. It leaves the worker after the rounds, so they
+        would make a client wait longer for it."""
+        return any(
+            checked and len(self.requests[request_id].output_token_ids) == len(checked)
+            for request_id, checked in zip(self.input_batch.req_ids, sampled_token_ids, strict=False)
+        )
 
     def _learn(self) -> None:
         """Tell the policy what the step has shown."""

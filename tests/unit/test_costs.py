@@ -1,5 +1,7 @@
+import math
 import random
 
+import numpy as np
 import pytest
 
 from apparate_llm.controller.costs import PRIOR_PASS_MS, ROWS, CostCurve, CostModel
@@ -64,3 +66,28 @@ def test_rounds_are_guessed_from_the_depth_until_measured():
     costs.observe_round(0, 1, 1.5)
     assert costs.round(0, 1) == 1.5
     assert costs.round(2, 1) == pytest.approx(0.15 * costs.completion(1))
+
+
+def test_costs_compare_rightly_on_a_machine_that_changes_its_speed():
+    """Twice as slow and back every 400 passes, as a shared host may be; passes with exits fall into slow times."""
+    model, rng = CostModel(30), np.random.default_rng(0)
+    true_ms = {16: 40.0, 24: 46.0}
+    for step in range(4000):
+        pace = 1.5 - 0.5 * math.cos(2 * math.pi * step / 400)
+        rows = 24 if pace > 1.5 and step % 3 else 16
+        model.observe_completion(rows, true_ms[rows] * pace * rng.uniform(0.97, 1.03))
+        model.observe_round(0, 16, 2.0 * pace)
+    assert model.completion(24) / model.completion(16) == pytest.approx(46 / 40, rel=0.04)
+    assert model.round(0, 16) / model.completion(16) == pytest.approx(2 / 40, rel=0.1)
+
+
+def test_a_lasting_change_of_speed_is_the_paces_and_a_new_number_of_rows_its_own():
+    model = CostModel(30)
+    for _ in range(100):
+        model.observe_completion(1, 10.0)
+    for _ in range(50):
+        model.observe_completion(1, 20.0)
+    assert model.completion(1) * model.pace == pytest.approx(20.0, rel=0.02)
+    before = model.pace
+    model.observe_completion(8, 30.0)
+    assert model.completion(8) * model.pace == pytest.approx(30.0, rel=0.02) and model.pace == pytest.approx(before)

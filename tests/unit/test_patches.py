@@ -13,6 +13,10 @@ FOLDER = Path(next(iter(patches.__path__)))
 FRAMEWORK = {"__init__", "guard", "ledger"}
 
 
+def patch_named(file: str) -> guard.Patch:
+    return next(patch for patch in LEDGER if patch.file == file)
+
+
 def test_the_ledger_and_the_files_agree():
     files = {path.stem for path in FOLDER.glob("*.py")} - FRAMEWORK
     assert files == {patch.file for patch in LEDGER}
@@ -26,7 +30,7 @@ def test_the_ledger_and_the_files_agree():
 def test_a_patch_refuses_other_source_and_other_versions(monkeypatch):
     from vllm.utils import cpu_triton_utils
 
-    (patch,) = LEDGER
+    patch = patch_named("cpu_expand_kernel")
     guard.check_target(patch, cpu_triton_utils._expand_kernel_impl)
     with pytest.raises(guard.PatchMismatchError, match=r"for source b0d7df\w+, found \w+"):
         guard.check_target(patch, cpu_triton_utils._ensure_int64)
@@ -49,7 +53,31 @@ def test_vllms_sampler_uses_it_once_applied():
     from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
     current_platform.register_triton_kernel_overrides()
-    assert apply_all() == [patch.target for patch in LEDGER]
+    assert patch_named("cpu_expand_kernel").target in apply_all()
     temperature = torch.tensor([0.8, 0.0, 1.3])
     got = expand_batch_to_tokens(temperature, torch.tensor([1, 3, 4], dtype=torch.int32), 4, 0, 1)
     torch.testing.assert_close(got, torch.tensor([0.8, 1.0, 1.0, 1.3]))
+
+
+def test_a_loaded_function_gets_the_method_that_vllm_calls_and_torch_stays_as_it_was(monkeypatch):
+    from types import SimpleNamespace
+
+    from apparate_llm.patches.aot_load import wrapped
+
+    def plain(x):
+        return x + 1
+
+    whole = SimpleNamespace(finalize_loading=lambda config: "vllm's own")
+    stock_load = lambda file: SimpleNamespace(_artifacts=SimpleNamespace(compiled_fn=file))  # noqa: E731
+    monkeypatch.setattr(torch.compiler, "load_compiled_function", stock_load)
+    load = wrapped(lambda model, path: torch.compiler.load_compiled_function(path))
+    assert load(None, plain)._artifacts.compiled_fn.finalize_loading(None) is None
+    assert load(None, whole)._artifacts.compiled_fn.finalize_loading(None) == "vllm's own"
+    assert torch.compiler.load_compiled_function is stock_load
+
+    def fails(model, path):
+        raise OSError
+
+    with pytest.raises(OSError):
+        wrapped(fails)(None, None)
+    assert torch.compiler.load_compiled_function is stock_load
