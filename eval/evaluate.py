@@ -38,7 +38,6 @@ class Evaluation:
     repeat: int
     store: Store
     start_timeout_s: float
-    phases: tuple[tuple[str, int], ...] = ()  # (name, number of its first prompt) of a workload that changes
     dead: dict[str, str] = field(default_factory=dict)  # system -> why it is not measured (any more)
 
     def keys(self, system: System) -> Iterator[tuple[BlockKey, Load, tuple[Ask, ...]]]:

@@ -64,7 +64,7 @@ class Summary:
     model: Path
     num_layers: int
     prompts: list[Prompt]
-    phases: tuple[tuple[str, int], ...]
+    phases: tuple[tuple[str, int], ...]  # (name, number of its first prompt) of a workload that changes
     slo_ms: dict[str, float]
 
 

@@ -20,7 +20,7 @@ def wrapped(stock: Any) -> Any:
         torch_load = torch.compiler.load_compiled_function
 
         def load_with_method(*args: Any, **kwargs: Any) -> Any:
-            loaded = torch_load(*args, **kwargs)
+            loaded: Any = torch_load(*args, **kwargs)
             compiled = loaded._artifacts.compiled_fn
             if not hasattr(compiled, "finalize_loading"):
                 compiled.finalize_loading = lambda vllm_config: None

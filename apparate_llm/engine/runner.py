@@ -55,7 +55,9 @@ class EarlyExitRunner(CPUModelRunner):
             self.use_aux_hidden_state_outputs = True
         # vLLM's compile cache has this in its key. All that shapes the compiled pass are the states it gives out; the
         # knobs were read before.
-        others = {k: v for k, v in self.vllm_config.additional_config.items() if k != ADDITIONAL_CONFIG_KEY}
+        additional = self.vllm_config.additional_config
+        assert isinstance(additional, dict), f"knobs came out of {type(additional)}"
+        others = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
         self.vllm_config.additional_config = others | {"early_exit_inner_depths": sorted(inner_depths)}
         num_layers = self.model_config.get_total_num_hidden_layers()
         policy = make_policy(config, depth=depth, depths=tuple(sorted(ramps)), num_layers=num_layers)

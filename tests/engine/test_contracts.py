@@ -124,7 +124,7 @@ def test_seeded_sampling_has_plain_vllms_distribution(given, tmp_path):
     with Engine(model, {"ramps": str(ramps), "hold_threshold": 0.0}, max_num_seqs=64) as engine:
         got = histogram(engine, 100_000)
         counts = engine.counts()
-    assert 0.05 < counts["accepted"] / counts["held"] < 0.95
+    assert counts["accepted"] > 50 and counts["held"] - counts["accepted"] > 50  # both ways were taken
     table = np.stack([expected, got])
     table = table[:, table.sum(axis=0) >= 10]
     assert table.shape[1] >= 3

@@ -41,10 +41,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def results_of(evaluation: Evaluation):
+def results_of(evaluation: Evaluation, phases: tuple[tuple[str, int], ...] = ()):
     blocks = list(evaluation.store.blocks())
     cells = cells_of(blocks, evaluation.systems, evaluation.loads)
-    summary = Summary(Path("fake"), 4, evaluation.prompts, evaluation.phases, {"tpt": 55.0})
+    summary = Summary(Path("fake"), 4, evaluation.prompts, phases, {"tpt": 55.0})
     runs = runs_of(cells, summary)
     return runs, ratios_of(cells, runs), blocks
 
@@ -141,7 +141,7 @@ def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
     from apparate_llm.eval.store import Block
 
     ours = System("bounded 0.05", has_exits=True, bound=0.05)
-    evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a", "b", "c", "d", "e"), phases=(("x", 0), ("y", 4)))
+    evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a", "b", "c", "d", "e"))
     for number, (first, diverged) in enumerate([(0, 1), (4, 3)]):
         before = {"emitted": 5, "diverged": 1, "exits_by_depth": {"0": 2}, "divergence_frac": 0.2}
         after = {"emitted": 25, "diverged": 1 + diverged, "exits_by_depth": {"0": 6, "2": 1}, "divergence_frac": 0.1}
@@ -151,7 +151,7 @@ def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
         done = Completion(first, 0.0, [Chunk(0.1, 1, 1), Chunk(0.29, 20, 20)], "x" * 20, 20)
         key = BlockKey(0, 0, number, ours.name)
         evaluation.store.add(Block(key, [done], 1.0, counts, 0.5, None, 1.5, 5.0, 0.0))
-    (run,), ratios, _ = results_of(evaluation)
+    (run,), ratios, _ = results_of(evaluation, (("x", 0), ("y", 4)))
     assert ratios == [] and run.divergences == 4 and run.exits.by_depth == {"0": 8, "2": 2}
     assert [(moment.phase, moment.output_tokens) for moment in run.timeline] == [("x", 20), ("y", 40)]
     assert [moment.divergence_frac for moment in run.timeline] == [1 / 20, 4 / 40]

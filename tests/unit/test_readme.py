@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from apparate_llm.eval.compare import load_results
 
 from apparate_llm.cli import build_parser
 from apparate_llm.config import EarlyExitConfig, parse_config
@@ -53,13 +54,21 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-@pytest.mark.parametrize("name", ["controller-smollm2.json", "quick-off.json"])
-def test_measured_tables_are_those_of_the_committed_results(name):
-    from scripts.readme_table import comparison, table
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
-    path = Path(__file__).resolve().parents[2] / "docs" / "results" / name
-    assert (table if name.startswith("quick") else comparison)(path) in README
-    assert name in README
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("tpt-*.json")), ids=lambda path: path.name)
+def test_measured_tables_are_those_of_the_committed_results(path):
+    from scripts.readme_table import table
+
+    assert table(path) in README and path.name in README
+    assert load_results(path).command in README
+
+
+def test_the_cost_of_exits_that_are_off_is_that_of_the_committed_results():
+    text = " ".join(README.split())
+    for item in json.loads((RESULTS / "quick-off.json").read_text())["ratios"]:
+        assert f"{item['tpt_mean']:.2f} with {item['concurrency']} client" in text
 
 
 @pytest.mark.parametrize(
