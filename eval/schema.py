@@ -79,6 +79,7 @@ class Run(_Strict):
     peak_memory_gib: float | None  # all processes, since their start; shared pages count for each
     exits: Exits | None  # None for a system without exits
     divergences: int | None
+    identical_frac: float | None = None  # as in `quality`
     regret_nats_per_token: float | None
     quality: Quality | None  # None without a baseline; of that itself, only what needs no comparison
     timeline: list[Moment]

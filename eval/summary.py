@@ -128,6 +128,7 @@ def _run(cell: Cell, summary: Summary, quality: Quality | None) -> Run:
         peak_memory_gib=max(peaks) if peaks else None,
         exits=_exits(cell),
         divergences=diverged,
+        identical_frac=quality.identical_frac if quality else None,
         regret_nats_per_token=None if regret is None or not tokens else regret / tokens,
         quality=quality,
         timeline=_timeline(cell, summary),
@@ -266,7 +267,9 @@ def notes_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) 
             notes.append(f"{100 * stolen:.0f} % of the processor time was taken by other machines on the same host.")
     for system in systems:
         if system.max_concurrency is not None and any(load.concurrency != system.max_concurrency for load in loads):
-            notes.append(f"{system.name} works on one request at a time and was measured with one client only.")
+            notes.append(
+                f"{system.name} works on one request at a time: it is measured with one client, or not at all."
+            )
     failed = sum(done.error is not None for block in blocks for done in block.completions)
     if failed:
         notes.append(f"{failed} requests failed; they have no times and count as missed in goodput.")

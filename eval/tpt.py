@@ -231,8 +231,8 @@ def _named_apart(loads: list[Load]) -> list[Load]:
     """A load that is asked for again, as in --concurrency 1,16,1, is another one."""
     named: list[Load] = []
     for load in loads:
-        times = sum((other.name.partition(", time ")[0], other.fixed_length) == (load.name, load.fixed_length)
-                    for other in named)  # fmt: skip
+        key = (load.name, load.fixed_length)
+        times = sum((other.name.partition(", time ")[0], other.fixed_length) == key for other in named)
         named.append(replace(load, name=f"{load.name}, time {times + 1}") if times else load)
     return named
 
@@ -246,6 +246,7 @@ def _settings(
         "loads": [[load.name, load.fixed_length] for load in loads],
         "num_prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(asked).hexdigest()[:16],
+        "arrivals_sha256": hashlib.sha256(repr(loads).encode()).hexdigest()[:16],
         "max_tokens": args.max_tokens,
         "repeat": args.repeat,
         "seed": args.seed,
@@ -294,8 +295,9 @@ def commit() -> str | None:
 
 
 def _exit_code(results: Results, folder: Path) -> int:
-    """1 if any request failed or a system could not be measured to the end."""
+    """1 if any request failed or a system stopped answering; one that cannot run here at all is no failure."""
     failed = sum(run.failed for run in results.runs)
+    stopped = {run.system for run in results.runs} & results.skipped.keys()
     if failed:
         Console(stderr=True).print(f"{failed} requests failed; what each said is in {folder / 'blocks'}")
-    return 1 if failed else 0
+    return 1 if failed or stopped else 0
