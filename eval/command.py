@@ -71,13 +71,13 @@ def _add_tpt(kinds: Any) -> None:
         "--concurrency", type=positive_list, default=[1, 2, 4, 8], help="clients of closed loops (default: 1,2,4,8)"
     )
     tpt.add_argument("--rate", type=rates, help="requests per second of open loops with Poisson arrivals, e.g. 0.5,1")
+    tpt.add_argument("--seed", type=int, default=0, help="of the Poisson arrivals (default: 0)")
     tpt.add_argument("--trace", type=Path, help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens: arrivals by it")
-    tpt.add_argument("--trace-scale", type=above_zero, default=1.0, help="times of the trace are multiplied by it")
+    tpt.add_argument("--trace-scale", type=above_zero, help="times of the trace are multiplied by it (default: 1)")
     tpt.add_argument("--num-requests", type=positive, help="of the trace (default: as many as prompts)")
     tpt.add_argument(
         "--length",
         choices=("free", "fixed", "both"),
-        default="free",
         help="answers end by themselves, or at --max-tokens",
     )
     tpt.set_defaults(run=_later("run_tpt"))
@@ -109,7 +109,6 @@ def _add_common(parser: OneLineParser, *, repeat: int) -> None:
         default=repeat,
         help=f"passes over the prompts per system and load (default: {repeat})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of Poisson arrivals (default: 0)")
     parser.add_argument("--start-timeout-s", type=positive, default=900, help="longest wait for a server")
     parser.add_argument(
         "--vllm-flag", action="append", default=[], metavar="FLAG", help="vLLM flag for all vLLM servers"

@@ -1,25 +1,20 @@
 """One small function per figure, `(ax, points, ...)`: what is drawn was measured before, so it can be drawn again."""
 
-import base64
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from apparate_llm.eval.schema import Moment, Results, Run
 from apparate_llm.eval.tables import bounds_of, load_name, loads_of, systems_of
 
-# Legible on white and on black, like those of the report on ramps.
-COLORS = ("#2a7fde", "#d9822b", "#2e9e5b", "#b04fc9", "#c23b4a", "#17a2b0", "#a88a1e", "#e0669b")
-GREY = "#808890"
+from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
+
 MAX_STEPS = 400  # of a CDF; more cannot be seen
-LEGEND_CHARACTERS = 64  # in a row; the line before each name takes up about five
 SHORTEST_GAP_MS = 0.1  # chunks that came at once have none, which a logarithmic axis cannot show
 
 Key = tuple[str, str, bool]  # system, load, fixed_length
-Axes = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,30 +219,4 @@ def _phases(moments: list[Moment]) -> list[tuple[str, int, int]]:
 
 
 def _figure(caption: str, draw: Callable[[Axes], None], height: float = 3.6) -> Figure:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    # Text stays text and names of parts do not vary, so that the same points make the same file.
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "apparate",
-        "text.parse_math": False,
-        "font.size": 10,
-        **dict.fromkeys(names, GREY),
-    }
-    with plt.rc_context(style):
-        fig, ax = plt.subplots(figsize=(5.2, height), layout="constrained")
-        draw(ax)
-        ax.grid(color=GREY, alpha=0.2)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        longest = max(map(len, ax.get_legend_handles_labels()[1]), default=0)
-        columns = max(1, LEGEND_CHARACTERS // (longest + 5))
-        fig.legend(frameon=False, fontsize=9, loc="outside upper left", ncols=columns)
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(fig)
-    return Figure(caption, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return Figure(caption, data_uri(draw, height))

@@ -112,6 +112,7 @@ class Server:
             self.process.wait(STOP_TIMEOUT_S)
         self._signal(signal.SIGKILL)  # what is left of the group
         self.process.wait()
+        self.process = None  # its number may be another's from here on
 
     def _signal(self, number: int) -> None:
         if self.process is not None:

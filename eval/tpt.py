@@ -28,7 +28,7 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.files import write_atomically
 from apparate_llm.knobs import knobs_from
 from apparate_llm.machine import machine
-from apparate_llm.models.architectures import UnsupportedModelError, architecture_of, layers_of
+from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
 
 if TYPE_CHECKING:
@@ -148,11 +148,7 @@ def _run(job: Job, folder: Path, args: argparse.Namespace) -> Results:
 
 def summarise(job: Job, blocks: list[Block], dead: dict[str, str], started: str) -> Results:
     cells = cells_of(blocks, job.systems, job.loads)
-    try:
-        num_layers = layers_of(job.choice.model)
-    except UnsupportedModelError:
-        num_layers = 0
-    runs = runs_of(cells, Summary(job.choice.model, num_layers, job.prompts, job.phases, job.slo_ms))
+    runs = runs_of(cells, Summary(job.choice.model, layers_of(job.choice.model), job.prompts, job.phases, job.slo_ms))
     concurrencies = sorted({load.concurrency for load in job.loads if load.concurrency is not None})
     return Results(
         command=shlex.join(["apparate-llm", *sys.argv[1:]]),
@@ -209,9 +205,14 @@ def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
     if args.trace is not None:
         if args.rate is not None:
             raise ValueError("give one of --rate and --trace: both say when requests arrive")
-        scale, most = args.trace_scale, args.num_requests or len(prompts)
+        if args.length is not None:
+            raise ValueError("--length does not go with --trace, which sets the answers' lengths")
+        scale, most = args.trace_scale or 1.0, args.num_requests or len(prompts)
         return [traced(args.trace, prompts, scale=scale, num_requests=most, max_tokens=args.max_tokens)]
-    lengths = {"free": (False,), "fixed": (True,), "both": (False, True)}[args.length]
+    for flag, given in (("--trace-scale", args.trace_scale), ("--num-requests", args.num_requests)):
+        if given is not None:
+            raise ValueError(f"{flag} is about a --trace, and none is given")
+    lengths = {"free": (False,), "fixed": (True,), "both": (False, True)}[args.length or "free"]
     loads = []
     for fixed in lengths:
         if args.rate is not None:
@@ -249,11 +250,11 @@ def _settings(
         "arrivals_sha256": hashlib.sha256(repr(loads).encode()).hexdigest()[:16],
         "max_tokens": args.max_tokens,
         "repeat": args.repeat,
-        "seed": args.seed,
         "model": model.name,
         "systems": [system.name for system in systems],
         "knobs": knob_flags(args) + getattr(args, "system", []),
         "vllm_flags": list(args.vllm_flag),
+        "hf_layer": getattr(args, "hf_layer", None),
     }
 
 

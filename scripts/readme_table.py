@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from apparate_llm.eval.compare import load_results
-from apparate_llm.eval.tables import divergence_frac, key_of, ratios_by_run
+from apparate_llm.eval.tables import divergence_frac, key_of, number, percent, ratios_by_run, with_interval
 
 COLUMNS = (
     "load|system|TPT mean, ms|p99|TTFT mean, ms|tokens/s|exits emitted|tokens that differ|TPT / plain (95 % CI)"
@@ -24,9 +24,6 @@ def table(path: Path) -> str:
     for run in sorted(results.runs, key=lambda run: [other.load for other in results.runs].index(run.load)):
         exits, ratio, share = run.exits, ratios.get(key_of(run)), divergence_frac(run)
         taken = None if exits is None else (exits.accepted + exits.released) / run.output_tokens
-        faster = "" if ratio is None else number(ratio.tpt_mean, 2)
-        if ratio is not None and ratio.tpt_mean_ci95 is not None:
-            faster += " ({:.2f}-{:.2f})".format(*ratio.tpt_mean_ci95)
         cells = [
             run.load,
             run.system,
@@ -34,19 +31,11 @@ def table(path: Path) -> str:
             number(run.output_tokens_per_s, 1),
             percent(taken),
             percent(share),
-            faster,
-            "" if ratio is None else number(ratio.throughput, 2),
+            with_interval(ratio.tpt_mean, ratio.tpt_mean_ci95) if ratio else number(None),
+            number(ratio.throughput if ratio else None),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
 
 
 if __name__ == "__main__":

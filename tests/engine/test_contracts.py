@@ -112,7 +112,7 @@ def test_seeded_sampling_has_plain_vllms_distribution(given, tmp_path):
 
     def histogram(engine, first_seed):
         params = [
-            SamplingParams(temperature=0.8, max_tokens=4, ignore_eos=True, seed=first_seed + i, **given)
+            SamplingParams(temperature=0.8, max_tokens=6, ignore_eos=True, seed=first_seed + i, **given)
             for i in range(num_seeds)
         ]
         outputs = engine.generate([prompt] * num_seeds, params)
@@ -124,7 +124,7 @@ def test_seeded_sampling_has_plain_vllms_distribution(given, tmp_path):
     with Engine(model, {"ramps": str(ramps), "hold_threshold": 0.0}, max_num_seqs=64) as engine:
         got = histogram(engine, 100_000)
         counts = engine.counts()
-    assert counts["accepted"] > 50 and counts["held"] - counts["accepted"] > 50  # both ways were taken
+    assert 0.05 < counts["accepted"] / counts["held"] < 0.95
     table = np.stack([expected, got])
     table = table[:, table.sum(axis=0) >= 10]
     assert table.shape[1] >= 3

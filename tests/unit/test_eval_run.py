@@ -247,3 +247,32 @@ def test_systems_by_name(tiny_llama):
     ):
         with pytest.raises(ValueError, match=says):
             systems_of(names, urls, choice)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--trace t.csv --rate 1", "one of --rate and --trace"),
+        ("--trace t.csv --length fixed", "--length does not go with --trace"),
+        ("--trace-scale 2", "--trace-scale is about a --trace"),
+        ("--num-requests 9", "--num-requests is about a --trace"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(flags, says):
+    from apparate_llm.eval.tpt import _loads
+
+    from apparate_llm.cli import build_parser
+
+    args = build_parser().parse_args(["eval", "tpt", "--out", "x", *flags.split()])
+    with pytest.raises(ValueError, match=says):
+        _loads(args, prompts("a"))
+
+
+def test_a_load_that_is_asked_for_again_is_another_one():
+    from apparate_llm.eval.tpt import _loads
+
+    from apparate_llm.cli import build_parser
+
+    args = build_parser().parse_args(["eval", "tpt", "--out", "x", "--concurrency", "1,16,1", "--length", "both"])
+    free = ["1 client", "16 clients", "1 client, time 2"]
+    assert [load.name for load in _loads(args, prompts("a"))] == free * 2

@@ -1,20 +1,17 @@
 """`report.json` and `report.html`: what the ramps are worth and why."""
 
-import base64
-import io
 import json
 import math
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
 from apparate_llm.files import write_atomically
 from apparate_llm.ramps.checkpoint import BaseModelInfo
 from apparate_llm.ramps.prepare.plan import Made
 from apparate_llm.ramps.prepare.predict import tpt_ratio
 
-COLORS = ("#2a7fde", "#d9822b", "#2e9e5b", "#b04fc9", "#c23b4a")
-GREY = "#808890"
 KIND_NAMES = {"open": "open chat", "code": "code", "passage": "texts to work on", "user": "your prompts"}
 
 
@@ -142,14 +139,9 @@ def _figure(
     guide: list[Any] | None = None,
     marker: str = "o",
 ) -> tuple[str, str]:
-    """One line of points (x, y) for each label, a dashed `guide` behind them; legible on white and on black."""
-    import matplotlib
+    """One line of points (x, y) for each label, a dashed `guide` behind them."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with plt.rc_context(_style(GREY)):
-        fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    def draw(ax: Axes) -> None:
         if guide:
             ax.plot(*zip(*guide, strict=True), "--", color=GREY, linewidth=1)
         for color, label, points in zip(cycle(COLORS), labels, lines, strict=False):
@@ -158,15 +150,5 @@ def _figure(
         ax.set_xlabel(axes[0])
         ax.set_ylabel(axes[1])
         ax.set_ylim(bottom=0)
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False)
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format="svg", transparent=True)
-        plt.close(fig)
-    return caption, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-
-def _style(color: str) -> dict[Any, Any]:
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return {"svg.fonttype": "none", "font.size": 10, **dict.fromkeys(names, color)}
+    return caption, data_uri(draw)
