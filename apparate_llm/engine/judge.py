@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
+from apparate_llm.best import best_tokens
 from apparate_llm.controller.policy import Policy
 from apparate_llm.engine.verdicts import Verdict, VerdictLedger
 
 
 def best_and_regret(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[list[int], list[float]]:
     """Of each row [num_rows, vocab]: the best token, and by how many nats it is better than `token_ids` [num_rows]."""
-    best = logits.max(dim=-1)
-    own = logits.gather(1, token_ids.long()[:, None])[:, 0]
-    return best.indices.tolist(), (best.values.float() - own.float()).tolist()
+    best = best_tokens(logits)
+    scores = logits.gather(1, torch.stack([best, token_ids.long()], dim=1)).float()
+    return best.tolist(), (scores[:, 0] - scores[:, 1]).tolist()
 
 
 def judge_held(

@@ -18,6 +18,7 @@ from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.state import ControllerState, resolve_path
 from apparate_llm.engine.clock import StepClock
 from apparate_llm.engine.eligibility import is_releasable, stop_token_ids
+from apparate_llm.engine.greedy import check, is_plain_greedy
 from apparate_llm.engine.judge import best_and_regret, judge_held
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.parallel import share_prediction
@@ -204,6 +205,8 @@ class EarlyExitRunner(CPUModelRunner):
         # with no draft in the batch.
         if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
             spec_decode_metadata = None
+        if spec_decode_metadata is not None and is_plain_greedy(self.input_batch.sampling_metadata):
+            return check(logits, spec_decode_metadata)
         return super()._sample(logits, spec_decode_metadata)
 
     # ---- rounds

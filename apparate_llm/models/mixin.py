@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from apparate_llm.config import config_from_vllm
+from apparate_llm.models.packing import pack_for_serving
 from apparate_llm.ramps.checkpoint import (
     RampError,
     RampManifest,
@@ -79,9 +80,9 @@ class EarlyExitMixin(_Base):
             head = next(kept[name] for name in HEAD_WEIGHTS if name in kept)
             base_weights = {"norm": kept[NORM_WEIGHT], "head": head}
             for depth in depths:
-                self.ramps[str(depth)] = load_ramps(
-                    folder, manifest, depth=depth, base_weights=base_weights, dtype=self._dtype
-                )
+                ramps = load_ramps(folder, manifest, depth=depth, base_weights=base_weights, dtype=self._dtype)
+                pack_for_serving(ramps, self._dtype)
+                self.ramps[str(depth)] = ramps
             loaded |= {f"ramps.{name}" for name, _ in self.ramps.named_parameters()}
         return loaded
 

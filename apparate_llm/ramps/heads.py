@@ -8,7 +8,7 @@ In a completion pass `enter` makes the state that the first round starts from; e
     output state [num_rows, hidden_size]).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,18 @@ class Copies(NamedTuple):
     embedding: torch.Tensor  # [num_rows, hidden_size] of the proposed tokens
     lengths: torch.Tensor  # [num_rows] int64, tokens that match; 0: no proposal
     outside: torch.Tensor  # [num_rows] bool, proposes a token that the ramp vocabulary lacks
+
+
+class Head(Protocol):
+    """What every head is, as written at the top of this module."""
+
+    reads_copies: bool
+
+    def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor: ...
+
+    def __call__(
+        self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies | None
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

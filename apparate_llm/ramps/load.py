@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from apparate_llm.best import best_tokens
 from apparate_llm.ramps.checkpoint import VOCABULARY, WEIGHTS, RampError, RampManifest, load_tensors
-from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, Copies, FusedHead, LensHead
+from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, Copies, Head
 
 
 class Proposals(NamedTuple):
@@ -30,12 +31,12 @@ class RampSet(nn.Module):
 
     vocabulary: torch.Tensor  # [ramp_vocab] int64
     in_vocabulary: torch.Tensor  # [vocab of the base model] bool
-    head: LensHead | FusedHead
+    head: Head
 
     def __init__(
         self,
         *,
-        head: LensHead | FusedHead,
+        head: Head,
         vocabulary: torch.Tensor,
         base_vocab: int,
         depth: int,
@@ -65,11 +66,12 @@ class RampSet(nn.Module):
             outside = (proposals.lengths > 0) & ~self.in_vocabulary[proposals.tokens]
             copies = Copies(proposals.embedding, proposals.lengths, outside)
         scores, state = self.head(hidden, state, copies)
-        best = scores.max(dim=-1)
-        log_probability = best.values.float() - scores.float().logsumexp(dim=-1)
+        scores = scores.float()
+        best = best_tokens(scores)
+        log_probability = scores.gather(1, best[:, None])[:, 0] - scores.logsumexp(dim=-1)
         scale, offset = self.calibration[min(round_number, len(self.calibration) - 1)]
         return Prediction(
-            token_ids=self._tokens(best.indices, proposals),
+            token_ids=self._tokens(best, proposals),
             confidences=[calibrated(value, scale, offset) for value in log_probability.tolist()],
             state=state,
         )

@@ -61,6 +61,15 @@ def finished_work(out: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
+def num_stages(out: Path) -> int:
+    """Files of the work folder that a finished piece of work left."""
+    return sum(1 for pattern in ("group-*", "head-*", "*.json") for _ in (out / "work").glob(pattern))
+
+
+def is_running(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def loads(out: Path) -> bool:
     try:
         read_manifest(out)
@@ -78,8 +87,8 @@ def prepare_with_kills(model: Path, out: Path, kills: int, rng: random.Random) -
         if number % 2:  # any moment
             time.sleep(rng.uniform(0.1, 7.0))
         else:  # some moment after the next piece of work is finished, on a slow machine too
-            until = time.monotonic() + 60
-            while len(finished_work(out)) <= len(before) and time.monotonic() < until:
+            until, stages = time.monotonic() + 60, num_stages(out)
+            while num_stages(out) <= stages and is_running(pid) and time.monotonic() < until:
                 time.sleep(0.05)
             time.sleep(rng.uniform(0.0, 1.0))
         os.kill(pid, signal.SIGKILL)

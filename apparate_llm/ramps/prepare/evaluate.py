@@ -125,6 +125,7 @@ def evaluate(
     max_tokens: int,
 ) -> Evaluation:
     """Generate greedily with the model, in this process, and measure every ramp of the folder on the result."""
+    from apparate_llm.models.packing import pack_for_serving
     from apparate_llm.ramps.load import load_ramps
     from apparate_llm.ramps.prepare.capture import Capture
     from apparate_llm.ramps.prepare.engine import generation_engine
@@ -160,6 +161,7 @@ def evaluate(
     for depth in manifest.depths:
         weights = {"norm": base.norm, "head": base.lm_head}
         ramps = load_ramps(folder, manifest, depth=depth, base_weights=weights, dtype=dtype)
+        pack_for_serving(ramps, dtype)
         results.append(evaluate_depth(rows, base, ramps, categories=[categories[number] for number in fitting]))
     default = next(result for result in results if result.depth == manifest.default_depth)
     return Evaluation(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from apparate_llm.files import replacing
 from apparate_llm.ramps.checkpoint import HeadShape
-from apparate_llm.ramps.heads import Copies, FusedHead, LensHead
+from apparate_llm.ramps.heads import Copies, FusedHead, Head
 from apparate_llm.ramps.prepare.rows import LEAD, Rows
 
 NUM_ROUNDS = 4  # measured and calibrated
@@ -91,7 +91,7 @@ class RoundData:
         self.position[vocabulary] = torch.arange(len(vocabulary))
         self.vocabulary_size = len(vocabulary)
 
-    def enter(self, head: FusedHead | LensHead, index: torch.Tensor) -> torch.Tensor:
+    def enter(self, head: Head, index: torch.Tensor) -> torch.Tensor:
         """First state of the rounds that start at `index`: that of the token before."""
         before = index - 1
         inner = [self.rows.states[depth][before] for depth in self.inner_depths]
@@ -200,7 +200,7 @@ class Measured(NamedTuple):
 
 @torch.inference_mode()
 def measure_head(
-    head: FusedHead | LensHead, data: RoundData, index: torch.Tensor, *, num_rounds: int = NUM_ROUNDS
+    head: Head, data: RoundData, index: torch.Tensor, *, num_rounds: int = NUM_ROUNDS
 ) -> list[Measured]:
     """Rounds starting at the rows `index`.
 

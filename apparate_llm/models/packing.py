@@ -1,0 +1,95 @@
+"""Ramp weights as a CPU reads them fastest: int8 with one scale per output channel, rows of input quantized as they
+come, by vLLM's own kernels.
+
+A ramp only proposes. What int8 changes is how often it is right, next to nothing; never what a checked token is.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from vllm.platforms import current_platform
+
+from apparate_llm.ramps.heads import Copies, FusedHead
+from apparate_llm.ramps.load import RampSet
+
+LARGEST = 127
+MULTIPLE = 32  # the kernels want the number of output channels to be one of this
+
+
+def pack_for_serving(ramps: RampSet, dtype: torch.dtype) -> None:
+    """Give a trained ramp its faster head, where there is one."""
+    if dtype == torch.bfloat16 and isinstance(ramps.head, FusedHead) and current_platform.is_cpu():
+        ramps.head = PackedHead(ramps.head)
+
+
+class Int8Linear(nn.Module):
+    """[num_rows, in] bfloat16 -> [num_rows, out], for a weight [out, in] of any floating dtype."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        from vllm.model_executor.kernels.linear import init_int8_linear_kernel
+
+        super().__init__()
+        self.size = len(weight)
+        weight = F.pad(weight, (0, 0, 0, -self.size % MULTIPLE))
+        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
+        # Named as vLLM's kernels read them.
+        self.weight = nn.Parameter((weight.float() / scale).round().to(torch.int8), requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.input_scale = self.input_zero_point = self.azp_adj = self.bias = None
+        self.logical_widths = [len(weight)]
+        self.kernel = init_int8_linear_kernel(
+            is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="ramps"
+        )
+        self.kernel.process_weights_after_loading(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kernel.apply_weights(self, x)[:, : self.size]
+
+
+class PackedHead(nn.Module):
+    """A `FusedHead` for serving: the same function of the same inputs, within int8's precision.
+
+    All its weights are read in five calls; the normalisations are vLLM's kernels, as torch's take ten times as long for
+    a few rows.
+    """
+
+    reads_copies = True
+
+    def __init__(self, head: FusedHead) -> None:
+        super().__init__()
+        self.eps = head.eps
+        self.enter_linear = Int8Linear(head.enter_weight)
+        self.fuse = Int8Linear(head.fuse)
+        self.gate_up = Int8Linear(head.gate_up)
+        self.down = Int8Linear(head.down)
+        self.head = Int8Linear(torch.cat([head.head, head.pointer]))
+        self.match, self.norm = head.match, head.norm
+        self.ones = nn.Parameter(torch.ones_like(head.norm), requires_grad=False)
+
+    def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
+        return self.enter_linear(self._normed(final, *inner))
+
+    def forward(self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:
+        copied = copies.embedding * (copies.lengths > 0)[:, None]
+        fused = self.fuse(self._normed(hidden, state, copied)) + F.embedding(copies.lengths, self.match)
+        state = fused + self.down(silu_and_mul(self.gate_up(self._normed(fused))))
+        scores = self.head(rms_norm(state, self.norm, self.eps))
+        scores[:, -1].masked_fill_(~copies.outside, float("-inf"))
+        return scores, state
+
+    def _normed(self, *parts: torch.Tensor) -> torch.Tensor:
+        """[num_rows, number of parts x hidden_size], each part with a root mean square of one."""
+        normed = rms_norm(torch.cat(parts), self.ones, self.eps)
+        return normed.view(len(parts), *parts[0].shape).transpose(0, 1).reshape(len(parts[0]), -1)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    out = torch.empty_like(x)
+    torch.ops._C.rms_norm(out, x, weight, eps)
+    return out
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    out = x.new_empty(len(x), x.shape[1] // 2)
+    torch.ops._C.silu_and_mul(out, x)
+    return out

@@ -1,0 +1,238 @@
+#!/usr/bin/env python3
+"""One engine step, line by line: python -m scripts.profile_step --model DIR [--batch 1,4] [--systems ...] [--json FILE]
+
+From the repository's root. Runs plain vLLM and exits in this process, without a server, on the built-in prompts: what
+each part of a step takes by itself (the parts it calls taken off), per step, and the least it could take: the bytes
+it must read over the bandwidth measured beside it. What a client sees on top of that (processes, HTTP) is `eval`'s.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from apparate_llm.launch import reexec_with_libraries
+from apparate_llm.serve import model_folder
+
+WARM_TOKENS = 64
+MAX_PROMPT_TOKENS = 1024
+BANDWIDTH_BYTES = 256 << 20
+ROUNDS = "rounds: "
+
+
+@dataclass
+class Profile:
+    """Exclusive times of wrapped functions, by line."""
+
+    ms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    running: bool = False
+    _inner: list[float] = field(default_factory=lambda: [0.0])  # time of wrapped functions called, by depth of the call
+
+    def wrap(self, owner: Any, name: str, line: str) -> None:
+        setattr(owner, name, self.timed(getattr(owner, name), line))
+
+    def timed(self, function: Callable[..., Any], line: str) -> Callable[..., Any]:
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if not self.running:
+                return function(*args, **kwargs)
+            self._inner.append(0.0)
+            began = perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = (perf_counter() - began) * 1e3
+                self.ms[line] += took - self._inner.pop()
+                self.calls[line] += 1
+                self._inner[-1] += took
+
+        return timed
+
+
+def instrument(engine: Any, profile: Profile) -> None:
+    """All parts of a step, in the order they run."""
+    runner, scheduler = engine.runner, engine.scheduler
+    profile.wrap(engine.llm.llm_engine, "step", "engine: rest")
+    profile.wrap(engine.llm.llm_engine.output_processor, "process_outputs", "engine: detokenise")
+    profile.wrap(scheduler, "schedule", "scheduler: schedule")
+    profile.wrap(scheduler, "update_from_output", "scheduler: take output")
+    for name, line in {
+        "execute_model": "worker: rest",
+        "sample_tokens": "worker: rest",
+        "_update_states": "worker: batch state",
+        "_prepare_inputs": "worker: inputs",
+        "_build_attention_metadata": "worker: attention metadata",
+        "_model_forward": "worker: blocks",
+        "_sample": "worker: sampling",
+        "_bookkeeping_sync": "worker: bookkeeping",
+    }.items():
+        profile.wrap(runner, name, line)
+    profile.wrap(runner.model, "compute_logits", "worker: lm_head")
+    if not engine.has_exits:
+        return
+    from apparate_llm.controller.policy import Policy
+
+    for name in ("_judge_held", "_record_released"):
+        profile.wrap(runner, name, "verdicts")
+    profile.wrap(runner, "propose_draft_token_ids", ROUNDS + "rows, commit")
+    profile.wrap(runner, "_learn", "controller")
+    rounds = runner.rounds
+    for name in (name for name in vars(Policy) if not name.startswith("_")):
+        if callable(getattr(rounds.policy, name)):
+            profile.wrap(type(rounds.policy), name, "controller")
+    profile.wrap(runner.shadow, "maybe_run", ROUNDS + "shadow")
+    profile.wrap(rounds, "run", ROUNDS + "rest")
+    profile.wrap(rounds, "predict", ROUNDS + "rest")
+    profile.wrap(rounds, "_proposals", ROUNDS + "copy feature")
+    profile.wrap(rounds, "_shallow", ROUNDS + "embedding, blocks")
+    for ramps in rounds.ramp_sets.values():
+        profile.wrap(ramps.head, "enter", ROUNDS + "first state")
+        profile.wrap(ramps.head, "forward", ROUNDS + "head")
+        profile.wrap(ramps, "predict", ROUNDS + "token, confidence")
+
+
+def bytes_read(engine: Any, model: Path) -> dict[str, float]:
+    """Line -> bytes of weights that each of its calls reads."""
+    from safetensors import safe_open
+
+    size: dict[str, int] = {}
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                size[name] = 2 * math.prod(file.get_slice(name).get_shape())
+    head = next(size[name] for name in ("lm_head.weight", "model.embed_tokens.weight") if name in size)
+    read: dict[str, float] = {"worker: lm_head": head}
+    read["worker: blocks"] = sum(value for name, value in size.items() if ".layers." in name)
+    if engine.has_exits:
+        ramps = engine.runner.rounds.ramps
+        parts = {name: p.numel() * p.element_size() for name, p in ramps.head.named_parameters()}
+        read[ROUNDS + "first state"] = parts.pop("enter_weight", 0)
+        read[ROUNDS + "head"] = sum(parts.values())
+    return read
+
+
+def bandwidth() -> float:
+    """Bytes per ms that one thread reads, best of several."""
+    import torch
+
+    data = torch.ones(BANDWIDTH_BYTES // 4)
+    times = []
+    for _ in range(5):
+        began = perf_counter()
+        data.sum()
+        times.append(perf_counter() - began)
+    return BANDWIDTH_BYTES / min(times) / 1e3
+
+
+def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> None:
+    """In a process of its own: put what was measured on the queue."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # a server's worker has one core for itself, too
+    from apparate_llm.eval.prompts import load_prompts
+
+    from tests import conftest  # noqa: F401 - sets vLLM's environment before it is imported
+    from tests.harness import Engine, greedy
+
+    knobs = None
+    if system != "plain":
+        knobs = {"policy": "adaptive", "accuracy_bound": 0.0 if system == "lossless" else args.bound, "max_exits": 6}
+    vllm: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": False, "max_model_len": 2048, "max_num_seqs": 64}
+    with Engine(args.model, knobs, kv_cache_memory_bytes=1 << 30, **vllm) as engine:
+        tokenizer = engine.llm.get_tokenizer()
+        texts = [
+            tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=False)
+            for prompt in load_prompts(args.prompts)
+        ]
+        prompts = [{"prompt_token_ids": ids} for ids in texts if len(ids) < MAX_PROMPT_TOKENS][: args.num_prompts]
+        engine.generate(prompts[:batch], greedy(WARM_TOKENS))
+        profile = Profile()
+        instrument(engine, profile)
+        steps = tokens = 0
+        elapsed_ms = 0.0
+        for first in range(0, len(prompts) - batch + 1, batch):
+            for index, prompt in enumerate(prompts[first : first + batch]):
+                engine.add(f"{first}-{index}", prompt, greedy(args.max_tokens))
+            answers = engine.step()  # the prompts
+            profile.running, began = True, perf_counter()
+            while engine.llm.llm_engine.has_unfinished_requests():
+                answers |= engine.step()
+                steps += 1
+            profile.running = False
+            elapsed_ms += (perf_counter() - began) * 1e3
+            tokens += sum(len(answer) - 1 for answer in answers.values())
+            engine.idle()
+        queue.put(
+            {
+                "system": system,
+                "batch": batch,
+                "steps": steps,
+                "tokens": tokens,
+                "step_ms": elapsed_ms / steps,
+                "lines": {
+                    line: {"ms": ms / steps, "calls": profile.calls[line] / steps} for line, ms in profile.ms.items()
+                },
+                "bytes_per_call": bytes_read(engine, args.model),
+                "bytes_per_ms": bandwidth(),
+            }
+        )
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """One table per batch size, a column per system."""
+    for batch in sorted({result["batch"] for result in results}):
+        columns = [result for result in results if result["batch"] == batch]
+        print(f"\nbatch {batch}; ms per step (calls), and the floor: bytes read / measured bandwidth")
+        print("| line | " + " | ".join(f"{c['system']} | floor" for c in columns) + " |")
+        print("|---" * (1 + 2 * len(columns)) + "|")
+        for line in sorted({line for c in columns for line in c["lines"]}):
+            cells = []
+            for c in columns:
+                item = c["lines"].get(line)
+                read = c["bytes_per_call"].get(line)
+                cells.append(f"{item['ms']:.3f} ({item['calls']:.2g})" if item else "")
+                cells.append(f"{item['calls'] * read / c['bytes_per_ms']:.2f}" if item and read else "")
+            print(f"| {line} | " + " | ".join(cells) + " |")
+        print("| a step | " + " | ".join(f"{c['step_ms']:.2f} | " for c in columns) + "|")
+        print("| tokens per step | " + " | ".join(f"{c['tokens'] / c['steps']:.2f} | " for c in columns) + "|")
+        per_token = [c["step_ms"] * c["steps"] / c["tokens"] * batch for c in columns]
+        print("| ms per token of a request | " + " | ".join(f"{value:.2f} | " for value in per_token) + "|")
+        print("| GB/s | " + " | ".join(f"{c['bytes_per_ms'] / 1e6:.1f} | " for c in columns) + "|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="model folder (default: the embedded one)")
+    parser.add_argument("--batch", default="1", help="comma-separated numbers of requests at once")
+    parser.add_argument("--systems", default="plain,lossless,bounded")
+    parser.add_argument("--bound", type=float, default=0.05, help="of `bounded`")
+    parser.add_argument("--prompts", default="chat", help="built-in set or file")
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    reexec_with_libraries()
+    args.model = model_folder(args.model)
+    context = multiprocessing.get_context("spawn")
+    results = []
+    for batch in map(int, args.batch.split(",")):
+        for system in args.systems.split(","):
+            queue = context.Queue()
+            process = context.Process(target=measure, args=(system, batch, args, queue))
+            process.start()
+            results.append(queue.get(timeout=3600))
+            process.join()
+    show(results)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
