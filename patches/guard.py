@@ -26,7 +26,6 @@ class Patch:
     upstream: str
     delete_when: str
     apply: Callable[["Patch"], bool]  # False where the target is not in use on this platform
-    where: Literal["worker", "serve"] = "worker"  # serve: in the processes that start others, under our own `serve`
 
 
 def check_target(patch: Patch, target: Any) -> None:

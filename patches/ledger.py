@@ -1,6 +1,6 @@
 """Every patch: what, why, and when it goes."""
 
-from apparate_llm.patches import aot_load, cpu_expand_kernel, mp_context
+from apparate_llm.patches import aot_load, cpu_expand_kernel
 from apparate_llm.patches.guard import Patch
 
 LEDGER: tuple[Patch, ...] = (
@@ -26,21 +26,9 @@ LEDGER: tuple[Patch, ...] = (
         delete_when="vLLM on a CPU says `Directly load AOT compilation` at a second start",
         apply=aot_load.apply,
     ),
-    Patch(
-        file="mp_context",
-        target="vllm.utils.system_utils.get_mp_context",
-        mode="replace",
-        source_sha256="8b045a017577026e90790f9cddb8eb05ed195508934e5e1667ce3ae91d6a45d3",
-        what="engine and worker processes are forked from one that has imported vLLM",
-        why="three imports, one after the other, were most of a second start",
-        upstream="none: vLLM forces `spawn` on CPUs, as forks of a process with a running OpenMP runtime fail",
-        delete_when="vLLM offers a fork server on CPUs",
-        apply=mp_context.apply,
-        where="serve",
-    ),
 )
 
 
-def apply_all(where: str = "worker") -> list[str]:
-    """Apply what this platform needs there; returns the patched targets. Raises PatchMismatchError."""
-    return [patch.target for patch in LEDGER if patch.where == where and patch.apply(patch)]
+def apply_all() -> list[str]:
+    """Apply what this platform needs; returns the patched targets. Raises PatchMismatchError."""
+    return [patch.target for patch in LEDGER if patch.apply(patch)]

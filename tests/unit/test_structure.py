@@ -48,6 +48,7 @@ def test_modules_have_no_cycles():
 def test_arrows_point_down():
     """core < controller, ramps < models < engine < api, eval, preparation, commands."""
     rank = {
+        "best": 0,
         "core": 0,
         "config": 0,
         "files": 0,

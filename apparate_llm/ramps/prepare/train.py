@@ -199,9 +199,7 @@ class Measured(NamedTuple):
 
 
 @torch.inference_mode()
-def measure_head(
-    head: Head, data: RoundData, index: torch.Tensor, *, num_rounds: int = NUM_ROUNDS
-) -> list[Measured]:
+def measure_head(head: Head, data: RoundData, index: torch.Tensor, *, num_rounds: int = NUM_ROUNDS) -> list[Measured]:
     """Rounds starting at the rows `index`.
 
     A later round counts only where the rounds before it agreed, as serving runs it only then.

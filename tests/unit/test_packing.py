@@ -1,0 +1,58 @@
+"""Ramps as they serve: int8, by other kernels, the same function as the trained head within int8's precision."""
+
+import pytest
+import torch
+from torch import nn
+
+from apparate_llm.models.packing import Int8Linear, PackedHead
+from apparate_llm.ramps.checkpoint import HeadShape
+from apparate_llm.ramps.copying import LONGEST_MATCH
+from apparate_llm.ramps.heads import Copies, FusedHead
+
+SIZE = 64
+
+
+@pytest.fixture
+def head() -> FusedHead:
+    torch.manual_seed(0)
+    head = FusedHead(HeadShape(hidden_size=SIZE, ramp_vocab=120, eps=1e-5, intermediate_size=96, num_inner=2))
+    for name, parameter in head.named_parameters():
+        spread = 1.0 if name in ("norm", "match") else parameter.shape[-1] ** -0.5
+        parameter.data.normal_(std=spread)
+    return head.to(torch.bfloat16).eval()
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (121, 96), (7, 160)])
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_a_packed_linear_is_the_linear_within_two_percent(shape, num_rows):
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape).bfloat16(), torch.randn(num_rows, shape[1]).bfloat16()
+    got = Int8Linear(weight)(x)
+    assert got.shape == (num_rows, shape[0])
+    assert relative_error(got, nn.functional.linear(x.float(), weight.float())) < 0.02
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 20])
+def test_a_packed_head_scores_as_the_trained_one(head, num_rows):
+    packed = PackedHead(head)
+    final, *inner = torch.randn(3, num_rows, SIZE).bfloat16()
+    hidden, embedding = torch.randn(2, num_rows, SIZE).bfloat16()
+    lengths = torch.arange(num_rows) % (LONGEST_MATCH + 1)  # the first row has no proposal
+    copies = Copies(embedding, lengths, outside=(lengths > 0) & (torch.arange(num_rows) % 2 == 0))
+    with torch.inference_mode():
+        state, packed_state = head.enter(final, inner), packed.enter(final, inner)
+        assert relative_error(packed_state, state) < 0.02
+        for _ in range(3):  # rounds
+            (scores, state), (packed_scores, packed_state) = (
+                head(hidden, state, copies),
+                packed(hidden, packed_state, copies),
+            )
+            assert relative_error(packed_state, state) < 0.05
+            assert torch.equal(packed_scores.isinf(), scores.isinf())
+            assert packed_scores.isinf().sum() == (~copies.outside).sum()  # the pointer's column
+            finite = ~scores.isinf()
+            assert relative_error(packed_scores[finite], scores[finite]) < 0.05
