@@ -166,7 +166,7 @@ def _round(rounds: Any, runner: Any, size: int) -> Callable[[], Any]:
         for i in range(size)
     ]
     tokens = torch.tensor([row.newest_token for row in rows])
-    state = torch.randn(size, rounds.ramps.head.head.shape[1]).to(rounds.ramps.head.head.dtype)
+    state = torch.randn(size, rounds.runner.model_config.get_hidden_size()).to(rounds.runner.dtype)
 
     def run() -> None:
         with torch.inference_mode():
