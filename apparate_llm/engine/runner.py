@@ -206,7 +206,9 @@ class EarlyExitRunner(CPUModelRunner):
         if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
             spec_decode_metadata = None
         if spec_decode_metadata is not None and is_plain_greedy(self.input_batch.sampling_metadata):
-            return check(logits, spec_decode_metadata)
+            output = self._guarded(lambda: check(logits, spec_decode_metadata))
+            if output is not None:
+                return output
         return super()._sample(logits, spec_decode_metadata)
 
     # ---- rounds

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from apparate_llm.ramps.heads import Copies, FusedHead
 from apparate_llm.ramps.load import RampSet
@@ -40,7 +41,8 @@ class Int8Linear(nn.Module):
         self.kernel = init_int8_linear_kernel(
             is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="ramps"
         )
-        self.kernel.process_weights_after_loading(self)
+        with set_default_torch_dtype(torch.bfloat16):  # what some of the kernels take for that of their output
+            self.kernel.process_weights_after_loading(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.kernel.apply_weights(self, x)[:, : self.size]

@@ -26,9 +26,10 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (121, 96), (7, 160)])
+@pytest.mark.parametrize("shape", [(64, 64), (121, 96), (7, 160), (64, 50)])
 @pytest.mark.parametrize("num_rows", [1, 5, 40])
 def test_a_packed_linear_is_the_linear_within_two_percent(shape, num_rows):
+    """By either of vLLM's kernels: 50 inputs are not a multiple of what one of them wants."""
     torch.manual_seed(0)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(num_rows, shape[1]).bfloat16()
     got = Int8Linear(weight)(x)
