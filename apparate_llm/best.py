@@ -1,4 +1,4 @@
-"""The best of each row of scores. numpy's search takes a twentieth of the time of torch's, which is not vectorised."""
+"""The best of each row of scores. numpy's search takes a twentieth of torch's time for 49,152 scores."""
 
 import torch
 

@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1", help="comma-separated numbers of requests at once")
     parser.add_argument("--systems", default="plain,lossless,bounded")
     parser.add_argument("--bound", type=float, default=0.05, help="of `bounded`")
-    parser.add_argument("--prompts", default="chat", help="built-in set or file")
+    parser.add_argument("--prompts", type=Path, default=Path("chat"), help="built-in set or file")
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--json", type=Path)
