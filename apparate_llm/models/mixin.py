@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from apparate_llm.config import config_from_vllm
-from apparate_llm.models.packing import pack_for_serving
+from apparate_llm.models.packing import for_serving
 from apparate_llm.ramps.checkpoint import (
     RampError,
     RampManifest,
@@ -81,7 +81,7 @@ class EarlyExitMixin(_Base):
             base_weights = {"norm": kept[NORM_WEIGHT], "head": head}
             for depth in depths:
                 ramps = load_ramps(folder, manifest, depth=depth, base_weights=base_weights, dtype=self._dtype)
-                pack_for_serving(ramps, self._dtype)
+                ramps.head = for_serving(ramps.head, self._dtype)
                 self.ramps[str(depth)] = ramps
             loaded |= {f"ramps.{name}" for name, _ in self.ramps.named_parameters()}
         return loaded

@@ -10,17 +10,17 @@ from torch.nn import functional as F
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from apparate_llm.ramps.heads import Copies, FusedHead
-from apparate_llm.ramps.load import RampSet
+from apparate_llm.ramps.heads import Copies, FusedHead, Head
 
 LARGEST = 127
 MULTIPLE = 32  # the kernels want the number of output channels to be one of this
 
 
-def pack_for_serving(ramps: RampSet, dtype: torch.dtype) -> None:
-    """Give a trained ramp its faster head, where there is one."""
-    if dtype == torch.bfloat16 and isinstance(ramps.head, FusedHead) and current_platform.is_cpu():
-        ramps.head = PackedHead(ramps.head)
+def for_serving(head: Head, dtype: torch.dtype) -> Head:
+    """A trained ramp's faster head, where there is one, else itself."""
+    if dtype == torch.bfloat16 and isinstance(head, FusedHead) and current_platform.is_cpu():
+        return PackedHead(head)
+    return head
 
 
 class Int8Linear(nn.Module):

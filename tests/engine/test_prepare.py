@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_other_settings_in_the_same_folder_are_refused(prepared, tiny_llama):
         prepare(replace(plan_for(tiny_llama, folders["llama"]), seed=7))
 
 
-def test_ramps_show_and_evaluate(prepared, tiny_llama, tmp_path):
+def test_ramps_commands(prepared, tiny_llama, tmp_path):
     folders, _ = prepared
     folder: Path = folders["llama"]
     prompts = tmp_path / "prompts.jsonl"
@@ -180,18 +181,9 @@ def test_ramps_show_and_evaluate(prepared, tiny_llama, tmp_path):
     cli = [sys.executable, "-m", "apparate_llm.cli", "ramps"]
     shown = subprocess.run([*cli, "show", str(folder)], capture_output=True, text=True)
     assert shown.returncode == 0 and "fused ramps for LlamaForCausalLM" in shown.stdout
-    command = [
-        *cli,
-        "evaluate",
-        str(folder),
-        "--model",
-        str(tiny_llama),
-        "--prompts",
-        str(prompts),
-        "--max-tokens",
-        "20",
-    ]
-    done = subprocess.run([*command, "--json", str(tmp_path / "e.json")], capture_output=True, text=True)
+    answering = ["--model", str(tiny_llama), "--prompts", str(prompts), "--max-tokens", "20"]
+    command = [*cli, "evaluate", str(folder), *answering, "--json", str(tmp_path / "e.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["schema_version"] == 1 and [item["depth"] for item in result["depths"]] == [0, 2]
@@ -201,3 +193,12 @@ def test_ramps_show_and_evaluate(prepared, tiny_llama, tmp_path):
         assert first["rows"] == result["answer_tokens"]
         assert first["agreement"] == pytest.approx(sum(part["1"] for part in item["by_category"].values()) / 2)
     assert 0 <= result["ceiling"]["p_over_0.9_frac"] <= 1 and 0 <= result["calibration_error"] <= 1
+
+    copy = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("work")))
+    done = subprocess.run([*cli, "calibrate", str(copy), *answering], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("calibration error on these prompts") == 2
+    before, after = read_manifest(folder), read_manifest(copy)
+    assert after.training["recalibrated"] == [{"prompts": 6, "answer_tokens": result["answer_tokens"]}]
+    assert after.calibration.keys() == before.calibration.keys()
+    assert all(after.calibration[depth] != before.calibration[depth] for depth in before.depths)

@@ -220,6 +220,7 @@ def test_platt_scaling_recovers_a_known_distortion():
     scale, offset = fit(confidence, torch.rand(20_000) < true)
     assert scale == pytest.approx(0.5, abs=0.05) and offset == pytest.approx(-0.7, abs=0.05)
     assert fit(torch.empty(0), torch.empty(0, dtype=torch.bool)) == (0.0, 0.0)
+    assert fit(confidence, true) == pytest.approx((scale, offset), abs=0.1)
 
 
 def test_the_calibration_error_is_the_weighted_gap_of_the_bins():

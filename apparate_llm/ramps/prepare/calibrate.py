@@ -1,16 +1,25 @@
-"""Stage calibrate: a ramp's confidence -> probability of agreeing with the full model, per round.
+"""A ramp's confidence -> probability of agreeing with the full model, per round, fitted by Platt scaling.
 
-Fitted by Platt scaling on held-out conversations. The reported error is of fits on one half of them, measured on the
-other; the parameters kept are fitted on all.
+Stage calibrate fits on held-out conversations: the reported error is of fits on one half of them, measured on the
+other; the parameters kept are fitted on all. `ramps calibrate` then moves them towards what given prompts say.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import calibrated_all
-from apparate_llm.ramps.prepare.evaluate import calibration_error, mean
+from apparate_llm.ramps.prepare.evaluate import (
+    answer,
+    calibration_error,
+    mean,
+    measure,
+    pooled_calibration,
+    served_ramps,
+)
 from apparate_llm.ramps.prepare.synthesise import KINDS
 
 CURVE_POINTS = 50
@@ -18,7 +27,10 @@ BINS = 15
 
 
 def fit(confidence: torch.Tensor, agrees: torch.Tensor) -> tuple[float, float]:
-    """Platt scaling: (scale, offset) of sigmoid(scale * logit(confidence) + offset), by Newton's method."""
+    """Platt scaling: (scale, offset) of sigmoid(scale * logit(confidence) + offset), by Newton's method.
+
+    agrees: [rows] bool, or the probability of it.
+    """
     with torch.inference_mode(False):
         x = torch.logit(confidence.double().clone(), eps=1e-6)
         y = agrees.double().clone()
@@ -83,3 +95,29 @@ def calibrate_rounds(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
             kind: value for number, kind in enumerate(KINDS) if (value := mean(first[kinds == number])) is not None
         },
     }
+
+
+def recalibrate(
+    folder: Path, manifest: RampManifest, model: Path, prompts: list[Any], *, max_tokens: int
+) -> tuple[RampManifest, dict[int, tuple[float, float]]]:
+    """The manifest with its calibration moved half-way to what the model's greedy answers say, and the calibration
+    error of each depth on them (before, after).
+
+    Half-way: for every row, whether the ramp agreed counts as much as the probability it had.
+    """
+    answered = answer(model, manifest, prompts, max_tokens=max_tokens)
+    calibration, errors = dict(manifest.calibration), {}
+    for depth in manifest.depths:
+        ramps = served_ramps(folder, manifest, answered, depth)
+        measured = measure(answered, ramps)
+        fitted = []
+        for number, part in enumerate(measured):
+            had = ramps.calibration[min(number, len(ramps.calibration) - 1)]
+            expected = calibrated_all(part.confidence, *had)
+            fitted.append(fit(part.confidence, (expected + part.agrees.double()) / 2) if len(part.rows) else had)
+        calibration[depth] = fitted
+        before = calibration_error(*pooled_calibration(measured, ramps.calibration))
+        errors[depth] = (before, calibration_error(*pooled_calibration(measured, fitted)))
+    on = {"prompts": len(answered.prompts), "answer_tokens": answered.answer_tokens}
+    training = {**manifest.training, "recalibrated": [*manifest.training.get("recalibrated", []), on]}
+    return manifest.model_copy(update={"calibration": calibration, "training": training}), errors

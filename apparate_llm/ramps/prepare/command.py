@@ -53,14 +53,31 @@ def add_ramps(subparsers: Any) -> None:
         description="Lets the model answer the prompts greedily and measures how often each ramp agrees with it.",
         allow_abbrev=False,
     )
-    evaluate.add_argument("folder", type=Path)
-    evaluate.add_argument("--model", help="model folder (default: the embedded one)")
-    evaluate.add_argument(
-        "--prompts", type=Path, required=True, help="JSONL with `turns`, `prompt` or `messages`, and `category`"
-    )
-    evaluate.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: 128)")
+    add_answering(evaluate, several=False)
     evaluate.add_argument("--json", type=Path, help="write the results there")
     evaluate.set_defaults(run=run_evaluate)
+    calibrate = kinds.add_parser(
+        "calibrate",
+        help="fit the confidence of ramps to your prompts",
+        description="Lets the model answer the prompts greedily and moves each ramp's calibration half-way to what "
+        "that says. Only ramps.json of the folder changes.",
+        allow_abbrev=False,
+    )
+    add_answering(calibrate, several=True)
+    calibrate.set_defaults(run=run_calibrate)
+
+
+def add_answering(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", help="model folder (default: the embedded one)")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        nargs="+" if several else None,
+        help="JSONL with `turns`, `prompt` or `messages`, and `category`",
+    )
+    parser.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: 128)")
 
 
 def duration(text: str) -> float:
@@ -153,23 +170,16 @@ def run_show(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
-    from apparate_llm.launch import reexec_with_libraries
-    from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
-    from apparate_llm.ramps.prepare.engine import environment
-    from apparate_llm.serve import model_folder
+    from apparate_llm.files import write_atomically
 
     asked = load_prompts(args.prompts)
     prompts, categories = [prompt.messages for prompt in asked], [prompt.category for prompt in asked]
-    manifest = read_manifest(args.folder)
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"folder of --json not found: {args.json.parent}")
-    reexec_with_libraries(environment())
+    manifest, model = ramps_and_model(args)
 
-    from apparate_llm.files import write_atomically
     from apparate_llm.ramps.prepare.evaluate import evaluate
 
-    model = model_folder(args.model)
-    check_fits(manifest, args.folder, fingerprint=BaseModelInfo.of(model).fingerprint)
     result = evaluate(args.folder, manifest, model, prompts, categories, max_tokens=args.max_tokens)
     print_evaluation(result)
     if result.prompts < len(prompts):
@@ -182,6 +192,37 @@ def run_evaluate(args: argparse.Namespace) -> int:
         write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
         print(f"written: {args.json}", file=sys.stderr)
     return 0
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    from apparate_llm.eval.prompts import load_prompts
+    from apparate_llm.files import write_atomically
+    from apparate_llm.ramps.checkpoint import MANIFEST
+
+    prompts = [prompt.messages for file in args.prompts for prompt in load_prompts(file)]
+    manifest, model = ramps_and_model(args)
+
+    from apparate_llm.ramps.prepare.calibrate import recalibrate
+
+    manifest, errors = recalibrate(args.folder, manifest, model, prompts, max_tokens=args.max_tokens)
+    write_atomically(args.folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    for depth, (before, after) in errors.items():
+        print(f"depth {depth}: calibration error on these prompts {before:.3f} -> {after:.3f}")
+    return 0
+
+
+def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:
+    """The checked manifest and the model folder it is for; in a process with the performance libraries."""
+    from apparate_llm.launch import reexec_with_libraries
+    from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
+    from apparate_llm.ramps.prepare.engine import environment
+    from apparate_llm.serve import model_folder
+
+    manifest = read_manifest(args.folder)
+    reexec_with_libraries(environment())
+    model = model_folder(args.model)
+    check_fits(manifest, args.folder, fingerprint=BaseModelInfo.of(model).fingerprint)
+    return manifest, model
 
 
 def print_evaluation(result: Any) -> None:

@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from apparate_llm.ramps.checkpoint import RampManifest
-from apparate_llm.ramps.load import RampSet, calibrated_all
+from apparate_llm.ramps.load import RampSet, calibrated_all, load_ramps
 from apparate_llm.ramps.prepare.rows import LEAD, Rows
 from apparate_llm.ramps.prepare.train import BaseParts, Measured, RoundData, measure_head, tokens_per_cycle
 
@@ -89,44 +89,18 @@ def pooled_calibration(
     return torch.cat(confidence), torch.cat([measured.agrees for measured in rounds])
 
 
-def evaluate_depth(rows: Rows, base: BaseParts, ramps: RampSet, *, categories: list[str | None]) -> DepthResult:
-    """`categories` [number of conversations]: None where the prompt has none."""
-    data = RoundData(rows, base, depth=ramps.depth, inner=ramps.inner, vocabulary=ramps.vocabulary)
-    index = torch.nonzero(rows.answer_index > LEAD)[:, 0]
-    measured = measure_head(ramps.head, data, index)
-    by_category: dict[str, dict[str, float | None]] = defaultdict(dict)
-    rounds = []
-    names = sorted({name for name in categories if name is not None})
-    for number, result in enumerate(measured, 1):
-        conversations = rows.conversations[result.rows].tolist()
-        of_row = np.array([categories[conversation] or "" for conversation in conversations])
-        for name in names:
-            by_category[name][str(number)] = mean(result.agrees[torch.from_numpy(of_row == name)])
-        parts = [value for name in names if (value := by_category[name][str(number)]) is not None]
-        overall = mean(result.agrees)
-        agreement = sum(parts) / len(parts) if parts else overall
-        rounds.append(Round(round=number, agreement=agreement, agreement_all_rows=overall, rows=len(result.rows)))
-    return DepthResult(
-        depth=ramps.depth,
-        rounds=rounds,
-        tokens_per_cycle=tokens_per_cycle(measured),
-        calibration_error=calibration_error(*pooled_calibration(measured, ramps.calibration)),
-        by_category=dict(by_category),
-    )
+class Answered(NamedTuple):
+    """What the model answered, in rows."""
+
+    prompts: list[int]  # which of those given were answered: all but those too long for the context
+    answer_tokens: int
+    rows: Rows
+    base: BaseParts
+    dtype: torch.dtype
 
 
-def evaluate(
-    folder: Path,
-    manifest: RampManifest,
-    model: Path,
-    prompts: list[Any],
-    categories: list[str | None],
-    *,
-    max_tokens: int,
-) -> Evaluation:
-    """Generate greedily with the model, in this process, and measure every ramp of the folder on the result."""
-    from apparate_llm.models.packing import pack_for_serving
-    from apparate_llm.ramps.load import load_ramps
+def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_tokens: int) -> Answered:
+    """Generate greedily with the model, in this process, at most `max_tokens` tokens for each prompt."""
     from apparate_llm.ramps.prepare.capture import Capture
     from apparate_llm.ramps.prepare.engine import generation_engine
     from apparate_llm.ramps.prepare.rows import rows_of
@@ -152,23 +126,84 @@ def evaluate(
             max_tokens=max_tokens,
             show_progress=True,
         )
-        fitting = [number for number, answer in zip(fitting, answers, strict=True) if answer is not None]
-        conversations = [answer for answer in answers if answer is not None]
         dtype = llm.llm_engine.model_config.dtype
-    rows = rows_of(conversations)
-    base = BaseParts.of(model)
-    results = []
-    for depth in manifest.depths:
-        weights = {"norm": base.norm, "head": base.lm_head}
-        ramps = load_ramps(folder, manifest, depth=depth, base_weights=weights, dtype=dtype)
-        pack_for_serving(ramps, dtype)
-        results.append(evaluate_depth(rows, base, ramps, categories=[categories[number] for number in fitting]))
+    fitting = [number for number, answer in zip(fitting, answers, strict=True) if answer is not None]
+    conversations = [answer for answer in answers if answer is not None]
+    return Answered(
+        prompts=fitting,
+        answer_tokens=sum(len(item.answer) for item in conversations),
+        rows=rows_of(conversations),
+        base=BaseParts.of(model),
+        dtype=dtype,
+    )
+
+
+def measure(answered: Answered, ramps: RampSet) -> list[Measured]:
+    """Each round of a ramp on what was answered."""
+    rows = answered.rows
+    data = RoundData(rows, answered.base, depth=ramps.depth, inner=ramps.inner, vocabulary=ramps.vocabulary)
+    return measure_head(ramps.head, data, torch.nonzero(rows.answer_index > LEAD)[:, 0])
+
+
+def served_ramps(folder: Path, manifest: RampManifest, answered: Answered, depth: int) -> RampSet:
+    """The ramp as a server on this machine runs it."""
+    from apparate_llm.models.packing import for_serving
+
+    weights = {"norm": answered.base.norm, "head": answered.base.lm_head}
+    ramps = load_ramps(folder, manifest, depth=depth, base_weights=weights, dtype=answered.dtype)
+    ramps.head = for_serving(ramps.head, answered.dtype)
+    return ramps
+
+
+def evaluate_depth(answered: Answered, ramps: RampSet, *, categories: list[str | None]) -> DepthResult:
+    """`categories` [number of conversations]: None where the prompt has none."""
+    measured = measure(answered, ramps)
+    by_category: dict[str, dict[str, float | None]] = defaultdict(dict)
+    rounds = []
+    names = sorted({name for name in categories if name is not None})
+    for number, result in enumerate(measured, 1):
+        conversations = answered.rows.conversations[result.rows].tolist()
+        of_row = np.array([categories[conversation] or "" for conversation in conversations])
+        for name in names:
+            by_category[name][str(number)] = mean(result.agrees[torch.from_numpy(of_row == name)])
+        parts = [value for name in names if (value := by_category[name][str(number)]) is not None]
+        overall = mean(result.agrees)
+        agreement = sum(parts) / len(parts) if parts else overall
+        rounds.append(Round(round=number, agreement=agreement, agreement_all_rows=overall, rows=len(result.rows)))
+    return DepthResult(
+        depth=ramps.depth,
+        rounds=rounds,
+        tokens_per_cycle=tokens_per_cycle(measured),
+        calibration_error=calibration_error(*pooled_calibration(measured, ramps.calibration)),
+        by_category=dict(by_category),
+    )
+
+
+def evaluate(
+    folder: Path,
+    manifest: RampManifest,
+    model: Path,
+    prompts: list[Any],
+    categories: list[str | None],
+    *,
+    max_tokens: int,
+) -> Evaluation:
+    """Measure every ramp of the folder on the model's greedy answers."""
+    answered = answer(model, manifest, prompts, max_tokens=max_tokens)
+    results = [
+        evaluate_depth(
+            answered,
+            served_ramps(folder, manifest, answered, depth),
+            categories=[categories[number] for number in answered.prompts],
+        )
+        for depth in manifest.depths
+    ]
     default = next(result for result in results if result.depth == manifest.default_depth)
     return Evaluation(
         model=model.name,
-        prompts=len(fitting),
-        answer_tokens=sum(len(item.answer) for item in conversations),
+        prompts=len(answered.prompts),
+        answer_tokens=answered.answer_tokens,
         depths=results,
-        ceiling=ceiling(rows),
+        ceiling=ceiling(answered.rows),
         calibration_error=default.calibration_error,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from apparate_llm.files import replacing
+from apparate_llm.models.packing import for_serving
 from apparate_llm.ramps.checkpoint import VOCABULARY
 from apparate_llm.ramps.prepare.engine import ELEMENT_SIZE
 from apparate_llm.ramps.prepare.evaluate import ceiling
@@ -62,7 +63,7 @@ def train_depth(run: Run, rows_record: dict[str, Any], depth: int, *, after: int
     run.progress.remove_task(task)
     held_out = starts(rows, held_out=True)
     data = RoundData(rows, base, depth=depth, inner=plan.inner, vocabulary=vocabulary)
-    measured = measure_head(head, data, held_out)
+    measured = measure_head(for_serving(head, rows.final.dtype), data, held_out)
     tensors = {name: value.contiguous() for name, value in head.state_dict().items() if name != "head"}
     _save_tensors(workspace.path(f"head-{depth}.safetensors"), tensors | {VOCABULARY: vocabulary.int()})
     _save_measured(workspace.path(f"measured-{depth}.safetensors"), measured, rows, kinds)
