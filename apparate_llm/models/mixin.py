@@ -76,7 +76,7 @@ class EarlyExitMixin(_Base):
             folder, manifest = self._choose_ramps(fingerprint.hexdigest())
             self.default_depth = choose_depth(manifest, self.early_exit_config.depth)
             depths = manifest.depths if self.early_exit_config.depth == "auto" else [self.default_depth]
-            self.ramps_sha256 = manifest.weights_sha256
+            self.ramps_sha256 = manifest.sha256()
             head = next(kept[name] for name in HEAD_WEIGHTS if name in kept)
             base_weights = {"norm": kept[NORM_WEIGHT], "head": head}
             for depth in depths:

@@ -80,6 +80,11 @@ class RampManifest(BaseModel):
             num_inner=len(self.inner),
         )
 
+    def sha256(self) -> str:
+        """Of all that decides what the ramps say: weights and calibration."""
+        calibration = self.model_dump_json(include={"calibration"})
+        return hashlib.sha256((self.weights_sha256 + calibration).encode()).hexdigest()
+
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:

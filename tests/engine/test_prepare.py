@@ -201,4 +201,6 @@ def test_ramps_commands(prepared, tiny_llama, tmp_path):
     before, after = read_manifest(folder), read_manifest(copy)
     assert after.training["recalibrated"] == [{"prompts": 6, "answer_tokens": result["answer_tokens"]}]
     assert after.calibration.keys() == before.calibration.keys()
+    assert after.weights_sha256 == before.weights_sha256
+    assert after.sha256() != before.sha256()  # what was learned with the old calibration is not taken up
     assert all(after.calibration[depth] != before.calibration[depth] for depth in before.depths)
