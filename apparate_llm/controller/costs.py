@@ -11,6 +11,8 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # where a 
 MEMORY = 32  # observations a point averages over
 MAX_SURPRISE = 2.0  # an observation counts as at most so many times what was expected: something disturbed it
 SETTLED = 4
+GUESS_WEIGHT = 4.0  # observations that what was expected of a new point counts as at first
+GUESS_FADES = 0.25  # less for each observation
 STALE = 256  # observations elsewhere after which a point's mean counts for little
 PACE_GAIN = 0.2  # how fast the pace follows the last passes
 NOTICEABLE = 0.01  # change of a mean after which the curve is made anew
@@ -24,6 +26,7 @@ class CostCurve:
     prior: tuple[float, ...]  # ms at each of ROWS; only the shape counts once something was measured
     means: list[float] = field(default_factory=lambda: [0.0] * len(ROWS))
     counts: list[int] = field(default_factory=lambda: [0] * len(ROWS))
+    guesses: list[float] = field(default_factory=lambda: [0.0] * len(ROWS))  # what was expected before the first one
     seen: list[int] = field(default_factory=lambda: [0] * len(ROWS))  # number of the last observation at each point
     num_observed: int = 0
     values: list[float] = field(default_factory=list)  # what `__call__` reads
@@ -32,7 +35,7 @@ class CostCurve:
     def __post_init__(self) -> None:
         """Raises ValueError for lists that do not fit ROWS, as a state file may hold them."""
         self.prior = tuple(self.prior)
-        if {len(self.prior), len(self.means), len(self.counts)} != {len(ROWS)}:
+        if {len(self.prior), len(self.means), len(self.counts), len(self.guesses)} != {len(ROWS)}:
             raise ValueError(f"a cost curve has {len(ROWS)} points, got {len(self.means)}")
         if not self.values:
             self._settle()
@@ -62,13 +65,17 @@ class CostCurve:
         point = right if ROWS[right] == rows or rows - ROWS[left] > ROWS[right] - rows else left
         if max(self.counts) >= SETTLED:
             ms = min(ms, MAX_SURPRISE * self(rows))
+        if not self.counts[point]:
+            self.guesses[point] = self.values[point] if any(self.counts) else ms
         self.num_observed += 1
         if self.num_observed - self.seen[point] > STALE:
             self.counts[point] = min(self.counts[point], SETTLED)  # what it cost long ago says little
+            self.guesses[point] = self.values[point]
         self.seen[point] = self.num_observed
         self.counts[point] = min(self.counts[point] + 1, MEMORY)
         self.means[point] += (ms - self.means[point]) / self.counts[point]
-        if abs(self.means[point] - self.settled[point]) > NOTICEABLE * self.means[point]:
+        is_new = GUESS_FADES * self.counts[point] <= GUESS_WEIGHT
+        if is_new or abs(self.means[point] - self.settled[point]) > NOTICEABLE * self.means[point]:
             self._settle()
 
     def measured(self) -> dict[int, float]:
@@ -82,10 +89,15 @@ class CostCurve:
                 left = max((j for j in known if j <= i), default=known[0])
                 right = min((j for j in known if j >= i), default=known[-1])
                 share = (i - left) / (right - left) if right > left else 0.0
-                times = [self.means[j] / self.prior[j] for j in (left, right)]  # of the prior
+                times = [self._believed(j) / self.prior[j] for j in (left, right)]  # of the prior
                 raw[i] = self.prior[i] * (times[0] + share * (times[1] - times[0]))
         self.settled = list(self.means)
         self.values = _isotonic(raw, [max(count, 1) for count in self.counts])
+
+    def _believed(self, point: int) -> float:
+        """A single slow pass must not make a new number of rows look dear: it would not be tried again."""
+        weight = max(0.0, GUESS_WEIGHT - GUESS_FADES * self.counts[point])
+        return (self.counts[point] * self.means[point] + weight * self.guesses[point]) / (self.counts[point] + weight)
 
 
 def _isotonic(values: list[float], weights: list[int]) -> list[float]:

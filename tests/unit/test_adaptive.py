@@ -20,7 +20,7 @@ def offered(confidence: float, number: int = 0, depth: int = 0) -> Exit:
 
 def teach(policy: AdaptivePolicy, *, pass_ms: float = 20.0, row_ms: float = 0.2, round_ms: float = 1.0) -> None:
     """What a machine costs."""
-    for _ in range(8):
+    for _ in range(32):
         for rows in (1, 2, 4, 8, 16, 32, 64):
             policy.completed(1, rows, pass_ms + row_ms * rows)
             policy.round_took(policy.depth, rows, round_ms)
@@ -28,7 +28,7 @@ def teach(policy: AdaptivePolicy, *, pass_ms: float = 20.0, row_ms: float = 0.2,
 
 def test_sure_exits_are_released_likely_ones_held_and_hopeless_ones_left():
     policy = make()
-    teach(policy)
+    teach(policy, row_ms=1.0)
     assert policy.start(1) == 4
     assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is Verb.RELEASE
     assert policy.decide(offered(0.99), reach=1.0, may_release=False, num_rows=1) is Verb.HOLD

@@ -89,5 +89,21 @@ def test_a_lasting_change_of_speed_is_the_paces_and_a_new_number_of_rows_its_own
         model.observe_completion(1, 20.0)
     assert model.completion(1) * model.pace == pytest.approx(20.0, rel=0.02)
     before = model.pace
-    model.observe_completion(8, 30.0)
-    assert model.completion(8) * model.pace == pytest.approx(30.0, rel=0.02) and model.pace == pytest.approx(before)
+    for _ in range(40):
+        model.observe_completion(8, 30.0)
+        model.observe_completion(1, 20.0)
+    assert model.completion(8) * model.pace == pytest.approx(30.0, rel=0.02)
+    assert model.completion(1) * model.pace == pytest.approx(20.0, rel=0.02)
+    assert model.pace == pytest.approx(before, rel=0.05)
+
+
+def test_a_single_slow_pass_does_not_make_a_new_number_of_rows_dear():
+    curve = CostCurve(PRIOR_PASS_MS)
+    for _ in range(40):
+        curve.observe(8, 40.0)
+    expected = curve(16)
+    curve.observe(16, 2 * expected)
+    assert curve(16) < 1.25 * expected
+    for _ in range(40):
+        curve.observe(16, 2 * expected)
+    assert curve(16) == pytest.approx(2 * expected, rel=0.1)
