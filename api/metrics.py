@@ -1,14 +1,17 @@
-"""Exit counters on vLLM's /metrics page. They live in the worker; a task asks for them every few seconds."""
+"""What exits do, on vLLM's /metrics page. The counts live in the worker; a task asks for them every second."""
 
 import asyncio
+import json
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
-from prometheus_client.core import REGISTRY, CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-POLL_INTERVAL_S = 5.0
-COUNTERS = {
+POLL_INTERVAL_S = 1.0
+PREFIX = "apparate:"
+COUNTERS = {  # field of the counts -> help
     "emitted": "Output tokens, exits included",
     "held": "Held exits checked by the full model",
     "accepted": "Held exits that were emitted",
@@ -18,33 +21,92 @@ COUNTERS = {
     "diverged": "Emitted tokens that differ from their verdict",
     "regret_nats": "Over all divergences, how much better the full model's best token was",
     "unverified": "Released exits whose request ended before their verdict",
+    "completion_passes": "Passes through all layers",
+    "rounds": "Shallow rounds",
     "targets_met": "Requests that ended within their time per output token",
     "targets_missed": "Requests that were slower than their target",
     "fallbacks": "Times early exits failed and serving went on without them",
 }
+HISTOGRAMS = {  # distribution -> (name, help, what a unit of the metric is in the distribution's)
+    "tpt_ms": ("time_per_output_token_seconds", "Time per output token of requests that ended", 1e3),
+    "tokens_per_pass": ("tokens_per_pass", "Tokens a request gets of one completion pass", 1.0),
+    "completion_ms": ("completion_seconds", "Engine steps without their rounds", 1e3),
+    "round_ms": ("round_seconds", "Shallow rounds", 1e3),
+    "controller_ms": ("controller_seconds", "Decisions of the controller, per engine step", 1e3),
+    "regret_nats": ("divergence_regret_nats", "Regret of a divergence", 1.0),
+}
 
 
 class ExitCollector(Collector):
+    """The last status of the worker, for the metrics page and for whoever waits for the next one."""
+
     def __init__(self) -> None:
-        self.status: dict[str, Any] | None = None  # written by `poll`, None before the first answer
+        self.status: dict[str, Any] | None = None  # None before the first answer
+        self._text = ""
+        self._published = asyncio.Event()
+
+    def publish(self, status: dict[str, Any]) -> None:
+        self.status, self._text = status, json.dumps(status)
+        self._published.set()
+        self._published = asyncio.Event()
+
+    async def next_text(self) -> str:
+        """The next status that is published, as JSON."""
+        await self._published.wait()
+        return self._text
 
     def collect(self) -> Iterable[Metric]:
-        if self.status is None:
-            return
-        for name, help_text in COUNTERS.items():
-            yield CounterMetricFamily(f"apparate:{name}", help_text, value=self.status["counts"][name])
-        active = float(self.status["active"])
-        yield GaugeMetricFamily("apparate:active", "1 while exits are made, 0 after a failure", value=active)
+        if self.status is not None:
+            yield from metrics_of(self.status)
+
+
+def metrics_of(status: dict[str, Any]) -> Iterable[Metric]:
+    """`status`: the worker's `early_exit_status`."""
+    counts = status["counts"]
+    for name, help_text in COUNTERS.items():
+        yield CounterMetricFamily(PREFIX + name, help_text, value=counts[name])
+    exits = CounterMetricFamily(
+        f"{PREFIX}exits", "Exits by ramp depth and what became of them", labels=["depth", "outcome"]
+    )
+    for outcome, by_depth in counts["outcomes"].items():
+        for depth, number in by_depth.items():
+            exits.add_metric([str(depth), outcome], number)
+    yield exits
+    for name, (help_text, value) in gauges_of(status).items():
+        if value is not None:
+            yield GaugeMetricFamily(PREFIX + name, help_text, value=float(value))
+    for field, (name, help_text, unit) in HISTOGRAMS.items():
+        spread = status["distributions"][field]
+        bounds = [*(str(bound / unit) for bound in spread["bounds"]), "+Inf"]
+        buckets = list(zip(bounds, accumulate(spread["counts"]), strict=True))
+        yield HistogramMetricFamily(PREFIX + name, help_text, buckets=buckets, sum_value=spread["total"] / unit)
+
+
+def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Name -> (help, value); None for what there is not."""
+    config, counts = status["config"], status["counts"]
+    return {
+        "active": ("1 while exits are made, 0 after a failure", status["active"]),
+        "divergence_ratio": ("Share of emitted tokens that differ from their verdict", counts["divergence_frac"]),
+        "outstanding": ("Released exits that wait for their verdict", counts["outstanding"]),
+        "accuracy_bound": ("Largest share of emitted tokens that may differ", config["accuracy_bound"]),
+        "budget_left": ("Divergences (or nats) that the bound allows now", status["budget_left"]),
+        "budget_fill_ratio": ("Share of the most that the budget can save up", status["budget_fill_frac"]),
+        "tpt_target_seconds": (
+            "Time per output token aimed at",
+            config["tpt_target_ms"] and config["tpt_target_ms"] / 1e3,
+        ),
+        "depth": ("Decoder blocks before the ramp in use", status["depth"]),
+        "max_exits": ("Most exits per request and engine step", config["max_exits"]),
+        "threshold": (
+            "Confidence from which policy static releases",
+            config["threshold"] if config["policy"] == "static" else None,
+        ),
+    }
 
 
 async def poll(collector: ExitCollector, engine: Any) -> None:
     """Runs as long as the engine answers."""
     while not engine.errored:
-        collector.status = (await engine.collective_rpc("early_exit_status"))[0]
+        collector.publish((await engine.collective_rpc("early_exit_status"))[0])
         await asyncio.sleep(POLL_INTERVAL_S)
-
-
-def start_polling(engine: Any) -> asyncio.Task[None]:
-    collector = ExitCollector()
-    REGISTRY.register(collector)
-    return asyncio.create_task(poll(collector, engine))

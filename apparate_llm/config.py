@@ -78,6 +78,20 @@ class EarlyExitConfig(BaseModel):
     )
 
 
+# What may change while the server runs.
+LIVE_KNOBS = (
+    "policy",
+    "accuracy_bound",
+    "tpt_target_ms",
+    "allow_looser_requests",
+    "max_exits",
+    "depth",
+    "threshold",
+    "hold_threshold",
+    "max_rows",
+)
+
+
 class RequestKnobs(BaseModel):
     """What a request may set for itself, in `vllm_xargs`."""
 
@@ -98,6 +112,15 @@ def parse_config(raw: Any) -> EarlyExitConfig:
         return EarlyExitConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"early_exit: {_problems(error, EarlyExitConfig)}") from None
+
+
+def parse_live(changes: Any, config: EarlyExitConfig) -> EarlyExitConfig:
+    """The knobs of a running server with some of them changed; raises ConfigError."""
+    if not isinstance(changes, dict):
+        raise ConfigError(f"early_exit must be an object of knobs, got {type(changes).__name__}")
+    if fixed := [name for name in changes if name not in LIVE_KNOBS]:
+        raise ConfigError(f"early_exit: {fixed[0]}: cannot be changed while serving (allowed: {', '.join(LIVE_KNOBS)})")
+    return parse_config({**config.model_dump(), **changes})
 
 
 def parse_request_knobs(extra_args: dict[str, Any] | None, config: EarlyExitConfig) -> RequestKnobs:

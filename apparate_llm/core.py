@@ -1,7 +1,7 @@
 """Shared nouns. Imports nothing of ours and nothing heavy."""
 
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
 
@@ -25,6 +25,18 @@ class Exit:
     greedy: bool = True  # its verdict is the full model's best token; else whether vLLM's sampler keeps it
     probability: float = 0.0  # of agreeing with its verdict; written by the policy
     verb: Verb = Verb.STOP  # what became of it; written by the rounds
+    diverged: bool = False  # held and let through although its verdict differs
+
+
+class Outcome(StrEnum):
+    """What became of an exit in the end."""
+
+    HELD_ACCEPTED = "held_accepted"
+    HELD_ACCEPTED_DIVERGED = "held_accepted_diverged"  # emitted although the full model disagreed
+    HELD_REJECTED = "held_rejected"
+    RELEASED_RIGHT = "released_right"
+    RELEASED_DIVERGED = "released_diverged"
+    RELEASED_UNVERIFIED = "released_unverified"  # its request ended first
 
 
 @dataclass(slots=True)
@@ -45,6 +57,7 @@ class ExitCounts:
     rounds: int = 0
     shallow_blocks: int = 0  # decoder blocks run for rows of rounds
     exits_by_depth: dict[int, int] = field(default_factory=dict)  # emitted, released or accepted
+    outcomes: dict[Outcome, dict[int, int]] = field(default_factory=lambda: {outcome: {} for outcome in Outcome})
     regret_nats: float = (
         0.0  # over all divergences: log-probability of the full model's best token less the emitted one's
     )
@@ -52,6 +65,13 @@ class ExitCounts:
 
     def emit_exits(self, depth: int, number: int) -> None:
         self.exits_by_depth[depth] = self.exits_by_depth.get(depth, 0) + number
+
+    def settle(self, outcome: Outcome, depth: int, number: int = 1) -> None:
+        by_depth = self.outcomes[outcome]
+        by_depth[depth] = by_depth.get(depth, 0) + number
+
+    def settled(self, *outcomes: Outcome) -> int:
+        return sum(sum(self.outcomes[outcome].values()) for outcome in outcomes)
 
     @property
     def outstanding(self) -> int:
@@ -69,4 +89,5 @@ class ExitCounts:
 
     def as_dict(self) -> dict[str, Any]:
         derived = ("outstanding", "diverged", "divergence_frac")
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        outcomes = {outcome.value: dict(by_depth) for outcome, by_depth in self.outcomes.items()}
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}, "outcomes": outcomes}

@@ -160,7 +160,7 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in after.items():
         if isinstance(value, dict):
-            found[name] = {key: number - before.get(name, {}).get(key, 0) for key, number in value.items()}
+            found[name] = difference(before.get(name, {}), value)
         elif name != "divergence_frac":
             found[name] = value - (before.get(name) or 0)
     return found

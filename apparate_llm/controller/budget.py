@@ -28,15 +28,25 @@ class Bucket:
     capacity: float
     earned: float  # in all, whatever the capacity cut off, the initial balance included
     spent: float = 0.0  # in all, less what came back
+    allowance: float = 0.0  # of `earned`, what was there at the start
 
     @classmethod
     def of_server(cls, bound: float) -> "Bucket":
-        return cls(bound, 0.0, max(LEAST_CAPACITY, HORIZON_TOKENS * bound), 0.0)
+        return cls(bound, 0.0, server_capacity(bound), 0.0)
 
     @classmethod
     def of_request(cls, bound: float) -> "Bucket":
         allowance = REQUEST_ALLOWANCE if bound > 0 else 0.0
-        return cls(bound, allowance, float("inf"), allowance)
+        return cls(bound, allowance, float("inf"), earned=allowance, allowance=allowance)
+
+    @property
+    def earned_by_tokens(self) -> float:
+        return self.earned - self.allowance
+
+    def change_bound(self, bound: float) -> None:
+        """Of the server: from now on tokens earn `bound`; no more than its capacity is kept of what was saved up."""
+        self.bound, self.capacity = bound, server_capacity(bound)
+        self.balance = min(self.balance, self.capacity)
 
     def earn(self, amount: float) -> None:
         self.earned += amount
@@ -58,6 +68,10 @@ class Bucket:
         assert self.spent <= self.earned + ROUNDING * (1 + self.earned), f"budget overspent: {self}"
 
 
+def server_capacity(bound: float) -> float:
+    return max(LEAST_CAPACITY, HORIZON_TOKENS * bound)
+
+
 class AccuracyBudget:
     """The server's bucket, and what is paid from it and from a request's own."""
 
@@ -69,6 +83,9 @@ class AccuracyBudget:
     def fill_frac(self) -> float:
         """Share of the server's capacity that is there to be spent, in [0, 1]."""
         return max(0.0, self.server.balance) / self.server.capacity
+
+    def change_bound(self, bound: float) -> None:
+        self.server.change_bound(bound)
 
     def emit(self, request: Bucket, num_tokens: int) -> None:
         request.earn(request.bound * num_tokens)

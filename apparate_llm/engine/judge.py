@@ -61,6 +61,6 @@ def judge_held(
                 and policy.accepts(regret, held[i + 1 :], ledger.budget.fill_frac)
             )
             if passes:
-                ledger.accept_divergence(request_id, regret)
+                ledger.accept_divergence(request_id, exit_, regret)
                 logits[rows[row], exit_.token_id] += regret + 1.0  # one above the best
     return verdicts

@@ -61,6 +61,12 @@ class Rounds:
         self.budget = budget
         self.max_exits = max_exits
         self.share = share
+        self._deciding_ms = 0.0
+
+    def take_deciding_ms(self) -> float:
+        """What the policy's decisions took since this was asked last."""
+        took, self._deciding_ms = self._deciding_ms, 0.0
+        return took
 
     @property
     def ramps(self) -> RampSet:
@@ -86,6 +92,7 @@ class Rounds:
         for number in range(num_rounds):
             prediction = self.share(self.predict(live, tokens, state, number))
             going: list[int] = []
+            predicted = perf_counter()
             for i, (row, token, confidence) in enumerate(
                 zip(live, prediction.token_ids.tolist(), prediction.confidences, strict=True)
             ):
@@ -94,6 +101,7 @@ class Rounds:
                 if taken and token not in row.stop_token_ids:
                     going.append(i)
             now = perf_counter()
+            self._deciding_ms += (now - predicted) * 1e3
             spent.append((len(live), (now - began) * 1e3))
             began = now
             reaches = [live[i].reach for i in going]

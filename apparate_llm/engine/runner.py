@@ -4,6 +4,7 @@ Adds to one engine step: verdict rows in the completion pass, their comparison, 
 """
 
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from vllm.logger import init_logger
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, RequestKnobs, config_from_vllm, parse_request_knobs
-from apparate_llm.controller.budget import AccuracyBudget, Bucket
+from apparate_llm.controller.budget import AccuracyBudget
 from apparate_llm.controller.feedback import FeedbackLog
-from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.state import ControllerState, resolve_path
 from apparate_llm.engine.clock import StepClock
 from apparate_llm.engine.eligibility import is_releasable, stop_token_ids
 from apparate_llm.engine.greedy import check, is_plain_greedy
 from apparate_llm.engine.judge import best_and_regret, judge_held
+from apparate_llm.engine.live import LivePolicy, exits_of, reconfigured, requests_follow
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.parallel import share_prediction
 from apparate_llm.engine.rounds import Rounds, Row
@@ -38,6 +39,7 @@ class EarlyExitRunner(CPUModelRunner):
         self.ledger = VerdictLedger(AccuracyBudget(self.exit_config.accuracy_bound, self.exit_config.bound_kind))
         self.clock = StepClock(get_tp_group())
         self.rounds: Rounds | None = None  # None: no exits
+        self.live: LivePolicy | None = None  # None: started without exits
         self.controller_state: ControllerState | None = None  # None: nothing is kept
         self.feedback: FeedbackLog | None = None
         self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
@@ -61,7 +63,8 @@ class EarlyExitRunner(CPUModelRunner):
         others = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
         self.vllm_config.additional_config = others | {"early_exit_inner_depths": sorted(inner_depths)}
         num_layers = self.model_config.get_total_num_hidden_layers()
-        policy = make_policy(config, depth=depth, depths=tuple(sorted(ramps)), num_layers=num_layers)
+        self.live = LivePolicy(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
+        policy = self.live.make(config)
         self.rounds = Rounds(
             self,
             ramps=ramps,
@@ -123,14 +126,13 @@ class EarlyExitRunner(CPUModelRunner):
         except ConfigError as error:
             logger.error("%s; the server's own settings are used", error)
             knobs = RequestKnobs.model_validate({})
-        bound = config.accuracy_bound if knobs.accuracy_bound is None else knobs.accuracy_bound
-        return RequestExits(
-            releasable=is_releasable(params),
-            greedy=params.temperature == 0.0,
-            takes_exits=bool(knobs.early_exit),
-            bucket=Bucket.of_request(bound),
-            tpt_target_ms=knobs.tpt_target_ms or config.tpt_target_ms,
-        )
+        return exits_of(knobs, config, releasable=is_releasable(params), greedy=params.temperature == 0.0)
+
+    def reconfigure(self, changes: Any) -> None:
+        """Serve with other knobs from the next step on; raises ConfigError if they are not allowed."""
+        self.exit_config = reconfigured(self.live, self.rounds, self.exit_config, changes)
+        requests_follow(self.ledger, self.exit_config)
+        logger.info("Early exits go on with %s", self.exit_config)
 
     # ---- verdicts: extra logits rows, taken off again before vLLM samples
 
@@ -256,12 +258,15 @@ class EarlyExitRunner(CPUModelRunner):
     def _learn(self) -> None:
         """Tell the policy what the step has shown."""
         assert self.rounds is not None
-        policy, took = self.rounds.policy, self.clock.last
+        policy, took, spread = self.rounds.policy, self.clock.last, self.ledger.distributions
+        began_s = perf_counter()
         for verdict in self._judged:
             if verdict.follows_text:
                 policy.verdict(verdict.exit, verdict.agrees)
         if took is not None:
             policy.completed(took.num_requests, took.num_rows, took.completion_ms)
+            spread.completion_ms.observe(took.completion_ms)
+        spread.controller_ms.observe((perf_counter() - began_s) * 1e3 + self.rounds.take_deciding_ms())
         if self.feedback is not None:
             self.feedback.completed(took, self._judged)
         if self.controller_state is not None:
@@ -285,20 +290,19 @@ class EarlyExitRunner(CPUModelRunner):
         self.ledger.counts.shallow_blocks += policy.depth * sum(num_rows for num_rows, _ in spent)
         for num_rows, ms in self.clock.shared_rounds(spent):
             policy.round_took(policy.depth, num_rows, ms)
+            self.ledger.distributions.round_ms.observe(ms)
         if self.feedback is not None:
             self.feedback.rounds(spent)
 
     def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int]) -> list[Row]:
         """Count this step's checked tokens; a row for each request that goes on and takes exits."""
-        counts, batch, now_s = self.ledger.counts, self.input_batch, self.clock.now_s
+        batch, now_s = self.input_batch, self.clock.now_s
         judged = {verdict.request_id for verdict in self._judged if not verdict.released}
         rows = []
         for index, checked in enumerate(sampled_token_ids):
             if not checked:  # a prompt chunk
                 continue
             num_accepted = len(checked) - 1
-            counts.held += num_drafts[index]
-            counts.accepted += num_accepted
             request_id = batch.req_ids[index]
             request = self.requests[request_id]
             params = request.sampling_params
@@ -310,8 +314,7 @@ class EarlyExitRunner(CPUModelRunner):
             end = int(batch.num_tokens_no_spec[index])
             num_context_left = self.max_model_len - end
             exits = self.ledger.requests[request_id]
-            if num_accepted:
-                counts.emit_exits(exits.held[0].depth, num_accepted)
+            self.ledger.checked(exits, num_drafts[index], num_accepted)
             self._judge_by_sampling(request_id, exits, checked, end, 0 if request_id in judged else num_drafts[index])
             self.ledger.emit(request_id, num_emitted + min(num_left, 0), now_s)
             if num_emitted < len(checked) or checked[-1] in stops or num_left <= 0 or num_context_left <= 0:

@@ -4,8 +4,10 @@ import logging
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from apparate_llm.config import RequestKnobs
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
-from apparate_llm.core import Exit, ExitCounts
+from apparate_llm.core import Exit, ExitCounts, Outcome
+from apparate_llm.engine.distributions import Distributions
 
 logger = logging.getLogger("vllm.apparate")
 LEAST_TOKENS = 16  # a request must have for its time per token to count
@@ -35,12 +37,13 @@ class RequestExits:
     releasable: bool  # False where the request's contract needs the full model's scores
     bucket: Bucket
     greedy: bool = True
-    takes_exits: bool = True
+    knobs: RequestKnobs = RequestKnobs.model_validate({})  # noqa: RUF009 - frozen
     tpt_target_ms: float | None = None
     outstanding: list[Exit] = field(default_factory=list)  # released, no verdict yet
     held: list[Exit] = field(default_factory=list)  # of the last rounds, in order
     offered: Exit | None = None  # what the ramp proposed next and the policy did not take
     num_emitted: int = 0
+    num_since_pass: int = 0  # emitted after the last completion pass: released exits
     num_diverged: int = 0
     first_token_s: float | None = None  # on the monotonic clock, of the step that emitted it
     last_token_s: float = 0.0
@@ -52,6 +55,10 @@ class RequestExits:
         if self.first_token_s is None or self.num_emitted < 2:
             return False
         return (now_s - self.first_token_s) * 1e3 > self.tpt_target_ms * (self.num_emitted - 1)
+
+    @property
+    def takes_exits(self) -> bool:
+        return bool(self.knobs.early_exit)
 
     @property
     def tpt_ms(self) -> float | None:
@@ -80,6 +87,7 @@ class VerdictLedger:
         self.budget = budget
         self.counts = ExitCounts()
         self.audit = Audit()
+        self.distributions = Distributions()
         self.requests: dict[str, RequestExits] = {}
 
     def add_request(self, request_id: str, request: RequestExits) -> None:
@@ -91,6 +99,10 @@ class VerdictLedger:
         if request is None:
             return
         self.counts.unverified += len(request.outstanding)
+        for exit_ in request.outstanding:
+            self.counts.settle(Outcome.RELEASED_UNVERIFIED, exit_.depth)
+        if request.tpt_ms is not None:
+            self.distributions.tpt_ms.observe(request.tpt_ms)
         if request.tpt_target_ms is not None and request.num_emitted >= LEAST_TOKENS:
             assert request.tpt_ms is not None
             if request.tpt_ms <= request.tpt_target_ms * TARGET_TOLERANCE:
@@ -119,8 +131,23 @@ class VerdictLedger:
             request.first_token_s = now_s
         request.last_token_s = now_s
         request.num_emitted += num_tokens
+        self.distributions.tokens_per_pass.observe(num_tokens + request.num_since_pass)
+        request.num_since_pass = 0
         self.counts.emitted += num_tokens
         self.budget.emit(request.bucket, num_tokens)
+
+    def checked(self, request: RequestExits, num_held: int, num_accepted: int) -> None:
+        """The full model has looked at the first `num_held` held exits and emits `num_accepted` of them; divergences
+        let through are counted already."""
+        self.counts.held += num_held
+        self.counts.accepted += num_accepted
+        for i, exit_ in enumerate(request.held[:num_held]):
+            if i >= num_accepted:
+                self.counts.settle(Outcome.HELD_REJECTED, exit_.depth)
+                continue
+            self.counts.emit_exits(exit_.depth, 1)
+            if not exit_.diverged:
+                self.counts.settle(Outcome.HELD_ACCEPTED, exit_.depth)
 
     def release(self, request_id: str, exits: list[Exit]) -> None:
         """They go out, too; the budget was paid when the policy said so."""
@@ -128,6 +155,7 @@ class VerdictLedger:
         assert request.releasable, f"released an exit of request {request_id}, which takes none"
         request.outstanding.extend(exits)
         request.num_emitted += len(exits)
+        request.num_since_pass += len(exits)
         self.counts.released += len(exits)
         for exit_ in exits:
             self.counts.emit_exits(exit_.depth, 1)
@@ -154,6 +182,7 @@ class VerdictLedger:
             request.outstanding.remove(item.exit)
             agrees = token_id == item.exit.token_id
             self.counts.verified += 1
+            self.counts.settle(Outcome.RELEASED_RIGHT if agrees else Outcome.RELEASED_DIVERGED, item.exit.depth)
             if agrees:
                 self.budget.prove_right(request.bucket)
             else:
@@ -162,9 +191,11 @@ class VerdictLedger:
             verdicts.append(Verdict(item.request_id, item.exit, True, agrees, regret))
         return verdicts
 
-    def accept_divergence(self, request_id: str, regret_nats: float) -> None:
+    def accept_divergence(self, request_id: str, exit_: Exit, regret_nats: float) -> None:
         """A held exit is emitted although its verdict differs; `emit` counts it with the checked tokens."""
         request = self.requests[request_id]
+        exit_.diverged = True
+        self.counts.settle(Outcome.HELD_ACCEPTED_DIVERGED, exit_.depth)
         self.budget.accept(request.bucket, regret_nats)
         self.counts.accepted_diverged += 1
         self._diverged(request, regret_nats, num_uncounted=1)
@@ -173,8 +204,9 @@ class VerdictLedger:
         """An emitted token is known to differ. No other moment can raise a share: all else is tokens emitted.
         num_uncounted: of them not in the counts yet."""
         self.counts.regret_nats += regret_nats
+        self.distributions.regret_nats.observe(regret_nats)
         request.num_diverged += 1
-        excess = request.num_diverged - request.bucket.bound * (request.num_emitted + num_uncounted)
+        excess = request.num_diverged - request.bucket.earned_by_tokens - request.bucket.bound * num_uncounted
         self.audit.largest_request_excess = max(self.audit.largest_request_excess, excess)
         if self.counts.emitted > SETTLED_TOKENS:
             share = self.counts.diverged / (self.counts.emitted + num_uncounted)
@@ -190,6 +222,10 @@ class VerdictLedger:
         assert 0 <= counts.released_diverged <= counts.verified, f"more divergences than verdicts: {counts}"
         by_depth = sum(counts.exits_by_depth.values())
         assert counts.released + counts.accepted == by_depth, f"{by_depth} exits by depth: {counts}"
+        assert counts.settled(Outcome.RELEASED_RIGHT, Outcome.RELEASED_DIVERGED) == counts.verified, f"{counts}"
+        assert counts.settled(Outcome.RELEASED_UNVERIFIED) == counts.unverified, f"{counts}"
+        held = counts.settled(Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGED, Outcome.HELD_REJECTED)
+        assert held == counts.held, f"{held} held exits have an outcome: {counts}"
         assert counts.released + counts.accepted <= counts.emitted, f"more exits than tokens: {counts}"
         for bucket in (self.budget.server, *(request.bucket for request in self.requests.values())):
             bucket.check_integrity()

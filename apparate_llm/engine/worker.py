@@ -7,6 +7,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from apparate_llm.config import ConfigError
 from apparate_llm.engine.runner import EarlyExitRunner
 from apparate_llm.patches.ledger import apply_all
 
@@ -36,9 +37,25 @@ class EarlyExitWorker(CPUWorker):
             "config": runner.exit_config.model_dump(),
             "counts": runner.ledger.counts.as_dict(),
             "audit": asdict(runner.ledger.audit),
+            "distributions": runner.ledger.distributions.as_dict(),
             "budget_fill_frac": runner.ledger.budget.fill_frac,
+            "budget_left": runner.ledger.budget.server.balance,
             "controller": policy.status() if policy else {},
         }
+
+    def early_exit_configure(self, changes: dict[str, Any]) -> str | None:
+        """Change knobs from the next step on; one line on why not, where they are not allowed."""
+        try:
+            self.model_runner.reconfigure(changes)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def early_exit_forget(self) -> None:
+        """Drop what the controller has learned; totals go on."""
+        runner = self.model_runner
+        if runner.live is not None and runner.rounds is not None:
+            runner.live.forget(runner.rounds, runner.exit_config)
 
     def early_exit_check_integrity(self) -> None:
         self.model_runner.check_integrity()

@@ -1,7 +1,7 @@
 import pytest
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
-from apparate_llm.core import Exit
+from apparate_llm.core import Exit, Outcome
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 from tests.logged import logged
 
@@ -68,9 +68,11 @@ def test_the_integrity_check_sees_exits_that_do_not_add_up():
 
 def test_an_accepted_divergence_is_paid_for_and_counted_with_its_regret():
     ledger = ledger_with()
-    ledger.counts.held = ledger.counts.accepted = 1
-    ledger.counts.emit_exits(0, 1)
-    ledger.accept_divergence("a", 0.25)
+    request, exit_ = ledger.requests["a"], exit_at(10, 5)
+    request.held = [exit_]
+    ledger.accept_divergence("a", exit_, 0.25)
+    ledger.checked(request, num_held=1, num_accepted=1)
+    assert ledger.counts.outcomes[Outcome.HELD_ACCEPTED_DIVERGED] == {0: 1}
     assert (ledger.counts.diverged, ledger.counts.regret_nats) == (1, 0.25)
     assert ledger.audit.largest_request_excess == 0.0  # well within its bound
     assert ledger.audit.largest_divergence_frac == 0.0  # too few tokens to speak of a share

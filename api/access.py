@@ -1,0 +1,61 @@
+"""Who may ask `/early_exit/` anything: holders of the server's API key; without one, this machine only."""
+
+import hashlib
+import ipaddress
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import HTTPException, Request
+
+MAX_BODY_BYTES = 64 * 1024
+
+
+class Access:
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def check(self, request: Request) -> None:
+        """Raises HTTPException 401 for a missing or wrong key, 403 for a stranger where there is no key."""
+        if not self._digests:
+            if not _is_local(request):
+                raise HTTPException(
+                    403, "without an API key only this machine may ask; start the server with --api-key KEY"
+                )
+            return
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        digest = _digest(given)
+        known = [secrets.compare_digest(digest, own) for own in self._digests]
+        if scheme.lower() != "bearer" or not any(known):
+            said = "wrong API key" if given else "no API key given"
+            raise HTTPException(401, f"{said}: send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _is_local(request: Request) -> bool:
+    if request.client is None:  # a Unix socket
+        return True
+    try:
+        return ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The request's body, a JSON object; raises HTTPException 413 or 400."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"a body may have {MAX_BODY_BYTES} bytes at most")
+    try:
+        found = json.loads(body)
+    except ValueError as error:  # no UTF-8 is one, too
+        raise HTTPException(400, f"not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise HTTPException(400, f"must be a JSON object, got {type(found).__name__}")
+    return found

@@ -1,0 +1,90 @@
+"""Knobs changed while serving: between two engine steps, on every rank alike."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from apparate_llm.config import ConfigError, EarlyExitConfig, RequestKnobs, parse_live
+from apparate_llm.controller.budget import Bucket
+from apparate_llm.controller.policies import make_policy
+from apparate_llm.controller.policy import Policy
+from apparate_llm.engine.rounds import Rounds
+from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+
+
+@dataclass(slots=True)
+class LivePolicy:
+    """Makes the policy that the knobs ask for, and remembers what those before it had learned."""
+
+    depth: int  # to begin with
+    depths: tuple[int, ...]  # ramps there are
+    num_layers: int
+    most_exits: int  # that the server has made room for
+    _learned: dict[str, dict[str, Any]] = field(default_factory=dict)  # by policy
+
+    def make(self, config: EarlyExitConfig) -> Policy:
+        depth = self.depth if config.depth == "auto" else config.depth
+        depths = self.depths if config.depth == "auto" else (config.depth,)
+        return make_policy(config, depth=depth, depths=depths, num_layers=self.num_layers)
+
+    def check(self, config: EarlyExitConfig) -> None:
+        """Raises ConfigError for knobs that this server cannot serve with."""
+        if config.depth != "auto" and config.depth not in self.depths:
+            allowed = ", ".join(map(str, self.depths))
+            raise ConfigError(f"early_exit: depth: this server has ramps at {allowed}, got {config.depth}")
+        if config.max_exits > self.most_exits:
+            raise ConfigError(
+                f"early_exit: max_exits: at most {self.most_exits}, which the server was started with, "
+                f"got {config.max_exits}"
+            )
+
+    def change(self, rounds: Rounds, before: EarlyExitConfig, after: EarlyExitConfig) -> None:
+        self._learned[before.policy] = rounds.policy.state()
+        rounds.policy = self.make(after)
+        rounds.max_exits = after.max_exits
+        if state := self._learned.get(after.policy):
+            if after.depth != "auto":
+                state = {**state, "depth": after.depth}
+            rounds.policy.restore(state)
+
+    def forget(self, rounds: Rounds, config: EarlyExitConfig) -> None:
+        self._learned.clear()
+        rounds.policy = self.make(config)
+
+
+def reconfigured(
+    live: LivePolicy | None, rounds: Rounds | None, config: EarlyExitConfig, changes: Any
+) -> EarlyExitConfig:
+    """The knobs with `changes`, taken up by the rounds; raises ConfigError and changes nothing if they are refused."""
+    if live is None:
+        raise ConfigError("this server was started without early exits (policy off)")
+    if rounds is None:
+        raise ConfigError("early exits failed on this server and are off until it is started again")
+    after = parse_live(changes, config)
+    live.check(after)
+    live.change(rounds, config, after)
+    return after
+
+
+def requests_follow(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
+    """Requests under way and the server's budget go by the new knobs; what was spent stays spent."""
+    ledger.budget.change_bound(config.accuracy_bound)
+    for request in ledger.requests.values():
+        request.bucket.bound = bound_of(request.knobs, config)
+        request.tpt_target_ms = request.knobs.tpt_target_ms or config.tpt_target_ms
+
+
+def bound_of(knobs: RequestKnobs, config: EarlyExitConfig) -> float:
+    own = knobs.accuracy_bound
+    if own is None:
+        return config.accuracy_bound
+    return own if config.allow_looser_requests else min(own, config.accuracy_bound)
+
+
+def exits_of(knobs: RequestKnobs, config: EarlyExitConfig, *, releasable: bool, greedy: bool) -> RequestExits:
+    return RequestExits(
+        releasable=releasable,
+        greedy=greedy,
+        knobs=knobs,
+        bucket=Bucket.of_request(bound_of(knobs, config)),
+        tpt_target_ms=knobs.tpt_target_ms or config.tpt_target_ms,
+    )

@@ -1,0 +1,143 @@
+"""The routes under /early_exit/ in front of an engine that only answers `collective_rpc`."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from apparate_llm.api.access import MAX_BODY_BYTES, Access
+from apparate_llm.api.plugin import MAX_STREAMS, ExitServer, check_request_knobs, router, stream
+from fastapi import FastAPI
+
+from apparate_llm.config import ConfigError, EarlyExitConfig, parse_live
+
+KEY = {"Authorization": "Bearer right"}
+LOCAL, STRANGER = ("127.0.0.1", 1), ("192.0.2.7", 1)
+
+
+class Engine:
+    """Changes its knobs as the worker does; `max_exits` above 6 it refuses."""
+
+    def __init__(self) -> None:
+        self.config = EarlyExitConfig()
+        self.asked: list[str] = []
+
+    async def collective_rpc(self, method, args=()):
+        self.asked.append(method)
+        if method == "early_exit_configure":
+            if args[0].get("max_exits", 0) > 6:
+                return ["max_exits: at most 6"]
+            self.config = parse_live(args[0], self.config)
+            return [None]
+        return [{"config": self.config.model_dump(), "counts": {}}]
+
+    def generate(self, prompt, sampling_params):
+        return "generated"
+
+
+def served(*, keys=(), exits=True) -> tuple[FastAPI, Engine]:
+    app, engine = FastAPI(), Engine()
+    app.include_router(router)
+    app.state.early_exit_access = Access(keys)
+    app.state.early_exit = ExitServer(engine, engine.config) if exits else None
+    return app, engine
+
+
+def ask(app, method, path, *, client=LOCAL, **kwargs) -> httpx.Response:
+    async def answer():
+        transport = httpx.ASGITransport(app=app, client=client)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server/early_exit") as http:
+            return await http.request(method, path, **kwargs)
+
+    return asyncio.run(answer())
+
+
+def test_knobs_change_and_the_answer_says_what_is_in_force():
+    app, engine = served()
+    before = ask(app, "GET", "/config").json()
+    assert before["config"]["accuracy_bound"] == 0.01 and "ramps" not in before["live"]
+    after = ask(app, "PATCH", "/config", json={"accuracy_bound": 0.05, "tpt_target_ms": 20})
+    assert after.status_code == 200 and after.json()["config"]["tpt_target_ms"] == 20.0
+    assert engine.config.accuracy_bound == ask(app, "GET", "/config").json()["config"]["accuracy_bound"] == 0.05
+    assert ask(app, "PATCH", "/config", json={"tpt_target_ms": None}).json()["config"]["tpt_target_ms"] is None
+    assert ask(app, "POST", "/reset").json() == {"reset": True} and engine.asked[-1] == "early_exit_forget"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[1]", "must be a JSON object, got list"),
+        (b'{"accuracy_bound": 1.5}', "accuracy_bound: Input should be less than 1, got 1.5"),
+        (b'{"acuracy_bound": 0.1}', "acuracy_bound: cannot be changed while serving (allowed: policy, accuracy_bound"),
+        (b'{"ramps": "x"}', "ramps: cannot be changed while serving"),
+        (b'{"max_exits": 7}', "max_exits: at most 6"),  # the worker's word
+    ],
+)
+def test_what_is_not_allowed_is_refused_with_the_reason_and_changes_nothing(body, says):
+    app, engine = served()
+    answer = ask(app, "PATCH", "/config", content=body)
+    assert answer.status_code == 400 and says in answer.json()["detail"]
+    assert engine.config == app.state.early_exit.config == EarlyExitConfig()
+
+
+def test_an_oversized_body_is_not_read_to_its_end():
+    app, engine = served()
+    answer = ask(app, "PATCH", "/config", content=b" " * (MAX_BODY_BYTES + 1))
+    assert answer.status_code == 413 and engine.asked == []
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/status"), ("GET", "/events"), ("PATCH", "/config")])
+def test_only_holders_of_the_key_are_let_in(method, path):
+    app, engine = served(keys=["other", "right"])
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}):
+        answer = ask(app, method, path, headers=headers)
+        assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
+    assert engine.asked == []
+    assert ask(app, "GET", "/status", headers=KEY, client=STRANGER).status_code == 200
+
+
+def test_without_a_key_only_this_machine_is_let_in():
+    app, engine = served()
+    answer = ask(app, "GET", "/status", client=STRANGER)
+    assert answer.status_code == 403 and "--api-key" in answer.json()["detail"] and engine.asked == []
+    assert ask(app, "GET", "/status", client=("::1", 1)).status_code == 200
+
+
+def test_a_server_without_exits_says_so():
+    app, _ = served(exits=False)
+    assert ask(app, "GET", "/status").status_code == ask(app, "PATCH", "/config", json={}).status_code == 503
+
+
+def test_requests_are_held_to_the_knobs_in_force():
+    app, engine = served()
+    check_request_knobs(app.state.early_exit)
+
+    params = SimpleNamespace(extra_args={"accuracy_bound": 0.03})
+    with pytest.raises(ConfigError, match=r"at most the server's 0\.01"):
+        engine.generate("prompt", params)
+    ask(app, "PATCH", "/config", json={"accuracy_bound": 0.05})
+    assert engine.generate("prompt", params) == "generated"
+
+
+def test_events_follow_what_is_published_and_leave_nothing_behind():
+    app, _ = served()
+    server = app.state.early_exit
+
+    async def listen():
+        streams = [stream(server) for _ in range(200)]
+        first = [asyncio.ensure_future(anext(one)) for one in streams]
+        await asyncio.sleep(0)
+        server.collector.publish({"counts": {"emitted": 3}})
+        heard = await asyncio.gather(*first)
+        assert {json.loads(text.removeprefix("data: "))["counts"]["emitted"] for text in heard} == {3}
+        assert server.num_streams == 200 and heard[0].endswith("\n\n")
+        for one in streams:
+            await one.aclose()
+
+    asyncio.run(listen())
+    assert server.num_streams == 0
+    server.num_streams = MAX_STREAMS
+    assert ask(app, "GET", "/events").status_code == 503

@@ -1,0 +1,109 @@
+"""The metrics page says what the ledger counted; what ships for Prometheus and Grafana asks for metrics there are."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from apparate_llm.api.metrics import ExitCollector
+from prometheus_client import CollectorRegistry, generate_latest
+
+from apparate_llm import api
+from apparate_llm.config import EarlyExitConfig
+from apparate_llm.controller.budget import AccuracyBudget, Bucket
+from apparate_llm.core import Exit, Outcome
+from apparate_llm.engine.distributions import Histogram
+from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+
+FOLDER = Path(api.__path__[0])
+
+
+@pytest.fixture(scope="module")
+def status():
+    """Of a server that has seen one request: two exits released, one wrong; three held, one of them let through."""
+    ledger = VerdictLedger(AccuracyBudget(0.5))
+    request = RequestExits(releasable=True, bucket=Bucket.of_request(0.5), tpt_target_ms=30.0)
+    ledger.add_request("a", request)
+    ledger.emit("a", 10, now_s=0.0)
+    released = [Exit(10, 5, depth=0, round_number=0, confidence=0.9), Exit(11, 6, 2, 1, 0.9)]
+    for _ in released:
+        ledger.budget.release(request.bucket)
+    ledger.release("a", released)
+    ledger.record(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
+    request.held = [Exit(12 + i, 3, depth=0, round_number=i, confidence=0.5) for i in range(3)]
+    ledger.accept_divergence("a", request.held[1], 0.25)
+    ledger.checked(request, num_held=3, num_accepted=2)
+    ledger.emit("a", 8, now_s=0.38)
+    ledger.end_request("a")
+    ledger.check_integrity()
+    return {
+        "active": True,
+        "depth": 2,
+        "config": EarlyExitConfig(policy="static", tpt_target_ms=30.0).model_dump(),
+        "counts": ledger.counts.as_dict(),
+        "distributions": ledger.distributions.as_dict(),
+        "budget_fill_frac": ledger.budget.fill_frac,
+        "budget_left": ledger.budget.server.balance,
+    }
+
+
+@pytest.fixture(scope="module")
+def page(status) -> str:
+    registry, collector = CollectorRegistry(), ExitCollector()
+    registry.register(collector)
+    assert generate_latest(registry) == b""  # nothing is said before the worker has answered
+    collector.publish(json.loads(json.dumps(status)))  # as it comes out of another process
+    return generate_latest(registry).decode()
+
+
+def test_the_page_says_what_was_counted(page):
+    for line in (
+        'apparate:exits_total{depth="0",outcome="released_right"} 1.0',
+        'apparate:exits_total{depth="2",outcome="released_diverged"} 1.0',
+        'apparate:exits_total{depth="0",outcome="held_accepted"} 1.0',
+        'apparate:exits_total{depth="0",outcome="held_accepted_diverged"} 1.0',
+        'apparate:exits_total{depth="0",outcome="held_rejected"} 1.0',
+        "apparate:emitted_total 20.0",
+        "apparate:diverged_total 2.0",
+        "apparate:divergence_ratio 0.1",
+        "apparate:depth 2.0",
+        "apparate:threshold 0.9",
+        "apparate:tpt_target_seconds 0.03",
+        "apparate:targets_met_total 1.0",
+        'apparate:tokens_per_pass_bucket{le="12.0"} 2.0',
+        "apparate:tokens_per_pass_sum 20.0",
+        'apparate:time_per_output_token_seconds_bucket{le="0.015"} 0.0',
+        'apparate:time_per_output_token_seconds_bucket{le="0.02"} 1.0',
+        "apparate:time_per_output_token_seconds_sum 0.02",
+        'apparate:divergence_regret_nats_bucket{le="0.25"} 1.0',
+        'apparate:divergence_regret_nats_bucket{le="+Inf"} 2.0',
+    ):
+        assert f"\n{line}\n" in page, line
+
+
+def test_outcomes_are_disjoint_and_complete(status):
+    counts = status["counts"]
+    total = sum(sum(by_depth.values()) for by_depth in counts["outcomes"].values())
+    assert total == counts["held"] + counts["released"] and set(counts["outcomes"]) == set(Outcome)
+
+
+@pytest.mark.parametrize("name", ["grafana.json", "alerts.yml"])
+def test_what_ships_asks_for_metrics_there_are(name, page):
+    text = (FOLDER / name).read_text()
+    asked = set(re.findall(r"apparate:\w+", text))
+    assert len(asked) > 4 and asked <= set(re.findall(r"^(apparate:\w+)[ {]", page, re.MULTILINE))
+    read = json.loads(text) if name.endswith("json") else yaml.safe_load(text)
+    expressions = (
+        [target["expr"] for panel in read["panels"] for target in panel["targets"]]
+        if name.endswith("json")
+        else [rule["expr"] for group in read["groups"] for rule in group["rules"]]
+    )
+    assert all(text.count("(") == text.count(")") for text in expressions)
+
+
+def test_a_value_on_a_bound_counts_below_it():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 2.5):
+        histogram.observe(value)
+    assert histogram.counts == [2, 2, 1] and histogram.total == 7.5
