@@ -1,4 +1,8 @@
-"""What exits do, on vLLM's /metrics page. The counts live in the worker; a task asks for them every second."""
+"""What exits do, on vLLM's /metrics page.
+
+The counts live in the worker. A task asks for them every second, but only while there is work: a worker that is asked
+spins for a second after its answer.
+"""
 
 import asyncio
 import json
@@ -10,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 POLL_INTERVAL_S = 1.0
+QUIET_POLLS = 3  # without a change and without a request, after which nothing is asked until one comes
 PREFIX = "apparate:"
 COUNTERS = {  # field of the counts -> help
     "emitted": "Output tokens, exits included",
@@ -42,18 +47,19 @@ class ExitCollector(Collector):
 
     def __init__(self) -> None:
         self.status: dict[str, Any] | None = None  # None before the first answer
-        self._text = ""
+        self.text = ""  # the same as JSON
         self._published = asyncio.Event()
+        self.work = asyncio.Event()  # set when a request comes
 
     def publish(self, status: dict[str, Any]) -> None:
-        self.status, self._text = status, json.dumps(status)
+        self.status, self.text = status, json.dumps(status)
         self._published.set()
         self._published = asyncio.Event()
 
     async def next_text(self) -> str:
         """The next status that is published, as JSON."""
         await self._published.wait()
-        return self._text
+        return self.text
 
     def collect(self) -> Iterable[Metric]:
         if self.status is not None:
@@ -107,6 +113,15 @@ def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 
 async def poll(collector: ExitCollector, engine: Any) -> None:
     """Runs as long as the engine answers."""
+    quiet = 0
     while not engine.errored:
-        collector.publish((await engine.collective_rpc("early_exit_status"))[0])
+        status = (await engine.collective_rpc("early_exit_status"))[0]
+        last = collector.status
+        is_quiet = not status["running"] and last is not None and last["counts"] == status["counts"]
+        quiet = quiet + 1 if is_quiet else 0
+        collector.publish(status)
+        if quiet >= QUIET_POLLS:
+            collector.work.clear()
+            await collector.work.wait()
+            quiet = 0
         await asyncio.sleep(POLL_INTERVAL_S)

@@ -23,6 +23,7 @@ from apparate_llm.config import (
 )
 
 MAX_STREAMS = 256
+KEEP_ALIVE_S = 15.0
 
 
 @dataclass
@@ -94,7 +95,7 @@ async def reset(request: Request) -> dict[str, Any]:
 
 @router.get("/events")
 async def events(request: Request) -> StreamingResponse:
-    """The status as server-sent events, one a second; 503 where too many listen already."""
+    """The status as server-sent events, one a second while there is work; 503 where too many listen already."""
     server = server_of(request)
     if server.num_streams >= MAX_STREAMS:
         raise HTTPException(503, f"{MAX_STREAMS} clients listen already", {"Retry-After": "10"})
@@ -106,18 +107,25 @@ async def events(request: Request) -> StreamingResponse:
 async def stream(server: ExitServer) -> AsyncIterator[str]:
     server.num_streams += 1
     try:
+        if server.collector.text:
+            yield f"data: {server.collector.text}\n\n"
         while True:
-            yield f"data: {await server.collector.next_text()}\n\n"
+            try:
+                yield f"data: {await asyncio.wait_for(server.collector.next_text(), KEEP_ALIVE_S)}\n\n"
+            except TimeoutError:
+                yield ": nothing new\n\n"
     finally:
         server.num_streams -= 1
 
 
-def check_request_knobs(server: ExitServer) -> None:
-    """Refuse bad early-exit knobs where a request comes in: vLLM answers a ValueError raised here with HTTP 400."""
+def watch_requests(server: ExitServer) -> None:
+    """Wake the polling, and refuse bad early-exit knobs where a request comes in: vLLM answers a ValueError raised
+    here with HTTP 400."""
     generate = server.engine.generate
 
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         parse_request_knobs(getattr(sampling_params, "extra_args", None), server.config)
+        server.collector.work.set()
         return generate(prompt, sampling_params, *args, **kwargs)
 
     server.engine.generate = checked
@@ -130,7 +138,7 @@ def keys_of(args: Namespace) -> list[str]:
     return [key for key in keys if key] or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
 
 
-class ExitPlugin:
+class StatusPlugin:
     name = "apparate"
     required_tasks = ("generate",)
 
@@ -144,6 +152,6 @@ class ExitPlugin:
         state.early_exit = None
         if engine_client is not None and args.worker_cls == WORKER_CLASS:
             state.early_exit = server = ExitServer(engine_client, config_from_vllm(engine_client.vllm_config))
-            check_request_knobs(server)
+            watch_requests(server)
             REGISTRY.register(server.collector)
             server.polling = asyncio.create_task(poll(server.collector, engine_client))

@@ -33,6 +33,7 @@ class EarlyExitWorker(CPUWorker):
         policy = runner.rounds.policy if runner.rounds else None
         return {
             "active": policy is not None,
+            "running": len(runner.ledger.requests),
             "depth": policy.depth if policy else None,
             "config": runner.exit_config.model_dump(),
             "counts": runner.ledger.counts.as_dict(),

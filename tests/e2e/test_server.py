@@ -1,5 +1,9 @@
 """A real server on a tiny model, over HTTP, as its users meet it."""
 
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import openai
 import pytest
@@ -121,7 +125,6 @@ def test_an_aborted_stream_leaves_the_server_well(server, client):
 
 def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_ramps, free_port, tmp_path):
     """No hidden dependence on our command: vLLM's own server module and flags only."""
-    import json
     import sys
 
     from apparate_llm.config import parse_config
@@ -189,3 +192,43 @@ def test_a_request_may_switch_exits_off_for_itself(server, client):
         assert after["released"] == before["released"]
         if knobs.get("early_exit") == 0:
             assert after["held"] == before["held"] and after["emitted"] == before["emitted"] + 40
+
+
+def test_a_hundred_changes_under_load_fail_no_request(server):
+    """Every change is in force when its answer arrives, and on the metrics page within a second."""
+    body = {"model": "tiny", "prompt": "w1 w2 w3", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+    start = httpx.get(f"{server}/early_exit/config").json()["config"]
+    changing = threading.Event()
+
+    def load() -> list[int]:
+        given = []
+        while not changing.is_set():
+            answer = httpx.post(f"{server}/v1/completions", json=body, timeout=60)
+            given.append(answer.json()["usage"]["completion_tokens"] if answer.status_code == 200 else 0)
+        return given
+
+    with ThreadPoolExecutor(4) as clients:
+        loads = [clients.submit(load) for _ in range(4)]
+        try:
+            for number in range(100):
+                policy = ("static", "adaptive", "off", "apparate")[number % 4]
+                changes = {"policy": policy, "max_exits": 1 + number % 6, "accuracy_bound": (number % 5) / 10}
+                answer = httpx.patch(f"{server}/early_exit/config", json=changes, timeout=10)
+                assert answer.status_code == 200, answer.text
+                assert httpx.get(f"{server}/early_exit/status", timeout=10).json()["config"].items() >= changes.items()
+                assert f"\napparate:max_exits {1 + number % 6}.0\n" in httpx.get(f"{server}/metrics").text
+        finally:
+            changing.set()
+            back = {name: start[name] for name in ("policy", "max_exits", "accuracy_bound")}
+            httpx.patch(f"{server}/early_exit/config", json=back).raise_for_status()
+    assert all(given and set(given) == {100} for given in (future.result() for future in loads))
+    status = httpx.get(f"{server}/early_exit/status").json()
+    assert status["active"] and status["counts"]["fallbacks"] == 0 and status["config"] == start
+
+
+def test_events_tell_the_totals(server):
+    with httpx.stream("GET", f"{server}/early_exit/events", timeout=10) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        line = next(line for line in stream.iter_lines() if line)
+    told = json.loads(line.removeprefix("data: "))
+    assert told["active"] and told["counts"]["emitted"] > 0

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from apparate_llm.api import metrics
 from apparate_llm.api.access import MAX_BODY_BYTES, Access
-from apparate_llm.api.plugin import MAX_STREAMS, ExitServer, check_request_knobs, router, stream
+from apparate_llm.api.plugin import MAX_STREAMS, ExitServer, router, stream, watch_requests
 from fastapi import FastAPI
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, parse_live
@@ -22,6 +23,8 @@ class Engine:
     def __init__(self) -> None:
         self.config = EarlyExitConfig()
         self.asked: list[str] = []
+        self.running = 0
+        self.errored = False
 
     async def collective_rpc(self, method, args=()):
         self.asked.append(method)
@@ -30,7 +33,7 @@ class Engine:
                 return ["max_exits: at most 6"]
             self.config = parse_live(args[0], self.config)
             return [None]
-        return [{"config": self.config.model_dump(), "counts": {}}]
+        return [{"config": self.config.model_dump(), "counts": {}, "running": self.running}]
 
     def generate(self, prompt, sampling_params):
         return "generated"
@@ -113,13 +116,36 @@ def test_a_server_without_exits_says_so():
 
 def test_requests_are_held_to_the_knobs_in_force():
     app, engine = served()
-    check_request_knobs(app.state.early_exit)
+    watch_requests(app.state.early_exit)
 
     params = SimpleNamespace(extra_args={"accuracy_bound": 0.03})
     with pytest.raises(ConfigError, match=r"at most the server's 0\.01"):
         engine.generate("prompt", params)
     ask(app, "PATCH", "/config", json={"accuracy_bound": 0.05})
     assert engine.generate("prompt", params) == "generated"
+
+
+def test_an_idle_engine_is_not_asked_until_a_request_comes(monkeypatch):
+    """A worker that is asked spins for a second: on an idle server that would be a core."""
+    monkeypatch.setattr(metrics, "POLL_INTERVAL_S", 0.001)
+    app, engine = served()
+    server = app.state.early_exit
+    watch_requests(server)
+
+    async def serve():
+        polling = asyncio.create_task(metrics.poll(server.collector, engine))
+        await asyncio.sleep(0.1)
+        asked = len(engine.asked)
+        assert metrics.QUIET_POLLS < asked <= metrics.QUIET_POLLS + 2
+        await asyncio.sleep(0.05)
+        assert len(engine.asked) == asked
+        engine.running = 1
+        engine.generate("prompt", SimpleNamespace(extra_args=None))
+        await asyncio.sleep(0.1)
+        assert len(engine.asked) > asked + metrics.QUIET_POLLS
+        polling.cancel()
+
+    asyncio.run(serve())
 
 
 def test_events_follow_what_is_published_and_leave_nothing_behind():
@@ -129,7 +155,7 @@ def test_events_follow_what_is_published_and_leave_nothing_behind():
     async def listen():
         streams = [stream(server) for _ in range(200)]
         first = [asyncio.ensure_future(anext(one)) for one in streams]
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
         server.collector.publish({"counts": {"emitted": 3}})
         heard = await asyncio.gather(*first)
         assert {json.loads(text.removeprefix("data: "))["counts"]["emitted"] for text in heard} == {3}
