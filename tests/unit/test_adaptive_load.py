@@ -1,0 +1,91 @@
+"""The adaptive policy on a simulated server: costs measured on two cores, noise, slow passes and a machine that changes
+its pace. It has to learn what rows cost quickly enough never to lose against plain serving for long."""
+
+import math
+import random
+from itertools import pairwise
+
+from apparate_llm.controller.adaptive import AdaptivePolicy
+from apparate_llm.core import Exit, Verb
+
+PASS_MS = ((1, 45.0), (4, 48.0), (8, 50.0), (16, 54.0), (24, 61.0), (32, 67.0), (48, 76.0), (64, 83.0), (128, 130.0))
+CONFIDENCES = (0.97, 0.9, 0.8, 0.6, 0.4, 0.25, 0.1)  # all equally often, and right
+PHASES = ((1, 300), (4, 200), (8, 160), (16, 200))  # requests, steps
+
+
+def pass_ms(rows: int) -> float:
+    for (left, low), (right, high) in pairwise(PASS_MS):
+        if rows <= right:
+            return low + (high - low) * (max(rows, left) - left) / (right - left)
+    return PASS_MS[-1][1] * rows / PASS_MS[-1][0]
+
+
+class Server:
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.policy = AdaptivePolicy(depth=0, depths=(0,), num_layers=30, max_exits=6)
+        self.pace = 1.0
+
+    def noise(self) -> float:
+        return math.exp(self.rng.gauss(0.0, 0.12))
+
+    def ratio(self, num_requests: int, num_steps: int) -> float:
+        """Time per token over that of plain serving."""
+        taken_ms = plain_ms = 0.0
+        tokens = 0
+        held: list[list[Exit]] = []
+        for _ in range(num_steps):
+            jump = self.rng.gauss(0.0, 0.25) if self.rng.random() < 0.02 else self.rng.gauss(0.0, 0.015)
+            self.pace = min(max(self.pace * math.exp(jump), 0.6), 1.7)
+            rows = num_requests + sum(map(len, held))
+            slow = self.rng.uniform(1.3, 2.5) if self.rng.random() < 0.05 else 1.0
+            ms = pass_ms(rows) * self.pace * self.noise() * slow
+            taken_ms += ms
+            plain_ms += pass_ms(num_requests) * self.pace
+            tokens += num_requests + sum(map(self.accepted, held))
+            self.policy.completed(num_requests, rows, ms)
+            held, rounds_ms = self.rounds(num_requests)
+            taken_ms += rounds_ms
+        return taken_ms / tokens * num_requests / (plain_ms / num_steps)
+
+    def accepted(self, held: list[Exit]) -> int:
+        for number, exit_ in enumerate(held):
+            agrees = self.rng.random() < exit_.confidence
+            self.policy.verdict(exit_, agrees)
+            if not agrees:
+                return number
+        return len(held)
+
+    def rounds(self, num_requests: int) -> tuple[list[list[Exit]], float]:
+        held: list[list[Exit]] = [[] for _ in range(num_requests)]
+        if self.rng.random() < 0.02 * num_requests:  # an answer begins
+            return held, 0.0
+        live, reach, rows, spent_ms = list(range(num_requests)), [1.0] * num_requests, num_requests, 0.0
+        for number in range(min(self.policy.start(num_requests), 6)):
+            if number and not self.policy.goes_on(number, [reach[i] for i in live], rows):
+                break
+            ms = (1.9 + 0.25 * (len(live) - 1)) * self.pace * self.noise()
+            spent_ms += ms
+            going = []
+            for i in live:
+                exit_ = Exit(0, 0, 0, number, self.rng.choice(CONFIDENCES))
+                if self.policy.decide(exit_, reach=reach[i], may_release=False, num_rows=rows) is Verb.HOLD:
+                    held[i].append(exit_)
+                    reach[i] *= exit_.probability
+                    rows += 1
+                    going.append(i)
+            self.policy.round_took(0, len(live), ms)
+            if not going:
+                break
+            live = going
+        return held, spent_ms
+
+
+def test_exits_pay_at_every_load_soon_after_it_changes():
+    ratios: dict[int, list[float]] = {num_requests: [] for num_requests, _ in PHASES}
+    for seed in range(24):
+        server = Server(seed)
+        for num_requests, num_steps in PHASES:
+            ratios[num_requests].append(server.ratio(num_requests, num_steps))
+    worst = {num_requests: max(found) for num_requests, found in ratios.items()}
+    assert worst[1] < 0.70 and worst[4] < 0.80 and worst[8] < 0.90 and worst[16] < 1.0, worst
