@@ -20,7 +20,7 @@ def offered(confidence: float, number: int = 0, depth: int = 0) -> Exit:
 
 def teach(policy: AdaptivePolicy, *, pass_ms: float = 20.0, row_ms: float = 0.2, round_ms: float = 1.0) -> None:
     """What a machine costs."""
-    for _ in range(32):
+    for _ in range(8):
         for rows in (1, 2, 4, 8, 16, 32, 64):
             policy.completed(1, rows, pass_ms + row_ms * rows)
             policy.round_took(policy.depth, rows, round_ms)

@@ -94,7 +94,7 @@ def test_a_lasting_change_of_speed_is_the_paces_and_a_new_number_of_rows_its_own
         model.observe_completion(1, 20.0)
     assert model.completion(8) * model.pace == pytest.approx(30.0, rel=0.02)
     assert model.completion(1) * model.pace == pytest.approx(20.0, rel=0.02)
-    assert model.pace == pytest.approx(before, rel=0.05)
+    assert model.pace == pytest.approx(before, rel=0.03)
 
 
 def test_a_single_slow_pass_does_not_make_a_new_number_of_rows_dear():
