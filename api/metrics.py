@@ -6,7 +6,7 @@ spins for a second after its answer.
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +18,8 @@ QUIET_POLLS = 3  # without a change and without a request, after which nothing i
 PREFIX = "apparate:"
 COUNTERS = {  # field of the counts -> help
     "emitted": "Output tokens, exits included",
+    "decode_tokens": "Output tokens but for the first of each answer",
+    "decode_seconds": "Time these took, over all requests: by decode_tokens, the mean time per output token",
     "held": "Held exits checked by the full model",
     "accepted": "Held exits that were emitted",
     "accepted_diverged": "Held exits emitted although the full model disagreed",
@@ -31,6 +33,15 @@ COUNTERS = {  # field of the counts -> help
     "targets_met": "Requests that ended within their time per output token",
     "targets_missed": "Requests that were slower than their target",
     "fallbacks": "Times early exits failed and serving went on without them",
+}
+FIELDS = {"decode_seconds": "decode_s"}  # metric -> field of the counts, where they differ
+CLASS_COUNTERS = {  # of each class of requests
+    "emitted": "Output tokens of the class",
+    "diverged": "Of them, known to differ from their verdict",
+    "decode_tokens": "Output tokens of the class but for the first of each answer",
+    "decode_seconds": "Time these took",
+    "targets_met": "Requests of the class that ended within their time per output token",
+    "targets_missed": "Requests of the class that were slower than their target",
 }
 HISTOGRAMS = {  # distribution -> (name, help, what a unit of the metric is in the distribution's)
     "tpt_ms": ("time_per_output_token_seconds", "Time per output token of requests that ended", 1e3),
@@ -70,7 +81,7 @@ def metrics_of(status: dict[str, Any]) -> Iterable[Metric]:
     """`status`: the worker's `early_exit_status`."""
     counts = status["counts"]
     for name, help_text in COUNTERS.items():
-        yield CounterMetricFamily(PREFIX + name, help_text, value=counts[name])
+        yield CounterMetricFamily(PREFIX + name, help_text, value=counts[FIELDS.get(name, name)])
     exits = CounterMetricFamily(
         f"{PREFIX}exits", "Exits by ramp depth and what became of them", labels=["depth", "outcome"]
     )
@@ -78,6 +89,11 @@ def metrics_of(status: dict[str, Any]) -> Iterable[Metric]:
         for depth, number in by_depth.items():
             exits.add_metric([str(depth), outcome], number)
     yield exits
+    for name, help_text in CLASS_COUNTERS.items() if status["classes"] else ():
+        family = CounterMetricFamily(f"{PREFIX}class_{name}", help_text, labels=["class"])
+        for title, share in status["classes"].items():
+            family.add_metric([title], share[FIELDS.get(name, name)])
+        yield family
     for name, (help_text, value) in gauges_of(status).items():
         if value is not None:
             yield GaugeMetricFamily(PREFIX + name, help_text, value=float(value))
@@ -111,11 +127,11 @@ def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     }
 
 
-async def poll(collector: ExitCollector, engine: Any) -> None:
+async def poll(collector: ExitCollector, engine: Any, ask: Callable[[], Awaitable[dict[str, Any]]]) -> None:
     """Runs as long as the engine answers."""
     quiet = 0
     while not engine.errored:
-        status = (await engine.collective_rpc("early_exit_status"))[0]
+        status = await ask()
         last = collector.status
         is_quiet = not status["running"] and last is not None and last["counts"] == status["counts"]
         quiet = quiet + 1 if is_quiet else 0

@@ -1,17 +1,22 @@
 """vLLM entry point `vllm.endpoint_plugins`: the routes under /early_exit/ beside the OpenAI ones."""
 
 import asyncio
+import hashlib
 import os
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from apparate_llm.api.access import Access, read_object
+from apparate_llm.api.access import Access, check_local, read_object
+from apparate_llm.api.answers import CALLER, AnswerMiddleware, classes_by_key, reporting
+from apparate_llm.api.engines import ask_all, merged
 from apparate_llm.api.metrics import ExitCollector, poll
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from prometheus_client.core import REGISTRY
+from vllm.logger import init_logger
 
 from apparate_llm.config import (
     LIVE_KNOBS,
@@ -20,10 +25,19 @@ from apparate_llm.config import (
     config_from_vllm,
     parse_live,
     parse_request_knobs,
+    shown,
 )
 
+logger = init_logger("vllm.apparate")
 MAX_STREAMS = 256
 KEEP_ALIVE_S = 15.0
+PAGE_HEADERS = {  # nothing from, and nothing to, another host
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @dataclass
@@ -36,9 +50,17 @@ class ExitServer:
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     num_streams: int = 0
     polling: asyncio.Task[None] | None = None  # kept: an unreferenced task may be collected
+    classes_by_key: dict[str, str] = field(default_factory=dict)
 
-    async def ask(self, method: str, *args: Any) -> Any:
-        return (await self.engine.collective_rpc(method, args=args))[0]
+    async def ask(self, method: str, *args: Any) -> list[Any]:
+        """One answer from each engine."""
+        return await ask_all(self.engine, method, *args)
+
+    async def status(self) -> dict[str, Any]:
+        return merged(await self.ask("early_exit_status"))
+
+    def config_in_force(self) -> dict[str, Any]:
+        return {"config": shown(self.config), "live": LIVE_KNOBS}
 
 
 async def authorised(request: Request) -> None:
@@ -53,18 +75,32 @@ def server_of(request: Request) -> ExitServer:
 
 
 router = APIRouter(prefix="/early_exit", dependencies=[Depends(authorised)])
+page = APIRouter()  # has nothing of the server in it: it asks for the API key where there is one
+
+
+@page.get("/early_exit", include_in_schema=False)
+async def dashboard_without_slash(request: Request) -> RedirectResponse:
+    return RedirectResponse(request.scope.get("root_path", "") + "/early_exit/")
+
+
+@page.get("/early_exit/")
+async def dashboard(request: Request) -> HTMLResponse:
+    """Live figures, the switch and a prompt to try, as one page."""
+    if not request.app.state.early_exit_access.has_keys:
+        check_local(request)
+    return HTMLResponse((Path(__file__).parent / "dashboard.html").read_text(), headers=PAGE_HEADERS)
 
 
 @router.get("/status")
 async def status(request: Request) -> dict[str, Any]:
     """Knobs, depth in use and running totals; 503 where the server runs without early exits."""
-    return await server_of(request).ask("early_exit_status")
+    return await server_of(request).status()
 
 
 @router.get("/config")
 async def config(request: Request) -> dict[str, Any]:
     """The knobs in force and those that may change."""
-    return {"config": server_of(request).config.model_dump(), "live": LIVE_KNOBS}
+    return server_of(request).config_in_force()
 
 
 @router.patch("/config")
@@ -79,11 +115,11 @@ async def change_config(request: Request) -> dict[str, Any]:
         except ConfigError as error:
             raise HTTPException(400, str(error)) from None
         refused = await server.ask("early_exit_configure", changes)
-        if refused is not None:
-            raise HTTPException(400, refused)
+        if any(refused):
+            raise HTTPException(400, next(filter(None, refused)))
         server.config = changed
-        server.collector.publish(await server.ask("early_exit_status"))
-    return {"config": changed.model_dump(), "live": LIVE_KNOBS}
+        server.collector.publish(await server.status())
+    return server.config_in_force()
 
 
 @router.post("/reset")
@@ -119,14 +155,26 @@ async def stream(server: ExitServer) -> AsyncIterator[str]:
 
 
 def watch_requests(server: ExitServer) -> None:
-    """Wake the polling, and refuse bad early-exit knobs where a request comes in: vLLM answers a ValueError raised
-    here with HTTP 400."""
+    """Wake the polling, refuse bad early-exit knobs where a request comes in (vLLM answers a ValueError raised here
+    with HTTP 400), give a request its class, and report where one asks for it."""
     generate = server.engine.generate
 
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        parse_request_knobs(getattr(sampling_params, "extra_args", None), server.config)
+        caller = CALLER.get()
+        given = getattr(sampling_params, "extra_args", None)
+        knobs = parse_request_knobs(given, server.config, caller.key_class if caller else None)
         server.collector.work.set()
-        return generate(prompt, sampling_params, *args, **kwargs)
+        if knobs.early_exit_class is not None:
+            sampling_params.extra_args = {**(given or {}), "early_exit_class": knobs.early_exit_class}
+        if caller is None or not knobs.early_exit_report:
+            return generate(prompt, sampling_params, *args, **kwargs)
+        return reporting(
+            lambda params: generate(prompt, params, *args, **kwargs),
+            sampling_params,
+            caller,
+            ask=server.ask,
+            tokenizer=server.engine.get_tokenizer,
+        )
 
     server.engine.generate = checked
 
@@ -138,12 +186,20 @@ def keys_of(args: Namespace) -> list[str]:
     return [key for key in keys if key] or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
 
 
+def warn_of_keys(by_key: dict[str, str], keys: list[str]) -> None:
+    accepted = {hashlib.sha256(key.encode()).hexdigest() for key in keys}
+    for name in sorted({own for digest, own in by_key.items() if digest not in accepted}):
+        logger.warning("Class %s has an API key that the server does not accept: give it to --api-key as well", name)
+
+
 class StatusPlugin:
     name = "apparate"
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        app.include_router(page)
         app.include_router(router)
+        app.add_middleware(AnswerMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         from apparate_llm.engine.proposer import WORKER_CLASS
@@ -151,7 +207,9 @@ class StatusPlugin:
         state.early_exit_access = Access(keys_of(args))
         state.early_exit = None
         if engine_client is not None and args.worker_cls == WORKER_CLASS:
-            state.early_exit = server = ExitServer(engine_client, config_from_vllm(engine_client.vllm_config))
+            config = config_from_vllm(engine_client.vllm_config)
+            state.early_exit = server = ExitServer(engine_client, config, classes_by_key=classes_by_key(config))
+            warn_of_keys(server.classes_by_key, keys_of(args))
             watch_requests(server)
             REGISTRY.register(server.collector)
-            server.polling = asyncio.create_task(poll(server.collector, engine_client))
+            server.polling = asyncio.create_task(poll(server.collector, engine_client, server.status))

@@ -7,6 +7,7 @@ from apparate_llm.knobs import OneLineParser
 
 
 def build_parser() -> OneLineParser:
+    from apparate_llm.chat import add_chat
     from apparate_llm.doctor import add_doctor
     from apparate_llm.eval.command import add_eval
     from apparate_llm.ramps.prepare.command import add_prepare, add_ramps
@@ -18,6 +19,7 @@ def build_parser() -> OneLineParser:
     subparsers = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     add_serve(subparsers)
     add_doctor(subparsers)
+    add_chat(subparsers)
     add_eval(subparsers)
     add_prepare(subparsers)
     add_ramps(subparsers)

@@ -5,10 +5,27 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ADDITIONAL_CONFIG_KEY = "early_exit"
+DEFAULT_CLASS = "default"  # of requests that name none
 
 
 class ConfigError(ValueError):
     """A knob was given something it does not take. The message is one line for the user."""
+
+
+class RequestClass(BaseModel):
+    """Knobs for all requests of one tenant or use."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    early_exit: Literal[0, 1] = Field(1, description="0: no exits")
+    accuracy_bound: float | None = Field(None, ge=0.0, lt=1.0, allow_inf_nan=False, description="default: the server's")
+    tpt_target_ms: float | None = Field(None, gt=0.0, allow_inf_nan=False, description="default: the server's")
+    api_keys_sha256: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = Field(
+        (), description="digests of the API keys whose requests are of this class, whatever they ask for"
+    )
+
+
+ClassName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class EarlyExitConfig(BaseModel):
@@ -71,6 +88,10 @@ class EarlyExitConfig(BaseModel):
     feedback_log: str | None = Field(
         None, description="file to log exits, verdicts and times to, without any text, for `apparate-llm replay`"
     )
+    classes: dict[ClassName, RequestClass] = Field(
+        {},
+        description="classes of requests, by API key or chosen per request; as a flag: TOML file, see docs/operate.md",
+    )
     state: str | None = Field(
         None,
         description="file for what the controller has learned, or none; default: one for each model, ramps and machine "
@@ -102,6 +123,8 @@ class RequestKnobs(BaseModel):
         None, ge=0.0, lt=1.0, allow_inf_nan=False, description="its own bound, not above the server's"
     )
     tpt_target_ms: float | None = Field(None, gt=0.0, allow_inf_nan=False, description="its own target")
+    early_exit_class: str | None = Field(None, description="the class it is of")
+    early_exit_report: Literal[0, 1] = Field(0, description="1: the answer says where its tokens came from")
 
 
 def parse_config(raw: Any) -> EarlyExitConfig:
@@ -114,6 +137,22 @@ def parse_config(raw: Any) -> EarlyExitConfig:
         raise ConfigError(f"early_exit: {_problems(error, EarlyExitConfig)}") from None
 
 
+def check_classes(config: EarlyExitConfig) -> None:
+    """Raises ConfigError for classes that a server cannot start with."""
+    keys: dict[str, str] = {}
+    for name, own in config.classes.items():
+        bound = own.accuracy_bound
+        if bound is not None and bound > config.accuracy_bound and not config.allow_looser_requests:
+            raise ConfigError(
+                f"early_exit: classes: {name}: accuracy_bound: at most the server's {config.accuracy_bound:g} without "
+                f"allow_looser_requests, got {bound:g}"
+            )
+        for digest in own.api_keys_sha256:
+            if digest in keys:
+                raise ConfigError(f"early_exit: classes: {keys[digest]} and {name} have an API key in common")
+            keys[digest] = name
+
+
 def parse_live(changes: Any, config: EarlyExitConfig) -> EarlyExitConfig:
     """The knobs of a running server with some of them changed; raises ConfigError."""
     if not isinstance(changes, dict):
@@ -123,8 +162,11 @@ def parse_live(changes: Any, config: EarlyExitConfig) -> EarlyExitConfig:
     return parse_config({**config.model_dump(), **changes})
 
 
-def parse_request_knobs(extra_args: dict[str, Any] | None, config: EarlyExitConfig) -> RequestKnobs:
-    """Our part of a request's `vllm_xargs`, which other plugins may use as well; raises ConfigError."""
+def parse_request_knobs(
+    extra_args: dict[str, Any] | None, config: EarlyExitConfig, key_class: str | None = None
+) -> RequestKnobs:
+    """Our part of a request's `vllm_xargs`, which other plugins may use as well, completed by its class's; raises
+    ConfigError. key_class: the class of the request's API key, which decides."""
     ours = {
         name: value
         for name, value in (extra_args or {}).items()
@@ -134,26 +176,59 @@ def parse_request_knobs(extra_args: dict[str, Any] | None, config: EarlyExitConf
         knobs = RequestKnobs.model_validate(ours)
     except ValidationError as error:
         raise ConfigError(f"vllm_xargs: {_problems(error, RequestKnobs)}") from None
-    bound = config.accuracy_bound
+    name = _class_name(knobs.early_exit_class, config, key_class)
+    own = config.classes[name] if name is not None else RequestClass.model_validate({})
+    bound, whose = config.accuracy_bound, "the server's"
+    if own.accuracy_bound is not None and (own.accuracy_bound < bound or config.allow_looser_requests):
+        bound, whose = own.accuracy_bound, f"class {name}'s"
     if knobs.accuracy_bound is not None and knobs.accuracy_bound > bound and not config.allow_looser_requests:
-        raise ConfigError(f"vllm_xargs: accuracy_bound: at most the server's {bound:g}, got {knobs.accuracy_bound:g}")
-    return knobs
+        raise ConfigError(f"vllm_xargs: accuracy_bound: at most {whose} {bound:g}, got {knobs.accuracy_bound:g}")
+    if own.early_exit < knobs.early_exit and "early_exit" in knobs.model_fields_set:
+        raise ConfigError(f"vllm_xargs: early_exit: requests of class {name} take no exits, got 1")
+    completed: dict[str, Any] = {"early_exit_class": name, "early_exit": min(own.early_exit, knobs.early_exit)}
+    if knobs.accuracy_bound is None and own.accuracy_bound is not None:
+        completed["accuracy_bound"] = bound
+    if knobs.tpt_target_ms is None:
+        completed["tpt_target_ms"] = own.tpt_target_ms
+    return knobs.model_copy(update=completed)
+
+
+def _class_name(asked: str | None, config: EarlyExitConfig, key_class: str | None) -> str | None:
+    """The class a request is of; None where there are none, or it names none and there is no default."""
+    if key_class is not None:
+        if asked not in (None, key_class):
+            raise ConfigError(f"vllm_xargs: early_exit_class: requests with this API key are {key_class}, got {asked}")
+        return key_class
+    if asked is None:
+        return DEFAULT_CLASS if DEFAULT_CLASS in config.classes else None
+    if asked not in config.classes:
+        allowed = ", ".join(config.classes) or "none, the server has no classes"
+        raise ConfigError(f"vllm_xargs: early_exit_class: unknown class {asked} (allowed: {allowed})")
+    return asked
 
 
 def _problems(error: ValidationError, schema: type[BaseModel]) -> str:
     """What was wrong, what was got and what is allowed, in one line."""
     problems = []
     for item in error.errors(include_url=False):
-        knob = str(item["loc"][0])
+        knob = ": ".join(str(part) for part in item["loc"] if part != "[key]")
         if item["type"] == "extra_forbidden":
-            problems.append(f"{knob}: unknown knob (allowed: {', '.join(schema.model_fields)})")
+            known = schema if len(item["loc"]) == 1 else RequestClass
+            problems.append(f"{knob}: unknown knob (allowed: {', '.join(known.model_fields)})")
         else:
             problems.append(f"{knob}: {item['msg']}, got {item['input']!r}")
     return "; ".join(dict.fromkeys(problems))
+
+
+def shown(config: EarlyExitConfig) -> dict[str, Any]:
+    """The knobs as plain values, without what tells of API keys."""
+    return config.model_dump(exclude={"classes": {"__all__": {"api_keys_sha256"}}})
 
 
 def config_from_vllm(vllm_config: Any) -> EarlyExitConfig:
     """The knobs of a server, out of vLLM's `--additional-config '{"early_exit": {...}}'`."""
     additional = vllm_config.additional_config
     raw = additional.get(ADDITIONAL_CONFIG_KEY, {}) if isinstance(additional, dict) else {}
-    return parse_config(raw)
+    config = parse_config(raw)
+    check_classes(config)
+    return config

@@ -44,6 +44,8 @@ class ExitCounts:
     """Running totals of one server. `held` exits are counted when the full model checks them."""
 
     emitted: int = 0  # output tokens, exits included
+    decode_tokens: int = 0  # of them, all but each answer's first
+    decode_s: float = 0.0  # over all requests, from the first token to the last
     held: int = 0
     accepted: int = 0  # held exits that were emitted
     accepted_diverged: int = 0  # of these, emitted although the full model disagreed

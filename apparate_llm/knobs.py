@@ -1,9 +1,12 @@
 """argparse flags derived from the knob schema."""
 
 import argparse
+import hashlib
+import tomllib
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from apparate_llm.config import ConfigError, EarlyExitConfig, parse_config
+from apparate_llm.config import ConfigError, EarlyExitConfig, check_classes, parse_config
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -19,7 +22,7 @@ def add_knobs(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = (
         if name in leave_out:
             continue
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
-        default = "" if field.default is None else f" (default: {field.default})"
+        default = "" if field.default in (None, {}) else f" (default: {field.default})"
         group.add_argument(
             "--" + name.replace("_", "-"),
             default=None,
@@ -33,11 +36,32 @@ def knobs_from(args: argparse.Namespace) -> EarlyExitConfig:
     given: dict[str, Any] = {}
     for name in EarlyExitConfig.model_fields:
         if (value := getattr(args, name, None)) is not None:
-            given[name] = value
+            given[name] = read_classes(value) if name == "classes" else value
     try:
-        return parse_config(given)
+        config = parse_config(given)
+        check_classes(config)
+        return config
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("early_exit: ")) from None
+
+
+def read_classes(name: str) -> dict[str, Any]:
+    """Classes of requests out of a TOML file, one table each; of their `api_keys` only digests are kept. Raises
+    ConfigError."""
+    try:
+        found = tomllib.loads(Path(name).expanduser().read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--classes: cannot read {name}: {error}") from None
+    for title, table in found.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"--classes: {name}: {title} must be a table, [{title}], got {table!r}")
+        keys = table.pop("api_keys", [])
+        if not isinstance(keys, list) or not all(isinstance(key, str) and key for key in keys):
+            raise ConfigError(f"--classes: {name}: {title}: api_keys must be a list of strings")
+        if keys:
+            digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
+            table["api_keys_sha256"] = [*table.get("api_keys_sha256", []), *digests]
+    return found
 
 
 def positive(text: str) -> int:

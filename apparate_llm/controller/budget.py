@@ -8,6 +8,9 @@ wrong,
     divergences of the server    <=  sum of bound x emitted tokens
     divergences of one request   <=  its bound x its emitted tokens + REQUEST_ALLOWANCE
 
+Where requests are of classes, each class has a bucket of its own beside the server's, filled by its own tokens: none
+can spend what another has earned.
+
 With the kind `regret` the price is not 1 but the exit's regret in nats; what is not known yet cannot be paid for, so
 exits are held, not released.
 """
@@ -29,6 +32,7 @@ class Bucket:
     earned: float  # in all, whatever the capacity cut off, the initial balance included
     spent: float = 0.0  # in all, less what came back
     allowance: float = 0.0  # of `earned`, what was there at the start
+    of_class: "Bucket | None" = None  # of a request: its class's
 
     @classmethod
     def of_server(cls, bound: float) -> "Bucket":
@@ -38,6 +42,11 @@ class Bucket:
     def of_request(cls, bound: float) -> "Bucket":
         allowance = REQUEST_ALLOWANCE if bound > 0 else 0.0
         return cls(bound, allowance, float("inf"), earned=allowance, allowance=allowance)
+
+    @classmethod
+    def for_class(cls, bound: float, num_classes: int) -> "Bucket":
+        """What all classes save up is no more than the server does."""
+        return cls(bound, 0.0, max(LEAST_CAPACITY / 2, server_capacity(bound) / num_classes), 0.0)
 
     @property
     def earned_by_tokens(self) -> float:
@@ -89,6 +98,8 @@ class AccuracyBudget:
 
     def emit(self, request: Bucket, num_tokens: int) -> None:
         request.earn(request.bound * num_tokens)
+        if request.of_class is not None:
+            request.of_class.earn(request.bound * num_tokens)
         self.server.earn(max(self.server.bound, request.bound) * num_tokens)  # a request may be allowed to be looser
 
     def may_release(self, request: Bucket) -> bool:
@@ -100,7 +111,7 @@ class AccuracyBudget:
 
     def prove_right(self, request: Bucket) -> None:
         """A released exit's verdict agrees with it."""
-        for bucket in (self.server, request):
+        for bucket in self._paying(request):
             bucket.take_back(1.0)
 
     def may_accept(self, request: Bucket, regret_nats: float) -> bool:
@@ -115,8 +126,17 @@ class AccuracyBudget:
         return 1.0 if self.kind == "agreement" else regret_nats
 
     def _both_afford(self, request: Bucket, cost: float) -> bool:
-        return request.bound > 0 and request.affords(cost) and self.server.affords(cost)
+        shared = request.of_class
+        return (
+            request.bound > 0
+            and request.affords(cost)
+            and self.server.affords(cost)
+            and (shared is None or shared.balance + request.bound >= cost - ROUNDING)
+        )
+
+    def _paying(self, request: Bucket) -> tuple[Bucket, ...]:
+        return (self.server, request) if request.of_class is None else (self.server, request, request.of_class)
 
     def _pay(self, request: Bucket, cost: float) -> None:
-        for bucket in (self.server, request):
+        for bucket in self._paying(request):
             bucket.pay(cost)

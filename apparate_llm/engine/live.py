@@ -3,12 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from apparate_llm.config import ConfigError, EarlyExitConfig, RequestKnobs, parse_live
+from vllm.logger import init_logger
+
+from apparate_llm.config import ConfigError, EarlyExitConfig, RequestKnobs, parse_live, parse_request_knobs
 from apparate_llm.controller.budget import Bucket
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
+from apparate_llm.engine.classes import UNNAMED
+from apparate_llm.engine.eligibility import is_releasable
+from apparate_llm.engine.origins import REPORT_KEY, Trace
 from apparate_llm.engine.rounds import Rounds
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+
+logger = init_logger("vllm.apparate")
 
 
 @dataclass(slots=True)
@@ -80,11 +87,23 @@ def bound_of(knobs: RequestKnobs, config: EarlyExitConfig) -> float:
     return own if config.allow_looser_requests else min(own, config.accuracy_bound)
 
 
-def exits_of(knobs: RequestKnobs, config: EarlyExitConfig, *, releasable: bool, greedy: bool) -> RequestExits:
+def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger) -> RequestExits:
+    """Of a new request with vLLM's sampling parameters `params`. A bad knob was refused by the API already, where it
+    runs with our plugin; else it falls back to the server's."""
+    try:
+        knobs = parse_request_knobs(params.extra_args, config)
+    except ConfigError as error:
+        logger.error("%s; the server's own settings are used", error)
+        knobs = RequestKnobs.model_validate({})
+    bucket = Bucket.of_request(bound_of(knobs, config))
+    share = ledger.classes.get(knobs.early_exit_class or UNNAMED)
+    bucket.of_class = share.bucket if share else None
     return RequestExits(
-        releasable=releasable,
-        greedy=greedy,
+        releasable=is_releasable(params),
+        greedy=params.temperature == 0.0,
         knobs=knobs,
-        bucket=Bucket.of_request(bound_of(knobs, config)),
+        bucket=bucket,
+        share=share,
         tpt_target_ms=knobs.tpt_target_ms or config.tpt_target_ms,
+        trace=Trace(params.extra_args.get(REPORT_KEY, "")) if knobs.early_exit_report else None,
     )

@@ -12,12 +12,13 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, RequestKnobs, config_from_vllm, parse_request_knobs
+from apparate_llm.config import ADDITIONAL_CONFIG_KEY, config_from_vllm
 from apparate_llm.controller.budget import AccuracyBudget
 from apparate_llm.controller.feedback import FeedbackLog
 from apparate_llm.controller.state import ControllerState, resolve_path
+from apparate_llm.engine.classes import shares_of
 from apparate_llm.engine.clock import StepClock
-from apparate_llm.engine.eligibility import is_releasable, stop_token_ids
+from apparate_llm.engine.eligibility import stop_token_ids
 from apparate_llm.engine.greedy import check, is_plain_greedy
 from apparate_llm.engine.judge import best_and_regret, judge_held
 from apparate_llm.engine.live import LivePolicy, exits_of, reconfigured, requests_follow
@@ -36,7 +37,8 @@ class EarlyExitRunner(CPUModelRunner):
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.exit_config = config_from_vllm(vllm_config)
-        self.ledger = VerdictLedger(AccuracyBudget(self.exit_config.accuracy_bound, self.exit_config.bound_kind))
+        budget = AccuracyBudget(self.exit_config.accuracy_bound, self.exit_config.bound_kind)
+        self.ledger = VerdictLedger(budget, shares_of(self.exit_config))
         self.clock = StepClock(get_tp_group())
         self.rounds: Rounds | None = None  # None: no exits
         self.live: LivePolicy | None = None  # None: started without exits
@@ -110,23 +112,12 @@ class EarlyExitRunner(CPUModelRunner):
             self.ledger.end_request(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id not in self.ledger.requests and new.sampling_params is not None:
-                self.ledger.add_request(new.req_id, self._exits_of(new.sampling_params))
+                self.ledger.add_request(new.req_id, exits_of(new.sampling_params, self.exit_config, self.ledger))
         correction = super()._update_states(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:  # the engine idles
             self.clock.stop()
             self._guarded(self.check_integrity)
         return correction
-
-    def _exits_of(self, params: Any) -> RequestExits:
-        """A bad knob was refused by the API already, where it runs with our plugin; else it falls back to the
-        server's."""
-        config = self.exit_config
-        try:
-            knobs = parse_request_knobs(params.extra_args, config)
-        except ConfigError as error:
-            logger.error("%s; the server's own settings are used", error)
-            knobs = RequestKnobs.model_validate({})
-        return exits_of(knobs, config, releasable=is_releasable(params), greedy=params.temperature == 0.0)
 
     def reconfigure(self, changes: Any) -> None:
         """Serve with other knobs from the next step on; raises ConfigError if they are not allowed."""

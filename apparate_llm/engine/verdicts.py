@@ -2,12 +2,14 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from apparate_llm.config import RequestKnobs
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome
+from apparate_llm.engine.classes import ClassShare
 from apparate_llm.engine.distributions import Distributions
+from apparate_llm.engine.origins import Reports, Trace
 
 logger = logging.getLogger("vllm.apparate")
 LEAST_TOKENS = 16  # a request must have for its time per token to count
@@ -47,6 +49,8 @@ class RequestExits:
     num_diverged: int = 0
     first_token_s: float | None = None  # on the monotonic clock, of the step that emitted it
     last_token_s: float = 0.0
+    share: ClassShare | None = None  # of its class
+    trace: Trace | None = None  # where its tokens came from, if it wants to know
 
     def may_diverge(self, now_s: float) -> bool:
         """With a target, only while the request is slower than it."""
@@ -83,12 +87,14 @@ class VerdictLedger:
     whichever pass computes that position: the next step normally, a later one after a preemption or a short chunk.
     """
 
-    def __init__(self, budget: AccuracyBudget) -> None:
+    def __init__(self, budget: AccuracyBudget, classes: dict[str, ClassShare] | None = None) -> None:
         self.budget = budget
+        self.classes = classes or {}  # by name; empty where the server has none
         self.counts = ExitCounts()
         self.audit = Audit()
         self.distributions = Distributions()
         self.requests: dict[str, RequestExits] = {}
+        self.reports = Reports()
 
     def add_request(self, request_id: str, request: RequestExits) -> None:
         self.requests[request_id] = request
@@ -101,14 +107,17 @@ class VerdictLedger:
         self.counts.unverified += len(request.outstanding)
         for exit_ in request.outstanding:
             self.counts.settle(Outcome.RELEASED_UNVERIFIED, exit_.depth)
+        if request.trace is not None:
+            self.reports.keep(request_id, request.trace, request.tpt_ms)
         if request.tpt_ms is not None:
             self.distributions.tpt_ms.observe(request.tpt_ms)
         if request.tpt_target_ms is not None and request.num_emitted >= LEAST_TOKENS:
             assert request.tpt_ms is not None
-            if request.tpt_ms <= request.tpt_target_ms * TARGET_TOLERANCE:
-                self.counts.targets_met += 1
-            else:
-                self.counts.targets_missed += 1
+            is_met = request.tpt_ms <= request.tpt_target_ms * TARGET_TOLERANCE
+            for totals in self._totals_of(request):
+                totals.targets_met += is_met
+                totals.targets_missed += not is_met
+            if not is_met:
                 self.report_missed(request.tpt_ms, request.tpt_target_ms)
 
     def report_missed(self, tpt_ms: float, target_ms: float) -> None:
@@ -124,16 +133,36 @@ class VerdictLedger:
                 self.counts.targets_met,
             )
 
+    def report(self, key: str) -> dict[str, dict[str, Any]]:
+        """Request id -> where the tokens of the answer came from; once for each."""
+        for request_id, request in self.requests.items():  # its last token is out, the scheduler has not said so yet
+            if request.trace is not None and request.trace.key == key:
+                self.reports.keep(request_id, request.trace, request.tpt_ms)
+                request.trace = None
+        return self.reports.take(key)
+
     def emit(self, request_id: str, num_tokens: int, now_s: float) -> None:
         """Checked tokens, accepted exits among them, go out."""
         request = self.requests[request_id]
-        if request.first_token_s is None:
-            request.first_token_s = now_s
+        is_first = request.first_token_s is None
+        if is_first:
+            request.first_token_s = request.last_token_s = now_s
+        self._count_emitted(request, num_tokens, num_tokens - is_first, now_s - request.last_token_s)
         request.last_token_s = now_s
-        request.num_emitted += num_tokens
+        if request.trace is not None:
+            request.trace.emitted(num_tokens)
         self.distributions.tokens_per_pass.observe(num_tokens + request.num_since_pass)
         request.num_since_pass = 0
-        self.counts.emitted += num_tokens
+
+    def _totals_of(self, request: RequestExits) -> tuple[ExitCounts | ClassShare, ...]:
+        return (self.counts,) if request.share is None else (self.counts, request.share)
+
+    def _count_emitted(self, request: RequestExits, num_tokens: int, num_decoded: int, took_s: float) -> None:
+        request.num_emitted += num_tokens
+        for totals in self._totals_of(request):
+            totals.emitted += num_tokens
+            totals.decode_tokens += num_decoded
+            totals.decode_s += took_s
         self.budget.emit(request.bucket, num_tokens)
 
     def checked(self, request: RequestExits, num_held: int, num_accepted: int) -> None:
@@ -141,6 +170,8 @@ class VerdictLedger:
         let through are counted already."""
         self.counts.held += num_held
         self.counts.accepted += num_accepted
+        if request.trace is not None:
+            request.trace.accepted(request.held[:num_accepted])
         for i, exit_ in enumerate(request.held[:num_held]):
             if i >= num_accepted:
                 self.counts.settle(Outcome.HELD_REJECTED, exit_.depth)
@@ -154,13 +185,13 @@ class VerdictLedger:
         request = self.requests[request_id]
         assert request.releasable, f"released an exit of request {request_id}, which takes none"
         request.outstanding.extend(exits)
-        request.num_emitted += len(exits)
         request.num_since_pass += len(exits)
         self.counts.released += len(exits)
+        if request.trace is not None:
+            request.trace.released(exits)
         for exit_ in exits:
             self.counts.emit_exits(exit_.depth, 1)
-        self.counts.emitted += len(exits)
-        self.budget.emit(request.bucket, len(exits))
+        self._count_emitted(request, len(exits), len(exits), 0.0)
 
     def due(self, request_id: str, *, first_position: int, num_scheduled: int, first_row: int) -> list[PendingVerdict]:
         """Verdicts that a pass over [first_position, first_position + num_scheduled) will give."""
@@ -181,6 +212,8 @@ class VerdictLedger:
             request = self.requests[item.request_id]
             request.outstanding.remove(item.exit)
             agrees = token_id == item.exit.token_id
+            if request.trace is not None:
+                request.trace.verified(item.exit, agrees)
             self.counts.verified += 1
             self.counts.settle(Outcome.RELEASED_RIGHT if agrees else Outcome.RELEASED_DIVERGED, item.exit.depth)
             if agrees:
@@ -206,6 +239,8 @@ class VerdictLedger:
         self.counts.regret_nats += regret_nats
         self.distributions.regret_nats.observe(regret_nats)
         request.num_diverged += 1
+        if request.share is not None:
+            request.share.diverged += 1
         excess = request.num_diverged - request.bucket.earned_by_tokens - request.bucket.bound * num_uncounted
         self.audit.largest_request_excess = max(self.audit.largest_request_excess, excess)
         if self.counts.emitted > SETTLED_TOKENS:

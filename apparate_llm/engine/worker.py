@@ -1,13 +1,14 @@
 """The worker class named in `--worker-cls`: vLLM's own, with the early-exit runner."""
 
 from dataclasses import asdict
+from time import monotonic
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from apparate_llm.config import ConfigError
+from apparate_llm.config import ConfigError, shown
 from apparate_llm.engine.runner import EarlyExitRunner
 from apparate_llm.patches.ledger import apply_all
 
@@ -32,10 +33,12 @@ class EarlyExitWorker(CPUWorker):
         runner = self.model_runner
         policy = runner.rounds.policy if runner.rounds else None
         return {
+            "clock_s": monotonic(),
             "active": policy is not None,
             "running": len(runner.ledger.requests),
             "depth": policy.depth if policy else None,
-            "config": runner.exit_config.model_dump(),
+            "config": shown(runner.exit_config),
+            "classes": {name: share.as_dict() for name, share in runner.ledger.classes.items()},
             "counts": runner.ledger.counts.as_dict(),
             "audit": asdict(runner.ledger.audit),
             "distributions": runner.ledger.distributions.as_dict(),
@@ -57,6 +60,10 @@ class EarlyExitWorker(CPUWorker):
         runner = self.model_runner
         if runner.live is not None and runner.rounds is not None:
             runner.live.forget(runner.rounds, runner.exit_config)
+
+    def early_exit_report(self, key: str) -> dict[str, dict[str, Any]]:
+        """Of the answers asked for with this key, by request id: where their tokens came from."""
+        return self.model_runner.ledger.report(key)
 
     def early_exit_check_integrity(self) -> None:
         self.model_runner.check_integrity()

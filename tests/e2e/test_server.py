@@ -1,6 +1,10 @@
 """A real server on a tiny model, over HTTP, as its users meet it."""
 
+import asyncio
+import hashlib
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -124,25 +128,51 @@ def test_an_aborted_stream_leaves_the_server_well(server, client):
 
 
 def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_ramps, free_port, tmp_path):
-    """No hidden dependence on our command: vLLM's own server module and flags only."""
-    import sys
-
+    """No hidden dependence on our command: vLLM's own server module and flags only; here with API keys, each of a class
+    of its own."""
     from apparate_llm.config import parse_config
     from apparate_llm.engine.settings import vllm_settings
     from tests.e2e.conftest import running
 
-    settings = vllm_settings(parse_config({"ramps": str(lens_ramps(depth=4)), "policy": "static"}), "LlamaForCausalLM")
+    keys = {"mine": "sk-mine", "theirs": "sk-theirs"}
+    digests = {name: [hashlib.sha256(key.encode()).hexdigest()] for name, key in keys.items()}
+    classes = {
+        "mine": {"api_keys_sha256": digests["mine"]},
+        "theirs": {"early_exit": 0, "api_keys_sha256": digests["theirs"]},
+    }
+    knobs = {"ramps": str(lens_ramps(depth=4)), "policy": "static", "classes": classes}
     flags = []
-    for name, value in settings.items():
+    for name, value in vllm_settings(parse_config(knobs), "LlamaForCausalLM").items():
         flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else value]
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_llama), *flags]
-    command += [*TINY_FLAGS, "--host", "127.0.0.1", "--port", str(port)]
+    command += [*TINY_FLAGS, "--host", "127.0.0.1", "--port", str(port), "--api-key", *keys.values()]
     with running(command, port, tmp_path / "log", VLLM_PLUGINS="apparate") as base_url:
         body = {"model": str(tiny_llama), "prompt": "w1 w2", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
-        answer = httpx.post(f"{base_url}/v1/completions", json=body, timeout=60).json()
-        assert answer["usage"]["completion_tokens"] == 40
-        assert httpx.get(f"{base_url}/early_exit/status").json()["counts"]["accepted"] > 20
+
+        def ask(key: str, **xargs) -> httpx.Response:
+            headers = {"Authorization": f"Bearer {key}"}
+            return httpx.post(
+                f"{base_url}/v1/completions", json=body | {"vllm_xargs": xargs}, headers=headers, timeout=60
+            )
+
+        def status(key: str) -> httpx.Response:
+            return httpx.get(f"{base_url}/early_exit/status", headers={"Authorization": f"Bearer {key}"})
+
+        assert ask("sk-mine").json()["usage"]["completion_tokens"] == 40
+        assert status("sk-mine").json()["counts"]["accepted"] > 20
+        accepted = status("sk-mine").json()["counts"]["accepted"]
+        assert ask("sk-theirs").json()["usage"]["completion_tokens"] == 40
+        counted = status("sk-theirs").json()
+        assert counted["counts"]["accepted"] == accepted
+        assert counted["classes"]["mine"]["emitted"] == counted["classes"]["theirs"]["emitted"] == 40
+        assert not any(key in json.dumps(counted) for key in (*keys.values(), *digests["mine"]))
+        refused = ask("sk-theirs", early_exit_class="mine")
+        assert refused.status_code == 400 and "requests with this API key are theirs" in refused.text
+        assert ask("sk-none").status_code == status("sk-none").status_code == 401
+        assert httpx.get(f"{base_url}/early_exit/events").status_code == 401
+        assert httpx.patch(f"{base_url}/early_exit/config", content=b"{").status_code == 401
+        assert httpx.get(f"{base_url}/early_exit/").status_code == 200  # it asks for the key itself
 
 
 def test_policy_off_serves_plain_vllm_and_says_so(serve, tiny_llama):
@@ -235,3 +265,83 @@ def test_events_tell_the_totals(server):
         line = next(line for line in stream.iter_lines() if line)
     told = json.loads(line.removeprefix("data: "))
     assert told["active"] and told["counts"]["emitted"] > 0
+
+
+def ask_with_report(client, **more):
+    return client.completions.create(
+        model="tiny",
+        prompt="w3 w5 w9",
+        temperature=0,
+        max_tokens=60,
+        extra_body={"ignore_eos": True, "vllm_xargs": {"early_exit_report": 1}},
+        **more,
+    )
+
+
+def test_an_answer_says_where_its_tokens_came_from(server, client):
+    def totals():
+        return httpx.get(f"{server}/early_exit/status").json()["counts"]
+
+    before = totals()
+    (report,) = ask_with_report(client).model_extra["early_exit"]
+    after = totals()
+    tokens = report["tokens"]
+    assert sum(tokens.values()) == len(report["origins"]) == 60
+    assert tokens["held"] + tokens["held_diverged"] == after["accepted"] - before["accepted"]
+    assert tokens["released"] > 0 and tokens["unverified"] <= after["unverified"] - before["unverified"]
+    assert report["divergences"] == after["diverged"] - before["diverged"]
+    assert sum(report["exits_by_depth"].values()) == 60 - tokens["checked"] and report["tpt_ms"] > 0
+    chunks = list(ask_with_report(client, stream=True))
+    assert [chunk.model_extra.get("early_exit") is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    (streamed,) = chunks[-1].model_extra["early_exit"]
+    assert "".join(streamed["texts"]) == "".join(choice.text for chunk in chunks for choice in chunk.choices)
+    plain = client.completions.create(model="tiny", prompt="w3", max_tokens=4)
+    assert "early_exit" not in plain.model_extra
+
+
+def test_random_answers_to_one_request_report_each(client):
+    answer = client.completions.create(
+        model="tiny",
+        prompt="w3",
+        max_tokens=12,
+        n=3,
+        temperature=1.0,
+        extra_body={"ignore_eos": True, "vllm_xargs": {"early_exit_report": 1}},
+    )
+    reports = answer.model_extra["early_exit"]
+    assert [report["index"] for report in reports] == [0, 1, 2]
+    for report, choice in zip(reports, answer.choices, strict=True):
+        assert "".join(report["texts"]) == choice.text and len(report["origins"]) == 12
+
+
+def test_idle_listeners_and_one_that_never_reads_cost_nobody_anything(server, client):
+    async def listen():
+        loop = asyncio.get_running_loop()
+        port = int(server.rpartition(":")[2])
+        request = b"GET /early_exit/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        writers = []
+        for _ in range(200):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            writers.append(writer)
+        _, slow = await asyncio.open_connection("127.0.0.1", port)
+        slow.write(request[:20])  # and then nothing more
+        half = b"PATCH /early_exit/config HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+        reader, unfinished = await asyncio.open_connection("127.0.0.1", port)
+        unfinished.write(half)
+        answer = await loop.run_in_executor(None, lambda: ask_with_report(client))
+        assert answer.usage.completion_tokens == 60
+        status = await loop.run_in_executor(None, lambda: httpx.get(f"{server}/early_exit/status"))
+        assert status.json()["active"]
+        assert b" 408 " in await asyncio.wait_for(reader.readline(), 20)
+        for writer in (*writers, slow, unfinished):
+            writer.close()
+
+    asyncio.run(listen())
+
+
+def test_chat_in_the_terminal(server):
+    command = [sys.executable, "-m", "apparate_llm.cli", "chat", "--url", server, "--max-tokens", "30"]
+    done = subprocess.run(command, input="w1 w2\n/new\nw3\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ms per token") == 2 and "released" in done.stdout

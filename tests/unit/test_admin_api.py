@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import re
 from types import SimpleNamespace
 
 import httpx
 import pytest
-from apparate_llm.api import metrics
+from apparate_llm.api import access, metrics
 from apparate_llm.api.access import MAX_BODY_BYTES, Access
-from apparate_llm.api.plugin import MAX_STREAMS, ExitServer, router, stream, watch_requests
+from apparate_llm.api.engines import ask_all
+from apparate_llm.api.plugin import MAX_STREAMS, ExitServer, page, router, stream, watch_requests
 from fastapi import FastAPI
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, parse_live
@@ -41,6 +43,7 @@ class Engine:
 
 def served(*, keys=(), exits=True) -> tuple[FastAPI, Engine]:
     app, engine = FastAPI(), Engine()
+    app.include_router(page)
     app.include_router(router)
     app.state.early_exit_access = Access(keys)
     app.state.early_exit = ExitServer(engine, engine.config) if exits else None
@@ -50,7 +53,7 @@ def served(*, keys=(), exits=True) -> tuple[FastAPI, Engine]:
 def ask(app, method, path, *, client=LOCAL, **kwargs) -> httpx.Response:
     async def answer():
         transport = httpx.ASGITransport(app=app, client=client)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server/early_exit") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000/early_exit") as http:
             return await http.request(method, path, **kwargs)
 
     return asyncio.run(answer())
@@ -109,6 +112,58 @@ def test_without_a_key_only_this_machine_is_let_in():
     assert ask(app, "GET", "/status", client=("::1", 1)).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "says"),
+    [
+        ({"Origin": "https://evil.example"}, "pages of other sites may not ask"),
+        ({"Origin": "null"}, "pages of other sites may not ask"),
+        ({"Host": "evil.example"}, "served as localhost only"),  # a name that was made to point here
+    ],
+)
+def test_without_a_key_pages_of_other_sites_are_not_let_in(headers, says):
+    app, engine = served()
+    for path in ("/config", "/"):
+        answer = ask(app, "GET", path, headers=headers)
+        assert answer.status_code == 403 and says in answer.json()["detail"]
+    assert engine.asked == []
+    own = {"Origin": "http://localhost:8000"}
+    assert ask(app, "GET", "/status", headers=own).status_code == 200
+
+
+def test_the_page_has_nothing_of_the_server_and_nothing_of_other_hosts():
+    app, engine = served(keys=["right"])
+    answer = ask(app, "GET", "/", client=STRANGER)  # it asks for the key itself
+    assert answer.status_code == 200 and engine.asked == []
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert not re.findall(r"""(?:src|href)=["'](?!data:,)""", answer.text)
+    assert set(re.findall(r"https?://[^\s\"'<]+", answer.text)) == {"http://www.w3.org/2000/svg"}
+    keyless, _ = served()
+    assert ask(keyless, "GET", "/", client=STRANGER).status_code == 403
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(access, "BODY_TIMEOUT_S", 0.05)
+    app, engine = served()
+
+    async def slow():
+        yield b"{"
+        await asyncio.sleep(5)
+
+    answer = ask(app, "PATCH", "/config", content=slow())
+    assert answer.status_code == 408 and engine.asked == []
+
+
+def test_several_engines_are_asked_and_told_of_as_one():
+    class Core:
+        core_engines = (0, 1)
+
+        async def call_utility_all_async(self, utility, method, timeout, args, kwargs):
+            return [[{"number": number, "method": method, "args": args}, "second rank"] for number in self.core_engines]
+
+    found = asyncio.run(ask_all(SimpleNamespace(engine_core=Core()), "early_exit_report", "key"))
+    assert [one["number"] for one in found] == [0, 1] and found[0]["args"] == ("key",)
+
+
 def test_a_server_without_exits_says_so():
     app, _ = served(exits=False)
     assert ask(app, "GET", "/status").status_code == ask(app, "PATCH", "/config", json={}).status_code == 503
@@ -133,7 +188,7 @@ def test_an_idle_engine_is_not_asked_until_a_request_comes(monkeypatch):
     watch_requests(server)
 
     async def serve():
-        polling = asyncio.create_task(metrics.poll(server.collector, engine))
+        polling = asyncio.create_task(metrics.poll(server.collector, engine, server.status))
         await asyncio.sleep(0.1)
         asked = len(engine.asked)
         assert metrics.QUIET_POLLS < asked <= metrics.QUIET_POLLS + 2

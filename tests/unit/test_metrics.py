@@ -6,24 +6,28 @@ from pathlib import Path
 
 import pytest
 import yaml
+from apparate_llm.api.engines import merged
 from apparate_llm.api.metrics import ExitCollector
 from prometheus_client import CollectorRegistry, generate_latest
 
 from apparate_llm import api
-from apparate_llm.config import EarlyExitConfig
+from apparate_llm.config import parse_config, shown
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit, Outcome
+from apparate_llm.engine.classes import shares_of
 from apparate_llm.engine.distributions import Histogram
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 
+CONFIG = parse_config({"policy": "static", "tpt_target_ms": 30.0, "accuracy_bound": 0.5, "classes": {"fast": {}}})
 FOLDER = Path(api.__path__[0])
 
 
 @pytest.fixture(scope="module")
 def status():
     """Of a server that has seen one request: two exits released, one wrong; three held, one of them let through."""
-    ledger = VerdictLedger(AccuracyBudget(0.5))
-    request = RequestExits(releasable=True, bucket=Bucket.of_request(0.5), tpt_target_ms=30.0)
+    ledger = VerdictLedger(AccuracyBudget(0.5), shares_of(CONFIG))
+    share = ledger.classes["fast"]
+    request = RequestExits(releasable=True, bucket=Bucket.of_request(0.5), tpt_target_ms=30.0, share=share)
     ledger.add_request("a", request)
     ledger.emit("a", 10, now_s=0.0)
     released = [Exit(10, 5, depth=0, round_number=0, confidence=0.9), Exit(11, 6, 2, 1, 0.9)]
@@ -38,9 +42,13 @@ def status():
     ledger.end_request("a")
     ledger.check_integrity()
     return {
+        "clock_s": 1.0,
         "active": True,
+        "running": 0,
         "depth": 2,
-        "config": EarlyExitConfig(policy="static", tpt_target_ms=30.0).model_dump(),
+        "config": shown(CONFIG),
+        "classes": {name: share.as_dict() for name, share in ledger.classes.items()},
+        "audit": {},
         "counts": ledger.counts.as_dict(),
         "distributions": ledger.distributions.as_dict(),
         "budget_fill_frac": ledger.budget.fill_frac,
@@ -78,8 +86,35 @@ def test_the_page_says_what_was_counted(page):
         "apparate:time_per_output_token_seconds_sum 0.02",
         'apparate:divergence_regret_nats_bucket{le="0.25"} 1.0',
         'apparate:divergence_regret_nats_bucket{le="+Inf"} 2.0',
+        "apparate:decode_tokens_total 19.0",
+        "apparate:decode_seconds_total 0.38",
+        'apparate:class_emitted_total{class="fast"} 20.0',
+        'apparate:class_diverged_total{class="fast"} 2.0',
+        'apparate:class_emitted_total{class="(none)"} 0.0',
     ):
         assert f"\n{line}\n" in page, line
+
+
+def test_two_engines_are_one_server_of_twice_the_totals(status):
+    collector, registry = ExitCollector(), CollectorRegistry()
+    registry.register(collector)
+    empty_depth = json.loads(json.dumps(status))  # as it comes out of another process
+    empty_depth["counts"]["outcomes"][Outcome.RELEASED_RIGHT] = {"1": 3}
+    collector.publish(merged([json.loads(json.dumps(status)), empty_depth]))
+    page = generate_latest(registry).decode()
+    for line in (
+        "apparate:emitted_total 40.0",
+        "apparate:divergence_ratio 0.1",
+        'apparate:exits_total{depth="0",outcome="released_right"} 1.0',
+        'apparate:exits_total{depth="1",outcome="released_right"} 3.0',
+        'apparate:tokens_per_pass_bucket{le="12.0"} 4.0',
+        'apparate:class_diverged_total{class="fast"} 4.0',
+        "apparate:accuracy_bound 0.5",
+        "apparate:time_per_output_token_seconds_sum 0.04",
+    ):
+        assert f"\n{line}\n" in page, line
+    assert len(collector.status["engines"]) == 2
+    assert merged([status]) is status
 
 
 def test_outcomes_are_disjoint_and_complete(status):

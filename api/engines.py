@@ -1,0 +1,57 @@
+"""The engines behind one API server: one, or several with data parallelism."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+
+async def ask_all(engine: Any, method: str, *args: Any) -> list[Any]:
+    """What the first rank of every engine answers."""
+    core: Any = getattr(engine, "engine_core", None)
+    if hasattr(core, "core_engines"):
+        answers = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+        return [ranks[0] for ranks in answers]
+    return [(await engine.collective_rpc(method, args=args))[0]]
+
+
+def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The status of all engines as if they were one: totals are sums, what each decides for itself is the first one's.
+    With several, `engines` has each one's own."""
+    first = statuses[0]
+    if len(statuses) == 1:
+        return first
+    counts = _sum([status["counts"] for status in statuses])
+    counts["divergence_frac"] = counts["diverged"] / counts["emitted"] if counts["emitted"] else None
+    spreads = {
+        name: {**spread, **_sum([_uncut(status["distributions"][name]) for status in statuses])}
+        for name, spread in first["distributions"].items()
+    }
+    return {
+        **first,
+        "active": all(status["active"] for status in statuses),
+        "running": sum(status["running"] for status in statuses),
+        "counts": counts,
+        "classes": _sum([status["classes"] for status in statuses]),
+        "audit": {name: max(status["audit"][name] for status in statuses) for name in first["audit"]},
+        "distributions": spreads,
+        "budget_left": sum(status["budget_left"] for status in statuses),
+        "budget_fill_frac": sum(status["budget_fill_frac"] for status in statuses) / len(statuses),
+        "engines": list(statuses),
+    }
+
+
+def _uncut(spread: dict[str, Any]) -> dict[str, Any]:
+    return {"counts": spread["counts"], "total": spread["total"]}
+
+
+def _sum(items: Sequence[Any]) -> Any:
+    """Of numbers; of lists and dictionaries of them part by part; None counts for nothing."""
+    present = [item for item in items if item is not None]
+    if not present:
+        return None
+    if isinstance(present[0], dict):
+        names = Counter(name for item in present for name in item)
+        return {name: _sum([item.get(name) for item in present]) for name in names}
+    if isinstance(present[0], list):
+        return [_sum(parts) for parts in zip(*present, strict=True)]
+    return sum(present)

@@ -1,0 +1,202 @@
+"""`apparate-llm chat`: a conversation with a running server, each token coloured by where it came from."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from apparate_llm.knobs import OneLineParser, positive
+
+STYLES = {  # origin of a token -> how it is shown
+    "checked": "",
+    "held": "blue",
+    "held_diverged": "red underline",
+    "released": "green",
+    "released_diverged": "red underline",
+    "unverified": "green italic",
+}
+LEGEND = (("checked", "checked"), ("held", "held"), ("released", "released"), ("released_diverged", "differs"))
+CONNECT_TIMEOUT_S = 5.0
+TOKEN_TIMEOUT_S = 300.0
+
+
+def add_chat(subparsers: Any) -> None:
+    parser: OneLineParser = subparsers.add_parser(
+        "chat",
+        help="talk to a running server in the terminal",
+        description="Talks to a running server. Each answer is coloured by where its tokens came from, with its time "
+        "per output token below. An empty line or Ctrl-D ends it, /new begins a new conversation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    parser.add_argument("--model", help="name of the model (default: the server's first)")
+    parser.add_argument("--max-tokens", type=positive, default=512, help="of an answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s, the best token")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--no-exits", action="store_true", help="ask for answers without early exits, to compare")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
+    parser.set_defaults(run=run_chat)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer as it comes in."""
+
+    text: str = ""
+    report: dict[str, Any] | None = None  # from a server with early exits
+    num_tokens: int = 0
+    sent_s: float = field(default_factory=time.monotonic)
+    first_s: float | None = None
+    last_s: float = 0.0
+
+    def take(self, chunk: dict[str, Any]) -> None:
+        """Raises RuntimeError for an error that the server sends instead of a token."""
+        if "error" in chunk:
+            error = chunk["error"]
+            raise RuntimeError(f"the server says: {error.get('message', error) if isinstance(error, dict) else error}")
+        self.num_tokens = (chunk.get("usage") or {}).get("completion_tokens", self.num_tokens)
+        self.report = next(iter(chunk.get("early_exit", ())), self.report)
+        text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+        if text:
+            self.last_s = time.monotonic()
+            self.first_s = self.first_s or self.last_s
+            self.text += text
+
+    def note(self) -> str:
+        """One line on its speed and its tokens."""
+        if self.first_s is None:
+            return "no text"
+        parts = [f"first token after {(self.first_s - self.sent_s) * 1e3:.0f} ms"]
+        if self.num_tokens > 1:
+            parts.insert(0, f"{(self.last_s - self.first_s) * 1e3 / (self.num_tokens - 1):.1f} ms per token")
+        parts.append(f"{self.num_tokens} tokens")
+        if self.report is not None:
+            tokens = self.report["tokens"]
+            parts += [f"{tokens[name]} {name}" for name in ("checked", "held", "released")]
+            parts.append(f"{self.report['divergences']} differ")
+            parts += [f"{tokens['unverified']} without a verdict"] * bool(tokens["unverified"])
+        else:
+            parts.append("the server has no early exits")
+        return " · ".join(parts)
+
+    def coloured(self) -> Any:
+        """As rich shows it: plain until the report has come."""
+        from rich.text import Text
+
+        if self.report is None:
+            return Text(self.text)
+        shown = Text()
+        for origin, text in zip(self.report["origins"], self.report["texts"], strict=True):
+            shown.append(text, STYLES.get(origin, ""))
+        return shown
+
+
+class ChatClient:
+    """Raises RuntimeError where the server cannot be reached or refuses, ValueError for a URL that is none."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import httpx
+
+        if not args.url.startswith(("http://", "https://")):
+            raise ValueError(f"--url must begin with http:// or https://, got {args.url}")
+        headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+        timeout = httpx.Timeout(TOKEN_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        self.http = httpx.Client(base_url=args.url.rstrip("/"), headers=headers, timeout=timeout)
+        self.url = args.url
+        self.knobs = {"early_exit_report": 1} | ({"early_exit": 0} if args.no_exits else {})
+        self.body = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+        self.body["model"] = args.model or self._first_model()
+
+    def _first_model(self) -> str:
+        import httpx
+
+        try:
+            answer = self.http.get("/v1/models")
+            answer.read()
+        except httpx.HTTPError as error:
+            raise RuntimeError(
+                f"no server answers at {self.url}: {error}; start one with `apparate-llm serve`"
+            ) from None
+        self._check(answer)
+        return answer.json()["data"][0]["id"]
+
+    def _check(self, answer: Any) -> None:
+        if answer.status_code == 401:
+            raise RuntimeError("the server wants another API key: --api-key KEY")
+        if answer.status_code != 200:
+            raise RuntimeError(f"the server answers with HTTP {answer.status_code}: {answer.text[:300]}")
+
+    def ask(self, messages: list[dict[str, str]]) -> Iterator[Answer]:
+        """The answer, again after every chunk."""
+        import httpx
+
+        body = {
+            **self.body,
+            "messages": messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "vllm_xargs": self.knobs,
+        }
+        answer = Answer()
+        try:
+            with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                self._check(response)
+                for line in response.iter_lines():
+                    if line.startswith("data: {"):
+                        answer.take(json.loads(line.removeprefix("data: ")))
+                        yield answer
+        except httpx.HTTPError as error:
+            raise RuntimeError(f"the server went away: {error or type(error).__name__}") from None
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    client = ChatClient(args)
+    console = Console(highlight=False)
+    if console.is_terminal:
+        legend = "  ".join(f"[{STYLES[name] or 'none'}]{title}[/]" for name, title in LEGEND)
+        console.print(
+            f"{client.body['model']} at {client.url}. Tokens: {legend}. An empty line ends, /new begins anew."
+        )
+    begin = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(begin)
+    while (said := read_line(console)) is not None:
+        if said == "/new":
+            messages = list(begin)
+            continue
+        messages.append({"role": "user", "content": said})
+        answer = show(console, client.ask(messages))
+        messages.append({"role": "assistant", "content": answer.text})
+    return 0
+
+
+def read_line(console: Any) -> str | None:
+    """What the user says; None at the end."""
+    try:
+        said = console.input("[bold]> [/]") if sys.stdin.isatty() else input()
+    except EOFError:
+        return None
+    return said.strip() or None
+
+
+def show(console: Any, answers: Iterator[Answer]) -> Answer:
+    """Stream one answer to the terminal, as much of it as fits; in the end all of it, in its colours."""
+    from rich.live import Live
+    from rich.text import Text
+
+    answer = Answer()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for answer in answers:
+            if console.is_terminal:
+                lines = Text(answer.text).wrap(console, console.width)
+                live.update(Text("\n").join(lines[-(console.height - 2) :]), refresh=True)
+    console.print(answer.coloured(), soft_wrap=not console.is_terminal)
+    console.print(answer.note(), style="dim", soft_wrap=not console.is_terminal)
+    return answer

@@ -1,0 +1,49 @@
+"""`apparate-llm chat` against servers that answer well, badly or not at all."""
+
+import pytest
+
+from apparate_llm.chat import Answer
+from apparate_llm.cli import main
+from tests.fake_server import fake_server
+
+
+def chunk(text: str | None = None, **more) -> dict:
+    return {"choices": [] if text is None else [{"delta": {"content": text}}], **more}
+
+
+def test_an_answer_is_coloured_by_its_report_and_says_its_speed():
+    answer = Answer()
+    for text in ("One", " two"):
+        answer.take(chunk(text))
+    assert answer.coloured().plain == "One two" and not answer.coloured().spans
+    tokens = {"checked": 1, "held": 1, "released": 0, "unverified": 0}
+    report = {"tokens": tokens, "divergences": 0, "origins": ["checked", "held"], "texts": ["One", " two"]}
+    answer.take(chunk(usage={"completion_tokens": 2}))
+    answer.take(chunk(early_exit=[report]))
+    shown = answer.coloured()
+    assert shown.plain == "One two" and [(span.start, span.style) for span in shown.spans] == [(3, "blue")]
+    assert "ms per token" in answer.note() and "1 checked · 1 held · 0 released · 0 differ" in answer.note()
+
+
+def test_an_error_in_the_stream_ends_it():
+    with pytest.raises(RuntimeError, match="out of luck"):
+        Answer().take({"error": {"message": "out of luck"}})
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "expected"),
+    [("steady", 0, "the server has no early exits"), ("refused", 1, "HTTP 429"), ("error", 1, "the server says")],
+)
+def test_a_conversation(monkeypatch, capsys, said, code, expected):
+    lines = iter([said, ""])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    with fake_server() as base_url:
+        assert main(["chat", "--url", base_url]) == code
+    out = capsys.readouterr()
+    assert expected in out.out + out.err
+
+
+def test_bad_input_is_one_line(capsys):
+    assert main(["chat", "--url", "localhost:8000"]) == 2
+    assert main(["chat", "--url", "http://127.0.0.1:9"]) == 1
+    assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
