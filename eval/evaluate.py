@@ -1,6 +1,7 @@
 """One evaluation: servers started and warmed, loads measured with the systems taking turns, everything kept on disk."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -136,6 +137,7 @@ def _measure_block(server: Server, evaluation: Evaluation, key: BlockKey, load: 
     probe = probe_ms()
     counts, usage = server.counts(), server.usage()
     energy, processors = energy_j(), processor_times()
+    began_s = time.time()
     completions, wall_s = _ask(server, evaluation, list(asks), load.concurrency, load.fixed_length)
     energy_after, stolen = energy_j(), stolen_frac(processors, processor_times())
     if server.process is not None and server.process.poll() is not None:
@@ -152,6 +154,7 @@ def _measure_block(server: Server, evaluation: Evaluation, key: BlockKey, load: 
         peak_memory_gib=None if usage_after is None else usage_after.peak_memory_gib,
         probe_ms=probe,
         stolen_frac=stolen,
+        began_s=began_s,
     )
 
 

@@ -32,6 +32,7 @@ class Block:
     peak_memory_gib: float | None  # since the server's start
     probe_ms: float  # a fixed piece of work just before the block: how fast the machine was
     stolen_frac: float  # of processor time, taken by other machines on the same host
+    began_s: float | None = None  # since 1970, to find it in what a monitor recorded
 
 
 class Store:

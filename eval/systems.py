@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
+
 from apparate_llm.config import parse_config
 from apparate_llm.controller.policies import POLICIES
 from apparate_llm.models.architectures import architecture_of, layers_of
@@ -60,6 +62,14 @@ class Choice:
     hf_layer: int | None = None  # blocks of the draft of hf-early-exit; None: half of them
 
 
+def tells_of_exits(base_url: str) -> bool:
+    """Whether the server has early exits and answers for them; what does not answer at all is found out later."""
+    try:
+        return httpx.get(f"{base_url}/early_exit/status", timeout=10.0).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def systems_of(names: list[str], base_urls: list[str], choice: Choice) -> list[System]:
     """The systems by their names, plain vLLM first; raises ValueError for a name that is none."""
     systems = []
@@ -71,7 +81,8 @@ def systems_of(names: list[str], base_urls: list[str], choice: Choice) -> list[S
         name, _, url = text.partition("=")
         if not name or not url.startswith(("http://", "https://")):
             raise ValueError(f"--base-url: NAME=http://HOST:PORT wanted, got {text!r}")
-        systems.append(System(name, base_url=url.rstrip("/").removesuffix("/v1")))
+        base_url = url.rstrip("/").removesuffix("/v1")
+        systems.append(System(name, base_url=base_url, has_exits=tells_of_exits(base_url)))
     doubled = {system.name for system in systems if [other.name for other in systems].count(system.name) > 1}
     if doubled:
         raise ValueError(f"two systems are called {', '.join(sorted(doubled))}")
