@@ -6,10 +6,12 @@ spins for a second after its answer.
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import accumulate
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -141,3 +143,35 @@ async def poll(collector: ExitCollector, engine: Any, ask: Callable[[], Awaitabl
             await collector.work.wait()
             quiet = 0
         await asyncio.sleep(POLL_INTERVAL_S)
+
+
+class MetricsMiddleware:
+    """With several API server processes vLLM's /metrics gathers from files what each of them wrote, and asks no
+    collector: ours is added to the page. Every process knows all engines."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        is_metrics = scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) == "/metrics"
+        server = getattr(scope["app"].state, "early_exit", None) if is_metrics else None
+        if server is None or "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            await self.app(scope, receive, send)
+            return
+        start: dict[str, Any] = {}
+
+        async def add(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                kept = [(name, value) for name, value in message["headers"] if name.lower() != b"content-length"]
+                start.update(message, headers=kept)
+                return
+            if start:
+                await send(dict(start))
+                start.clear()
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                registry = CollectorRegistry()
+                registry.register(server.collector)
+                message = {**message, "body": message.get("body", b"") + generate_latest(registry)}
+            await send(message)
+
+        await self.app(scope, receive, add)

@@ -12,7 +12,7 @@ from typing import Any
 from apparate_llm.api.access import Access, check_local, read_object
 from apparate_llm.api.answers import CALLER, AnswerMiddleware, classes_by_key, reporting
 from apparate_llm.api.engines import ask_all, merged
-from apparate_llm.api.metrics import ExitCollector, poll
+from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware, poll
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from prometheus_client.core import REGISTRY
@@ -57,7 +57,10 @@ class ExitServer:
         return await ask_all(self.engine, method, *args)
 
     async def status(self) -> dict[str, Any]:
-        return merged(await self.ask("early_exit_status"))
+        """Also takes up the knobs in force: another API process may have changed them."""
+        status = merged(await self.ask("early_exit_status"))
+        self.config = self.config.model_copy(update={name: status["config"][name] for name in LIVE_KNOBS})
+        return status
 
     def config_in_force(self) -> dict[str, Any]:
         return {"config": shown(self.config), "live": LIVE_KNOBS}
@@ -100,7 +103,9 @@ async def status(request: Request) -> dict[str, Any]:
 @router.get("/config")
 async def config(request: Request) -> dict[str, Any]:
     """The knobs in force and those that may change."""
-    return server_of(request).config_in_force()
+    server = server_of(request)
+    await server.status()
+    return server.config_in_force()
 
 
 @router.patch("/config")
@@ -111,13 +116,12 @@ async def change_config(request: Request) -> dict[str, Any]:
     changes = await read_object(request)
     async with server.changing:
         try:
-            changed = parse_live(changes, server.config)
+            parse_live(changes, server.config)
         except ConfigError as error:
             raise HTTPException(400, str(error)) from None
         refused = await server.ask("early_exit_configure", changes)
         if any(refused):
             raise HTTPException(400, next(filter(None, refused)))
-        server.config = changed
         server.collector.publish(await server.status())
     return server.config_in_force()
 
@@ -200,6 +204,7 @@ class StatusPlugin:
         app.include_router(page)
         app.include_router(router)
         app.add_middleware(AnswerMiddleware)
+        app.add_middleware(MetricsMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         from apparate_llm.engine.proposer import WORKER_CLASS

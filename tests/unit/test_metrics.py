@@ -1,13 +1,18 @@
 """The metrics page says what the ledger counted; what ships for Prometheus and Grafana asks for metrics there are."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 import yaml
 from apparate_llm.api.engines import merged
-from apparate_llm.api.metrics import ExitCollector
+from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, generate_latest
 
 from apparate_llm import api
@@ -142,3 +147,22 @@ def test_a_value_on_a_bound_counts_below_it():
     for value in (0.5, 1.0, 1.5, 2.0, 2.5):
         histogram.observe(value)
     assert histogram.counts == [2, 2, 1] and histogram.total == 7.5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_page_of_several_api_processes_has_our_metrics_too(status, monkeypatch, processes):
+    if processes > 1:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
+    app, collector = FastAPI(), ExitCollector()
+    app.add_middleware(MetricsMiddleware)
+    app.state.early_exit = SimpleNamespace(collector=collector)
+    collector.publish(json.loads(json.dumps(status)))
+    app.get("/metrics", response_class=PlainTextResponse)(lambda: "vllm:other 1.0\n")
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as http:
+            return await http.get("/metrics")
+
+    text = asyncio.run(ask()).text
+    assert text.startswith("vllm:other 1.0\n")
+    assert ("\napparate:emitted_total 20.0\n" in text) == (processes > 1)
