@@ -85,7 +85,7 @@ class Answer:
             if self._start is not None:
                 await self._send_object(message)
                 return
-            if self._reports and b"data: [DONE]" in message["body"]:
+            if self._reports and message.get("body", b"").startswith(b"data: [DONE]"):
                 message = {**message, "body": report_event(self._last, self._reports) + message["body"]}
             self._last = message.get("body", b"")
         await self._send(message)

@@ -28,7 +28,15 @@ def test_a_command_is_understood_as_it_stands(command):
 
 
 def test_there_are_commands_of_every_kind():
-    assert {command.split()[1] for command in COMMANDS} == {"serve", "doctor", "eval", "prepare", "ramps", "replay"}
+    assert {command.split()[1] for command in COMMANDS} == {
+        "serve",
+        "chat",
+        "doctor",
+        "eval",
+        "prepare",
+        "ramps",
+        "replay",
+    }
 
 
 def test_the_vllm_flags_are_those_our_command_uses():
