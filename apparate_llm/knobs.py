@@ -60,7 +60,8 @@ def read_classes(name: str) -> dict[str, Any]:
             raise ConfigError(f"--classes: {name}: {title}: api_keys must be a list of strings")
         if keys:
             digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
-            table["api_keys_sha256"] = [*table.get("api_keys_sha256", []), *digests]
+            given = table.get("api_keys_sha256", [])
+            table["api_keys_sha256"] = [*given, *digests] if isinstance(given, list) else given  # refused with the rest
     return found
 
 

@@ -13,10 +13,11 @@ def threads_are_not_bound(monkeypatch):
 
 
 def statuses(engine: Engine) -> list:
-    """Of each rank, without what deciding took: that time is its own, and no decision depends on it."""
+    """Of each rank, without what deciding took and when it answered: these are its own, and no decision depends on
+    them."""
     found = engine.llm.collective_rpc("early_exit_status")
     for status in found:
-        del status["distributions"]["controller_ms"]
+        del status["distributions"]["controller_ms"], status["clock_s"]
     return found
 
 

@@ -45,6 +45,7 @@ def test_a_file_names_classes_and_only_digests_of_its_keys_go_on(tmp_path):
         ("a = 1\n", "a must be a table"),
         ("[a\n", "cannot read"),
         ("[a]\napi_keys = 'k'\n", "api_keys must be a list"),
+        ("[a]\napi_keys = ['k']\napi_keys_sha256 = 5\n", "a: api_keys_sha256: Input should be a valid tuple, got 5"),
         ("[a]\napi_keys = ['k']\n[b]\napi_keys = ['k']\n", "a and b have an API key in common"),
     ],
 )
