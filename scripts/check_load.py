@@ -6,8 +6,7 @@
 From the repository's root. At each level exits are switched on and off in turns (`PATCH /early_exit/config`), a few
 seconds each, so that a machine that is slower for a minute is slower for both; two servers that take turns by the block
 do not get as near to each other. Off is this server without rounds; what it costs over plain vLLM is not in the ratio.
-A level begins with --settle-s
-seconds that are not counted. Exit code 1 if a level's mean ratio is above --limit.
+A level begins with --settle-s seconds that are not counted. Exit code 1 if a level's mean ratio is above --limit.
 """
 
 import argparse
