@@ -1,6 +1,5 @@
 """The engines behind one API server: one, or several with data parallelism."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +49,7 @@ def _sum(items: Sequence[Any]) -> Any:
     if not present:
         return None
     if isinstance(present[0], dict):
-        names = Counter(name for item in present for name in item)
+        names = dict.fromkeys(name for item in present for name in item)
         return {name: _sum([item.get(name) for item in present]) for name in names}
     if isinstance(present[0], list):
         return [_sum(parts) for parts in zip(*present, strict=True)]

@@ -9,7 +9,13 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.knobs import OneLineParser, add_knobs, positive
 
 DEFAULT_SYSTEMS = "vllm,lossless,bounded,ngram,hf-early-exit"
-NOT_SHARED = ("policy", "accuracy_bound", "feedback_log", "state")  # a system's own, or a file that only one may write
+NOT_SHARED = (
+    "policy",
+    "accuracy_bound",
+    "feedback_log",
+    "state",
+    "classes",
+)  # a system's own, or a file that only one may write
 OBJECTIVES = ("ttft", "tpt", "e2e")
 
 
@@ -43,7 +49,7 @@ def _add_quick(kinds: Any) -> None:
     quick.add_argument("--json", type=Path, help="write the results there")
     quick.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
     quick.add_argument("--prompts", type=Path, help="prompts, see `eval tpt --help` (default: quick)")
-    add_knobs(quick)
+    add_knobs(quick, leave_out=("classes",))
     quick.set_defaults(run=_later("run_quick"))
 
 

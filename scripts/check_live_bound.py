@@ -22,7 +22,7 @@ from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, early_exits
 
-from apparate_llm.controller.budget import REQUEST_ALLOWANCE, ROUNDING
+from apparate_llm.controller.budget import REQUEST_ALLOWANCE
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
@@ -54,10 +54,7 @@ def main() -> int:
         rows = [ask(server, phase, prompts, args) for phase, prompts in phases]
         status = server.status()
     audit = status["audit"]
-    kept = (
-        audit["largest_divergence_frac"] <= args.bound
-        and audit["largest_request_excess"] <= REQUEST_ALLOWANCE + ROUNDING
-    )
+    kept = audit["largest_divergence_frac"] <= args.bound and audit["largest_request_excess"] <= REQUEST_ALLOWANCE
     print(f"bound {args.bound:g}: {audit}; {'kept' if kept else 'BROKEN'}")
     if args.json:
         command = shlex.join(["python", "-m", "scripts.check_live_bound", *sys.argv[1:]])

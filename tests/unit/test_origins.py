@@ -80,13 +80,6 @@ def test_reports_nobody_asks_for_are_forgotten():
     assert reports.take("key 0") == {} and reports.take("key 1") != {}
 
 
-class Words:
-    """A tokenizer of one word a token."""
-
-    is_fast = True
-    all_special_ids: tuple[int, ...] = ()
-
-
 @pytest.fixture(autouse=True)
 def words(monkeypatch):
     monkeypatch.setattr(answers, "texts_of", lambda before, token_ids, tokenizer: [f"w{token}" for token in token_ids])
@@ -117,7 +110,7 @@ def run_reporting(outputs, by_request, kind, extra_args=None):
     params = SamplingParams(output_kind=kind, extra_args=extra_args or {"early_exit_report": 1})
 
     async def drive():
-        return [one async for one in reporting(generate, params, caller, ask=ask, tokenizer=Words)]
+        return [one async for one in reporting(generate, params, caller, ask=ask, tokenizer=object)]
 
     got = asyncio.run(drive())
     assert got == list(outputs) and seen["params"].extra_args[REPORT_KEY] == seen["key"]
@@ -157,7 +150,7 @@ def test_a_report_that_fails_costs_the_answer_nothing():
     params = SamplingParams(extra_args={"early_exit_report": 1})
 
     async def drive():
-        return [one async for one in reporting(generate, params, caller, ask=ask, tokenizer=Words)]
+        return [one async for one in reporting(generate, params, caller, ask=ask, tokenizer=object)]
 
     assert len(asyncio.run(drive())) == 1 and caller.reports == []
 
