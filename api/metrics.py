@@ -5,8 +5,10 @@ spins for a second after its answer.
 """
 
 import asyncio
+import contextlib
 import json
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import accumulate
 from typing import Any
@@ -16,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 POLL_INTERVAL_S = 1.0
+LISTENERS_AT_ONCE = 20  # that are told of a status
 QUIET_POLLS = 3  # without a change and without a request, after which nothing is asked until one comes
 PREFIX = "apparate:"
 COUNTERS = {  # field of the counts -> help
@@ -61,18 +64,31 @@ class ExitCollector(Collector):
     def __init__(self) -> None:
         self.status: dict[str, Any] | None = None  # None before the first answer
         self.text = ""  # the same as JSON
-        self._published = asyncio.Event()
+        self._waiting: deque[asyncio.Future[str]] = deque()
         self.work = asyncio.Event()  # set when a request comes
 
     def publish(self, status: dict[str, Any]) -> None:
         self.status, self.text = status, json.dumps(status)
-        self._published.set()
-        self._published = asyncio.Event()
+        for _ in range(min(len(self._waiting), LISTENERS_AT_ONCE)):
+            listener = self._waiting.popleft()
+            if not listener.done():
+                listener.set_result(self.text)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     async def next_text(self) -> str:
-        """The next status that is published, as JSON."""
-        await self._published.wait()
-        return self.text
+        """The next status that is published, as JSON. Where many wait, those that have waited longest get it, and the
+        others a later one: requests are served by the same process."""
+        listener = asyncio.get_running_loop().create_future()
+        self._waiting.append(listener)
+        try:
+            return await listener
+        except asyncio.CancelledError:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(listener)
+            raise
 
     def collect(self) -> Iterable[Metric]:
         if self.status is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from apparate_llm.config import ConfigError, EarlyExitConfig
 from apparate_llm.controller.state import NONE as NO_STATE
+from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.settings import vllm_settings
 from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
 from apparate_llm.launch import port_problem, reexec_with_libraries
@@ -54,6 +55,10 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     if problem := port_problem(args.host or "", args.port):
         raise ConfigError(problem)
     reexec_with_libraries()  # before anything heavy is imported
+    if given_value(vllm_flags, "dtype") is None:
+        for finding in check_cpu():
+            if finding.level == "note":
+                print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
     if args.model is None:
         from apparate_llm.default_model import NAME, default_model
 

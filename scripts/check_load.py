@@ -1,136 +1,243 @@
 #!/usr/bin/env python3
-"""Time per output token with exits over that without, on one server, while the number of clients steps up and down.
+"""Time per output token over plain vLLM's while the number of clients steps up and down, to within a few percent.
 
-    python -m scripts.check_load [--concurrency 1,16,1] [--pairs 12] [--accuracy-bound 0] [--json OUT]
+    python -m scripts.check_load [--systems vllm,lossless] [--concurrency 1,16,1] [--json OUT] [vLLM flags]
 
-From the repository's root. At each level exits are switched on and off in turns (`PATCH /early_exit/config`), a few
-seconds each, so that a machine that is slower for a minute is slower for both; two servers that take turns by the block
-do not get as near to each other. Off is this server without rounds; what it costs over plain vLLM is not in the ratio.
-A level begins with --settle-s seconds that are not counted. Exit code 1 if a level's mean ratio is above --limit.
+From the repository's root. Every server has its own clients, who never stop asking; the servers take turns of a few
+seconds, all but one frozen, in the middle of their answers. So a machine that is slower for ten seconds is slower for
+all, and ratios are of windows side by side. All times are those for which a server was running. A level begins with
+--settle-s seconds of every server that are not counted. Exit code 1 if a level's mean ratio is above --limit, or a
+request failed.
 """
 
 import argparse
+import asyncio
 import json
 import shlex
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
-from apparate_llm.eval.prompts import load_prompts
+from apparate_llm.eval.client import TIMEOUT_S, Ask, Completion, complete
+from apparate_llm.eval.measures import bootstrap
+from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
-from apparate_llm.eval.systems import Choice, early_exits
+from apparate_llm.eval.systems import Choice, systems_of
 
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
-AFTER_SWITCH_S = 1.0  # not counted
-RESAMPLES = 10_000
+THAWING_S = 0.3  # of each turn, not counted
+
+
+class Turn(NamedTuple):
+    """Of one server, on the monotonic clock."""
+
+    began_s: float
+    ended_s: float
+    counted: bool
+
+
+@dataclass
+class Turns:
+    """When a server was running."""
+
+    turns: list[Turn] = field(default_factory=list)
+
+    def active_s(self, at_s: float) -> float:
+        """For how long it had been running at a moment."""
+        return sum(max(0.0, min(at_s, turn.ended_s) - turn.began_s) for turn in self.turns)
+
+
+@dataclass
+class Clients:
+    """Those of one server: each asks again as soon as it has its answer."""
+
+    server: Server
+    prompts: list[Prompt]
+    number: int
+    max_tokens: int
+    done: list[Completion] = field(default_factory=list)
+    turns: Turns = field(default_factory=Turns)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._model = self.server.model_name()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._ask()))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """After what is under way."""
+        self._ended.set()
+        self.server.resume()
+        self._thread.join()
+
+    async def _ask(self) -> None:
+        limits, url = httpx.Limits(max_connections=self.number), self.server.base_url
+        async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(TIMEOUT_S), limits=limits) as http:
+            await asyncio.gather(*(self._client(http, first) for first in range(self.number)))
+
+    async def _client(self, http: httpx.AsyncClient, index: int) -> None:
+        while not self._ended.is_set():
+            index %= len(self.prompts)
+            ask = Ask(index, self.max_tokens)
+            messages = self.prompts[index].messages
+            self.done.append(await complete(http, self._model, messages, ask, fixed_length=False, began=0.0))
+            index += self.number
+
+    def run(self, seconds: float, *, counted: bool) -> None:
+        """One turn of the server."""
+        self.server.resume()
+        began = time.monotonic()
+        time.sleep(seconds)
+        self.server.pause()
+        self.turns.turns.append(Turn(began, time.monotonic(), counted))
+
+    def arrivals(self) -> list[list[tuple[float, int]]]:
+        """Of each answer: when it had how many tokens."""
+        return [[(done.started_s + chunk.at_s, chunk.tokens or 0) for chunk in done.chunks] for done in self.done]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--systems", default="vllm,lossless", help="the first is what the others are compared with")
+    parser.add_argument("--accuracy-bounds", default="0.05", help="of the system `bounded`")
     parser.add_argument("--concurrency", default="1,16,1")
-    parser.add_argument("--accuracy-bound", default="0")
-    parser.add_argument("--pairs", type=int, default=12, help="windows with exits and without, at each level")
-    parser.add_argument("--window-s", type=float, default=7.0)
+    parser.add_argument("--windows", type=int, default=20, help="turns of each server, at each level")
+    parser.add_argument("--window-s", type=float, default=5.0)
     parser.add_argument("--settle-s", type=float, default=5.0)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--limit", type=float, default=1.03)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    choice = Choice(model_folder(args.model), tuple(memory_flags([])))
-    system = early_exits("exits", choice, "--accuracy-bound", args.accuracy_bound, "--state", "none")
-    with Server(system, log=Path(tempfile.mkdtemp()) / "server.log", start_timeout_s=900) as server:
-        server.wait_ready()
-        levels = [measure(server, int(number), args) for number in args.concurrency.split(",")]
+    args, flags = parser.parse_known_args()
+    bounds = tuple(map(float, args.accuracy_bounds.split(",")))
+    choice = Choice(model_folder(args.model), (*memory_flags(flags), *flags), bounds=bounds)
+    systems = systems_of(args.systems.split(","), [], choice)
+    with ExitStack() as stack:
+        servers, logs = [], Path(tempfile.mkdtemp())
+        for system in systems:
+            log = logs / f"{system.name.replace(' ', '-')}.log"
+            server = stack.enter_context(Server(system, log=log, start_timeout_s=900))
+            server.wait_ready()
+            servers.append(server)
+        levels = [measure(servers, int(number), args) for number in args.concurrency.split(",")]
     if args.json:
         command = "python -m scripts.check_load " + shlex.join(sys.argv[1:])
         args.json.write_text(json.dumps({"command": command, "machine": machine(), "levels": levels}, indent=1) + "\n")
-    return 0 if all(level["ratio"] <= args.limit for level in levels) else 1
+    rows = [row for level in levels for row in level["systems"]]
+    return int(any(row.get("ratio", 0.0) > args.limit or row["failed"] for row in rows))
 
 
-def measure(server: Server, clients: int, args: argparse.Namespace) -> dict[str, Any]:
-    tpt: dict[str, list[float]] = {"adaptive": [], "off": []}
-    rate: dict[str, list[float]] = {"adaptive": [], "off": []}
-    per_pass: list[float] = []
-    with load(server, clients, args):
-        time.sleep(args.settle_s)
-        for pair in range(args.pairs):
-            for policy in ("off", "adaptive") if pair % 2 else ("adaptive", "off"):
-                switch(server, policy)
-                time.sleep(AFTER_SWITCH_S)
-                before = server.status()
-                time.sleep(args.window_s)
-                after = server.status()
-                found = {name: after["counts"][name] - before["counts"][name] for name in COUNTED}
-                tpt[policy].append(found["decode_s"] / found["decode_tokens"] * 1e3)
-                rate[policy].append(found["emitted"] / (after["clock_s"] - before["clock_s"]))
-                if policy == "adaptive":
-                    per_pass.append(tokens_per_pass(before, after))
-        switch(server, "adaptive")
-    ratios = np.log(tpt["adaptive"]) - np.log(tpt["off"])
-    picks = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.exp(np.percentile(ratios[picks].mean(1), [2.5, 97.5]))
-    level = {
-        "clients": clients,
-        "tpt_ms": {"on": float(np.mean(tpt["adaptive"])), "off": float(np.mean(tpt["off"]))},
-        "ratio": float(np.exp(ratios.mean())),
-        "ci95": [float(low), float(high)],
-        "throughput_ratio": float(np.sum(rate["adaptive"]) / np.sum(rate["off"])),
-        "tokens_per_pass": float(np.mean(per_pass)),
-        "ratios": [round(float(ratio), 4) for ratio in np.exp(ratios)],
-    }
-    print(
-        f"{clients} clients: {level['tpt_ms']['on']:.1f} ms with exits, {level['tpt_ms']['off']:.1f} without, ratio "
-        f"{level['ratio']:.3f} ({low:.3f}-{high:.3f}), throughput {level['throughput_ratio']:.3f}, "
-        f"{level['tokens_per_pass']:.2f} tokens per pass",
-        flush=True,
-    )
-    return level
-
-
-COUNTED = ("decode_s", "decode_tokens", "emitted")
-
-
-def tokens_per_pass(before: dict[str, Any], after: dict[str, Any]) -> float:
-    old, new = (status["distributions"]["tokens_per_pass"] for status in (before, after))
-    return (new["total"] - old["total"]) / (sum(new["counts"]) - sum(old["counts"]))
-
-
-def switch(server: Server, policy: str) -> None:
-    httpx.patch(f"{server.base_url}/early_exit/config", json={"policy": policy}, timeout=30).raise_for_status()
-
-
-@contextmanager
-def load(server: Server, clients: int, args: argparse.Namespace) -> Any:
-    """So many clients, each asking again as soon as it has its answer."""
-    prompts = [prompt.messages for prompt in load_prompts(args.prompts)]
-    model, ended = server.model_name(), threading.Event()
-
-    def ask(number: int) -> None:
-        with httpx.Client(base_url=server.base_url, timeout=600) as http:
-            while not ended.is_set():
-                body = {"model": model, "messages": prompts[number % len(prompts)], "temperature": 0}
-                http.post("/v1/chat/completions", json=body | {"max_tokens": args.max_tokens}).raise_for_status()
-                number += clients
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
+def measure(servers: list[Server], number: int, args: argparse.Namespace) -> dict[str, Any]:
+    everyone = [Clients(server, load_prompts(args.prompts), number, args.max_tokens) for server in servers]
+    before = [server.counts() for server in servers]
+    for server in servers:
+        server.pause()
+    for clients in everyone:
+        clients.start()
+    order = list(everyone)
     try:
-        yield
+        for window in range(-1, args.windows):
+            for clients in order:
+                clients.run(args.window_s if window >= 0 else args.settle_s, counted=window >= 0)
+            order.reverse()
     finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
+        for clients in everyone:
+            clients.stop()
+    rows = [row_of(clients) for clients in everyone]
+    for row, server, old in zip(rows, servers, before, strict=True):
+        row |= compared(row, rows[0]) if row is not rows[0] else {}
+        if old is not None and (new := server.counts()) is not None:
+            row["exits"] = {name: new[name] - old[name] for name in ("emitted", "held", "accepted", "released")}
+        print(f"{number} clients, {said(row)}", flush=True)
+    return {"clients": number, "systems": [{k: v for k, v in row.items() if k != "windows"} for row in rows]}
+
+
+def row_of(clients: Clients) -> dict[str, Any]:
+    """What one server did at one level; `windows`: TPT in ms of each turn that counts."""
+    turns, arrivals = clients.turns, clients.arrivals()
+    windows, num_tokens, seconds = [], 0, 0.0
+    for turn in turns.turns:
+        if turn.counted:
+            tpt_ms, tokens = in_window(arrivals, turn.began_s + THAWING_S, turn.ended_s)
+            windows.append(tpt_ms)
+            num_tokens += tokens
+            seconds += turn.ended_s - turn.began_s - THAWING_S
+    first = next(turn.began_s for turn in turns.turns if turn.counted)
+    last = turns.turns[-1].ended_s
+    whole = [done for done in clients.done if not done.error and done.started_s >= first]
+    whole = [done for done in whole if done.chunks and done.started_s + done.chunks[-1].at_s <= last]
+    tpt, ttft = [], []
+    for done in whole:
+        ends = [turns.active_s(done.started_s + chunk.at_s) for chunk in (done.chunks[0], done.chunks[-1])]
+        ttft.append((ends[0] - turns.active_s(done.started_s)) * 1e3)
+        if done.output_tokens and done.output_tokens > 1:
+            tpt.append((ends[1] - ends[0]) * 1e3 / (done.output_tokens - 1))
+    return {
+        "system": clients.server.system.name,
+        "windows": windows,
+        "requests": len(whole),
+        "failed": sum(bool(done.error) for done in clients.done),
+        "tokens_per_s": num_tokens / seconds,
+        "tpt_ms": {
+            "windows": float(np.mean(windows)),
+            "mean": float(np.mean(tpt)),
+            "p99": float(np.percentile(tpt, 99)),
+        },
+        "ttft_ms": {"mean": float(np.mean(ttft)), "p99": float(np.percentile(ttft, 99))},
+    }
+
+
+def in_window(arrivals: list[list[tuple[float, int]]], began_s: float, ended_s: float) -> tuple[float, int]:
+    """(ms per token, tokens) between two moments, over all answers."""
+    seconds, after_first, tokens = 0.0, 0, 0
+    for answer in arrivals:
+        before = max((number for at_s, number in answer if at_s < began_s), default=0)
+        inside = [(at_s, number) for at_s, number in answer if began_s <= at_s < ended_s]
+        if inside:
+            seconds += inside[-1][0] - inside[0][0]
+            after_first += inside[-1][1] - inside[0][1]
+            tokens += inside[-1][1] - before
+    return (seconds * 1e3 / after_first if after_first else float("nan")), tokens
+
+
+def compared(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    logs = np.log([row["windows"], baseline["windows"]])
+    return {
+        "ratio": float(np.exp((logs[0] - logs[1]).mean())),
+        "ci95": bootstrap(logs, lambda sample: np.exp((sample[0] - sample[1]).mean(-1))),
+        "throughput_ratio": row["tokens_per_s"] / baseline["tokens_per_s"],
+        "tpt_mean_ratio": row["tpt_ms"]["mean"] / baseline["tpt_ms"]["mean"],
+        "tpt_p99_ratio": row["tpt_ms"]["p99"] / baseline["tpt_ms"]["p99"],
+        "ttft_mean_ratio": row["ttft_ms"]["mean"] / baseline["ttft_ms"]["mean"],
+        "window_ratios": [round(a / b, 4) for a, b in zip(row["windows"], baseline["windows"], strict=True)],
+    }
+
+
+def said(row: dict[str, Any]) -> str:
+    tpt, ttft = row["tpt_ms"], row["ttft_ms"]
+    text = (
+        f"{row['system']}: TPT {tpt['windows']:.1f} ms (requests: mean {tpt['mean']:.1f}, p99 {tpt['p99']:.1f}), TTFT "
+        f"{ttft['mean']:.0f} ms, {row['tokens_per_s']:.1f} tokens/s, {row['requests']} requests, {row['failed']} failed"
+    )
+    if "ratio" in row:
+        low, high = row["ci95"]
+        text += (
+            f"; TPT ratio {row['ratio']:.3f} ({low:.3f}-{high:.3f}), of requests {row['tpt_mean_ratio']:.3f}, p99 "
+            f"{row['tpt_p99_ratio']:.3f}, TTFT {row['ttft_mean_ratio']:.3f}, throughput {row['throughput_ratio']:.3f}"
+        )
+    return text
 
 
 if __name__ == "__main__":

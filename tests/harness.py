@@ -2,6 +2,7 @@
 
 import gc
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,22 @@ def token_prompts(count: int, *, length: int = 6, shared: int = 0) -> list[dict[
     ]
 
 
+@cache
+def keep_imports_out_of_collections() -> None:
+    """vLLM collects garbage nine times in the life of an engine, each time over all that the imports left: 5 of 9
+    seconds. That is frozen once, and vLLM's own freezing and thawing is left out."""
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
+
+
 class Engine:
     """Context manager around one vLLM engine; `knobs=None` is plain vLLM. Checks integrity on leaving."""
 
     def __init__(self, model: Path, knobs: dict[str, Any] | None = None, **vllm: Any) -> None:
         from vllm import LLM
 
+        keep_imports_out_of_collections()
         # Fixed thresholds and no limit on the rows: exits whatever they cost, unless a test asks for something else.
         base = {"policy": "static", "accuracy_bound": 0.0, "max_exits": 3, "max_rows": 1024, "state": "none"}
         settings = {} if knobs is None else vllm_settings(parse_config({**base, **knobs}), architecture_of(model))

@@ -100,8 +100,9 @@ class ApparatePolicy(Policy):
     max_rows: int
     window: int = 16
     adjust_every: int = 128
-    threshold: float = field(init=False, default=0.0)
+    _threshold: float = field(init=False, default=0.0)
     _records: deque[Record] = field(init=False)
+    _to_search: tuple[Record, ...] = ()  # the window of a search that is due
     _num_verdicts: int = 0
     _num_offered: int = 0
     _num_exits: int = 0
@@ -110,6 +111,14 @@ class ApparatePolicy(Policy):
 
     def __post_init__(self) -> None:
         self._records = deque(maxlen=self.window)
+
+    @property
+    def threshold(self) -> float:
+        """Searched when it is first read: of the windows that fill up within a step only the last one decides."""
+        if self._to_search:
+            (self._threshold,) = tune_thresholds(self._to_search, [self._pass_ms or 1.0], self.accuracy_bound)
+            self._to_search = ()
+        return self._threshold
 
     def start(self, num_requests: int) -> int:
         return rounds_within(self.max_rows, self.max_exits, num_requests)
@@ -126,7 +135,7 @@ class ApparatePolicy(Policy):
         self._records.append((Seen(1.0 - exit_.confidence, agrees),))
         self._num_verdicts += 1
         if self._num_verdicts % self.window == 0:
-            (self.threshold,) = tune_thresholds(self._records, [self._pass_ms or 1.0], self.accuracy_bound)
+            self._to_search = tuple(self._records)
         if self._num_verdicts % self.adjust_every == 0:
             exit_frac = self._num_exits / self._num_offered
             (utility,) = utilities([exit_frac], [0.0, self._pass_ms], [self._round_ms])

@@ -76,7 +76,7 @@ def requests_follow(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
     """Requests under way and the server's budget go by the new knobs; what was spent stays spent."""
     ledger.budget.change_bound(config.accuracy_bound)
     for request in ledger.requests.values():
-        request.bucket.bound = bound_of(request.knobs, config)
+        request.bucket.change_bound(bound_of(request.knobs, config))
         request.tpt_target_ms = request.knobs.tpt_target_ms or config.tpt_target_ms
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from apparate_llm.config import RequestKnobs
-from apparate_llm.controller.budget import AccuracyBudget, Bucket
+from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome
 from apparate_llm.engine.classes import ClassShare
 from apparate_llm.engine.distributions import Distributions
@@ -241,7 +241,9 @@ class VerdictLedger:
         request.num_diverged += 1
         if request.share is not None:
             request.share.diverged += 1
-        excess = request.num_diverged - request.bucket.earned_by_tokens - request.bucket.bound * num_uncounted
+        bucket = request.bucket
+        earned_nano = bucket.earned_by_tokens_nano + bucket.per_token_nano * num_uncounted
+        excess = (request.num_diverged * NANO - earned_nano) / NANO
         self.audit.largest_request_excess = max(self.audit.largest_request_excess, excess)
         if self.counts.emitted > SETTLED_TOKENS:
             share = self.counts.diverged / (self.counts.emitted + num_uncounted)
@@ -266,4 +268,5 @@ class VerdictLedger:
             bucket.check_integrity()
         if self.budget.kind == "agreement":
             at_worst = counts.diverged + counts.unverified + counts.outstanding
-            assert abs(self.budget.server.spent - at_worst) < 1e-3, f"paid {self.budget.server.spent} for {at_worst}"
+            spent_nano = self.budget.server.spent_nano
+            assert spent_nano == at_worst * NANO, f"paid {spent_nano} billionths for {at_worst} tokens"

@@ -1,8 +1,11 @@
-"""Ramp weights as a CPU reads them fastest: int8 with one scale per output channel, rows of input quantized as they
-come, by vLLM's own kernels.
+"""Ramp weights as a CPU reads them fastest, by vLLM's own kernels: int8 with one scale per output channel, rows of
+input quantized as they come, where the CPU has instructions for it; else in the model's own precision, like its layers.
 
 A ramp only proposes. What int8 changes is how often it is right, next to nothing; never what a checked token is.
 """
+
+import platform
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -18,9 +21,29 @@ MULTIPLE = 32  # the kernels want the number of output channels to be one of thi
 
 def for_serving(head: Head, dtype: torch.dtype) -> Head:
     """A trained ramp's faster head, where there is one, else itself."""
-    if dtype == torch.bfloat16 and isinstance(head, FusedHead) and current_platform.is_cpu():
-        return PackedHead(head)
+    if isinstance(head, FusedHead) and current_platform.is_cpu():
+        return PackedHead(head, Int8Linear if dtype == torch.bfloat16 and has_fast_int8() else PlainLinear)
     return head
+
+
+def has_fast_int8() -> bool:
+    """With AVX2 alone a product in int8 takes three times as long as in bfloat16, and its error is twice as large."""
+    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_vnni_supported()
+
+
+class PlainLinear(nn.Module):
+    """[num_rows, in] -> [num_rows, out], as vLLM computes the model's own linear layers."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.cpu_linear: Callable[..., torch.Tensor]  # written by vLLM
+        dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cpu_linear(x, self.weight, None)
 
 
 class Int8Linear(nn.Module):
@@ -49,7 +72,7 @@ class Int8Linear(nn.Module):
 
 
 class PackedHead(nn.Module):
-    """A `FusedHead` for serving: the same function of the same inputs, within int8's precision.
+    """A `FusedHead` for serving: the same function of the same inputs, within its linears' precision.
 
     All its weights are read in five calls; the normalisations are vLLM's kernels, as torch's take ten times as long for
     a few rows.
@@ -57,14 +80,14 @@ class PackedHead(nn.Module):
 
     reads_copies = True
 
-    def __init__(self, head: FusedHead) -> None:
+    def __init__(self, head: FusedHead, linear: type[Int8Linear] | type[PlainLinear]) -> None:
         super().__init__()
         self.eps = head.eps
-        self.enter_linear = Int8Linear(head.enter_weight)
-        self.fuse = Int8Linear(head.fuse)
-        self.gate_up = Int8Linear(head.gate_up)
-        self.down = Int8Linear(head.down)
-        self.head = Int8Linear(torch.cat([head.head, head.pointer]))
+        self.enter_linear = linear(head.enter_weight)
+        self.fuse = linear(head.fuse)
+        self.gate_up = linear(head.gate_up)
+        self.down = linear(head.down)
+        self.head = linear(torch.cat([head.head, head.pointer]))
         self.match, self.norm = head.match, head.norm
         self.ones = nn.Parameter(torch.ones_like(head.norm), requires_grad=False)
 

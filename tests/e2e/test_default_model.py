@@ -30,7 +30,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(serve, folder):
-    with serve("--enforce-eager", "--max-model-len", "1024", APPARATE_CACHE=str(folder)) as base_url:
+    # float32: whether exits pay in bfloat16 depends on the CPU.
+    with serve(
+        "--enforce-eager", "--dtype", "float32", "--max-model-len", "1024", APPARATE_CACHE=str(folder)
+    ) as base_url:
         yield base_url
 
 

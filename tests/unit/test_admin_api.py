@@ -10,6 +10,7 @@ import pytest
 from apparate_llm.api import access, metrics
 from apparate_llm.api.access import MAX_BODY_BYTES, Access
 from apparate_llm.api.engines import ask_all
+from apparate_llm.api.metrics import LISTENERS_AT_ONCE
 from apparate_llm.api.plugin import MAX_STREAMS, ExitServer, page, router, stream, watch_requests
 from fastapi import FastAPI
 
@@ -203,20 +204,27 @@ def test_an_idle_engine_is_not_asked_until_a_request_comes(monkeypatch):
     asyncio.run(serve())
 
 
-def test_events_follow_what_is_published_and_leave_nothing_behind():
+def test_many_listeners_are_told_in_turns_and_leave_nothing_behind():
     app, _ = served()
-    server = app.state.early_exit
+    server, num_listeners = app.state.early_exit, 200
 
     async def listen():
-        streams = [stream(server) for _ in range(200)]
-        first = [asyncio.ensure_future(anext(one)) for one in streams]
+        streams = [stream(server) for _ in range(num_listeners)]
+        told = [asyncio.ensure_future(anext(one)) for one in streams]
         await asyncio.sleep(0.01)
-        server.collector.publish({"counts": {"emitted": 3}})
-        heard = await asyncio.gather(*first)
-        assert {json.loads(text.removeprefix("data: "))["counts"]["emitted"] for text in heard} == {3}
-        assert server.num_streams == 200 and heard[0].endswith("\n\n")
-        for one in streams:
-            await one.aclose()
+        assert server.num_streams == num_listeners
+        for number in range(-(-num_listeners // LISTENERS_AT_ONCE)):
+            server.collector.publish({"counts": {"emitted": number}})
+            await asyncio.sleep(0.01)
+            assert sum(one.done() for one in told) == min((number + 1) * LISTENERS_AT_ONCE, num_listeners)
+        heard = [json.loads((await one).removeprefix("data: "))["counts"]["emitted"] for one in told]
+        assert heard == [index // LISTENERS_AT_ONCE for index in range(num_listeners)]
+        gone = [asyncio.ensure_future(anext(one)) for one in streams]
+        await asyncio.sleep(0.01)
+        for one in gone:
+            one.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        assert not server.collector.num_waiting
 
     asyncio.run(listen())
     assert server.num_streams == 0

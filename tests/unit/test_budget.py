@@ -1,8 +1,9 @@
 import random
+from fractions import Fraction
 
 import pytest
 
-from apparate_llm.controller.budget import HORIZON_TOKENS, AccuracyBudget, Bucket
+from apparate_llm.controller.budget import HORIZON_TOKENS, NANO, AccuracyBudget, Bucket
 
 
 def test_a_bound_of_zero_allows_nothing():
@@ -61,7 +62,7 @@ def test_by_regret_only_what_is_known_is_paid_for():
     assert budget.may_accept(request, 0.2)
 
 
-@pytest.mark.parametrize("bound", [0.01, 0.05, 0.5])
+@pytest.mark.parametrize("bound", [0.01, 0.05, 0.07, 0.29, 0.5])
 def test_no_course_of_events_breaks_a_bound(bound):
     """Spend whenever allowed; every verdict is as bad as chance makes it, some come late, some never."""
     rng = random.Random(1)
@@ -87,17 +88,28 @@ def test_no_course_of_events_breaks_a_bound(bound):
                 budget.prove_right(request)
             else:
                 wrong[i] += 1  # a divergence, or its request ended before the verdict
-        assert wrong[i] + outstanding[i] <= bound * emitted[i] + 1 + 1e-6
-        assert sum(wrong) + sum(outstanding) <= bound * sum(emitted) + 1e-6
+        exact = Fraction(str(bound))  # a bound of floats could be kept by a rounding
+        assert wrong[i] + outstanding[i] <= exact * emitted[i] + 1
+        assert sum(wrong) + sum(outstanding) <= exact * sum(emitted)
         budget.server.check_integrity()
         request.check_integrity()
     assert sum(wrong) > 0.3 * bound * sum(emitted)
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_just_so_many_tokens_earn_a_divergence(percent):
+    """By sums of floats it would be one more or less for some bounds."""
+    budget, request, emitted = AccuracyBudget(percent / 100), Bucket.of_request(percent / 100), 1
+    while not budget.may_accept(request, 0.0):
+        budget.emit(request, 1)
+        emitted += 1
+    assert emitted == -(-100 // percent)
 
 
 def test_overspending_is_seen():
     budget, request = AccuracyBudget(0.1), Bucket.of_request(0.1)
     with pytest.raises(AssertionError, match="does not allow"):
         budget.release(request)
-    budget.server.pay(1.0)
+    budget.server.pay(NANO)
     with pytest.raises(AssertionError, match="overspent"):
         budget.server.check_integrity()

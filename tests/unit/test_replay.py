@@ -63,7 +63,7 @@ def test_a_request_keeps_to_its_own_bound_and_allowance():
     assert len(result.buckets) == 50
     for bucket in result.buckets.values():
         bucket.check_integrity()
-        assert bucket.spent <= bucket.earned
+        assert bucket.spent_nano <= bucket.earned_nano
 
 
 def test_the_regret_bound_holds_in_nats_per_token():

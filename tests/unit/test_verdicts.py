@@ -1,6 +1,6 @@
 import pytest
 
-from apparate_llm.controller.budget import AccuracyBudget, Bucket
+from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, Outcome
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 from tests.logged import logged
@@ -40,7 +40,7 @@ def test_verdicts_settle_exits():
     ledger.record(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
     assert (ledger.counts.verified, ledger.counts.diverged, ledger.counts.outstanding) == (2, 1, 0)
     assert ledger.counts.regret_nats == 0.4
-    assert ledger.budget.server.spent == 1.0
+    assert ledger.budget.server.spent_nano == NANO
     ledger.check_integrity()
 
 
