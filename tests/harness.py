@@ -21,12 +21,15 @@ def token_prompts(count: int, *, length: int = 6, shared: int = 0) -> list[dict[
 
 
 @cache
-def keep_imports_out_of_collections() -> None:
-    """vLLM collects garbage nine times in the life of an engine, each time over all that the imports left: 5 of 9
-    seconds. That is frozen once, and vLLM's own freezing and thawing is left out."""
+def hurry_vllm() -> None:
+    """Leaves out what takes most of the time of a small engine: nine garbage collections, each over all that the
+    imports left (5 of 9 seconds), and a Python process of its own to look at each model class (15 seconds)."""
+    from vllm.model_executor.models import registry
+
     gc.collect()
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None
+    registry._run_in_subprocess = lambda function: function()
 
 
 class Engine:
@@ -35,7 +38,7 @@ class Engine:
     def __init__(self, model: Path, knobs: dict[str, Any] | None = None, **vllm: Any) -> None:
         from vllm import LLM
 
-        keep_imports_out_of_collections()
+        hurry_vllm()
         # Fixed thresholds and no limit on the rows: exits whatever they cost, unless a test asks for something else.
         base = {"policy": "static", "accuracy_bound": 0.0, "max_exits": 3, "max_rows": 1024, "state": "none"}
         settings = {} if knobs is None else vllm_settings(parse_config({**base, **knobs}), architecture_of(model))

@@ -27,6 +27,7 @@ def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps,
     assert set(runs) == {(name, c) for name in ("vllm", "static lossless") for c in (1, 3)}
     for (name, _), run in runs.items():
         assert run["requests"] == 12 and run["failed"] == 0
+        assert run["cpu_s_per_token"] > 0 and run["peak_memory_gib"] > 0.1
         assert run["tpt_ms"]["p50"] <= run["tpt_ms"]["p95"] <= run["tpt_ms"]["p99"]
         assert (run["exits"] is None) == (name == "vllm")
     for concurrency in (1, 3):
@@ -39,40 +40,6 @@ def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps,
     assert all(len(item["tpt_mean_by_repeat"]) == 2 for item in results["ratios"])
     assert "lossless" in done.stdout
     assert not processes_of(tiny_llama)
-
-
-def test_the_full_evaluation_reports_every_system_and_says_what_it_left_out(tiny_llama, lens_ramps, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 3} w7"}) + "\n" for i in range(4)))
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "apparate_llm.cli", "eval", "tpt", str(tiny_llama), "--out", str(out)]
-    command += ["--systems", "vllm,static,suffix", "--accuracy-bounds", "0.05"]
-    command += ["--ramps", str(lens_ramps(depth=4)), "--prompts", str(prompts), "--concurrency", "1,2"]
-    command += ["--max-rows", "64", "--max-tokens", "24", "--slo", "tpt=10000"]
-    command += [f"--vllm-flag={flag}" for flag in TINY_FLAGS]
-    env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not processes_of(tiny_llama)
-    results = json.loads((out / "results.json").read_text())
-    runs = {(run["system"], run["concurrency"]): run for run in results["runs"]}
-    assert set(runs) == {("vllm", 1), ("vllm", 2), ("static 0.05", 1), ("static 0.05", 2)}
-    assert set(results["skipped"]) == {"suffix"} and "not installed" in results["skipped"]["suffix"]
-    for run in runs.values():
-        assert run["failed"] == 0 and run["requests"] == 4 and run["output_tokens"] > 4
-        assert run["goodput_frac"] == 1.0 and run["cpu_s_per_token"] > 0 and run["peak_memory_gib"] > 0.1
-    ours = runs["static 0.05", 1]
-    assert ours["exits"]["released"] > 0 and sum(ours["exits"]["by_depth"].values()) > 0
-    assert sum(ours["exits"]["by_depth"].values()) == ours["exits"]["accepted"] + ours["exits"]["released"]
-    assert ours["quality"]["identical_frac"] is not None and ours["timeline"][-1]["output_tokens"] > 4
-    page = (out / "report.html").read_text()
-    assert "static 0.05" in page and "suffix" in page and "http://" not in page.replace("http://www.w3.org", "")
-    again = subprocess.run([*command[:3], "eval", "report", str(out)], capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and (out / "report.html").read_text() == page
-    both = subprocess.run(
-        [*command[:3], "eval", "compare", str(out), str(out)], capture_output=True, text=True, timeout=60
-    )
-    assert both.returncode == 0 and "static 0.05" in both.stdout
 
 
 def test_stopping_it_stops_its_servers(tiny_llama, lens_ramps):

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -175,12 +176,49 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
         assert httpx.get(f"{base_url}/early_exit/").status_code == 200  # it asks for the key itself
 
 
-def test_policy_off_serves_plain_vllm_and_says_so(serve, tiny_llama):
+@pytest.fixture(scope="module")
+def plain_server(serve, tiny_llama):
     with serve(str(tiny_llama), "--policy", "off", *TINY_FLAGS) as base_url:
-        reply = httpx.get(f"{base_url}/early_exit/status")
-        assert reply.status_code == 503 and "policy off" in reply.text
-        body = {"model": str(tiny_llama), "prompt": "w1 w2", "max_tokens": 5, "min_p": 0.5}
-        assert httpx.post(f"{base_url}/v1/completions", json=body, timeout=60).status_code == 200
+        yield base_url
+
+
+def test_policy_off_serves_plain_vllm_and_says_so(plain_server, tiny_llama):
+    reply = httpx.get(f"{plain_server}/early_exit/status")
+    assert reply.status_code == 503 and "policy off" in reply.text
+    body = {"model": str(tiny_llama), "prompt": "w1 w2", "max_tokens": 5, "min_p": 0.5}
+    assert httpx.post(f"{plain_server}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def test_the_full_evaluation_of_running_servers_reports_every_system_and_says_what_it_left_out(
+    server, plain_server, tiny_llama, tmp_path
+):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 3} w7"}) + "\n" for i in range(4)))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "apparate_llm.cli", "eval", "tpt", str(tiny_llama), "--out", str(out)]
+    command += ["--systems", "suffix", "--base-url", f"vllm={plain_server}", "--base-url", f"exits={server}"]
+    command += ["--prompts", str(prompts), "--concurrency", "1,2", "--max-tokens", "24", "--slo", "tpt=10000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((out / "results.json").read_text())
+    runs = {(run["system"], run["concurrency"]): run for run in results["runs"]}
+    assert set(runs) == {("vllm", 1), ("vllm", 2), ("exits", 1), ("exits", 2)}
+    assert set(results["skipped"]) == {"suffix"} and "not installed" in results["skipped"]["suffix"]
+    for run in runs.values():
+        assert run["failed"] == 0 and run["requests"] == 4 and run["output_tokens"] > 4
+        assert run["goodput_frac"] == 1.0
+    ours = runs["exits", 1]
+    assert ours["exits"]["released"] > 0 and sum(ours["exits"]["by_depth"].values()) > 0
+    assert sum(ours["exits"]["by_depth"].values()) == ours["exits"]["accepted"] + ours["exits"]["released"]
+    assert ours["quality"]["identical_frac"] is not None and ours["timeline"][-1]["output_tokens"] > 4
+    page = (out / "report.html").read_text()
+    assert "exits" in page and "suffix" in page and "http://" not in re.sub(r"http://(www.w3.org|127)", "", page)
+    again = subprocess.run([*command[:3], "eval", "report", str(out)], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and (out / "report.html").read_text() == page
+    both = subprocess.run(
+        [*command[:3], "eval", "compare", str(out), str(out)], capture_output=True, text=True, timeout=60
+    )
+    assert both.returncode == 0 and "exits" in both.stdout
 
 
 @pytest.mark.parametrize(

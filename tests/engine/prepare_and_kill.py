@@ -18,6 +18,7 @@ from pathlib import Path
 from apparate_llm.ramps.checkpoint import RampError, read_manifest
 from apparate_llm.ramps.prepare.pipeline import prepare
 from apparate_llm.ramps.prepare.plan import Plan
+from tests.harness import hurry_vllm
 
 TOKENS = 1500
 USER_PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7", "w8 w9 w10 w11 w12"]
@@ -110,6 +111,7 @@ def prepare_with_kills(model: Path, out: Path, kills: int, rng: random.Random) -
 def main() -> None:
     import vllm.v1.engine.llm_engine  # noqa: F401 - once, for all forks
 
+    hurry_vllm()
     kills, seed, out, *models = sys.argv[1:]
     rng = random.Random(int(seed))
     for model in map(Path, models):
