@@ -2,6 +2,7 @@
 """The accuracy bound on a live server while the workload changes: chat, code, chat, translation, over HTTP.
 
     python -m scripts.check_live_bound --bound 0.05 --phase FILE [FILE[:CATEGORY] ...] [--tokens 30000] [--json OUT]
+        [vLLM flags]
 
 From the repository's root. Each phase asks its file's prompts over and over for its share of the tokens. Exit code 1 if
 the share of divergent tokens of any prefix beyond 500 tokens was above the bound, or a request's above its bound plus
@@ -44,10 +45,10 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     phases = [(phase, prompts_of(phase)) for phase in args.phase]
     model = model_folder(args.model)
-    choice = Choice(model, vllm_flags=(*memory_flags([]), "--max-model-len", "4096"))
+    choice = Choice(model, vllm_flags=(*memory_flags(flags), "--max-model-len", "4096", *flags))
     system = early_exits("bounded", choice, "--accuracy-bound", str(args.bound))
     with Server(system, log=Path(tempfile.mkdtemp()) / "server.log", start_timeout_s=900) as server:
         server.wait_ready()

@@ -160,17 +160,19 @@ class AdaptivePolicy(Policy):
                         self.statistics.setdefault((self.depth, number), replace(known))
 
     def _calibration(self, exit_: Exit) -> OnlineCalibration:
-        key = (exit_.depth, min(exit_.round_number, CALIBRATED_ROUNDS - 1), exit_.greedy)
-        if key not in self.calibrations:
-            self.calibrations[key] = OnlineCalibration(memory_verdicts=self.memory_verdicts)
-        return self.calibrations[key]
+        key = (exit_.depth, _shared(exit_.round_number), exit_.greedy)
+        found = self.calibrations.get(key)
+        if found is None:
+            found = self.calibrations[key] = OnlineCalibration(memory_verdicts=self.memory_verdicts)
+        return found
 
     def _statistics(self, number: int) -> RoundStatistics:
         """Of the active depth; another one's are relative to them."""
-        key = (self.depth_choice.active, min(number, CALIBRATED_ROUNDS - 1))
-        if key not in self.statistics:
-            self.statistics[key] = RoundStatistics()
-        return self.statistics[key]
+        key = (self.depth_choice.active, _shared(number))
+        found = self.statistics.get(key)
+        if found is None:
+            found = self.statistics[key] = RoundStatistics()
+        return found
 
     # ---- outside
 
@@ -212,6 +214,11 @@ class AdaptivePolicy(Policy):
         self.calibrations, self.statistics = calibrations, statistics
         self.costs.completion, self.costs.rounds = completion, rounds
         self.depth = self.depth_choice.active = state["depth"]
+
+
+def _shared(number: int) -> int:
+    """The round whose calibration and statistics a round uses."""
+    return number if number < CALIBRATED_ROUNDS else CALIBRATED_ROUNDS - 1
 
 
 def _load(num_requests: int) -> int:
