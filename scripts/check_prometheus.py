@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Our metrics and alert rules with a real Prometheus, while an evaluation runs.
 
-    python -m scripts.check_prometheus [--num-prompts 8]
+    python -m scripts.check_prometheus [--num-prompts 8] [vLLM flags]
 
 Needs `prometheus` (Debian's package of that name, or a release of https://prometheus.io) on the path. Starts the
 default model with early exits and a Prometheus that scrapes it every second with `api/alerts.yml` loaded, then
@@ -43,11 +43,11 @@ COUNTED = {  # metric -> what the evaluation calls it
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-prompts", type=int, default=8)
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     if shutil.which("prometheus") is None:
         parser.error("there is no prometheus on the path")
     folder = Path(tempfile.mkdtemp(prefix="check-prometheus-"))
-    (system,) = systems_of(["bounded"], [], Choice(model_folder(None), tuple(memory_flags([]))))
+    (system,) = systems_of(["bounded"], [], Choice(model_folder(None), (*memory_flags(flags), *flags)))
     with Server(system, log=folder / "server.log", start_timeout_s=900) as server:
         server.wait_ready()
         with_prometheus = start_prometheus(server.base_url, folder)
