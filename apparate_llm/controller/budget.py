@@ -27,6 +27,7 @@ REQUEST_ALLOWANCE = 1.0  # divergences (or nats) a request may have before it ha
 HORIZON_TOKENS = 2000  # what the server saves up is capped at what this many tokens earn: no burst after a long calm
 LEAST_CAPACITY = 4.0
 NANO = 10**9
+MOST_NATS = 1e9  # that a divergence is priced at
 
 
 def nano_of(bound: float) -> int:
@@ -151,7 +152,8 @@ class AccuracyBudget:
         self._pay(request, self._price_nano(regret_nats))
 
     def _price_nano(self, regret_nats: float) -> int:
-        return NANO if self.kind == "agreement" else math.ceil(regret_nats * NANO)
+        # What is no number costs the most, too.
+        return NANO if self.kind == "agreement" else math.ceil(min(MOST_NATS, regret_nats) * NANO)
 
     def _all_afford(self, request: Bucket, cost_nano: int) -> bool:
         earning_nano, shared = request.per_token_nano, request.of_class

@@ -11,8 +11,7 @@ STEPS = (5.0, 0.4)  # of offset and scale, over the memory
 
 
 def logit(p: float) -> float:
-    """In [-MAX_LOGIT, MAX_LOGIT]. This and what follows run for every exit of a step: comparisons, as `min` and `max`
-    take three times as long."""
+    """In [-MAX_LOGIT, MAX_LOGIT]. This and what follows run for every exit of a step: comparisons, no calls."""
     if p >= MOST_SURE:
         return MAX_LOGIT
     if p <= 1.0 - MOST_SURE:

@@ -62,6 +62,14 @@ def test_by_regret_only_what_is_known_is_paid_for():
     assert budget.may_accept(request, 0.2)
 
 
+@pytest.mark.parametrize("regret_nats", [float("inf"), float("nan")])
+def test_a_regret_that_is_no_number_cannot_be_paid(regret_nats):
+    budget, request = AccuracyBudget(0.9, "regret"), Bucket.of_request(0.9)
+    budget.emit(request, 10**6)
+    assert budget.may_accept(request, 1.0)
+    assert not budget.may_accept(request, regret_nats)
+
+
 @pytest.mark.parametrize("bound", [0.01, 0.05, 0.07, 0.29, 0.5])
 def test_no_course_of_events_breaks_a_bound(bound):
     """Spend whenever allowed; every verdict is as bad as chance makes it, some come late, some never."""
