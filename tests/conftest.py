@@ -13,6 +13,11 @@ os.environ.update(
 )
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The file that takes longest first, or one worker waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_prepare.py" or item.path.parent.name != "engine")
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, Path]:
     """Model type -> folder of a tiny random model."""
