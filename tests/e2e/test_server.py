@@ -267,13 +267,16 @@ def test_a_hundred_changes_under_load_fail_no_request(server):
     body = {"model": "tiny", "prompt": "w1 w2 w3", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
     changed = threading.Event()
 
-    def load() -> list[int]:
-        given = []
+    def load() -> list[str]:
+        """Requests until all changes are made, one at the least; returns the answers that are not whole."""
+        broken = []
         with httpx.Client(base_url=server, timeout=60) as http:
-            while not changed.is_set():
+            while True:
                 answer = http.post("/v1/completions", json=body)
-                given.append(answer.json()["usage"]["completion_tokens"] if answer.status_code == 200 else 0)
-        return given
+                if answer.status_code != 200 or answer.json()["usage"]["completion_tokens"] != 100:
+                    broken.append(answer.text)
+                if changed.is_set():
+                    return broken
 
     with ThreadPoolExecutor(2) as clients, httpx.Client(base_url=f"{server}/early_exit", timeout=60) as http:
         start = http.get("/config").json()["config"]
@@ -292,7 +295,7 @@ def test_a_hundred_changes_under_load_fail_no_request(server):
             changed.set()
             back = {name: start[name] for name in ("policy", "max_exits", "accuracy_bound")}
             http.patch("/config", json=back).raise_for_status()
-        assert all(given and set(given) == {100} for given in (future.result() for future in loads))
+        assert [future.result() for future in loads] == [[], []]
         status = http.get("/status").json()
     assert status["active"] and status["counts"]["fallbacks"] == 0 and status["config"] == start
 
