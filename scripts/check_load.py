@@ -178,6 +178,8 @@ def row_of(clients: Clients) -> dict[str, Any]:
     last = turns.turns[-1].ended_s
     whole = [done for done in clients.done if not done.error and done.started_s >= first]
     whole = [done for done in whole if done.chunks and done.started_s + done.chunks[-1].at_s <= last]
+    if not whole:
+        sys.exit(f"no answer of {clients.server.system.name} began and ended within its turns: give more --windows")
     tpt, ttft = [], []
     for done in whole:
         ends = [turns.active_s(done.started_s + chunk.at_s) for chunk in (done.chunks[0], done.chunks[-1])]
