@@ -93,7 +93,7 @@ def ask(
         if chunk.choices and chunk.choices[0].delta.content:
             times.append(time.monotonic())
         report = (chunk.model_extra or {}).get("early_exit", report)
-    assert report is not None and report[0]["tokens"] == max_tokens, f"not a whole answer: {report}"
+    assert report is not None and sum(report[0]["tokens"].values()) == max_tokens, f"not a whole answer: {report}"
     return (times[-1] - times[0]) * 1e3 / (max_tokens - 1), report[0]["divergences"]
 
 
