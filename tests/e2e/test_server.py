@@ -265,13 +265,13 @@ def test_a_request_may_switch_exits_off_for_itself(server, client):
 def test_a_hundred_changes_under_load_fail_no_request(server):
     """Every change is in force, and on the metrics page, when its answer arrives."""
     body = {"model": "tiny", "prompt": "w1 w2 w3", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
-    connected, changed = threading.Barrier(3), threading.Event()
+    begun, changed = threading.Barrier(3, timeout=60), threading.Event()
 
     def load() -> list[str]:
         """Requests until all changes are made, one at the least; returns the answers that are not whole."""
         broken = []
         with httpx.Client(base_url=server, timeout=60) as http:
-            connected.wait()
+            begun.wait()
             while True:
                 answer = http.post("/v1/completions", json=body)
                 if answer.status_code != 200 or answer.json()["usage"]["completion_tokens"] != 100:
@@ -282,7 +282,7 @@ def test_a_hundred_changes_under_load_fail_no_request(server):
     with ThreadPoolExecutor(2) as clients, httpx.Client(base_url=f"{server}/early_exit", timeout=60) as http:
         start = http.get("/config").json()["config"]
         loads = [clients.submit(load) for _ in range(2)]
-        connected.wait()
+        begun.wait()
         try:
             for number in range(100):
                 policy = ("static", "adaptive", "off", "apparate")[number % 4]
