@@ -1,5 +1,7 @@
 # Each target sets up everything it needs: Python 3.11, pip, gcc and make are enough.
 PYTHON ?= python3.11
+# pip compiles nothing ahead, so what is imported must be kept compiled, or every process compiles vLLM anew.
+export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
