@@ -100,7 +100,7 @@ def instrument(engine: Any, profile: Profile) -> None:
         profile.wrap(ramps, "predict", ROUNDS + "token, confidence")
 
 
-def bytes_read(engine: Any, model: Path) -> dict[str, float]:
+def bytes_read(engine: Any, model: Path, bytes_per_weight: int) -> dict[str, float]:
     """Line -> bytes of weights that each of its calls reads."""
     from safetensors import safe_open
 
@@ -108,14 +108,14 @@ def bytes_read(engine: Any, model: Path) -> dict[str, float]:
     for path in model.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                size[name] = 2 * math.prod(file.get_slice(name).get_shape())
+                size[name] = bytes_per_weight * math.prod(file.get_slice(name).get_shape())
     head = next(size[name] for name in ("lm_head.weight", "model.embed_tokens.weight") if name in size)
     read: dict[str, float] = {"worker: lm_head": head}
     read["worker: blocks"] = sum(value for name, value in size.items() if ".layers." in name)
     if engine.has_exits:
-        ramps = engine.runner.rounds.ramps
-        parts = {name: p.numel() * p.element_size() for name, p in ramps.head.named_parameters()}
-        read[ROUNDS + "first state"] = parts.pop("enter_weight", 0)
+        children = engine.runner.rounds.ramps.head.named_children()
+        parts = {name: part.weight_bytes for name, part in children if hasattr(part, "weight_bytes")}
+        read[ROUNDS + "first state"] = parts.pop("enter_linear", 0)
         read[ROUNDS + "head"] = sum(parts.values())
     return read
 
@@ -144,7 +144,7 @@ def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> No
     knobs = None
     if system != "plain":
         knobs = {"policy": "adaptive", "accuracy_bound": 0.0 if system == "lossless" else args.bound, "max_exits": 6}
-    vllm: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": False, "max_model_len": 2048, "max_num_seqs": 64}
+    vllm: dict[str, Any] = {"dtype": args.dtype, "enforce_eager": False, "max_model_len": 2048, "max_num_seqs": 64}
     with Engine(args.model, knobs, kv_cache_memory_bytes=1 << 30, **vllm) as engine:
         tokenizer = engine.llm.get_tokenizer()
         texts = [
@@ -179,7 +179,7 @@ def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> No
                 "lines": {
                     line: {"ms": ms / steps, "calls": profile.calls[line] / steps} for line, ms in profile.ms.items()
                 },
-                "bytes_per_call": bytes_read(engine, args.model),
+                "bytes_per_call": bytes_read(engine, args.model, 4 if args.dtype == "float32" else 2),
                 "bytes_per_ms": bandwidth(),
             }
         )
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1", help="comma-separated numbers of requests at once")
     parser.add_argument("--systems", default="plain,lossless,bounded")
     parser.add_argument("--bound", type=float, default=0.05, help="of `bounded`")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=Path, default=Path("chat"), help="built-in set or file")
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=96)

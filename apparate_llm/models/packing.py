@@ -1,7 +1,8 @@
-"""Ramp weights as a CPU reads them fastest, by vLLM's own kernels: int8 with one scale per output channel, rows of
-input quantized as they come, where the CPU has instructions for it; else in the model's own precision, like its layers.
+"""Ramp weights as a CPU reads them fastest: by vLLM's kernels in int8, with one scale per output channel and rows of
+input quantized as they come, where the CPU has instructions for it; else by torch's in float16, half of float32's
+bytes, multiplied and added up in float32.
 
-A ramp only proposes. What int8 changes is how often it is right, next to nothing; never what a checked token is.
+A ramp only proposes. What fewer bits change is how often it is right, next to nothing; never what a checked token is.
 """
 
 import platform
@@ -21,14 +22,33 @@ MULTIPLE = 32  # the kernels want the number of output channels to be one of thi
 
 def for_serving(head: Head, dtype: torch.dtype) -> Head:
     """A trained ramp's faster head, where there is one, else itself."""
-    if isinstance(head, FusedHead) and current_platform.is_cpu():
-        return PackedHead(head, Int8Linear if dtype == torch.bfloat16 and has_fast_int8() else PlainLinear)
-    return head
+    if not isinstance(head, FusedHead) or not current_platform.is_cpu():
+        return head
+    if dtype == torch.bfloat16 and has_fast_int8():
+        return PackedHead(head, Int8Linear)
+    return PackedHead(head, HalfLinear if has_fbgemm() else PlainLinear)
 
 
 def has_fast_int8() -> bool:
     """With AVX2 alone a row took three times as long in int8 as in bfloat16, and the error was above the tests' 2 %."""
     return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_vnni_supported()
+
+
+def has_fbgemm() -> bool:
+    """FBGEMM is torch's library of such kernels; its builds for ARM lack it."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+class HalfLinear(nn.Module):
+    """[num_rows, in] -> [num_rows, out] of the same dtype, for a weight [out, in] of any floating dtype."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight_bytes = 2 * weight.numel()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
 
 
 class PlainLinear(nn.Module):
@@ -38,6 +58,7 @@ class PlainLinear(nn.Module):
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
         super().__init__()
+        self.weight_bytes = weight.nbytes
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.cpu_linear: Callable[..., torch.Tensor]  # written by vLLM
         dispatch_cpu_unquantized_gemm(self, remove_weight=True)
@@ -55,6 +76,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.size = len(weight)
         weight = F.pad(weight, (0, 0, 0, -self.size % MULTIPLE))
+        self.weight_bytes = weight.numel()
         scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
         # Named as vLLM's kernels read them.
         self.weight = nn.Parameter((weight.float() / scale).round().to(torch.int8), requires_grad=False)
@@ -80,7 +102,7 @@ class PackedHead(nn.Module):
 
     reads_copies = True
 
-    def __init__(self, head: FusedHead, linear: type[Int8Linear] | type[PlainLinear]) -> None:
+    def __init__(self, head: FusedHead, linear: type[Int8Linear] | type[HalfLinear] | type[PlainLinear]) -> None:
         super().__init__()
         self.eps = head.eps
         self.enter_linear = linear(head.enter_weight)

@@ -1,16 +1,26 @@
-"""Ramps as they serve: by other kernels, the same function as the trained head; in int8, within its precision."""
+"""Ramps as they serve: by other kernels the function of the trained head, within the precision of their weights."""
 
 import pytest
 import torch
 from torch import nn
 
-from apparate_llm.models.packing import Int8Linear, PackedHead, PlainLinear, for_serving, has_fast_int8
+from apparate_llm.models import packing
+from apparate_llm.models.packing import (
+    HalfLinear,
+    Int8Linear,
+    PackedHead,
+    PlainLinear,
+    for_serving,
+    has_fast_int8,
+    has_fbgemm,
+)
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.copying import LONGEST_MATCH
 from apparate_llm.ramps.heads import Copies, FusedHead
 
 SIZE = 64
 needs_int8 = pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no instructions for int8 (AVX-512 VNNI)")
+needs_fbgemm = pytest.mark.skipif(not has_fbgemm(), reason="this build of torch has no FBGEMM")
 
 
 @pytest.fixture
@@ -39,9 +49,15 @@ def test_a_packed_linear_is_the_linear_within_two_percent(shape, num_rows):
     assert relative_error(got, nn.functional.linear(x.float(), weight.float())) < 0.02
 
 
+@needs_fbgemm
 def test_only_bfloat16_is_packed_into_int8_and_only_where_the_cpu_is_fast_at_it(head):
     packed = for_serving(head, torch.bfloat16)
-    assert isinstance(packed.head, Int8Linear if has_fast_int8() else PlainLinear)
+    assert isinstance(packed.head, Int8Linear if has_fast_int8() else HalfLinear)
+    assert isinstance(for_serving(head.float(), torch.float32).head, HalfLinear)
+
+
+def test_without_its_kernels_a_ramp_runs_as_the_models_own_layers(head, monkeypatch):
+    monkeypatch.setattr(packing, "has_fbgemm", lambda: False)
     assert isinstance(for_serving(head.float(), torch.float32).head, PlainLinear)
 
 
@@ -49,6 +65,8 @@ def test_only_bfloat16_is_packed_into_int8_and_only_where_the_cpu_is_fast_at_it(
     ("linear", "dtype", "error"),
     [
         pytest.param(Int8Linear, torch.bfloat16, 0.05, marks=needs_int8),
+        pytest.param(HalfLinear, torch.bfloat16, 0.05, marks=needs_fbgemm),
+        pytest.param(HalfLinear, torch.float32, 2e-3, marks=needs_fbgemm),
         (PlainLinear, torch.bfloat16, 0.05),
         (PlainLinear, torch.float32, 1e-5),
     ],
