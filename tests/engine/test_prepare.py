@@ -20,7 +20,7 @@ from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for
 from tests.harness import Engine, greedy, token_prompts
 from tests.tiny import MODEL_TYPES
 
-KILLS_PER_MODEL = 3  # each takes 20 s and more; by hand `tests.engine.prepare_and_kill` takes any number
+KILLS_PER_MODEL = 5
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def prepared(tiny_models, tmp_path_factory):
 def test_kills_lose_no_finished_work(prepared):
     _, reports = prepared
     assert len(reports) == len(MODEL_TYPES)
-    assert sum(report["killed"] for report in reports) >= 9  # the others had finished before
+    assert sum(report["killed"] for report in reports) >= 15  # the others had finished before
     assert sum(report["kept"] for report in reports) > 0
     assert all(report["made"] >= 3 and not report["leftovers"] for report in reports)
 
