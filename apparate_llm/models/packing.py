@@ -104,6 +104,7 @@ class PackedHead(nn.Module):
 
     def __init__(self, head: FusedHead, linear: type[Int8Linear] | type[HalfLinear] | type[PlainLinear]) -> None:
         super().__init__()
+        current_platform.import_kernels()  # a resumed preparation may train and measure without having run vLLM
         self.eps = head.eps
         self.enter_linear = linear(head.enter_weight)
         self.fuse = linear(head.fuse)

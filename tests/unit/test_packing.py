@@ -1,5 +1,8 @@
 """Ramps as they serve: by other kernels the function of the trained head, within the precision of their weights."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +57,24 @@ def test_only_bfloat16_is_packed_into_int8_and_only_where_the_cpu_is_fast_at_it(
     packed = for_serving(head, torch.bfloat16)
     assert isinstance(packed.head, Int8Linear if has_fast_int8() else HalfLinear)
     assert isinstance(for_serving(head.float(), torch.float32).head, HalfLinear)
+
+
+ALONE = """
+import torch
+from apparate_llm.models.packing import for_serving
+from apparate_llm.ramps.checkpoint import HeadShape
+from apparate_llm.ramps.heads import FusedHead
+
+shape = HeadShape(hidden_size=64, ramp_vocab=120, eps=1e-5, intermediate_size=96, num_inner=2)
+head = for_serving(FusedHead(shape).eval(), torch.float32)
+assert head.enter(torch.ones(1, 64), [torch.ones(1, 64)] * 2).shape == (1, 64)
+"""
+
+
+def test_a_packed_head_needs_no_engine_in_its_process():
+    """As in a preparation that was killed while it trained: nothing of vLLM but its platform is imported then."""
+    result = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_without_its_kernels_a_ramp_runs_as_the_models_own_layers(head, monkeypatch):
