@@ -20,14 +20,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from apparate_llm.eval.measures import bootstrap
 from apparate_llm.eval.prompts import load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, early_exits
 
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
-from scripts.check_load import Clients, in_window
+from scripts.check_load import Clients, in_window, ratio_of
 
 SETTLING_S = 1.5  # after listeners have come or gone, not counted
 
@@ -94,14 +93,12 @@ def result_of(clients: Clients, windows: dict[int, list[tuple[float, float, int]
     tpt = {
         number: [in_window(arrivals, began, ended)[0] for began, ended, _ in found] for number, found in windows.items()
     }
-    logs = np.log([tpt[listeners], tpt[0]])
     return {
         "listeners": listeners,
         "events_per_s": sum(heard for *_, heard in windows[listeners])
         / sum(ended - began for began, ended, _ in windows[listeners]),
         "tpt_ms": {"with": float(np.mean(tpt[listeners])), "without": float(np.mean(tpt[0]))},
-        "ratio": float(np.exp((logs[0] - logs[1]).mean())),
-        "ci95": bootstrap(logs, lambda sample: np.exp((sample[0] - sample[1]).mean(-1))),
+        **ratio_of(tpt[listeners], tpt[0]),
         "failed": sum(bool(done.error) for done in clients.done),
     }
 
