@@ -6,6 +6,7 @@ time is divided by the pace of the moment before it is averaged: ms at pace 1.
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # where a curve has its points
 MEMORY = 32  # observations a point averages over
@@ -31,13 +32,14 @@ class CostCurve:
     num_observed: int = 0
     values: list[float] = field(default_factory=list)  # what `__call__` reads
     settled: list[float] = field(default_factory=list)  # the means it was made of
+    slopes: list[float] = field(default_factory=list)  # ms per row before each point, of the convex curve below
 
     def __post_init__(self) -> None:
         """Raises ValueError for lists that do not fit ROWS, as a state file may hold them."""
         self.prior = tuple(self.prior)
         if {len(self.prior), len(self.means), len(self.counts), len(self.guesses)} != {len(ROWS)}:
             raise ValueError(f"a cost curve has {len(ROWS)} points, got {len(self.means)}")
-        if not self.values:
+        if not self.slopes:  # as in a state file of before
             self._settle()
 
     def __call__(self, rows: float) -> float:
@@ -51,19 +53,18 @@ class CostCurve:
         return self.values[left] + share * (self.values[right] - self.values[left])
 
     def of_another(self, rows: int) -> float:
-        """ms that one row more than `rows` costs."""
+        """ms that one row more than `rows` costs, as one of several: a step that the curve seems to have is shared by
+        the rows behind it. Or a single slow pass over two rows, and no second row is ever tried again."""
         right = bisect_left(ROWS, rows + 1)
         if right == len(ROWS):
             return self.values[-1] / ROWS[-1]
-        if right == 0:
-            return 0.0
-        return (self.values[right] - self.values[right - 1]) / (ROWS[right] - ROWS[right - 1])
+        return self.slopes[right]
 
     def observe(self, rows: int, ms: float) -> None:
         right = min(bisect_left(ROWS, rows), len(ROWS) - 1)
         left = max(right - 1, 0)
         point = right if ROWS[right] == rows or rows - ROWS[left] > ROWS[right] - rows else left
-        if max(self.counts) >= SETTLED:
+        if any(self.counts):
             ms = min(ms, MAX_SURPRISE * self(rows))
         if not self.counts[point]:
             self.guesses[point] = self.values[point] if any(self.counts) else ms
@@ -93,6 +94,9 @@ class CostCurve:
                 raw[i] = self.prior[i] * (times[0] + share * (times[1] - times[0]))
         self.settled = list(self.means)
         self.values = _isotonic(raw, [max(count, 1) for count in self.counts])
+        steps = [right - left for left, right in pairwise(ROWS)]
+        rises = [(right - left) / step for (left, right), step in zip(pairwise(self.values), steps, strict=True)]
+        self.slopes = [0.0, *_isotonic(rises, steps)]
 
     def _believed(self, point: int) -> float:
         """A single slow pass must not make a new number of rows look dear: it would not be tried again."""

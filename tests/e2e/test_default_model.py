@@ -20,7 +20,7 @@ CHROMIUM_FLAGS = (
     "--disable-background-networking",
     "--disable-sync",
 )
-QUESTION = "Explain to a child why the sky is blue."
+QUESTION = "Write a Python function that reverses a list."
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,10 @@ def test_the_default_model_serves_with_useful_exits_within_the_bound(server, fol
     )
     counts = httpx.get(f"{server}/early_exit/status").json()["counts"]
     assert is_complete(folder / NAME)
-    assert "light" in answer.choices[0].message.content
+    assert "reversed" in answer.choices[0].message.content
     assert counts["diverged"] <= 0.01 * counts["emitted"] and counts["fallbacks"] == 0
     assert counts["emitted"] == answer.usage.completion_tokens
-    assert counts["accepted"] / counts["emitted"] > 0.2, "the shipped ramps no longer fit the default model"
+    assert counts["accepted"] / counts["emitted"] > 0.3, "the shipped ramps no longer fit the default model"
     (report,) = answer.model_extra["early_exit"]
     assert "".join(report["texts"]) == answer.choices[0].message.content
     assert report["tokens"]["held"] + report["tokens"]["held_diverged"] == counts["accepted"]
@@ -143,7 +143,7 @@ def test_the_dashboard_colours_a_prompt_s_tokens_and_says_why_a_knob_is_refused(
     until(page, "document.querySelectorAll('#answer span').length > 0", 60)
     origins = page.eval_on_selector_all("#answer span", "spans => spans.map((span) => span.className)")
     assert len(origins) == 64 and {"checked", "held"} <= set(origins)
-    assert "light" in page.locator("#answer").inner_text()
+    assert "reversed" in page.locator("#answer").inner_text()
     assert page.locator("#answer-note").inner_text().startswith("64 tokens at ")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than a phone"
     page.get_by_label("Accuracy bound").fill("2")

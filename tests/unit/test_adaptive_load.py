@@ -10,6 +10,7 @@ from apparate_llm.core import Exit, Verb
 
 PASS_MS = ((1, 45.0), (4, 48.0), (8, 50.0), (16, 54.0), (24, 61.0), (32, 67.0), (48, 76.0), (64, 83.0), (128, 130.0))
 CONFIDENCES = (0.97, 0.9, 0.8, 0.6, 0.4, 0.25, 0.1)  # all equally often, and right
+HARD = (0.6, 0.45, 0.3, 0.2, 0.1)  # of an answer that is hard to guess
 PHASES = ((1, 300), (4, 200), (8, 160), (16, 200))  # requests, steps
 
 
@@ -21,13 +22,15 @@ def pass_ms(rows: int) -> float:
 
 
 class Server:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, spread: float = 0.12, confidences: tuple[float, ...] = CONFIDENCES) -> None:
         self.rng = random.Random(seed)
+        self.spread, self.confidences = spread, confidences
         self.policy = AdaptivePolicy(depth=0, depths=(0,), num_layers=30, max_exits=6)
         self.pace = 1.0
+        self.tokens = self.passes = 0
 
     def noise(self) -> float:
-        return math.exp(self.rng.gauss(0.0, 0.12))
+        return math.exp(self.rng.gauss(0.0, self.spread))
 
     def ratio(self, num_requests: int, num_steps: int) -> float:
         """Time per token over that of plain serving."""
@@ -46,6 +49,7 @@ class Server:
             self.policy.completed(num_requests, rows, ms)
             held, rounds_ms = self.rounds(num_requests)
             taken_ms += rounds_ms
+        self.tokens, self.passes = self.tokens + tokens, self.passes + num_requests * num_steps
         return taken_ms / tokens * num_requests / (plain_ms / num_steps)
 
     def accepted(self, held: list[Exit]) -> int:
@@ -68,7 +72,7 @@ class Server:
             spent_ms += ms
             going = []
             for i in live:
-                exit_ = Exit(0, 0, 0, number, self.rng.choice(CONFIDENCES))
+                exit_ = Exit(0, 0, 0, number, self.rng.choice(self.confidences))
                 if self.policy.decide(exit_, reach=reach[i], may_release=False, num_rows=rows) is Verb.HOLD:
                     held[i].append(exit_)
                     reach[i] *= exit_.probability
@@ -89,3 +93,11 @@ def test_exits_pay_at_every_load_soon_after_it_changes():
             ratios[num_requests].append(server.ratio(num_requests, num_steps))
     worst = {num_requests: max(found) for num_requests, found in ratios.items()}
     assert worst[1] < 0.70 and worst[4] < 0.80 and worst[8] < 0.90 and worst[16] < 1.0, worst
+
+
+def test_a_busy_machine_does_not_frighten_it_for_good():
+    """After one slow pass over two rows early on, the seventh of these once took 18 exits in 300 passes."""
+    for seed in range(35, 60):
+        server = Server(seed, spread=0.35, confidences=HARD)
+        server.ratio(1, 300)
+        assert 1 - server.passes / server.tokens > 0.2, seed

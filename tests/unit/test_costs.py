@@ -34,8 +34,20 @@ def test_more_rows_never_cost_less_whatever_the_noise():
         curve.observe(rows, (20 + rows) * rng.uniform(0.6, 1.6))
         costs = [curve(n) for n in range(1, 300)]
         assert costs == sorted(costs)
-        rows = rng.randint(1, 400)
+        more = [curve.of_another(rows) for rows in range(1, ROWS[-1])]
+        assert more == pytest.approx(sorted(more)) and sum(more) == pytest.approx(costs[ROWS[-1] - 1] - costs[0])
+    curve = CostCurve(tuple(20.0 + rows**1.5 for rows in ROWS))
+    for rows in (*range(1, 60), 400):
         assert curve.of_another(rows) == pytest.approx(curve(rows + 1) - curve(rows))
+
+
+def test_one_slow_pass_over_two_rows_does_not_make_every_second_row_dear():
+    curve = CostCurve(PRIOR_PASS_MS)
+    curve.observe(1, 100.0)
+    curve.observe(2, 700.0)
+    for _ in range(40):
+        curve.observe(1, 100.0)
+    assert curve.of_another(1) < 10.0
 
 
 def test_a_disturbed_step_counts_for_little():
