@@ -4,8 +4,8 @@
     python -m scripts.check_switch [--clients 1,16,32] [--accuracy-bound 0] [--json OUT] [vLLM flags]
 
 From the repository's root. Clients never stop asking, and the policy is switched between `adaptive` and `off` by turns
-as they go. Two processes that serve the same differ by some percent for as long as they live; here there is one, so a
-few percent can be seen. What `off` costs over plain vLLM is check_load.py's subject. Exit code 1 if throughput is below
+as they go. Between two servers a few percent are hidden by which answers fall into a turn; here both policies have the
+same. What `off` costs over plain vLLM is check_load.py's subject. Exit code 1 if throughput is below
 --limit of that without exits, or a request failed.
 """
 

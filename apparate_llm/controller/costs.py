@@ -39,8 +39,7 @@ class CostCurve:
         self.prior = tuple(self.prior)
         if {len(self.prior), len(self.means), len(self.counts), len(self.guesses)} != {len(ROWS)}:
             raise ValueError(f"a cost curve has {len(ROWS)} points, got {len(self.means)}")
-        if not self.slopes:  # as in a state file of before
-            self._settle()
+        self._settle()
 
     def __call__(self, rows: float) -> float:
         right = bisect_left(ROWS, rows)
