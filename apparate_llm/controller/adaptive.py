@@ -200,8 +200,8 @@ class AdaptivePolicy(Policy):
             "depth": self.depth,
             "calibrations": [[*key, asdict(item)] for key, item in self.calibrations.items()],
             "statistics": [[*key, asdict(item)] for key, item in self.statistics.items()],
-            "completion": asdict(self.costs.completion),
-            "rounds": [[depth, asdict(curve)] for depth, curve in self.costs.rounds.items()],
+            "completion": self.costs.completion.state(),
+            "rounds": [[depth, curve.state()] for depth, curve in self.costs.rounds.items()],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -209,8 +209,8 @@ class AdaptivePolicy(Policy):
             raise ValueError(f"no ramp at depth {state['depth']}")
         calibrations = {(d, n, bool(g)): OnlineCalibration(**item) for d, n, g, item in state["calibrations"]}
         statistics = {(d, n): RoundStatistics(**item) for d, n, item in state["statistics"]}
-        completion = CostCurve(**state["completion"])
-        rounds = {depth: CostCurve(**curve) for depth, curve in state["rounds"]}
+        completion = CostCurve.from_state(state["completion"])
+        rounds = {depth: CostCurve.from_state(curve) for depth, curve in state["rounds"]}
         self.calibrations, self.statistics = calibrations, statistics
         self.costs.completion, self.costs.rounds = completion, rounds
         self.depth = self.depth_choice.active = state["depth"]

@@ -5,8 +5,9 @@ time is divided by the pace of the moment before it is averaged: ms at pace 1.
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
+from typing import Any, Self
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # where a curve has its points
 MEMORY = 32  # observations a point averages over
@@ -30,16 +31,27 @@ class CostCurve:
     guesses: list[float] = field(default_factory=lambda: [0.0] * len(ROWS))  # what was expected before the first one
     seen: list[int] = field(default_factory=lambda: [0] * len(ROWS))  # number of the last observation at each point
     num_observed: int = 0
-    values: list[float] = field(default_factory=list)  # what `__call__` reads
-    settled: list[float] = field(default_factory=list)  # the means it was made of
-    slopes: list[float] = field(default_factory=list)  # ms per row before each point, of the convex curve below
+    # Made of the above:
+    values: list[float] = field(init=False)  # what `__call__` reads
+    settled: list[float] = field(init=False)  # the means it was made of
+    slopes: list[float] = field(init=False)  # ms per row before each point, of the convex curve below
 
     def __post_init__(self) -> None:
         """Raises ValueError for lists that do not fit ROWS, as a state file may hold them."""
         self.prior = tuple(self.prior)
-        if {len(self.prior), len(self.means), len(self.counts), len(self.guesses)} != {len(ROWS)}:
+        if {len(self.prior), len(self.means), len(self.counts), len(self.guesses), len(self.seen)} != {len(ROWS)}:
             raise ValueError(f"a cost curve has {len(ROWS)} points, got {len(self.means)}")
         self._settle()
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Self:
+        """Reads what `state` wrote, and leaves what else is in it."""
+        return cls(**{item.name: state[item.name] for item in fields(cls) if item.init})
+
+    def state(self) -> dict[str, Any]:
+        """A copy of what was observed, to be written as JSON."""
+        known = asdict(self)
+        return {item.name: known[item.name] for item in fields(self) if item.init}
 
     def __call__(self, rows: float) -> float:
         right = bisect_left(ROWS, rows)

@@ -1,3 +1,4 @@
+import json
 import math
 import random
 
@@ -119,3 +120,18 @@ def test_a_single_slow_pass_does_not_make_a_new_number_of_rows_dear():
     for _ in range(40):
         curve.observe(16, 2 * expected)
     assert curve(16) == pytest.approx(2 * expected, rel=0.1)
+
+
+def test_a_curve_survives_as_json_and_leaves_what_older_files_hold_besides():
+    curve = CostCurve(PRIOR_PASS_MS)
+    for ms in [20.0] * 40 + [20.3]:  # the last is too small a change to make the curve anew
+        curve.observe(4, ms)
+    assert curve.settled != curve.means
+    state = json.loads(json.dumps(curve.state()))
+    again = CostCurve.from_state({**state, "values": [1.0] * len(ROWS), "settled": [1.0] * len(ROWS)})
+    assert json.loads(json.dumps(again.state())) == state
+    assert again.settled == again.means == curve.means and again(4) == pytest.approx(curve(4), rel=0.01)
+    curve.observe(4, 30.0)
+    assert json.loads(json.dumps(again.state())) == state  # what was written is a copy
+    with pytest.raises(ValueError, match="16 points"):
+        CostCurve.from_state({**state, "seen": []})
