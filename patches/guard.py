@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 VLLM_VERSION = "0.32.0"
+Process = Literal["server", "worker"]
 
 
 class PatchMismatchError(RuntimeError):
@@ -26,6 +27,7 @@ class Patch:
     upstream: str
     delete_when: str
     apply: Callable[["Patch"], bool]  # False where the target is not in use on this platform
+    process: Process = "worker"  # in which it is applied
 
 
 def check_target(patch: Patch, target: Any) -> None:

@@ -1,7 +1,7 @@
 """Every patch: what, why, and when it goes."""
 
-from apparate_llm.patches import aot_load, cpu_expand_kernel
-from apparate_llm.patches.guard import Patch
+from apparate_llm.patches import aot_load, cpu_expand_kernel, fork_engines
+from apparate_llm.patches.guard import Patch, Process
 
 LEDGER: tuple[Patch, ...] = (
     Patch(
@@ -26,9 +26,21 @@ LEDGER: tuple[Patch, ...] = (
         delete_when="vLLM on a CPU says `Directly load AOT compilation` at a second start",
         apply=aot_load.apply,
     ),
+    Patch(
+        file="fork_engines",
+        target="vllm.platforms.cpu.CpuPlatform.check_and_update_config",
+        mode="wrap",
+        process="server",
+        source_sha256="d2960ad5d183676793d6988a9a4ed50175d18dbf8baf70fc01f686d50887a0df",
+        what="engine and worker are forks of the server's process on the CPU backend with Intel's OpenMP runtime",
+        why="without it three processes import vLLM one after the other at every start",
+        upstream="https://github.com/vllm-project/vllm/issues/27369 (why vLLM binds threads by variables)",
+        delete_when="vLLM forks on a CPU, or its import takes less than a second",
+        apply=fork_engines.apply,
+    ),
 )
 
 
-def apply_all() -> list[str]:
-    """Apply what this platform needs; returns the patched targets. Raises PatchMismatchError."""
-    return [patch.target for patch in LEDGER if patch.apply(patch)]
+def apply_all(process: Process = "worker") -> list[str]:
+    """Apply what such a process needs on this platform; returns the patched targets. Raises PatchMismatchError."""
+    return [patch.target for patch in LEDGER if patch.process == process and patch.apply(patch)]

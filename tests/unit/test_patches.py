@@ -1,4 +1,5 @@
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,24 @@ def test_a_loaded_function_gets_the_method_that_vllm_calls_and_torch_stays_as_it
     with pytest.raises(OSError):
         wrapped(fails)(None, None)
     assert torch.compiler.load_compiled_function is stock_load
+
+
+@pytest.mark.parametrize(("preload", "method"), [("", ""), ("/lib/libgomp.so.1", ""), ("/lib/libiomp5.so", "spawn")])
+def test_engines_are_forked_with_intels_openmp_only_and_unless_the_user_says_otherwise(monkeypatch, preload, method):
+    from vllm.platforms.cpu import CpuPlatform
+
+    monkeypatch.setenv("LD_PRELOAD", preload)
+    if method:
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", method)
+    stock = CpuPlatform.check_and_update_config
+    assert apply_all("server") == []
+    assert CpuPlatform.check_and_update_config == stock
+
+
+def test_a_forked_engine_is_what_vllms_settings_end_in(monkeypatch):
+    from apparate_llm.patches.fork_engines import METHOD, wrapped
+
+    monkeypatch.setenv(METHOD, "spawn")
+    seen = []
+    wrapped(seen.append)(None, "config")
+    assert seen == ["config"] and os.environ[METHOD] == "fork"
