@@ -5,7 +5,8 @@
 
 From the repository's root. Clients never stop asking, and the policy is switched between `adaptive` and `off` by turns
 as they go. Between two servers a few percent are hidden by which answers fall into a turn; here both policies have the
-same. What `off` costs over plain vLLM is check_load.py's subject. Exit code 1 if throughput is below
+same, if prompts of a kind do not follow each other in the file. What `off` costs over plain vLLM is check_load.py's
+subject. Exit code 1 if throughput is below
 --limit of that without exits, or a request failed.
 """
 
