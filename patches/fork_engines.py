@@ -2,7 +2,7 @@
 
 Such a process imports vLLM again, one after the other. A fork of the server has it already, and with it OpenMP's
 runtime, which takes the cores to bind its threads to from variables that vLLM sets for each worker. Intel's runtime
-starts over in a fork and reads them there; GNU's does not.
+starts over in a fork and reads them there; GNU's, as vLLM's executor notes, is not safe to fork.
 """
 
 import os

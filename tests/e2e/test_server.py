@@ -3,17 +3,14 @@
 import asyncio
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import pytest
 
 from tests.e2e.conftest import TINY_FLAGS
@@ -46,35 +43,6 @@ def test_health_models_and_metrics_answer(server, client):
     metrics = httpx.get(f"{server}/metrics").text
     assert "vllm:generation_tokens_total" in metrics
     assert "apparate:active 1.0" in metrics and "apparate:fallbacks_total 0.0" in metrics
-
-
-def mapped_at(process: psutil.Process) -> str:
-    """Of what the kernel maps into every process at random: a fork has it where its parent has it."""
-    maps = Path(f"/proc/{process.pid}/maps").read_text()
-    return next(line.split("-")[0] for line in maps.splitlines() if line.endswith("[vdso]"))
-
-
-def test_engine_and_worker_are_forks_and_only_the_worker_is_bound_to_its_cores(server):
-    port = httpx.URL(server).port
-    (api,) = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if (command := process.info["cmdline"] or [])[-2:] == ["--port", str(port)] and "serve" in command
-    ]
-    engine, worker = (
-        next(child for child in api.children(recursive=True) if child.cmdline()[0].strip() == title)
-        for title in ("VLLM::EngineCore", "VLLM::Worker")
-    )
-    assert engine.ppid() == api.pid and worker.ppid() == engine.pid
-    assert mapped_at(api) == mapped_at(engine) == mapped_at(worker)
-    allowed = {
-        process: {frozenset(os.sched_getaffinity(thread.id)) for thread in process.threads()}
-        for process in (engine, worker)
-    }
-    everything = frozenset(os.sched_getaffinity(0))
-    assert allowed[engine] == {everything}
-    (bound,) = allowed[worker]
-    assert bound < everything or len(everything) == 1
 
 
 def test_a_chat_completion_streams_with_its_usage(client):

@@ -89,6 +89,7 @@ def test_engines_are_forked_with_intels_openmp_only_and_unless_the_user_says_oth
     from vllm.platforms.cpu import CpuPlatform
 
     monkeypatch.setenv("LD_PRELOAD", preload)
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)  # an engine of this process may have set it
     if method:
         monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", method)
     stock = CpuPlatform.check_and_update_config
