@@ -3,6 +3,8 @@
 Adds to one engine step: verdict rows in the completion pass, their comparison, and the rounds after sampling.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,6 +22,7 @@ from apparate_llm.engine.classes import shares_of
 from apparate_llm.engine.clock import StepClock
 from apparate_llm.engine.eligibility import stop_token_ids
 from apparate_llm.engine.greedy import check, is_plain_greedy
+from apparate_llm.engine.identity import identity_of
 from apparate_llm.engine.judge import best_and_regret, judge_held
 from apparate_llm.engine.live import LivePolicy, exits_of, reconfigured, requests_follow
 from apparate_llm.engine.output import EarlyExitOutput
@@ -27,7 +30,7 @@ from apparate_llm.engine.parallel import share_prediction
 from apparate_llm.engine.rounds import Rounds, Row
 from apparate_llm.engine.shadow import Shadow
 from apparate_llm.engine.verdicts import PendingVerdict, RequestExits, Verdict, VerdictLedger
-from apparate_llm.machine import cache_folder, cpu_name
+from apparate_llm.machine import cache_folder
 from apparate_llm.models.mixin import ramps_of
 
 logger = init_logger("vllm.apparate")
@@ -47,6 +50,7 @@ class EarlyExitRunner(CPUModelRunner):
         self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
         self._released: dict[str, list[int]] = {}  # exits released in the step under way
         self._judged: list[Verdict] = []  # on exits, by the step under way
+        self._later: Callable[[], None] | None = None  # rounds that wait until the step's tokens have left
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights)
@@ -77,7 +81,7 @@ class EarlyExitRunner(CPUModelRunner):
         )
         self.shadow = Shadow(self.rounds, tuple(sorted(inner_depths)))
         is_first_rank = get_tp_group().rank_in_group == 0
-        identity = self._identity(depths=sorted(ramps))
+        identity = identity_of(self, depths=sorted(ramps))
         path = resolve_path(config.state, identity, cache_folder())
         if path is not None:
             self.controller_state = ControllerState(path, identity, writes=is_first_rank)
@@ -85,20 +89,6 @@ class EarlyExitRunner(CPUModelRunner):
         if config.feedback_log is not None and is_first_rank:
             self.feedback = FeedbackLog(Path(config.feedback_log).expanduser(), {**identity, "num_layers": num_layers})
         logger.info("Early exits: ramps at depths %s, beginning with %d, %s", sorted(ramps), depth, config)
-
-    def _identity(self, depths: list[int]) -> dict[str, Any]:
-        """What the controller's experience is worth nothing without."""
-        return {
-            "model": Path(self.model_config.model).name,
-            "ramps": self.get_model().ramps_sha256,
-            "depths": depths,
-            "policy": self.exit_config.policy,
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "ranks": get_tp_group().world_size,
-            "dtype": str(self.dtype),
-            "compiled": not self.model_config.enforce_eager,
-        }
 
     def shutdown(self) -> None:
         if self.controller_state is not None and self.rounds is not None:
@@ -153,7 +143,7 @@ class EarlyExitRunner(CPUModelRunner):
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
         state = self.execute_model_state
-        self._judged = []
+        self._judged, self._later = [], None
         if state is not None:
             self.ledger.counts.completion_passes += 1
             if self._pending:
@@ -224,23 +214,44 @@ class EarlyExitRunner(CPUModelRunner):
         """vLLM's call for drafts after sampling and bookkeeping: the rounds. Held exits are the drafts."""
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         self.clock.completed()
-        rows = self._live_rows(sampled_token_ids, spec_decode_metadata.num_draft_tokens)
+        begins = self._begins_an_answer(sampled_token_ids)
+        rows = self._live_rows(sampled_token_ids, spec_decode_metadata.num_draft_tokens, may_release=not begins)
+        inner = aux_hidden_states or []
         if self.rounds is not None:
             self._guarded(self._learn)
         if self.rounds is not None and self.rounds.policy.wants_shadow():
-            num_drafts, inner = spec_decode_metadata.num_draft_tokens, aux_hidden_states or []
+            num_drafts = spec_decode_metadata.num_draft_tokens
             self._guarded(lambda: self.shadow.maybe_run(sampled_token_ids, num_drafts, hidden_states, inner))
-        if self.rounds is not None and rows and not self._begins_an_answer(sampled_token_ids):
-            self._guarded(lambda: self._run_rounds(rows, hidden_states, aux_hidden_states or []))
-            for row in rows:
-                drafts[row.request_index] = [exit_.token_id for exit_ in row.held]
-                self._commit(row)
+        if self.rounds is not None and rows:
+            propose = partial(self._propose, drafts, rows, hidden_states, inner)
+            if begins:
+                self._later = propose
+            else:
+                propose()
         self.clock.start()
         return drafts
 
+    def _propose(
+        self, drafts: list[list[int]], rows: list[Row], final: torch.Tensor, inner: list[torch.Tensor]
+    ) -> None:
+        """Run the rounds and enter the held exits in `drafts`."""
+        self._guarded(lambda: self._run_rounds(rows, final, inner))
+        for row in rows:
+            drafts[row.request_index] = [exit_.token_id for exit_ in row.held]
+            self._commit(row)
+
+    @torch.inference_mode()
+    def take_draft_token_ids(self) -> Any:
+        """vLLM's call for the drafts, made when the step's tokens are on their way."""
+        if self._later is not None:
+            self._later()
+            self._later = None
+            self.clock.start()
+        return super().take_draft_token_ids()
+
     def _begins_an_answer(self, sampled_token_ids: list[list[int]]) -> bool:
-        """Whether a request's first token is among those of this step. It leaves the worker after the rounds, so they
-        would make a client wait longer for it."""
+        """Whether a request's first token is among those of this step: rounds wait until it has left, or a client would
+        wait longer for it."""
         return any(
             checked and len(self.requests[request_id].output_token_ids) == len(checked)
             for request_id, checked in zip(self.input_batch.req_ids, sampled_token_ids, strict=False)
@@ -285,7 +296,7 @@ class EarlyExitRunner(CPUModelRunner):
         if self.feedback is not None:
             self.feedback.rounds(spent)
 
-    def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int]) -> list[Row]:
+    def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int], *, may_release: bool) -> list[Row]:
         """Count this step's checked tokens; a row for each request that goes on and takes exits."""
         batch, now_s = self.input_batch, self.clock.now_s
         judged = {verdict.request_id for verdict in self._judged if not verdict.released}
@@ -323,7 +334,7 @@ class EarlyExitRunner(CPUModelRunner):
                     state_row=int(self.query_start_loc.np[index + 1]) - 1 - (num_drafts[index] - num_accepted),
                     max_released=room,
                     max_held=min(room, num_left - 1, num_context_left - 1),
-                    may_release=exits.releasable and exits.may_diverge(now_s),
+                    may_release=may_release and exits.releasable and exits.may_diverge(now_s),
                     greedy=exits.greedy,
                     bucket=exits.bucket,
                     stop_token_ids=stops,
@@ -378,13 +389,4 @@ class EarlyExitRunner(CPUModelRunner):
     def check_integrity(self) -> None:
         """Raise AssertionError if the exits do not add up or KV is counted that was never computed."""
         self.ledger.check_integrity()
-        for request_id, exits in self.ledger.requests.items():
-            request = self.requests[request_id]
-            tokens = request.num_tokens
-            first = tokens - len(exits.outstanding)
-            assert [exit_.position for exit_ in exits.outstanding] == list(range(first, tokens)), (
-                f"outstanding exits of {request_id} are not its last tokens: {exits.outstanding} of {tokens}"
-            )
-            assert not exits.outstanding or request.num_computed_tokens <= first, (
-                f"{request_id}: {request.num_computed_tokens} tokens counted as computed, exits from {first} are not"
-            )
+        self.ledger.check_requests(self.requests)

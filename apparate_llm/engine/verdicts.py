@@ -1,6 +1,7 @@
 """Who owes a verdict, and what the verdicts said. Owned by the runner; one instance per server."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -270,3 +271,15 @@ class VerdictLedger:
             at_worst = counts.diverged + counts.unverified + counts.outstanding
             spent_nano = self.budget.server.spent_nano
             assert spent_nano == at_worst * NANO, f"paid {spent_nano} billionths for {at_worst} tokens"
+
+    def check_requests(self, states: Mapping[str, Any]) -> None:
+        """Raise AssertionError unless the exits of each request fit what vLLM knows of it (its CachedRequestState)."""
+        for request_id, exits in self.requests.items():
+            state = states[request_id]
+            first = state.num_tokens - len(exits.outstanding)
+            assert [exit_.position for exit_ in exits.outstanding] == list(range(first, state.num_tokens)), (
+                f"outstanding exits of {request_id} are not its last tokens: {exits.outstanding} of {state.num_tokens}"
+            )
+            assert not exits.outstanding or state.num_computed_tokens <= first, (
+                f"{request_id}: {state.num_computed_tokens} tokens counted as computed, exits from {first} are not"
+            )

@@ -30,6 +30,30 @@ def test_a_released_token_leaves_one_step_before_its_completion_pass(tiny_llama,
     assert counts["released"] >= early
 
 
+def test_a_first_token_does_not_wait_for_the_rounds_that_follow_it(tiny_llama, lens_ramps):
+    knobs = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
+    with Engine(tiny_llama, knobs) as engine:
+        happened = []
+
+        def watch(owner, name):
+            stock = getattr(owner, name)
+            setattr(owner, name, lambda *args, **kwargs: (happened.append(name), stock(*args, **kwargs))[1])
+
+        watch(engine.scheduler, "update_from_output")  # takes the step's tokens
+        watch(engine.runner.rounds, "run")
+        engine.add("a", PROMPTS[0], greedy(30))
+        assert len(engine.step()["a"]) == 1
+        assert happened == ["update_from_output", "run"]
+        assert engine.counts()["released"] == 0  # nothing can leave with this step any more
+        (request,) = engine.scheduler.requests.values()
+        held = len(request.spec_token_ids)
+        assert held > 0
+        tokens = engine.step()["a"]
+        assert happened[2:] == ["run", "update_from_output"]
+        assert len(tokens) > 1 + held  # those held, the full model's own and released ones
+        engine.run()
+
+
 @pytest.mark.parametrize("depth", [3, 4])
 def test_every_released_exit_gets_its_verdict_unless_its_request_ended(depth, tiny_llama, lens_ramps):
     knobs = {"ramps": str(lens_ramps(depth=depth)), **RELEASE_ALL}

@@ -1,0 +1,25 @@
+"""Whose experience a controller's is."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import get_tp_group
+
+from apparate_llm.machine import cpu_name
+
+
+def identity_of(runner: Any, depths: list[int]) -> dict[str, Any]:
+    """What the controller's experience is worth nothing without: model, ramps at `depths`, machine and how vLLM's
+    `runner` uses it."""
+    return {
+        "model": Path(runner.model_config.model).name,
+        "ramps": runner.get_model().ramps_sha256,
+        "depths": depths,
+        "policy": runner.exit_config.policy,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "ranks": get_tp_group().world_size,
+        "dtype": str(runner.dtype),
+        "compiled": not runner.model_config.enforce_eager,
+    }
