@@ -15,17 +15,18 @@ class Verb(Enum):
 
 @dataclass(slots=True)
 class Exit:
-    """A token that a ramp proposed, from its round to its verdict."""
+    """A token that a ramp, or what the text repeats, proposed, from its round to its verdict."""
 
     position: int  # index in the request's prompt + output tokens
     token_id: int
-    depth: int
+    depth: int  # blocks run for it
     round_number: int  # counts from 0
     confidence: float  # the ramp's own, as calibrated when it was prepared
     greedy: bool = True  # its verdict is the full model's best token; else whether vLLM's sampler keeps it
     probability: float = 0.0  # of agreeing with its verdict; written by the policy
     verb: Verb = Verb.STOP  # what became of it; written by the rounds
     diverged: bool = False  # held and let through although its verdict differs
+    match: int = 0  # tokens before it that occurred before, where it was copied from there; 0: a ramp's
 
 
 class Outcome(StrEnum):
@@ -57,6 +58,7 @@ class ExitCounts:
     targets_missed: int = 0
     completion_passes: int = 0
     rounds: int = 0
+    copied: int = 0  # exits emitted, released or accepted, that no ramp was asked for
     shallow_blocks: int = 0  # decoder blocks run for rows of rounds
     exits_by_depth: dict[int, int] = field(default_factory=dict)  # emitted, released or accepted
     outcomes: dict[Outcome, dict[int, int]] = field(default_factory=lambda: {outcome: {} for outcome in Outcome})
@@ -65,8 +67,9 @@ class ExitCounts:
     )
     fallbacks: int = 0  # times our layer failed and serving went on without exits
 
-    def emit_exits(self, depth: int, number: int) -> None:
-        self.exits_by_depth[depth] = self.exits_by_depth.get(depth, 0) + number
+    def emit_exit(self, exit_: Exit) -> None:
+        self.exits_by_depth[exit_.depth] = self.exits_by_depth.get(exit_.depth, 0) + 1
+        self.copied += exit_.match > 0
 
     def settle(self, outcome: Outcome, depth: int, number: int = 1) -> None:
         by_depth = self.outcomes[outcome]

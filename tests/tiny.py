@@ -50,6 +50,18 @@ def build_tiny_model(folder: Path, *, model_type: str = "llama", seed: int = 0, 
     return folder
 
 
+def make_forgetful(folder: Path) -> Path:
+    """Makes a model's next token depend on the newest one alone, so that its texts soon repeat themselves."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if "o_proj" in name:  # what attention adds
+            tensor.zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def _word_tokenizer(vocab_size: int):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

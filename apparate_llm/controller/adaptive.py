@@ -10,6 +10,7 @@ from apparate_llm.controller.costs import ROWS, CostCurve, CostModel
 from apparate_llm.controller.depth import DepthChoice
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Exit, Verb
+from apparate_llm.ramps.copying import copied_confidence
 
 CALIBRATED_ROUNDS = 4  # later rounds share the last one's calibration
 PLAN_STEPS = 8  # a plan for a number of requests is kept for so many steps
@@ -17,6 +18,9 @@ PLAIN_STEPS = frozenset({4, 8, 16, 32, 64})  # steps without exits, so that plai
 PLAIN_EVERY = 256
 PROBE_EVERY = 64  # steps at least between single rounds where exits do not pay
 PROBE_COST_FRAC = 0.01  # of the time that such rounds may take
+COPIED = -1  # stands for the depth of exits without a ramp, where calibrations are kept
+FOLLOWED_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
+TRIED_EVERY = 16  # times that they are less likely right, so that a change is noticed
 
 
 @dataclass(slots=True)
@@ -46,6 +50,7 @@ class AdaptivePolicy(Policy):
     depths: tuple[int, ...]
     num_layers: int
     max_exits: int
+    copies: bool = False
     release_confidence: float = 0.98
     max_regret_nats: float = 1.0
     memory_verdicts: float = MEMORY_VERDICTS
@@ -57,6 +62,7 @@ class AdaptivePolicy(Policy):
     _steps: dict[int, int] = field(default_factory=dict)  # by number of requests
     _since_probe: dict[int, int] = field(default_factory=dict)
     _rate: float = 0.0  # of the step under way
+    _not_followed: int = 0
 
     def __post_init__(self) -> None:
         self.costs = CostModel(self.num_layers)
@@ -69,11 +75,10 @@ class AdaptivePolicy(Policy):
         steps = self._steps[load] = self._steps.get(load, 0) + 1
         plan = self._plan(load, num_requests)
         self._rate = plan.rate
+        self.copies = not (steps in PLAIN_STEPS or steps % PLAIN_EVERY == 0)
         if plan.num_rounds == 0:
             return self._probe(load, num_requests)
-        if steps in PLAIN_STEPS or steps % PLAIN_EVERY == 0:
-            return 0
-        return self.max_exits
+        return self.max_exits if self.copies else 0
 
     def _plan(self, load: int, num_requests: int) -> RoundsPlan:
         plan = self._plans.get(load)
@@ -108,6 +113,13 @@ class AdaptivePolicy(Policy):
         self._since_probe[load] = 0
         return 1
 
+    def follows(self, match: int, greedy: bool) -> bool:
+        calibration = self._calibration_of(COPIED, 0, greedy)
+        if calibration.probability(copied_confidence(match)) >= FOLLOWED_PROBABILITY:
+            return True
+        self._not_followed += 1
+        return self._not_followed % TRIED_EVERY == 0
+
     def goes_on(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
         statistics, live = self._statistics(number), len(reaches)
         gain = sum(reaches) * statistics.taken_frac * statistics.agreement
@@ -121,7 +133,8 @@ class AdaptivePolicy(Policy):
         else:
             row_ms = self.costs.completion.of_another(num_rows)
             verb = Verb.HOLD if reach * p >= self._rate * row_ms else Verb.STOP
-        self._statistics(exit_.round_number).observe(verb is not Verb.STOP, p)
+        if not exit_.match:
+            self._statistics(exit_.round_number).observe(verb is not Verb.STOP, p)
         return verb
 
     # ---- divergences
@@ -160,7 +173,12 @@ class AdaptivePolicy(Policy):
                         self.statistics.setdefault((self.depth, number), replace(known))
 
     def _calibration(self, exit_: Exit) -> OnlineCalibration:
-        key = (exit_.depth, _shared(exit_.round_number), exit_.greedy)
+        if exit_.match:
+            return self._calibration_of(COPIED, 0, exit_.greedy)
+        return self._calibration_of(exit_.depth, _shared(exit_.round_number), exit_.greedy)
+
+    def _calibration_of(self, depth: int, number: int, greedy: bool) -> OnlineCalibration:
+        key = (depth, number, greedy)
         found = self.calibrations.get(key)
         if found is None:
             found = self.calibrations[key] = OnlineCalibration(memory_verdicts=self.memory_verdicts)
@@ -186,7 +204,7 @@ class AdaptivePolicy(Policy):
             },
             "rounds_planned": {str(load): plan.num_rounds for load, plan in sorted(self._plans.items())},
             "calibration": {
-                f"depth {depth}, round {number + 1}, {'greedy' if greedy else 'sampled'}": {
+                f"{_name(depth, number)}, {'greedy' if greedy else 'sampled'}": {
                     "scale": round(item.scale, 3),
                     "offset": round(item.offset, 3),
                     "verdicts": item.num_verdicts,
@@ -214,6 +232,10 @@ class AdaptivePolicy(Policy):
         self.calibrations, self.statistics = calibrations, statistics
         self.costs.completion, self.costs.rounds = completion, rounds
         self.depth = self.depth_choice.active = state["depth"]
+
+
+def _name(depth: int, number: int) -> str:
+    return "copied" if depth == COPIED else f"depth {depth}, round {number + 1}"
 
 
 def _shared(number: int) -> int:

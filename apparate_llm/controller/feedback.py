@@ -1,4 +1,5 @@
-"""The feedback log: what exits were offered, what the full model said, and what it cost. No text, no tokens.
+"""The feedback log: what exits were offered, what the full model said, and what it cost. No text, no tokens,
+and nothing of exits that were copied without a ramp.
 
 One JSON object per line: first a header, then one cycle per line (see `Cycle`).
 """
@@ -74,7 +75,7 @@ class FeedbackLog:
                 None if verdict.regret_nats is None else round(verdict.regret_nats, 3),
             ]
             for verdict in verdicts
-            if verdict.exit.greedy
+            if verdict.exit.greedy and not verdict.exit.match
         ]
         rounds = [[rows, round(ms, 3)] for rows, ms in spent]
         self._write([took.num_requests, took.num_rows, round(took.completion_ms, 3), rounds, exits])

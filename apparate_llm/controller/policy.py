@@ -19,10 +19,15 @@ class Policy(ABC):
 
     depth: int  # of the ramp it wants; read before each step's rounds
     depths: tuple[int, ...]  # ramps there are; a single one where the depth is fixed
+    copies: bool = False  # whether exits may be copied, without a ramp, in the step that `start` began
 
     @abstractmethod
     def start(self, num_requests: int) -> int:
         """Most rounds this step may run with so many requests generating; 0: none."""
+
+    def follows(self, match: int, greedy: bool) -> bool:
+        """Whether to copy on where a request's text repeats its last `match` tokens."""
+        return False
 
     def goes_on(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
         """Whether round `number` (from 1; the first always runs) is worth it. reaches: for each request still taking

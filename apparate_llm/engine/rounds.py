@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Exit, Verb
-from apparate_llm.ramps.copying import copy_of
+from apparate_llm.ramps.copying import copied_confidence, copy_of, long_match
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
 
 
@@ -62,6 +62,7 @@ class Rounds:
         self.max_exits = max_exits
         self.share = share
         self._deciding_ms = 0.0
+        self._num_rows = 0  # of the next completion pass, as of now
 
     def take_deciding_ms(self) -> float:
         """What the policy's decisions took since this was asked last."""
@@ -77,17 +78,19 @@ class Rounds:
         self, rows: list[Row], num_rounds: int, final_states: torch.Tensor, inner_states: list[torch.Tensor]
     ) -> list[tuple[int, float]]:
         """Fill in `released`, `held` and `offered` of the rows in up to `num_rounds`; returns (rows, ms) of each
-        round run.
+        round run. Rows whose text repeats itself at length follow it from there on, without a round.
 
         final_states [num_tokens, hidden_size] are the completion pass's, after the final norm; inner_states, of the
         same shape each, its residual streams at the ramp's inner depths.
         """
         began = perf_counter()
-        live = rows
+        self._num_rows = self.runner.input_batch.num_reqs
+        live = [row for row in rows if not self._follows(row)]
+        if not live or not num_rounds:
+            return []
         tokens = torch.tensor([row.newest_token for row in live])
         state_rows = [row.state_row for row in live]
         state = self.ramps.head.enter(final_states[state_rows], [inner[state_rows] for inner in inner_states])
-        num_rows = self.runner.input_batch.num_reqs  # of the next completion pass
         spent: list[tuple[int, float]] = []
         for number in range(num_rounds):
             prediction = self.share(self.predict(live, tokens, state, number))
@@ -96,32 +99,55 @@ class Rounds:
             for i, (row, token, confidence) in enumerate(
                 zip(live, prediction.token_ids.tolist(), prediction.confidences, strict=True)
             ):
-                taken = self._decide(row, number, token, confidence, num_rows)
-                num_rows += taken
-                if taken and token not in row.stop_token_ids:
+                if self._decide(row, token, confidence) and token not in row.stop_token_ids:
                     going.append(i)
             now = perf_counter()
             self._deciding_ms += (now - predicted) * 1e3
             spent.append((len(live), (now - began) * 1e3))
             began = now
+            going = [i for i in going if not self._follows(live[i])]
             reaches = [live[i].reach for i in going]
-            if not going or number + 1 == num_rounds or not self.policy.goes_on(number + 1, reaches, num_rows):
+            if not going or number + 1 == num_rounds or not self.policy.goes_on(number + 1, reaches, self._num_rows):
                 break
             live = [live[i] for i in going]
             tokens, state = prediction.token_ids[going], prediction.state[going]
         return spent
 
-    def _decide(self, row: Row, number: int, token: int, confidence: float, num_rows: int) -> bool:
-        """Whether the row takes this exit."""
+    def _follows(self, row: Row) -> bool:
+        """Whether the row's text repeats itself at length, so that what comes there is taken without asking a ramp."""
+        if not self.policy.copies:
+            return False
+        text = self._text(row)
+        start, match = long_match(text)
+        if not match or not self.policy.follows(match, row.greedy):
+            return False
+        tokens = text.tolist()
+        while row.num_exits < self.max_exits:
+            token = tokens[start]
+            if not self._decide(row, token, copied_confidence(match), match=match) or token in row.stop_token_ids:
+                break
+            tokens.append(token)
+            start, match = start + 1, match + 1
+        return True
+
+    def _text(self, row: Row) -> np.ndarray:
+        """Tokens of a row's request, its exits included."""
+        text = self.runner.input_batch.token_ids_cpu[row.request_index, : row.newest_position + 1]
+        exits = [exit_.token_id for exit_ in (*row.released, *row.held)]
+        return np.append(text, exits) if exits else text
+
+    def _decide(self, row: Row, token: int, confidence: float, *, match: int = 0) -> bool:
+        """Whether the row takes this exit; match: of a copied one."""
         may_release = (
             row.may_release
             and not row.held  # a held exit blocks later releases
             and row.num_exits < row.max_released
             and self.budget.may_release(row.bucket)
         )
-        position = row.newest_position + 1 + number
-        exit_ = Exit(position, token, self.ramps.depth, number, confidence, row.greedy)
-        verb = self.policy.decide(exit_, reach=row.reach, may_release=may_release, num_rows=num_rows)
+        number = row.num_exits  # each round before has left one
+        depth = 0 if match else self.ramps.depth
+        exit_ = Exit(row.newest_position + 1 + number, token, depth, number, confidence, row.greedy, match=match)
+        verb = self.policy.decide(exit_, reach=row.reach, may_release=may_release, num_rows=self._num_rows)
         if verb is Verb.RELEASE:
             assert may_release, "the policy released an exit that it may not"
             self.budget.release(row.bucket)
@@ -133,6 +159,7 @@ class Rounds:
             row.offered = exit_
             return False
         exit_.verb = verb
+        self._num_rows += 1
         return True
 
     def predict(self, live: list[Row], tokens: torch.Tensor, state: torch.Tensor, number: int) -> Prediction:
@@ -145,9 +172,7 @@ class Rounds:
         """What the copy feature makes of each row's text, its exits included."""
         found = []
         for row in live:
-            text = self.runner.input_batch.token_ids_cpu[row.request_index, : row.newest_position + 1]
-            exits = [exit_.token_id for exit_ in (*row.released, *row.held)]
-            found.append(copy_of(np.append(text, exits) if exits else text))
+            found.append(copy_of(self._text(row)))
         tokens, lengths = torch.tensor(found).unbind(1)
         return Proposals(tokens, lengths, self.runner.model.model.embed_input_ids(tokens))
 

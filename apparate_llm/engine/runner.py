@@ -278,7 +278,7 @@ class EarlyExitRunner(CPUModelRunner):
         assert self.rounds is not None
         policy = self.rounds.policy
         num_rounds = min(policy.start(self.input_batch.num_reqs), self.rounds.max_exits)
-        if not num_rounds:
+        if not num_rounds and not policy.copies:
             return
         try:
             spent = self.rounds.run(rows, num_rounds, final, self.shadow.ramp_states(inner))

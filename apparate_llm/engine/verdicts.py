@@ -177,7 +177,7 @@ class VerdictLedger:
             if i >= num_accepted:
                 self.counts.settle(Outcome.HELD_REJECTED, exit_.depth)
                 continue
-            self.counts.emit_exits(exit_.depth, 1)
+            self.counts.emit_exit(exit_)
             if not exit_.diverged:
                 self.counts.settle(Outcome.HELD_ACCEPTED, exit_.depth)
 
@@ -191,7 +191,7 @@ class VerdictLedger:
         if request.trace is not None:
             request.trace.released(exits)
         for exit_ in exits:
-            self.counts.emit_exits(exit_.depth, 1)
+            self.counts.emit_exit(exit_)
         self._count_emitted(request, len(exits), len(exits), 0.0)
 
     def due(self, request_id: str, *, first_position: int, num_scheduled: int, first_row: int) -> list[PendingVerdict]:
@@ -260,6 +260,7 @@ class VerdictLedger:
         assert 0 <= counts.released_diverged <= counts.verified, f"more divergences than verdicts: {counts}"
         by_depth = sum(counts.exits_by_depth.values())
         assert counts.released + counts.accepted == by_depth, f"{by_depth} exits by depth: {counts}"
+        assert 0 <= counts.copied <= by_depth, f"{counts.copied} of {by_depth} exits copied"
         assert counts.settled(Outcome.RELEASED_RIGHT, Outcome.RELEASED_DIVERGED) == counts.verified, f"{counts}"
         assert counts.settled(Outcome.RELEASED_UNVERIFIED) == counts.unverified, f"{counts}"
         held = counts.settled(Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGED, Outcome.HELD_REJECTED)

@@ -1,11 +1,14 @@
-"""The copy feature: what followed the longest recent match of the last tokens, earlier in the same text.
+"""Copying: what followed the longest recent match of the last tokens, earlier in the same text.
 
-The idea is prompt lookup decoding's (Saxena 2023); here it is no proposal of its own but one more input of the ramp.
+The idea is prompt lookup decoding's (Saxena 2023). What a short match says is one more input of the ramp, the copy
+feature; after a long one the text itself is followed and no ramp asked.
 """
 
 import numpy as np
 
-LONGEST_MATCH = 6  # tokens; longer matches count as this long
+LONGEST_MATCH = 6  # tokens; longer matches count as this long to the ramp
+LONG_MATCH = 12  # tokens that a text must repeat to be followed
+MOST_COUNTED = 32  # of them
 
 
 def copy_of(context: np.ndarray) -> tuple[int, int]:
@@ -24,6 +27,27 @@ def copy_of(context: np.ndarray) -> tuple[int, int]:
         ends = ends[ends >= length]
         ends = ends[context[ends - length] == context[-1 - length]]
     return (int(context[best + 1]), length) if length else (0, 0)
+
+
+def long_match(context: np.ndarray) -> tuple[int, int]:
+    """(position from which the text is repeated, length of the match) if at least the last LONG_MATCH tokens occurred
+    before, else (0, 0). context as for `copy_of`; the longest match, up to MOST_COUNTED, of equally long ones the
+    latest."""
+    length = 0
+    ends = np.flatnonzero(context[:-1] == context[-1])  # positions of earlier occurrences of the newest token
+    while len(ends):
+        length, best = length + 1, int(ends[-1])
+        if length == MOST_COUNTED:
+            break
+        ends = ends[ends >= length]
+        ends = ends[context[ends - length] == context[-1 - length]]
+    return (best + 1, length) if length >= LONG_MATCH else (0, 0)
+
+
+def copied_confidence(match: int) -> float:
+    """Probability that a text which repeats `match` tokens goes on to repeat them, LONG_MATCH at least: roughly what
+    68,000 tokens of a model's own answers say (docs/ramps.md)."""
+    return 1.0 - 1.3 / match
 
 
 def copies(context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import pytest
 from apparate_llm.controller.feedback import read_cycles, read_header
 from apparate_llm.controller.replay import LogCosts, oracle
 from tests.harness import Engine, greedy, token_prompts
-from tests.tiny import build_lens_ramps
+from tests.tiny import build_lens_ramps, build_tiny_model, make_forgetful
 
 PROMPTS = token_prompts(6, shared=30)
 
@@ -44,6 +44,29 @@ def test_a_bound_of_zero_is_lossless(depth, tiny_llama, lens_ramps, plain_tokens
         assert engine.tokens(PROMPTS, greedy(100)) == plain_tokens
         counts = engine.counts()
     assert counts["accepted"] > 0 and counts["diverged"] == 0
+
+
+def test_a_text_that_repeats_itself_is_followed_without_rounds_and_checked_like_any_exit(tmp_path):
+    model = make_forgetful(build_tiny_model(tmp_path / "model"))
+    ramps = build_lens_ramps(tmp_path / "ramps", model, depth=3)
+    with Engine(model) as engine:
+        (text,) = engine.tokens(PROMPTS[:1], greedy(40))
+        # Says that another token comes after what the model is about to write.
+        misleading = {"prompt_token_ids": [*text[:20], text[20] + 1, *range(5, 30), text[0]]}
+        prompts = [*PROMPTS, misleading]
+        plain = engine.tokens(prompts, greedy(120))
+    for bound in (0.0, 0.2):
+        with Engine(model, adaptive(ramps, max_exits=6, accuracy_bound=bound)) as engine:
+            policy = cheap_rounds(engine)
+            policy.costs.rounds.clear()
+            policy.costs.observe_round(3, 1, 1e6)  # none ever pays
+            tokens = engine.tokens(prompts, greedy(120))
+            counts = engine.counts()
+        assert counts["rounds"] == 0
+        assert counts["copied"] == counts["accepted"] + counts["released"] > 0.5 * counts["emitted"]
+        assert counts["held"] > counts["accepted"], "the misleading one"
+        assert (counts["released"] > 0) == (bound > 0)
+        assert tokens == plain or bound > 0
 
 
 @pytest.mark.parametrize("kind", ["agreement", "regret"])

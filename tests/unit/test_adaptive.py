@@ -6,6 +6,7 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.adaptive import AdaptivePolicy
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.core import Exit, Verb
+from apparate_llm.ramps.copying import copied_confidence
 
 
 def make(depths=(0,), **knobs) -> AdaptivePolicy:
@@ -34,6 +35,38 @@ def test_sure_exits_are_released_likely_ones_held_and_hopeless_ones_left():
     assert policy.decide(offered(0.99), reach=1.0, may_release=False, num_rows=1) is Verb.HOLD
     assert policy.decide(offered(0.6), reach=1.0, may_release=True, num_rows=1) is Verb.HOLD
     assert policy.decide(offered(0.003), reach=1.0, may_release=True, num_rows=1) is Verb.STOP
+
+
+def test_a_text_is_followed_until_it_proves_wrong_and_again_when_it_proves_right():
+    policy = make()
+    teach(policy)
+    policy.start(1)
+    assert policy.copies and policy.follows(16, True) and not make().copies
+
+    def follow(agrees: bool) -> float:
+        followed = 0
+        for _ in range(400):
+            if policy.follows(16, True):
+                followed += 1
+                exit_ = Exit(9, 1, 0, 0, copied_confidence(16), match=16)
+                policy.decide(exit_, reach=1.0, may_release=False, num_rows=1)
+                policy.verdict(exit_, agrees)
+        return followed / 400
+
+    assert follow(False) < 0.25, "it is tried now and then"
+    assert 0.0 < follow(False) < 0.1
+    assert [follow(True) for _ in range(6)][-1] == 1.0
+
+
+def test_no_exit_is_copied_in_a_step_that_measures_a_plain_pass():
+    policy = make()
+    teach(policy)
+    steps = [(policy.start(1), policy.copies) for _ in range(64)]
+    assert {copies for rounds, copies in steps if rounds == 0} == {False}
+    policy = make()
+    teach(policy, round_ms=100.0)
+    steps = [(policy.start(1), policy.copies) for _ in range(64)]
+    assert (0, True) in steps, "they cost no round"
 
 
 def test_another_round_pays_while_it_brings_more_than_it_costs():

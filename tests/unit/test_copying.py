@@ -1,9 +1,9 @@
-"""The copy feature against its definition."""
+"""The copy feature and long matches against their definitions."""
 
 import numpy as np
 import pytest
 
-from apparate_llm.ramps.copying import LONGEST_MATCH, copies, copy_of
+from apparate_llm.ramps.copying import LONG_MATCH, LONGEST_MATCH, MOST_COUNTED, copies, copy_of, long_match
 
 
 def by_definition(context):
@@ -36,3 +36,27 @@ def test_nothing_is_copied_out_of_nothing():
     assert copy_of(np.array([], dtype=np.int32)) == (0, 0)
     assert copy_of(np.array([4])) == (0, 0)
     assert copy_of(np.array([1, 2, 3])) == (0, 0)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 1000])
+def test_a_long_match_is_the_longest_and_of_equally_long_ones_the_latest(vocab):
+    rng = np.random.default_rng(vocab)
+    lengths = set()
+    for _ in range(200):
+        text = rng.integers(0, vocab, size=rng.integers(1, 60))
+        first = rng.integers(0, len(text))
+        text = np.append(text, text[first : first + rng.integers(1, 2 * LONG_MATCH)])
+        found, length = long_match(text)
+        lengths.add(length)
+        matches = [(same_tokens(text, end), end + 1) for end in range(len(text) - 1)]
+        longest, start = max(matches, default=(0, 0))
+        assert (length, found) == ((longest, start) if longest >= LONG_MATCH else (0, 0))
+    assert 0 in lengths and max(lengths) > LONG_MATCH
+
+
+def same_tokens(text, end):
+    """How many tokens up to `end` are those up to the last, MOST_COUNTED at most."""
+    same = 0
+    while same < min(MOST_COUNTED, end + 1) and text[end - same] == text[-1 - same]:
+        same += 1
+    return same
