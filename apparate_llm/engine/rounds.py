@@ -170,10 +170,7 @@ class Rounds:
 
     def _proposals(self, live: list[Row]) -> Proposals:
         """What the copy feature makes of each row's text, its exits included."""
-        found = []
-        for row in live:
-            found.append(copy_of(self._text(row)))
-        tokens, lengths = torch.tensor(found).unbind(1)
+        tokens, lengths = torch.tensor([copy_of(self._text(row)) for row in live]).unbind(1)
         return Proposals(tokens, lengths, self.runner.model.model.embed_input_ids(tokens))
 
     def _shallow(self, live: list[Row], tokens: torch.Tensor, number: int) -> torch.Tensor:

@@ -120,15 +120,15 @@ class PackedHead(nn.Module):
     def forward(self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:
         copied = copies.embedding * (copies.lengths > 0)[:, None]
         fused = self.fuse(self._normed(hidden, state, copied)) + F.embedding(copies.lengths, self.match)
-        state = fused + self.down(silu_and_mul(self.gate_up(self._normed(fused))))
+        state = fused + self.down(silu_and_mul(self.gate_up(rms_norm(fused, self.ones, self.eps))))
         scores = self.head(rms_norm(state, self.norm, self.eps))
         scores[:, -1].masked_fill_(~copies.outside, float("-inf"))
         return scores, state
 
     def _normed(self, *parts: torch.Tensor) -> torch.Tensor:
         """[num_rows, number of parts x hidden_size], each part with a root mean square of one."""
-        normed = rms_norm(torch.cat(parts), self.ones, self.eps)
-        return normed.view(len(parts), *parts[0].shape).transpose(0, 1).reshape(len(parts[0]), -1)
+        stacked = torch.stack(parts, dim=1)
+        return rms_norm(stacked.flatten(0, 1), self.ones, self.eps).view(len(stacked), -1)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from apparate_llm.best import best_tokens
 from apparate_llm.ramps.checkpoint import VOCABULARY, WEIGHTS, RampError, RampManifest, load_tensors
 from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, Copies, Head
 
@@ -66,12 +66,13 @@ class RampSet(nn.Module):
             outside = (proposals.lengths > 0) & ~self.in_vocabulary[proposals.tokens]
             copies = Copies(proposals.embedding, proposals.lengths, outside)
         scores, state = self.head(hidden, state, copies)
-        scores = scores.float()
-        best = best_tokens(scores)
-        log_probability = scores.gather(1, best[:, None])[:, 0] - scores.logsumexp(dim=-1)
+        # By numpy, which takes a fraction of torch's time for so little.
+        values = scores.float().numpy()
+        best = values.argmax(axis=1)
+        log_probability = -np.log(np.exp(values - values.max(axis=1, keepdims=True)).sum(axis=1))
         scale, offset = self.calibration[min(round_number, len(self.calibration) - 1)]
         return Prediction(
-            token_ids=self._tokens(best, proposals),
+            token_ids=self._tokens(torch.from_numpy(best), proposals),
             confidences=[calibrated(value, scale, offset) for value in log_probability.tolist()],
             state=state,
         )
