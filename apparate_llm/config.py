@@ -85,6 +85,9 @@ class EarlyExitConfig(BaseModel):
         description="policies static and apparate: rows per step up to which exits may fill the batch; adaptive "
         "measures what rows cost",
     )
+    huge_pages: bool = Field(
+        True, description="whether to keep the weights in pages of 2 MB, where Linux gives them: each pass is faster"
+    )
     feedback_log: str | None = Field(
         None, description="file to log exits, verdicts and times to, without any text, for `apparate-llm replay`"
     )

@@ -22,6 +22,7 @@ from apparate_llm.engine.classes import shares_of
 from apparate_llm.engine.clock import StepClock
 from apparate_llm.engine.eligibility import stop_token_ids
 from apparate_llm.engine.greedy import check, is_plain_greedy
+from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.identity import identity_of
 from apparate_llm.engine.judge import best_and_regret, judge_held
 from apparate_llm.engine.live import LivePolicy, exits_of, reconfigured, requests_follow
@@ -88,6 +89,8 @@ class EarlyExitRunner(CPUModelRunner):
             self.controller_state.restore(policy)
         if config.feedback_log is not None and is_first_rank:
             self.feedback = FeedbackLog(Path(config.feedback_log).expanduser(), {**identity, "num_layers": num_layers})
+        if config.huge_pages:
+            use_huge_pages()
         logger.info("Early exits: ramps at depths %s, beginning with %d, %s", sorted(ramps), depth, config)
 
     def shutdown(self) -> None:

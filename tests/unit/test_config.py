@@ -25,6 +25,7 @@ def test_every_knob_is_a_flag_and_flags_give_what_json_gives():
         "max_rows": 8,
         "depth": 0,
         "ramps": "somewhere",
+        "huge_pages": False,
         "feedback_log": "log.jsonl",
         "state": "none",
     }

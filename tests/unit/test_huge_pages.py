@@ -1,0 +1,55 @@
+import re
+from pathlib import Path
+
+import numpy as np
+
+from apparate_llm.engine.huge_pages import AT_ONCE, MADV_COLLAPSE, MADV_HUGEPAGE, PAGE, allocated, move, use_huge_pages
+
+MAPS = """\
+559f0a000000-559f0a021000 r-xp 00000000 fe:00 1234 /usr/bin/python3.11
+559f0b100000-559f0b900000 rw-p 00000000 00:00 0 [heap]
+7f0000000000-7f0000200000 rw-p 00000000 00:00 0
+7f0000200000-7f0000700000 r--p 00000000 00:00 0
+7f0001100000-7f0004f00000 rw-p 00000000 00:00 0
+7f0005000000-7f0009000000 rw-s 00000000 00:01 77 /dev/shm/psm
+7ffe00000000-7ffe00800000 rw-p 00000000 00:00 0 [stack]
+"""
+
+
+def test_whole_huge_pages_of_large_private_allocations():
+    assert allocated(MAPS) == [(0x559F0B200000, 0x559F0B800000), (0x7F0001200000, 0x7F0004E00000)]
+
+
+def test_what_the_kernel_refuses_is_left_as_it_is():
+    asked = []
+
+    def advise(first, size, advice):
+        asked.append((first, size, advice))
+        return first != 10 * PAGE and size != PAGE
+
+    size = AT_ONCE + PAGE
+    assert move([(0, size), (10 * PAGE, 20 * PAGE)], advise) == AT_ONCE
+    assert asked == [
+        (0, size, MADV_HUGEPAGE),
+        (0, AT_ONCE, MADV_COLLAPSE),
+        (AT_ONCE, PAGE, MADV_COLLAPSE),
+        (10 * PAGE, 10 * PAGE, MADV_HUGEPAGE),
+    ]
+
+
+def test_memory_keeps_its_contents_and_is_in_huge_pages_where_linux_gives_them():
+    data = np.arange(8 * AT_ONCE // 8)
+    before = in_huge_pages()
+    thread = use_huge_pages()
+    assert thread is not None
+    thread.join()
+    assert (data == np.arange(len(data))).all()
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    version = tuple(map(int, re.findall(r"\d+", Path("/proc/sys/kernel/osrelease").read_text())[:2]))
+    if setting.exists() and "[never]" not in setting.read_text() and version >= (6, 1):
+        assert in_huge_pages() - before > 0.8 * data.nbytes
+
+
+def in_huge_pages() -> int:
+    found = re.search(r"^AnonHugePages:\s*(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
