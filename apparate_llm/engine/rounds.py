@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Exit, Verb
-from apparate_llm.ramps.copying import copied_confidence, copy_of, long_match
+from apparate_llm.ramps.copying import NOTHING_REPEATED, Repeated, copied_confidence, look_back
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
 
 
@@ -35,6 +35,7 @@ class Row:
     held: list[Exit] = field(default_factory=list)
     offered: Exit | None = None  # proposed and not taken
     reach: float = 1.0  # probability that all held exits agree
+    repeated: Repeated = NOTHING_REPEATED  # of its text with its exits
 
     @property
     def num_exits(self) -> int:
@@ -115,11 +116,12 @@ class Rounds:
 
     def _follows(self, row: Row) -> bool:
         """Whether the row's text repeats itself at length, so that what comes there is taken without asking a ramp."""
-        if not self.policy.copies:
+        if not self.policy.copies and not self.ramps.head.reads_copies:
             return False
         text = self._text(row)
-        start, match = long_match(text)
-        if not match or not self.policy.follows(match, row.greedy):
+        row.repeated = look_back(text)
+        _token, _length, start, match = row.repeated
+        if not match or not self.policy.copies or not self.policy.follows(match, row.greedy):
             return False
         tokens = text.tolist()
         while row.num_exits < self.max_exits:
@@ -170,7 +172,7 @@ class Rounds:
 
     def _proposals(self, live: list[Row]) -> Proposals:
         """What the copy feature makes of each row's text, its exits included."""
-        tokens, lengths = torch.tensor([copy_of(self._text(row)) for row in live]).unbind(1)
+        tokens, lengths = torch.tensor([row.repeated[:2] for row in live]).unbind(1)
         return Proposals(tokens, lengths, self.runner.model.model.embed_input_ids(tokens))
 
     def _shallow(self, live: list[Row], tokens: torch.Tensor, number: int) -> torch.Tensor:

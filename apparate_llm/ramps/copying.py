@@ -4,6 +4,8 @@ The idea is prompt lookup decoding's (Saxena 2023). What a short match says is o
 feature; after a long one the text itself is followed and no ramp asked.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 LONGEST_MATCH = 6  # tokens; longer matches count as this long to the ramp
@@ -11,37 +13,43 @@ LONG_MATCH = 12  # tokens that a text must repeat to be followed
 MOST_COUNTED = 32  # of them
 
 
-def copy_of(context: np.ndarray) -> tuple[int, int]:
-    """(token that followed the longest match of the last tokens, length of the match); length 0: no match.
+class Repeated(NamedTuple):
+    """What a text has repeated of itself, by its last tokens."""
 
-    context [n] integers, the newest token last. Of equally long matches (up to LONGEST_MATCH) the most recent one.
+    token: int  # that followed the longest match, up to LONGEST_MATCH tokens
+    length: int  # of that match; 0: none
+    start: int  # where the text goes on after the longest match of LONG_MATCH tokens or more
+    match: int  # length of that one, up to MOST_COUNTED; 0: none
+
+
+NOTHING_REPEATED = Repeated(0, 0, 0, 0)
+
+
+def look_back(context: np.ndarray, most: int = MOST_COUNTED) -> Repeated:
+    """Matches of up to `most` of the last tokens with earlier ones, of equally long ones the latest.
+
+    context [n] integers, the newest token last.
     """
     if len(context) < 2:
-        return 0, 0
+        return NOTHING_REPEATED
+    token = length = start = match = 0
     ends = np.flatnonzero(context[:-1] == context[-1])  # positions of earlier occurrences of the newest token
-    length = 0
-    while len(ends) and length < LONGEST_MATCH:
-        length, best = length + 1, ends[-1]
-        if length == LONGEST_MATCH or length >= len(context):
-            break
-        ends = ends[ends >= length]
-        ends = ends[context[ends - length] == context[-1 - length]]
-    return (int(context[best + 1]), length) if length else (0, 0)
+    same = 0
+    while len(ends) and same < most:
+        same, best = same + 1, int(ends[-1])
+        if same <= LONGEST_MATCH:
+            token, length = int(context[best + 1]), same
+        elif same >= LONG_MATCH:
+            start, match = best + 1, same
+        ends = ends[ends >= same]
+        ends = ends[context[ends - same] == context[-1 - same]]
+    return Repeated(token, length, start, match)
 
 
-def long_match(context: np.ndarray) -> tuple[int, int]:
-    """(position from which the text is repeated, length of the match) if at least the last LONG_MATCH tokens occurred
-    before, else (0, 0). context as for `copy_of`; the longest match, up to MOST_COUNTED, of equally long ones the
-    latest."""
-    length = 0
-    ends = np.flatnonzero(context[:-1] == context[-1])  # positions of earlier occurrences of the newest token
-    while len(ends):
-        length, best = length + 1, int(ends[-1])
-        if length == MOST_COUNTED:
-            break
-        ends = ends[ends >= length]
-        ends = ends[context[ends - length] == context[-1 - length]]
-    return (best + 1, length) if length >= LONG_MATCH else (0, 0)
+def copy_of(context: np.ndarray) -> tuple[int, int]:
+    """(token that followed the longest match of the last tokens, length of the match); length 0: no match."""
+    found = look_back(context, LONGEST_MATCH)
+    return found.token, found.length
 
 
 def copied_confidence(match: int) -> float:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from apparate_llm.ramps.copying import LONG_MATCH, LONGEST_MATCH, MOST_COUNTED, copies, copy_of, long_match
+from apparate_llm.ramps.copying import LONG_MATCH, LONGEST_MATCH, MOST_COUNTED, copies, copy_of, look_back
 
 
 def by_definition(context):
@@ -46,7 +46,7 @@ def test_a_long_match_is_the_longest_and_of_equally_long_ones_the_latest(vocab):
         text = rng.integers(0, vocab, size=rng.integers(1, 60))
         first = rng.integers(0, len(text))
         text = np.append(text, text[first : first + rng.integers(1, 2 * LONG_MATCH)])
-        found, length = long_match(text)
+        found, length = look_back(text)[2:]
         lengths.add(length)
         matches = [(same_tokens(text, end), end + 1) for end in range(len(text) - 1)]
         longest, start = max(matches, default=(0, 0))
