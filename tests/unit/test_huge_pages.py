@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from apparate_llm.engine.huge_pages import AT_ONCE, MADV_COLLAPSE, MADV_HUGEPAGE, PAGE, allocated, move, use_huge_pages
 
@@ -38,15 +38,15 @@ def test_what_the_kernel_refuses_is_left_as_it_is():
 
 
 def test_memory_keeps_its_contents_and_is_in_huge_pages_where_linux_gives_them():
-    data = np.arange(8 * AT_ONCE // 8)
+    data = torch.arange(8 * AT_ONCE // 8)  # numpy asks for huge pages by itself
     thread = use_huge_pages()
     assert thread is not None
     thread.join()
-    assert (data == np.arange(len(data))).all()
+    assert data.equal(torch.arange(len(data)))
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     version = tuple(map(int, re.findall(r"\d+", Path("/proc/sys/kernel/osrelease").read_text())[:2]))
     if setting.exists() and "[never]" not in setting.read_text() and version >= (6, 1):
-        assert in_huge_pages(data.ctypes.data + data.nbytes // 2) > 0.8 * data.nbytes
+        assert in_huge_pages(data.data_ptr() + data.nbytes // 2) > 0.8 * data.nbytes
 
 
 def in_huge_pages(address: int) -> int:
