@@ -55,13 +55,13 @@ def move(ranges: list[tuple[int, int]], advise: Callable[[int, int, int], bool])
     return moved
 
 
+def advise(first: int, size: int, advice: int) -> bool:
+    """Ask the kernel; whether it did it. It may be short of memory that hangs together."""
+    return ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice) == 0
+
+
 def _run(ranges: list[tuple[int, int]]) -> None:
     with suppress(OSError):  # not on the core that computes
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    libc = ctypes.CDLL(None)
-
-    def advise(first: int, size: int, advice: int) -> bool:
-        return libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice) == 0
-
     moved = move(ranges, advise)
     logger.info("%d of %d MB of weights in huge pages", moved >> 20, sum(end - first for first, end in ranges) >> 20)
