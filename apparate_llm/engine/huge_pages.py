@@ -27,7 +27,11 @@ def use_huge_pages() -> Thread | None:
     """Begin to move what this process has allocated so far, in a thread beside it; None where that is not possible."""
     if not sys.platform.startswith("linux"):
         return None
-    ranges = allocated(Path("/proc/self/maps").read_text())
+    try:
+        ranges = allocated(Path("/proc/self/maps").read_text())
+    except OSError as error:
+        logger.warning("Weights stay in small pages: %s", error)
+        return None
     thread = Thread(target=_run, args=(ranges,), name="huge-pages", daemon=True)
     thread.start()
     return thread
