@@ -58,7 +58,7 @@ class EarlyExitConfig(BaseModel):
     allow_looser_requests: bool = Field(
         False, description="whether a request may ask for a larger accuracy bound than the server's"
     )
-    max_exits: int = Field(6, ge=1, le=16, description="most exits per request and engine step")
+    max_exits: int = Field(10, ge=1, le=16, description="most exits per request and engine step")
     depth: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="decoder blocks before the ramp; auto: the ramp that pays most"
     )

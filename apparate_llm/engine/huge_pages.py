@@ -5,15 +5,15 @@ and since version 6.1 (MADV_COLLAPSE) for memory that is in use already. Where i
 """
 
 import ctypes
-import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 from vllm.logger import init_logger
+
+from apparate_llm.engine.beside import run_beside
 
 logger = init_logger("vllm.apparate")
 PAGE = 2 << 20
@@ -32,9 +32,7 @@ def use_huge_pages() -> Thread | None:
     except OSError as error:
         logger.warning("Weights stay in small pages: %s", error)
         return None
-    thread = Thread(target=_run, args=(ranges,), name="huge-pages", daemon=True)
-    thread.start()
-    return thread
+    return run_beside(lambda: _run(ranges), "huge-pages")
 
 
 def allocated(maps: str) -> list[tuple[int, int]]:
@@ -65,7 +63,5 @@ def advise(first: int, size: int, advice: int) -> bool:
 
 
 def _run(ranges: list[tuple[int, int]]) -> None:
-    with suppress(OSError):  # not on the core that computes
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     moved = move(ranges, advise)
     logger.info("%d of %d MB of weights in huge pages", moved >> 20, sum(end - first for first, end in ranges) >> 20)

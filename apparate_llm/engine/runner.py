@@ -93,6 +93,11 @@ class EarlyExitRunner(CPUModelRunner):
             use_huge_pages()
         logger.info("Early exits: ramps at depths %s, beginning with %d, %s", sorted(ramps), depth, config)
 
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Warm-up of sampling by one row. vLLM takes as many as it may ever sample, to see what memory a GPU needs for
+        it; on a CPU nobody looks, and sorting them takes seconds."""
+        return super()._dummy_sampler_run(hidden_states[:1])
+
     def shutdown(self) -> None:
         if self.controller_state is not None and self.rounds is not None:
             self.controller_state.save(self.rounds.policy)

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from apparate_llm.config import ConfigError, shown
+from apparate_llm.engine.beside import run_beside
 from apparate_llm.engine.runner import EarlyExitRunner
 from apparate_llm.patches.ledger import apply_all
 
@@ -25,6 +26,8 @@ class EarlyExitWorker(CPUWorker):
             logger.info("Patched %s", target)
         # vLLM's worker builds its own runner; nothing is loaded into it yet.
         self.model_runner = EarlyExitRunner(self.vllm_config, torch.device("cpu"))
+        if not self.model_config.enforce_eager:
+            run_beside(hash_compilers, "hash-compilers")
 
     # Reached with `collective_rpc`.
 
@@ -67,6 +70,15 @@ class EarlyExitWorker(CPUWorker):
 
     def early_exit_check_integrity(self) -> None:
         self.model_runner.check_integrity()
+
+
+def hash_compilers() -> None:
+    """What the key of vLLM's compile cache has of torch's and Triton's files: seconds of reading, done and kept by the
+    time it is asked for."""
+    from torch._inductor.codecache import CacheBase, torch_key
+
+    CacheBase.get_system()
+    torch_key()
 
 
 def check_supported(vllm_config: Any) -> None:
