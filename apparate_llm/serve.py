@@ -100,7 +100,7 @@ def start_vllm(flags: list[str]) -> int:
 
     from apparate_llm.patches.ledger import apply_all
 
-    gc.freeze()  # nor does any of it later: vLLM's processes, forks of this one, each look through all there is twice
+    gc.freeze()  # nor does any of it later: vLLM's processes, forks of this one, look for it as they start
     gc.enable()
     apply_all("server")
     cli_env_setup()
