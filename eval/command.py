@@ -73,18 +73,17 @@ def _add_tpt(kinds: Any) -> None:
         help="chat (default), code, copy, quick, or a file: JSONL with turns, prompt or messages (Spec-Bench, "
         "MT-bench), ShareGPT JSON, or plain lines",
     )
-    tpt.add_argument(
-        "--concurrency", type=positive_list, default=[1, 2, 4, 8], help="clients of closed loops (default: 1,2,4,8)"
-    )
+    tpt.add_argument("--concurrency", type=positive_list, help="clients of closed loops, e.g. 1,16 (default: 1,2,4,8)")
     tpt.add_argument("--rate", type=rates, help="requests per second of open loops with Poisson arrivals, e.g. 0.5,1")
-    tpt.add_argument("--seed", type=int, default=0, help="of the Poisson arrivals (default: 0)")
+    tpt.add_argument("--seed", type=int, default=0, help="of Poisson arrivals and varied lengths (default: 0)")
     tpt.add_argument("--trace", type=Path, help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens: arrivals by it")
     tpt.add_argument("--trace-scale", type=above_zero, help="times of the trace are multiplied by it (default: 1)")
     tpt.add_argument("--num-requests", type=positive, help="of the trace (default: as many as prompts)")
     tpt.add_argument(
         "--length",
-        choices=("free", "fixed", "both"),
-        help="answers end by themselves, or at --max-tokens",
+        choices=("free", "fixed", "both", "varied"),
+        help="answers end by themselves or at --max-tokens (free, the default), always at --max-tokens (fixed), or by "
+        "themselves or at a length of their own up to --max-tokens (varied), lest many clients go in step",
     )
     tpt.set_defaults(run=_later("run_tpt"))
 

@@ -1,9 +1,11 @@
 """What is asked of a server and when: closed loops of clients, or arrivals by time."""
 
 import csv
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from apparate_llm.eval.client import Ask
@@ -11,6 +13,10 @@ from apparate_llm.eval.prompts import Prompt
 
 TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # as in Azure's LLM inference traces
 CHARACTERS_PER_TOKEN = 4  # rough; only to pick a prompt of about the traced length
+SHORTEST_FRAC = 0.25  # of the longest answer, where lengths vary
+
+# Answers end by themselves or at the longest length, always at that, or by themselves or at a length of their own.
+Length = Literal["free", "fixed", "varied"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,24 +27,44 @@ class Load:
     fixed_length: bool = False
 
 
-def closed(num_prompts: int, concurrency: int, *, max_tokens: int, fixed_length: bool) -> Load:
+def closed(num_prompts: int, concurrency: int, *, max_tokens: int, length: Length, seed: int = 0) -> Load:
     """`concurrency` clients, each sending its next request when it has its answer."""
-    asks = [Ask(index, max_tokens) for index in range(num_prompts)]
-    size = block_size(concurrency)
+    asks = [Ask(index, most) for index, most in enumerate(lengths_of(num_prompts, max_tokens, length, seed))]
+    size = block_size(concurrency, length)
     blocks = tuple(tuple(asks[start : start + size]) for start in range(0, num_prompts, size))
-    return Load(f"{concurrency} client{'s' * (concurrency > 1)}", blocks, concurrency, fixed_length)
+    name = _name(f"{concurrency} client{'s' * (concurrency > 1)}", length)
+    return Load(name, blocks, concurrency, length == "fixed")
 
 
-def block_size(concurrency: int) -> int:
-    """Short enough to interleave closely, long enough to keep all clients busy most of the time."""
-    return max(4, 2 * concurrency)
+def block_size(concurrency: int, length: Length) -> int:
+    """Short enough to interleave closely, long enough to keep all clients busy most of the time: varied lengths are
+    there to show many clients as they are when they have long been asking, not how they begin and end."""
+    return 6 * concurrency if length == "varied" else max(4, 2 * concurrency)
 
 
-def poisson(num_prompts: int, rate_per_s: float, *, max_tokens: int, fixed_length: bool, seed: int) -> Load:
+def poisson(num_prompts: int, rate_per_s: float, *, max_tokens: int, length: Length, seed: int) -> Load:
     """Arrivals without memory, the same ones for every system."""
     gaps = np.random.default_rng(seed).exponential(1 / rate_per_s, num_prompts)
-    asks = tuple(Ask(index, max_tokens, float(at_s)) for index, at_s in enumerate(np.cumsum(gaps) - gaps[0]))
-    return Load(f"{rate_per_s:g} requests/s", (asks,), None, fixed_length)
+    arrivals, lengths = np.cumsum(gaps) - gaps[0], lengths_of(num_prompts, max_tokens, length, seed)
+    asks = tuple(Ask(i, most, float(at_s)) for i, (at_s, most) in enumerate(zip(arrivals, lengths, strict=True)))
+    return Load(_name(f"{rate_per_s:g} requests/s", length), (asks,), None, length == "fixed")
+
+
+def lengths_of(num_prompts: int, max_tokens: int, length: Length, seed: int) -> list[int]:
+    """Longest answer to each prompt, the same ones for every system.
+
+    Clients that begin together and whose answers are cut off at one length go in step, all prompts at once and then
+    all tokens, for as long as a server gives every answer a token a step. A server that does not is then compared with
+    an order that no real clients keep. Varied lengths, uniform from a quarter of the longest, break it for both.
+    """
+    if length != "varied":
+        return [max_tokens] * num_prompts
+    shortest = math.ceil(SHORTEST_FRAC * max_tokens)
+    return np.random.default_rng(seed).integers(shortest, max_tokens, num_prompts, endpoint=True).tolist()
+
+
+def _name(load: str, length: Length) -> str:
+    return f"{load}, varied lengths" if length == "varied" else load
 
 
 def traced(path: Path, prompts: list[Prompt], *, scale: float, num_requests: int, max_tokens: int) -> Load:

@@ -1,7 +1,7 @@
 """From raw completions to the figures of the schema."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from apparate_llm.eval.client import Completion
@@ -39,6 +39,28 @@ def ratio_interval(ours: list[Completion], baseline: list[Completion]) -> tuple[
         return None
     columns = np.array([[mine[index] for index in both], [theirs[index] for index in both]])
     return bootstrap(columns, lambda sample: sample[0].mean(-1) / sample[1].mean(-1))
+
+
+def apart_interval(
+    ours: Sequence[float | None], baseline: Sequence[float | None], statistic: Callable[[np.ndarray], np.ndarray]
+) -> tuple[float, float] | None:
+    """95 % interval of the ratio of a statistic of two samples, each drawn from anew by itself.
+    statistic: of [resamples, n], over the last axis."""
+    known = [np.array([value for value in values if value is not None]) for values in (ours, baseline)]
+    if min(map(len, known)) < 2:
+        return None
+    drawn = np.random.default_rng(SEED)
+    above, below = (statistic(sample[drawn.integers(0, len(sample), (RESAMPLES, len(sample)))]) for sample in known)
+    low, high = np.percentile(above / below, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_of(values: np.ndarray) -> np.ndarray:
+    return values.mean(-1)
+
+
+def p99_of(values: np.ndarray) -> np.ndarray:
+    return np.percentile(values, 99, axis=-1)
 
 
 def tpt_by_prompt(completions: list[Completion]) -> dict[int, float]:

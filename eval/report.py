@@ -102,13 +102,18 @@ def _ratios(results: Results) -> Section:
         name = load_name(load, fixed_length)
         for item in by_run.values():
             if (item.load, item.fixed_length) == (load, fixed_length):
-                cells = [item.tpt_p99, item.ttft_mean, item.ttft_p99, item.throughput]
+                cells = [
+                    with_interval(item.tpt_p99, item.tpt_p99_ci95),
+                    with_interval(item.ttft_mean, item.ttft_mean_ci95),
+                    number(item.ttft_p99),
+                    number(item.throughput),
+                ]
                 spread = " ".join(number(value) for value in item.tpt_mean_by_repeat) or DASH
-                rows.append([name, item.system, ratio_cell(item), verdict(item), *map(number, cells), spread])
+                rows.append([name, item.system, ratio_cell(item), verdict(item), *cells, spread])
         clients = {str(run.concurrency) for run in results.runs if (run.load, run.fixed_length) == (load, fixed_length)}
         for level in sorted(clients & results.oracle_ratio.keys()):
             rows.append([name, "oracle (perfect ramp)", number(results.oracle_ratio[level], 3), *[DASH] * 6])
-    columns = ["load", "system", "TPT (95 % CI)", "verdict", "TPT p99", "TTFT mean", "TTFT p99", "throughput"]
+    columns = ["load", "system", "TPT (95 % CI)", "verdict", "TPT p99 (95 % CI)", "TTFT mean (95 % CI)"]
     note = f"Divided by the figure of {baselines} under the same load: below 1 is better, for throughput above 1."
     if results.oracle_ratio:
         note += (
@@ -116,7 +121,7 @@ def _ratios(results: Results) -> Section:
             "exits that ships with this model. It comes from that log's machine and prompts: a mark to hold the "
             "measured ratios against, no more."
         )
-    return Section("Against the baseline", note, [*columns, "TPT by repeat"], rows)
+    return Section("Against the baseline", note, [*columns, "TTFT p99", "throughput", "TPT by repeat"], rows)
 
 
 def _section(title: str, note: str, columns: Columns, runs: list[Run]) -> Section:

@@ -96,7 +96,9 @@ class Ratio(_Strict):
     tpt_mean: float | None
     tpt_mean_ci95: tuple[float, float] | None  # bootstrap over prompts, paired
     tpt_p99: float | None
+    tpt_p99_ci95: tuple[float, float] | None = None  # bootstrap over requests, as the next
     ttft_mean: float | None
+    ttft_mean_ci95: tuple[float, float] | None = None
     ttft_p99: float | None
     throughput: float | None
     tpt_mean_by_repeat: list[float]

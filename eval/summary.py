@@ -12,9 +12,12 @@ from apparate_llm.eval.client import Completion
 from apparate_llm.eval.code_check import code_passes
 from apparate_llm.eval.loads import Load
 from apparate_llm.eval.measures import (
+    apart_interval,
     distribution,
     goodput_frac,
+    mean_of,
     output_tokens,
+    p99_of,
     ratio_interval,
     ratio_of,
     shared_chunk_frac,
@@ -41,6 +44,10 @@ class Cell:
     @property
     def completions(self) -> list[Completion]:
         return [done for block in self.blocks for done in block.completions]
+
+    def values(self, name: str) -> list[float | None]:
+        """Of every completion."""
+        return [getattr(done, name) for done in self.completions]
 
     @property
     def wall_s(self) -> float:
@@ -114,10 +121,10 @@ def _run(cell: Cell, summary: Summary, quality: Quality | None) -> Run:
         failed=sum(done.error is not None for done in completions),
         output_tokens=tokens,
         wall_s=cell.wall_s,
-        tpt_ms=distribution([done.tpt_ms for done in completions], interval=True),
-        ttft_ms=distribution([done.ttft_ms for done in completions], interval=True),
+        tpt_ms=distribution(cell.values("tpt_ms"), interval=True),
+        ttft_ms=distribution(cell.values("ttft_ms"), interval=True),
         gap_ms=distribution([gap for done in completions for gap in done.gaps_ms]),
-        e2e_ms=distribution([done.e2e_ms for done in completions], interval=True),
+        e2e_ms=distribution(cell.values("e2e_ms"), interval=True),
         shared_chunk_frac=shared_chunk_frac(completions),
         output_tokens_per_s=tokens_per_s(completions, cell.wall_s),
         goodput_frac=good,
@@ -236,7 +243,9 @@ def ratios_of(cells: list[Cell], runs: list[Run]) -> list[Ratio]:
                 tpt_mean=ratio_of(run.tpt_ms.mean, base_run.tpt_ms.mean),
                 tpt_mean_ci95=ratio_interval(cell.completions, base.completions),
                 tpt_p99=ratio_of(run.tpt_ms.p99, base_run.tpt_ms.p99),
+                tpt_p99_ci95=apart_interval(cell.values("tpt_ms"), base.values("tpt_ms"), p99_of),
                 ttft_mean=ratio_of(run.ttft_ms.mean, base_run.ttft_ms.mean),
+                ttft_mean_ci95=apart_interval(cell.values("ttft_ms"), base.values("ttft_ms"), mean_of),
                 ttft_p99=ratio_of(run.ttft_ms.p99, base_run.ttft_ms.p99),
                 throughput=ratio_of(run.output_tokens_per_s, base_run.output_tokens_per_s),
                 tpt_mean_by_repeat=[value for a, b in pairs if (value := ratio_of(a, b)) is not None],

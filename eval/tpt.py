@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from apparate_llm.eval.compare import compare, load_results
 from apparate_llm.eval.evaluate import Evaluation, evaluate
-from apparate_llm.eval.loads import Load, closed, poisson, traced
+from apparate_llm.eval.loads import Length, Load, closed, poisson, traced
 from apparate_llm.eval.oracle import oracle_ratios
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.schema import Results
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from apparate_llm.eval.figures import Points
 
 TABLE_WIDTH = 120
+DEFAULT_CONCURRENCY = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def run_quick(args: argparse.Namespace) -> int:
     preflight_ramps(config, model, architecture_of(model))
     choice = Choice(model, tuple(_vllm_flags(args, num_servers=2)), tuple(knob_flags(args)))
     systems = [plain_vllm(choice), early_exits(name_of(config), choice)]
-    loads = [closed(len(prompts), n, max_tokens=args.max_tokens, fixed_length=False) for n in args.concurrency]
+    loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
     folder = args.logs or Path(tempfile.mkdtemp(prefix="apparate-eval-"))
     results = _run(
         Job(choice, systems, prompts, loads, _settings(args, choice.model, systems, prompts, loads), {}),
@@ -87,7 +88,7 @@ def run_drift(args: argparse.Namespace) -> int:
     names = [source.stem for source in args.workloads]
     starts = (0, len(first), len(first) + len(second))
     phases = tuple(zip((names[0], names[1], f"{names[0]} again"), starts, strict=True))
-    loads = [closed(len(prompts), args.clients, max_tokens=args.max_tokens, fixed_length=False)]
+    loads = [closed(len(prompts), args.clients, max_tokens=args.max_tokens, length="free")]
     return _run_and_report(args, prompts, loads, phases)
 
 
@@ -202,6 +203,9 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
+    arrivals = next((f"--{name}" for name in ("rate", "trace") if getattr(args, name) is not None), None)
+    if arrivals is not None and args.concurrency is not None:
+        raise ValueError(f"give one of --concurrency and {arrivals}: clients ask when they have their answer")
     if args.trace is not None:
         if args.rate is not None:
             raise ValueError("give one of --rate and --trace: both say when requests arrive")
@@ -212,18 +216,18 @@ def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
     for flag, given in (("--trace-scale", args.trace_scale), ("--num-requests", args.num_requests)):
         if given is not None:
             raise ValueError(f"{flag} is about a --trace, and none is given")
-    lengths = {"free": (False,), "fixed": (True,), "both": (False, True)}[args.length or "free"]
+    lengths: tuple[Length, ...] = ("free", "fixed") if args.length == "both" else (args.length or "free",)
     loads = []
-    for fixed in lengths:
+    for length in lengths:
         if args.rate is not None:
             loads += [
-                poisson(len(prompts), rate, max_tokens=args.max_tokens, fixed_length=fixed, seed=args.seed)
+                poisson(len(prompts), rate, max_tokens=args.max_tokens, length=length, seed=args.seed)
                 for rate in args.rate
             ]
         else:
             loads += [
-                closed(len(prompts), number, max_tokens=args.max_tokens, fixed_length=fixed)
-                for number in args.concurrency
+                closed(len(prompts), number, max_tokens=args.max_tokens, length=length, seed=args.seed)
+                for number in args.concurrency or DEFAULT_CONCURRENCY
             ]
     return _named_apart(loads)
 

@@ -20,21 +20,25 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 from apparate_llm.eval.client import TIMEOUT_S, Ask, Completion, complete
-from apparate_llm.eval.measures import bootstrap
+from apparate_llm.eval.loads import lengths_of
+from apparate_llm.eval.measures import apart_interval, bootstrap, mean_of, p99_of
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, systems_of
+from prometheus_client.parser import text_string_to_metric_families
 
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
 THAWING_S = 0.3  # of each turn, not counted
+STEP_METRICS = ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum", "vllm:generation_tokens_total")
 
 
 class Turn(NamedTuple):
@@ -43,6 +47,24 @@ class Turn(NamedTuple):
     began_s: float
     ended_s: float
     counted: bool
+
+
+class Steps(NamedTuple):
+    """Of a server's engine since its start."""
+
+    number: int
+    prompt_tokens: int  # that were computed
+
+
+def engine_steps(server: Server) -> Steps:
+    found = dict.fromkeys(STEP_METRICS, 0.0)
+    text = httpx.get(f"{server.base_url}/metrics", timeout=30.0).raise_for_status().text
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name in found:
+                found[sample.name] += sample.value
+    number, computed, generated = map(int, found.values())
+    return Steps(number, computed - generated)
 
 
 @dataclass
@@ -58,7 +80,8 @@ class Turns:
 
 @dataclass
 class Clients:
-    """Those of one server: each asks again as soon as it has its answer."""
+    """Those of one server: each asks again as soon as it has its answer. Answers' lengths vary, lest clients go in
+    step."""
 
     server: Server
     prompts: list[Prompt]
@@ -66,10 +89,13 @@ class Clients:
     max_tokens: int
     done: list[Completion] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
+    num_steps: int = 0  # of the engine, in turns that count
+    prompt_tokens: int = 0  # computed by them
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._model = self.server.model_name()
+        self._lengths = lengths_of(len(self.prompts), self.max_tokens, "varied", seed=0)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._ask()))
 
     def start(self) -> None:
@@ -89,7 +115,7 @@ class Clients:
     async def _client(self, http: httpx.AsyncClient, index: int) -> None:
         while not self._ended.is_set():
             index %= len(self.prompts)
-            ask = Ask(index, self.max_tokens)
+            ask = Ask(index, self._lengths[index])
             messages = self.prompts[index].messages
             self.done.append(await complete(http, self._model, messages, ask, fixed_length=False, began=0.0))
             index += self.number
@@ -98,9 +124,14 @@ class Clients:
         """One turn of the server."""
         self.server.resume()
         began = time.monotonic()
+        before = engine_steps(self.server)
         time.sleep(seconds)
+        after = engine_steps(self.server)
         self.server.pause()
         self.turns.turns.append(Turn(began, time.monotonic(), counted))
+        if counted:
+            self.num_steps += after.number - before.number
+            self.prompt_tokens += after.prompt_tokens - before.prompt_tokens
 
     def arrivals(self) -> list[list[tuple[float, int]]]:
         """Of each answer: when it had how many tokens."""
@@ -161,11 +192,12 @@ def measure(servers: list[Server], number: int, args: argparse.Namespace) -> dic
         if old is not None and (new := server.counts()) is not None:
             row["exits"] = {name: new[name] - old[name] for name in ("emitted", "held", "accepted", "released")}
         print(f"{number} clients, {said(row)}", flush=True)
-    return {"clients": number, "systems": [{k: v for k, v in row.items() if k != "windows"} for row in rows]}
+    kept = [{name: value for name, value in row.items() if name not in ("windows", "answers")} for row in rows]
+    return {"clients": number, "systems": kept}
 
 
 def row_of(clients: Clients) -> dict[str, Any]:
-    """What one server did at one level; `windows`: TPT in ms of each turn that counts."""
+    """What one server did at one level; `windows`: TPT in ms of each turn that counts, `answers`: of whole answers."""
     turns, arrivals = clients.turns, clients.arrivals()
     windows, num_tokens, seconds = [], 0, 0.0
     for turn in turns.turns:
@@ -192,12 +224,16 @@ def row_of(clients: Clients) -> dict[str, Any]:
         "requests": len(whole),
         "failed": sum(bool(done.error) for done in clients.done),
         "tokens_per_s": num_tokens / seconds,
+        "step_ms": seconds * 1e3 / clients.num_steps,
+        "tokens_per_step": num_tokens / clients.num_steps,
+        "prompt_tokens_per_step": clients.prompt_tokens / clients.num_steps,
         "tpt_ms": {
             "windows": float(np.mean(windows)),
             "mean": float(np.mean(tpt)),
             "p99": float(np.percentile(tpt, 99)),
         },
         "ttft_ms": {"mean": float(np.mean(ttft)), "p99": float(np.percentile(ttft, 99))},
+        "answers": {"tpt_ms": tpt, "ttft_ms": ttft},
     }
 
 
@@ -227,26 +263,39 @@ def compared(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
     return {
         **ratio_of(row["windows"], baseline["windows"]),
         "throughput_ratio": row["tokens_per_s"] / baseline["tokens_per_s"],
-        "tpt_mean_ratio": row["tpt_ms"]["mean"] / baseline["tpt_ms"]["mean"],
-        "tpt_p99_ratio": row["tpt_ms"]["p99"] / baseline["tpt_ms"]["p99"],
-        "ttft_mean_ratio": row["ttft_ms"]["mean"] / baseline["ttft_ms"]["mean"],
+        **ratios_of_answers(row["answers"], baseline["answers"]),
         "window_ratios": [round(a / b, 4) for a, b in zip(row["windows"], baseline["windows"], strict=True)],
     }
+
+
+def ratios_of_answers(answers: dict[str, list[float]], others: dict[str, list[float]]) -> dict[str, Any]:
+    """Of mean and p99 of TPT and TTFT over all answers, each with its 95 % interval."""
+    found: dict[str, Any] = {}
+    for measure, (name, statistic) in product(("tpt", "ttft"), {"mean": mean_of, "p99": p99_of}.items()):
+        ours, theirs = (np.array(one[f"{measure}_ms"]) for one in (answers, others))
+        found[f"{measure}_{name}_ratio"] = float(statistic(ours) / statistic(theirs))
+        found[f"{measure}_{name}_ratio_ci95"] = apart_interval(ours, theirs, statistic)
+    return found
 
 
 def said(row: dict[str, Any]) -> str:
     tpt, ttft = row["tpt_ms"], row["ttft_ms"]
     text = (
         f"{row['system']}: TPT {tpt['windows']:.1f} ms (requests: mean {tpt['mean']:.1f}, p99 {tpt['p99']:.1f}), TTFT "
-        f"{ttft['mean']:.0f} ms, {row['tokens_per_s']:.1f} tokens/s, {row['requests']} requests, {row['failed']} failed"
+        f"{ttft['mean']:.0f} ms, {row['tokens_per_s']:.1f} tokens/s, steps of {row['step_ms']:.1f} ms with "
+        f"{row['tokens_per_step']:.1f} tokens and {row['prompt_tokens_per_step']:.0f} of prompts, {row['requests']} "
+        f"requests, {row['failed']} failed"
     )
     if "ratio" in row:
-        low, high = row["ci95"]
-        text += (
-            f"; TPT ratio {row['ratio']:.3f} ({low:.3f}-{high:.3f}), of requests {row['tpt_mean_ratio']:.3f}, p99 "
-            f"{row['tpt_p99_ratio']:.3f}, TTFT {row['ttft_mean_ratio']:.3f}, throughput {row['throughput_ratio']:.3f}"
-        )
+        text += f"; ratios: throughput {row['throughput_ratio']:.3f}, TPT {with_interval(row, '')}"
+        for name in ("tpt_mean", "tpt_p99", "ttft_mean", "ttft_p99"):
+            text += f", {name} {with_interval(row, name + '_')}"
     return text
+
+
+def with_interval(row: dict[str, Any], prefix: str) -> str:
+    low, high = row[f"{prefix}ratio_ci95" if prefix else "ci95"]
+    return f"{row[f'{prefix}ratio']:.3f} ({low:.3f}-{high:.3f})"
 
 
 if __name__ == "__main__":

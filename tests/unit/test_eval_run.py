@@ -5,9 +5,11 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.loads import closed, poisson, traced
+from apparate_llm.eval.measures import apart_interval, mean_of
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.store import BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
@@ -28,7 +30,7 @@ def prompts(*texts: str) -> list[Prompt]:
 
 
 def evaluation_of(folder: Path, systems: list[System], asked: list[Prompt], **changes) -> Evaluation:
-    loads = [closed(len(asked), clients, max_tokens=9, fixed_length=False) for clients in (1, 2)]
+    loads = [closed(len(asked), clients, max_tokens=9, length="free") for clients in (1, 2)]
     store = Store(folder)
     store.open({"loads": [[load.name, False] for load in loads]}, fresh=False)
     made = Evaluation(Path("fake"), systems, asked, loads, repeat=2, store=store, start_timeout_s=5.0)
@@ -73,6 +75,8 @@ def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
     for ratio in ratios:
         assert len(ratio.tpt_mean_by_repeat) == 2
         assert ratio.tpt_mean_ci95[0] <= ratio.tpt_mean <= ratio.tpt_mean_ci95[1]
+        assert ratio.tpt_p99_ci95[0] <= ratio.tpt_p99 <= ratio.tpt_p99_ci95[1]
+        assert ratio.ttft_mean_ci95[0] <= ratio.ttft_mean <= ratio.ttft_mean_ci95[1]
     assert any("8 requests failed" in note for note in notes_of(blocks, systems, evaluation.loads))
 
 
@@ -183,13 +187,35 @@ def test_answers_are_compared_with_the_baselines_and_with_references():
 
 @pytest.mark.parametrize(("count", "clients", "sizes"), [(16, 1, [4] * 4), (16, 16, [16]), (10, 4, [8, 2])])
 def test_blocks_cover_every_prompt_once(count, clients, sizes):
-    load = closed(count, clients, max_tokens=9, fixed_length=False)
+    load = closed(count, clients, max_tokens=9, length="free")
     assert [len(block) for block in load.blocks] == sizes
     assert [ask.prompt_index for block in load.blocks for ask in block] == list(range(count))
 
 
+def test_varied_lengths_are_the_same_for_all_and_cover_their_range():
+    loads = [
+        closed(4000, 16, max_tokens=48, length="varied"),
+        poisson(4000, 2.0, max_tokens=48, length="varied", seed=0),
+    ]
+    lengths, others = ([ask.max_tokens for block in load.blocks for ask in block] for load in loads)
+    assert lengths == others
+    assert set(lengths) == set(range(12, 49)) and sum(lengths) / len(lengths) == pytest.approx(30, rel=0.03)
+    assert [load.name for load in loads] == ["16 clients, varied lengths", "2 requests/s, varied lengths"]
+    assert not any(load.fixed_length for load in loads)
+    assert {len(block) for block in loads[0].blocks[:-1]} == {6 * 16}
+
+
+def test_the_interval_of_a_ratio_of_samples_that_are_not_pairs():
+    normal = np.random.default_rng(1).normal
+    samples = [(normal(2.0, 0.1, 900), normal(1.0, 0.1, 400)) for _ in range(200)]
+    intervals = [apart_interval(*pair, mean_of) for pair in samples]
+    assert 0.90 <= sum(low <= 2.0 <= high for low, high in intervals) / len(samples) <= 0.99
+    assert all(high - low < 0.1 for low, high in intervals)
+    assert apart_interval([1.0, None], [1.0, 2.0], mean_of) is None
+
+
 def test_poisson_arrivals_have_the_rate_and_are_the_same_again():
-    load, again = (poisson(4000, 2.0, max_tokens=9, fixed_length=True, seed=3) for _ in range(2))
+    load, again = (poisson(4000, 2.0, max_tokens=9, length="fixed", seed=3) for _ in range(2))
     assert load == again
     times = [ask.at_s for block in load.blocks for ask in block]
     assert times[0] == 0.0 and times == sorted(times)
@@ -253,6 +279,8 @@ def test_systems_by_name(tiny_llama):
     ("flags", "says"),
     [
         ("--trace t.csv --rate 1", "one of --rate and --trace"),
+        ("--rate 1 --concurrency 4", "one of --concurrency and --rate"),
+        ("--trace t.csv --concurrency 4", "one of --concurrency and --trace"),
         ("--trace t.csv --length fixed", "--length does not go with --trace"),
         ("--trace-scale 2", "--trace-scale is about a --trace"),
         ("--num-requests 9", "--num-requests is about a --trace"),
