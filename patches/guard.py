@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 VLLM_VERSION = "0.32.0"
-Process = Literal["server", "worker"]
+Process = Literal["server", "engine", "worker"]
 
 
 class PatchMismatchError(RuntimeError):

@@ -1,6 +1,6 @@
 """Every patch: what, why, and when it goes."""
 
-from apparate_llm.patches import aot_load, cpu_expand_kernel, fork_engines
+from apparate_llm.patches import aot_load, cpu_expand_kernel, drafts_in_output, fork_engines
 from apparate_llm.patches.guard import Patch, Process
 
 LEDGER: tuple[Patch, ...] = (
@@ -37,6 +37,18 @@ LEDGER: tuple[Patch, ...] = (
         upstream="https://github.com/vllm-project/vllm/issues/27369 (why vLLM binds threads by variables)",
         delete_when="vLLM forks on a CPU, or its import takes less than a second",
         apply=fork_engines.apply,
+    ),
+    Patch(
+        file="drafts_in_output",
+        target="vllm.v1.engine.core.EngineCore.post_step",
+        mode="wrap",
+        process="engine",
+        source_sha256="dfda901ee36bf711011bb5dd2d029d2658983a3c15a64c475b2050a395620d7a",
+        what="drafts that came with a step's output are not asked for once more",
+        why="without it every step waits for one more message to the worker and back",
+        upstream="none known",
+        delete_when="vLLM takes drafts from the output of a step without asynchronous scheduling",
+        apply=drafts_in_output.apply,
     ),
 )
 

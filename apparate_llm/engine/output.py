@@ -1,8 +1,9 @@
 """What the runner hands to the scheduler besides vLLM's own output."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 
 @dataclass
@@ -10,6 +11,8 @@ class EarlyExitOutput(ModelRunnerOutput):
     # request id -> exits released in this step, in order, after the step's checked tokens
     released: dict[str, list[int]] = field(default_factory=dict)
 
+    drafts: DraftTokenIds | None = None  # held exits, checked in the next step; None: to be asked for
+
     @classmethod
-    def extending(cls, output: ModelRunnerOutput, released: dict[str, list[int]]) -> "EarlyExitOutput":
-        return cls(**vars(output), released=released)
+    def extending(cls, output: ModelRunnerOutput, **ours: Any) -> "EarlyExitOutput":
+        return cls(**vars(output) | ours)

@@ -51,7 +51,7 @@ class EarlyExitRunner(CPUModelRunner):
         self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
         self._released: dict[str, list[int]] = {}  # exits released in the step under way
         self._judged: list[Verdict] = []  # on exits, by the step under way
-        self._later: Callable[[], None] | None = None  # rounds that wait until the step's tokens have left
+        self.later: Callable[[], None] | None = None  # rounds that wait until the step's tokens have left
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights)
@@ -151,7 +151,7 @@ class EarlyExitRunner(CPUModelRunner):
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
         state = self.execute_model_state
-        self._judged, self._later = [], None
+        self._judged, self.later = [], None
         if state is not None:
             self.ledger.counts.completion_passes += 1
             if self._pending:
@@ -160,7 +160,7 @@ class EarlyExitRunner(CPUModelRunner):
         self._released = {}
         output = super().sample_tokens(grammar_output)
         if self._released:
-            output = EarlyExitOutput.extending(output, self._released)
+            output = EarlyExitOutput.extending(output, released=self._released)
         return output
 
     def _record_released(self, state: Any) -> Any:
@@ -233,7 +233,7 @@ class EarlyExitRunner(CPUModelRunner):
         if self.rounds is not None and rows:
             propose = partial(self._propose, drafts, rows, hidden_states, inner)
             if begins:
-                self._later = propose
+                self.later = propose
             else:
                 propose()
         self.clock.start()
@@ -251,9 +251,9 @@ class EarlyExitRunner(CPUModelRunner):
     @torch.inference_mode()
     def take_draft_token_ids(self) -> Any:
         """vLLM's call for the drafts, made when the step's tokens are on their way."""
-        if self._later is not None:
-            self._later()
-            self._later = None
+        if self.later is not None:
+            self.later()
+            self.later = None
             self.clock.start()
         return super().take_draft_token_ids()
 

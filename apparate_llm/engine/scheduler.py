@@ -2,7 +2,7 @@
 
 They are appended after vLLM has settled how many drafts were accepted, so its token counts and its speculation
 metrics see held exits only. A released exit then is an ordinary token that is not computed yet: the next step
-schedules it with the newest token.
+schedules it with the newest token. Held exits come with the output, too, where the rounds are done by then.
 """
 
 from typing import Any
@@ -10,11 +10,15 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from apparate_llm.patches.ledger import apply_all
+
 
 class EarlyExitScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._released: dict[str, list[int]] = {}
+        self.has_drafts = False  # the last step's came with its output
+        apply_all("engine")
         # Rounds deeper than 0 write KV for the newest token and the exits after it.
         self.num_lookahead_tokens = max(self.num_lookahead_tokens, self.num_spec_tokens)
         # vLLM pads a resumed request's single row with draft placeholders (-1) for CUDA graphs; there are none here
@@ -33,6 +37,10 @@ class EarlyExitScheduler(Scheduler):
                     f"{request_id}: {computed} of {tokens} tokens computed with {len(released)} exits outstanding"
                 )
         self._released = {}
+        drafts = getattr(model_runner_output, "drafts", None)
+        self.has_drafts = drafts is not None
+        if drafts is not None:
+            self.update_draft_token_ids(drafts)
         return outputs
 
     def _update_request_with_output(

@@ -1,0 +1,31 @@
+"""wrap: vLLM's engine, which asks the worker for drafts after every step, a message there and one back.
+
+Where they came with the step's output, the scheduler has them already.
+"""
+
+from functools import wraps
+from typing import Any
+
+from apparate_llm.patches.guard import Patch, check_target
+
+
+def wrapped(stock: Any) -> Any:
+    """`post_step(self, model_executed)` that asks only for drafts which the scheduler does not have."""
+
+    @wraps(stock)
+    def post_step(self: Any, model_executed: bool) -> None:
+        if not getattr(self.scheduler, "has_drafts", False):
+            stock(self, model_executed)
+
+    return post_step
+
+
+def apply(patch: Patch) -> bool:
+    from vllm.v1.engine.core import EngineCore
+
+    stock = EngineCore.post_step
+    if hasattr(stock, "__wrapped__"):
+        return False
+    check_target(patch, stock)
+    EngineCore.post_step = wrapped(stock)  # type: ignore[method-assign]
+    return True

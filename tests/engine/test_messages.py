@@ -1,0 +1,54 @@
+"""How often the engine asks its worker in a step: every message is a wait of both."""
+
+from collections import Counter
+
+import pytest
+
+from tests.harness import Engine, token_prompts
+
+PROMPTS = token_prompts(3)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama, lens_ramps):
+    with Engine(tiny_llama, {"ramps": str(lens_ramps(depth=1)), "hold_threshold": 0.0}) as engine:
+        yield engine
+
+
+def counted(counter, name, call):
+    def counting(*args, **kwargs):
+        counter[name] += 1
+        return call(*args, **kwargs)
+
+    return counting
+
+
+@pytest.fixture
+def asked(engine, monkeypatch):
+    """Calls of the executor, by name."""
+    counter, executor = Counter(), engine.core.model_executor
+    for name in ("execute_model", "sample_tokens", "take_draft_token_ids"):
+        monkeypatch.setattr(executor, name, counted(counter, name, getattr(executor, name)))
+    return counter
+
+
+def greedy(**given):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, **given)
+
+
+def test_a_step_takes_one_message_and_another_where_an_answer_begins(engine, asked):
+    held = engine.counts()["held"]
+    engine.generate(PROMPTS, greedy())
+    assert engine.counts()["held"] > held  # drafts reached the scheduler all the same
+    assert asked["execute_model"] > 10
+    assert asked["sample_tokens"] == 0
+    assert asked["take_draft_token_ids"] == 1  # all three begin in the first step, whose tokens leave before the rounds
+
+
+def test_a_grammar_is_waited_for(engine, asked):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    engine.generate(PROMPTS[:1], greedy(structured_outputs=StructuredOutputsParams(regex="(w1|w2)( (w3|w4))*")))
+    assert asked["sample_tokens"] == asked["execute_model"] > 0
