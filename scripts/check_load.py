@@ -32,6 +32,7 @@ from apparate_llm.eval.measures import apart_interval, bootstrap, mean_of, p99_o
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, systems_of
+from apparate_llm.eval.tables import with_interval
 from prometheus_client.parser import text_string_to_metric_families
 
 from apparate_llm.machine import machine
@@ -53,7 +54,8 @@ class Steps(NamedTuple):
     """Of a server's engine since its start."""
 
     number: int
-    prompt_tokens: int  # that were computed
+    computed_tokens: int  # of prompts, and generated
+    generated_tokens: int
 
 
 def engine_steps(server: Server) -> Steps:
@@ -63,8 +65,7 @@ def engine_steps(server: Server) -> Steps:
         for sample in family.samples:
             if sample.name in found:
                 found[sample.name] += sample.value
-    number, computed, generated = map(int, found.values())
-    return Steps(number, computed - generated)
+    return Steps(*map(int, found.values()))
 
 
 @dataclass
@@ -89,8 +90,7 @@ class Clients:
     max_tokens: int
     done: list[Completion] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
-    num_steps: int = 0  # of the engine, in turns that count
-    prompt_tokens: int = 0  # computed by them
+    steps: list[Steps] = field(default_factory=list)  # of the engine, in each turn that counts
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -130,8 +130,7 @@ class Clients:
         self.server.pause()
         self.turns.turns.append(Turn(began, time.monotonic(), counted))
         if counted:
-            self.num_steps += after.number - before.number
-            self.prompt_tokens += after.prompt_tokens - before.prompt_tokens
+            self.steps.append(Steps(*(new - old for new, old in zip(after, before, strict=True))))
 
     def arrivals(self) -> list[list[tuple[float, int]]]:
         """Of each answer: when it had how many tokens."""
@@ -212,6 +211,7 @@ def row_of(clients: Clients) -> dict[str, Any]:
     whole = [done for done in whole if done.chunks and done.started_s + done.chunks[-1].at_s <= last]
     if not whole:
         sys.exit(f"no answer of {clients.server.system.name} began and ended within its turns: give more --windows")
+    steps, computed, generated = map(sum, zip(*clients.steps, strict=True))
     tpt, ttft = [], []
     for done in whole:
         ends = [turns.active_s(done.started_s + chunk.at_s) for chunk in (done.chunks[0], done.chunks[-1])]
@@ -224,9 +224,9 @@ def row_of(clients: Clients) -> dict[str, Any]:
         "requests": len(whole),
         "failed": sum(bool(done.error) for done in clients.done),
         "tokens_per_s": num_tokens / seconds,
-        "step_ms": seconds * 1e3 / clients.num_steps,
-        "tokens_per_step": num_tokens / clients.num_steps,
-        "prompt_tokens_per_step": clients.prompt_tokens / clients.num_steps,
+        "step_ms": sum(turn.ended_s - turn.began_s for turn in turns.turns if turn.counted) * 1e3 / steps,
+        "tokens_per_step": generated / steps,
+        "prompt_tokens_per_step": (computed - generated) / steps,
         "tpt_ms": {
             "windows": float(np.mean(windows)),
             "mean": float(np.mean(tpt)),
@@ -287,15 +287,10 @@ def said(row: dict[str, Any]) -> str:
         f"requests, {row['failed']} failed"
     )
     if "ratio" in row:
-        text += f"; ratios: throughput {row['throughput_ratio']:.3f}, TPT {with_interval(row, '')}"
-        for name in ("tpt_mean", "tpt_p99", "ttft_mean", "ttft_p99"):
-            text += f", {name} {with_interval(row, name + '_')}"
+        text += f"; ratios: throughput {row['throughput_ratio']:.3f}, TPT {with_interval(row['ratio'], row['ci95'], 3)}"
+        for name in ("tpt_mean_ratio", "tpt_p99_ratio", "ttft_mean_ratio", "ttft_p99_ratio"):
+            text += f", {name} {with_interval(row[name], row[f'{name}_ci95'], 3)}"
     return text
-
-
-def with_interval(row: dict[str, Any], prefix: str) -> str:
-    low, high = row[f"{prefix}ratio_ci95" if prefix else "ci95"]
-    return f"{row[f'{prefix}ratio']:.3f} ({low:.3f}-{high:.3f})"
 
 
 if __name__ == "__main__":

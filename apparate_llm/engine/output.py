@@ -10,7 +10,6 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 class EarlyExitOutput(ModelRunnerOutput):
     # request id -> exits released in this step, in order, after the step's checked tokens
     released: dict[str, list[int]] = field(default_factory=dict)
-
     drafts: DraftTokenIds | None = None  # held exits, checked in the next step; None: to be asked for
 
     @classmethod
