@@ -21,6 +21,8 @@ PROBE_COST_FRAC = 0.01  # of the time that such rounds may take
 COPIED = -1  # stands for the depth of exits without a ramp, where calibrations are kept
 FOLLOWED_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
 TRIED_EVERY = 16  # times that they are less likely right, so that a change is noticed
+WAITED_STEPS = 2.0  # for a first token: the rest of the step under way, then the one that reads the prompt
+JOINED_MEMORY = 1 / 64  # of the moving average of requests that join per step
 
 
 @dataclass(slots=True)
@@ -40,7 +42,7 @@ class RoundStatistics:
 @dataclass(slots=True)
 class RoundsPlan:
     num_rounds: int
-    rate: float  # tokens per ms that this many rounds promise, never less than without any
+    price: float  # tokens that a ms must bring
     age: int = 0
 
 
@@ -61,7 +63,9 @@ class AdaptivePolicy(Policy):
     _plans: dict[int, RoundsPlan] = field(default_factory=dict)
     _steps: dict[int, int] = field(default_factory=dict)  # by number of requests
     _since_probe: dict[int, int] = field(default_factory=dict)
-    _rate: float = 0.0  # of the step under way
+    _price: float = 0.0  # of the step under way
+    _joined: int = 0  # since the last step
+    _joined_per_step: float = 0.0
     _not_followed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,10 +75,12 @@ class AdaptivePolicy(Policy):
     # ---- rounds of a step
 
     def start(self, num_requests: int) -> int:
+        self._joined_per_step += JOINED_MEMORY * (self._joined - self._joined_per_step)
+        self._joined = 0
         load = _load(num_requests)
         steps = self._steps[load] = self._steps.get(load, 0) + 1
         plan = self._plan(load, num_requests)
-        self._rate = plan.rate
+        self._price = plan.price
         self.copies = not (steps in PLAIN_STEPS or steps % PLAIN_EVERY == 0)
         if plan.num_rounds == 0:
             return self._probe(load, num_requests)
@@ -84,13 +90,23 @@ class AdaptivePolicy(Policy):
         plan = self._plans.get(load)
         if plan is None or plan.age >= PLAN_STEPS:
             rate, num_rounds = self.best_rate(self.depth, num_requests)
-            plan = self._plans[load] = RoundsPlan(num_rounds, rate)
+            plan = self._plans[load] = RoundsPlan(num_rounds, rate * self._weight_of_time(num_requests))
         plan.age += 1
         return plan
 
+    def joined(self) -> None:
+        self._joined += 1
+
+    def _weight_of_time(self, num_requests: int) -> float:
+        """Those who wait for a first token wait through all of a step, however many tokens it brings to others. So a ms
+        counts once for the step's requests together and once for each who waits; a lone request keeps nobody waiting."""
+        return 1.0 + WAITED_STEPS * self._joined_per_step * (1.0 - 1.0 / num_requests)
+
     def best_rate(self, depth: int, num_requests: int) -> tuple[float, int]:
         """(tokens per ms, rounds it takes) of the best number of rounds at this load, by what was measured."""
-        best = (num_requests / self.costs.completion(num_requests), 0)
+        weight = self._weight_of_time(num_requests)
+        plain_ms = self.costs.completion(num_requests)
+        best, best_value = (num_requests / plain_ms, 0), float(num_requests)
         tokens = rows = float(num_requests)
         going, reach, rounds_ms = float(num_requests), 1.0, 0.0
         for number in range(self.max_exits):
@@ -100,7 +116,10 @@ class AdaptivePolicy(Policy):
             reach *= self.depth_choice.relative(depth, statistics.agreement)
             rows += going
             tokens += going * reach
-            best = max(best, (tokens / (self.costs.completion(rows) + rounds_ms), number + 1))
+            step_ms = self.costs.completion(rows) + rounds_ms
+            value = tokens * (plain_ms / step_ms) ** weight
+            if value > best_value:
+                best, best_value = (tokens / step_ms, number + 1), value
         return best
 
     def _probe(self, load: int, num_requests: int) -> int:
@@ -124,15 +143,14 @@ class AdaptivePolicy(Policy):
         statistics, live = self._statistics(number), len(reaches)
         gain = sum(reaches) * statistics.taken_frac * statistics.agreement
         rows_ms = self.costs.completion(num_rows + live * statistics.taken_frac) - self.costs.completion(num_rows)
-        return gain >= self._rate * (self.costs.round(self.depth, live) + rows_ms)
+        return gain >= self._price * (self.costs.round(self.depth, live) + rows_ms)
 
     def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
         p = exit_.probability = self._calibration(exit_).probability(exit_.confidence)
-        if may_release and p >= self.release_confidence:
-            verb = Verb.RELEASE
+        if reach * p < self._price * self.costs.completion.of_another(num_rows):
+            verb = Verb.STOP
         else:
-            row_ms = self.costs.completion.of_another(num_rows)
-            verb = Verb.HOLD if reach * p >= self._rate * row_ms else Verb.STOP
+            verb = Verb.RELEASE if may_release and p >= self.release_confidence else Verb.HOLD
         if not exit_.match:
             self._statistics(exit_.round_number).observe(verb is not Verb.STOP, p)
         return verb

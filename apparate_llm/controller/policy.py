@@ -25,6 +25,9 @@ class Policy(ABC):
     def start(self, num_requests: int) -> int:
         """Most rounds this step may run with so many requests generating; 0: none."""
 
+    def joined(self) -> None:
+        """A request came: the next step reads its prompt, or the first part of it."""
+
     def follows(self, match: int, greedy: bool) -> bool:
         """Whether to copy on where a request's text repeats its last `match` tokens."""
         return False

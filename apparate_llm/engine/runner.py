@@ -40,9 +40,8 @@ logger = init_logger("vllm.apparate")
 class EarlyExitRunner(CPUModelRunner):
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.exit_config = config_from_vllm(vllm_config)
-        budget = AccuracyBudget(self.exit_config.accuracy_bound, self.exit_config.bound_kind)
-        self.ledger = VerdictLedger(budget, shares_of(self.exit_config))
+        self.exit_config = config = config_from_vllm(vllm_config)
+        self.ledger = VerdictLedger(AccuracyBudget(config.accuracy_bound, config.bound_kind), shares_of(config))
         self.clock = StepClock(get_tp_group())
         self.rounds: Rounds | None = None  # None: no exits
         self.live: LivePolicy | None = None  # None: started without exits
@@ -111,6 +110,8 @@ class EarlyExitRunner(CPUModelRunner):
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id not in self.ledger.requests and new.sampling_params is not None:
                 self.ledger.add_request(new.req_id, exits_of(new.sampling_params, self.exit_config, self.ledger))
+                if self.rounds is not None:
+                    self.rounds.policy.joined()
         correction = super()._update_states(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:  # the engine idles
             self.clock.stop()
@@ -144,8 +145,8 @@ class EarlyExitRunner(CPUModelRunner):
             num_decode_rows=batch.num_reqs + num_drafts + len(self._pending),
         )
         if self._pending:
-            rows = torch.tensor([item.row for item in self._pending], dtype=logits_indices.dtype)
-            logits_indices = torch.cat([logits_indices, rows.to(logits_indices.device)])
+            rows = [item.row for item in self._pending]
+            logits_indices = torch.cat([logits_indices, logits_indices.new_tensor(rows)])
         return logits_indices, spec_metadata, max_sampled
 
     @torch.inference_mode()
@@ -192,8 +193,7 @@ class EarlyExitRunner(CPUModelRunner):
         )
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
-        # With nothing to check this is plain sampling: cheaper than the rejection sampler, which also fails on top-k
-        # with no draft in the batch.
+        # With nothing to check, plain sampling is cheaper; the rejection sampler also fails on top-k without any draft.
         if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
             spec_decode_metadata = None
         if spec_decode_metadata is not None and is_plain_greedy(self.input_batch.sampling_metadata):
