@@ -98,9 +98,14 @@ class AdaptivePolicy(Policy):
         self._joined += 1
 
     def _weight_of_time(self, num_requests: int) -> float:
-        """Those who wait for a first token wait through all of a step, however many tokens it brings to others. So a ms
-        counts once for the step's requests together and once for each who waits; a lone request keeps nobody waiting."""
-        return 1.0 + WAITED_STEPS * self._joined_per_step * (1.0 - 1.0 / num_requests)
+        """Who waits for a first token waits through all of a step, whatever it brings to others. So a ms counts once
+        for the step's requests together and once for each who waits; a lone request keeps nobody waiting."""
+        return 1.0 + self._waiting * (1.0 - 1.0 / num_requests)
+
+    @property
+    def _waiting(self) -> float:
+        """Requests that wait for their first token, on average over the last steps."""
+        return WAITED_STEPS * self._joined_per_step
 
     def best_rate(self, depth: int, num_requests: int) -> tuple[float, int]:
         """(tokens per ms, rounds it takes) of the best number of rounds at this load, by what was measured."""
@@ -220,6 +225,7 @@ class AdaptivePolicy(Policy):
                 str(depth): {str(rows): round(ms * pace, 3) for rows, ms in curve.measured().items()}
                 for depth, curve in self.costs.rounds.items()
             },
+            "waiting_requests": round(self._waiting, 2),
             "rounds_planned": {str(load): plan.num_rounds for load, plan in sorted(self._plans.items())},
             "calibration": {
                 f"{_name(depth, number)}, {'greedy' if greedy else 'sampled'}": {

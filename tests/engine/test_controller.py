@@ -144,6 +144,15 @@ def test_a_bad_knob_that_no_api_refused_costs_the_request_its_knobs_and_nothing_
         assert engine.tokens(PROMPTS[:1], params) == plain_tokens[:1]
 
 
+def test_the_policy_hears_once_of_each_request(tiny_llama, lens_ramps):
+    with Engine(tiny_llama, adaptive(lens_ramps(depth=3))) as engine:
+        policy, heard = engine.runner.rounds.policy, []
+        listening = {"__slots__": (), "joined": lambda self: heard.append(self)}
+        policy.__class__ = type("Listening", (type(policy),), listening)
+        engine.tokens(PROMPTS, greedy(30))
+    assert len(heard) == len(PROMPTS)
+
+
 def test_a_failing_policy_leaves_plain_serving(tiny_llama, lens_ramps, plain_tokens):
     for method in ("start", "decide", "goes_on", "verdict", "completed"):
         with Engine(tiny_llama, adaptive(lens_ramps(depth=4), max_exits=3)) as engine:

@@ -139,6 +139,45 @@ def test_a_depth_that_was_asked_for_stays():
     assert not policy.wants_shadow()
 
 
+def test_a_longer_step_has_to_bring_more_while_requests_wait_for_their_first_token():
+    policy = make()
+    teach(policy, row_ms=1.0)
+    sure = {"reach": 1.0, "may_release": True, "num_rows": 16}
+
+    def serve(num_steps: int, *, joining: int) -> int:
+        for _ in range(num_steps):
+            for _ in range(joining):
+                policy.joined()
+            num_rounds = policy.start(16)
+        return num_rounds
+
+    assert serve(150, joining=0) > 0
+    assert policy.decide(offered(0.7), **sure) is Verb.HOLD and policy.decide(offered(0.99), **sure) is Verb.RELEASE
+    assert serve(150, joining=1) == 0
+    assert policy.status()["waiting_requests"] == pytest.approx(1.8, abs=0.1)
+    assert policy.decide(offered(0.7), **sure) is Verb.STOP and policy.decide(offered(0.99), **sure) is Verb.STOP
+    assert serve(400, joining=0) > 0, "nobody waits any more"
+    assert policy.decide(offered(0.7), **sure) is Verb.HOLD
+
+
+def test_a_lone_request_keeps_nobody_waiting():
+    alone, short_answers = make(), make()
+    for policy in (alone, short_answers):
+        teach(policy, row_ms=1.0)
+        for _ in range(100):
+            if policy is short_answers:
+                policy.joined()
+            policy.start(1)
+    verbs = [
+        [
+            policy.decide(offered(confidence / 100), reach=1.0, may_release=False, num_rows=1)
+            for confidence in range(1, 100)
+        ]
+        for policy in (alone, short_answers)
+    ]
+    assert verbs[0] == verbs[1] and set(verbs[0]) == {Verb.HOLD, Verb.STOP}
+
+
 def test_what_it_learned_survives_as_json():
     policy = make(depths=(0, 2))
     teach(policy)

@@ -63,6 +63,7 @@ class Server:
     def rounds(self, num_requests: int) -> tuple[list[list[Exit]], float]:
         held: list[list[Exit]] = [[] for _ in range(num_requests)]
         if self.rng.random() < 0.02 * num_requests:  # an answer begins
+            self.policy.joined()
             return held, 0.0
         live, reach, rows, spent_ms = list(range(num_requests)), [1.0] * num_requests, num_requests, 0.0
         for number in range(min(self.policy.start(num_requests), 6)):
