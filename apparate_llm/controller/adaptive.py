@@ -21,7 +21,7 @@ PROBE_COST_FRAC = 0.01  # of the time that such rounds may take
 COPIED = -1  # stands for the depth of exits without a ramp, where calibrations are kept
 FOLLOWED_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
 TRIED_EVERY = 16  # times that they are less likely right, so that a change is noticed
-WAITED_STEPS = 2.0  # for a first token: the rest of the step under way, then the one that reads the prompt
+WAITED_STEPS = 4.0  # for a first token: two, of which the second reads prompts, so that it takes longer than the mean
 JOINED_MEMORY = 1 / 64  # of the moving average of requests that join per step
 
 
