@@ -85,6 +85,13 @@ class EarlyExitConfig(BaseModel):
         description="policies static and apparate: rows per step up to which exits may fill the batch; adaptive "
         "measures what rows cost",
     )
+    waiting_weight: float = Field(
+        1.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="policy adaptive: how much others' wait for their first token counts against tokens per ms; 0: not "
+        "at all, more exits with many clients",
+    )
     huge_pages: bool = Field(
         True, description="whether to keep the weights in pages of 2 MB, where Linux gives them: each pass is faster"
     )
@@ -113,6 +120,7 @@ LIVE_KNOBS = (
     "threshold",
     "hold_threshold",
     "max_rows",
+    "waiting_weight",
 )
 
 

@@ -22,9 +22,12 @@ def pass_ms(rows: int) -> float:
 
 
 class Server:
-    def __init__(self, seed: int, spread: float = 0.12, confidences: tuple[float, ...] = CONFIDENCES) -> None:
+    def __init__(
+        self, seed: int, spread: float = 0.12, confidences: tuple[float, ...] = CONFIDENCES, joining: bool = False
+    ) -> None:
+        """joining: whether answers that begin are those of requests that came just now."""
         self.rng = random.Random(seed)
-        self.spread, self.confidences = spread, confidences
+        self.spread, self.confidences, self.joining = spread, confidences, joining
         self.policy = AdaptivePolicy(depth=0, depths=(0,), num_layers=30, max_exits=6)
         self.pace = 1.0
         self.tokens = self.passes = 0
@@ -63,7 +66,8 @@ class Server:
     def rounds(self, num_requests: int) -> tuple[list[list[Exit]], float]:
         held: list[list[Exit]] = [[] for _ in range(num_requests)]
         if self.rng.random() < 0.02 * num_requests:  # an answer begins
-            self.policy.joined()
+            if self.joining:
+                self.policy.joined()
             return held, 0.0
         live, reach, rows, spent_ms = list(range(num_requests)), [1.0] * num_requests, num_requests, 0.0
         for number in range(min(self.policy.start(num_requests), 6)):
@@ -102,3 +106,19 @@ def test_a_busy_machine_does_not_frighten_it_for_good():
         server = Server(seed, spread=0.35, confidences=HARD)
         server.ratio(1, 300)
         assert 1 - server.passes / server.tokens > 0.2, seed
+
+
+def tokens_per_pass(server: Server, num_requests: int) -> float:
+    passes, tokens = server.passes, server.tokens
+    server.ratio(num_requests, 200)
+    return (server.tokens - tokens) / (server.passes - passes)
+
+
+def test_where_many_come_and_go_steps_get_longer_only_for_what_is_well_worth_it():
+    """Sixteen clients who never stop: a third of a request joins per step."""
+    for seed in range(8):
+        server = Server(seed, joining=True)
+        assert server.ratio(1, 300) < 0.70 and server.ratio(4, 200) < 0.80, seed
+        assert tokens_per_pass(server, 16) < 1.25, seed
+        server.policy.waiting_weight = 0.0
+        assert tokens_per_pass(server, 16) > 1.25, seed
