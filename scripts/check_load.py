@@ -18,9 +18,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 from apparate_llm.eval.client import TIMEOUT_S, Ask, Completion, complete
 from apparate_llm.eval.loads import lengths_of
-from apparate_llm.eval.measures import apart_interval, bootstrap, mean_of, p99_of
+from apparate_llm.eval.measures import bootstrap, mean_of, p99_of
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, systems_of
@@ -196,7 +196,8 @@ def measure(servers: list[Server], number: int, args: argparse.Namespace) -> dic
 
 
 def row_of(clients: Clients) -> dict[str, Any]:
-    """What one server did at one level; `windows`: TPT in ms of each turn that counts, `answers`: of whole answers."""
+    """What one server did at one level; `windows`: TPT in ms of each turn that counts, `answers`: (TPT, TTFT) in ms of
+    whole answers by prompt and how often it had been asked before, the TPT nan where there is a single token."""
     turns, arrivals = clients.turns, clients.arrivals()
     windows, num_tokens, seconds = [], 0, 0.0
     for turn in turns.turns:
@@ -207,33 +208,42 @@ def row_of(clients: Clients) -> dict[str, Any]:
             seconds += turn.ended_s - turn.began_s - THAWING_S
     first = next(turn.began_s for turn in turns.turns if turn.counted)
     last = turns.turns[-1].ended_s
-    whole = [done for done in clients.done if not done.error and done.started_s >= first]
-    whole = [done for done in whole if done.chunks and done.started_s + done.chunks[-1].at_s <= last]
-    if not whole:
-        sys.exit(f"no answer of {clients.server.system.name} began and ended within its turns: give more --windows")
+    answers: dict[tuple[int, int], tuple[float, float]] = {}
+    times_asked: Counter[int] = Counter()
+    for done in clients.done:
+        key = (done.prompt_index, times_asked[done.prompt_index])
+        times_asked[done.prompt_index] += 1
+        if done.error or done.started_s < first or not done.chunks or done.started_s + done.chunks[-1].at_s > last:
+            continue
+        began, *ends = (
+            turns.active_s(done.started_s + at_s) for at_s in (0, done.chunks[0].at_s, done.chunks[-1].at_s)
+        )
+        later_tokens = (done.output_tokens or 1) - 1
+        tpt_ms = (ends[1] - ends[0]) * 1e3 / later_tokens if later_tokens else float("nan")
+        answers[key] = (tpt_ms, (ends[0] - began) * 1e3)
+    if len(answers) < 2:
+        sys.exit(
+            f"no two answers of {clients.server.system.name} began and ended within its turns: give more --windows"
+        )
     steps, computed, generated = map(sum, zip(*clients.steps, strict=True))
-    tpt, ttft = [], []
-    for done in whole:
-        ends = [turns.active_s(done.started_s + chunk.at_s) for chunk in (done.chunks[0], done.chunks[-1])]
-        ttft.append((ends[0] - turns.active_s(done.started_s)) * 1e3)
-        if done.output_tokens and done.output_tokens > 1:
-            tpt.append((ends[1] - ends[0]) * 1e3 / (done.output_tokens - 1))
+    tpt, ttft = np.array(list(answers.values())).T
+    tpt = tpt[~np.isnan(tpt)]
     return {
         "system": clients.server.system.name,
         "windows": windows,
-        "requests": len(whole),
+        "requests": len(answers),
         "failed": sum(bool(done.error) for done in clients.done),
         "tokens_per_s": num_tokens / seconds,
         "step_ms": sum(turn.ended_s - turn.began_s for turn in turns.turns if turn.counted) * 1e3 / steps,
         "tokens_per_step": generated / steps,
         "prompt_tokens_per_step": (computed - generated) / steps,
         "tpt_ms": {
-            "windows": float(np.mean(windows)),
+            "windows": float(np.nanmean(windows)),
             "mean": float(np.mean(tpt)),
             "p99": float(np.percentile(tpt, 99)),
         },
         "ttft_ms": {"mean": float(np.mean(ttft)), "p99": float(np.percentile(ttft, 99))},
-        "answers": {"tpt_ms": tpt, "ttft_ms": ttft},
+        "answers": answers,
     }
 
 
@@ -251,8 +261,9 @@ def in_window(arrivals: list[list[tuple[float, int]]], began_s: float, ended_s: 
 
 
 def ratio_of(values: list[float], others: list[float]) -> dict[str, Any]:
-    """Geometric mean of the ratios of pairs, with its 95 % interval."""
+    """Geometric mean of the ratios of pairs, with its 95 % interval; a turn without tokens has none."""
     logs = np.log([values, others])
+    logs = logs[:, np.isfinite(logs).all(0)]
     return {
         "ratio": float(np.exp((logs[0] - logs[1]).mean())),
         "ci95": bootstrap(logs, lambda sample: np.exp((sample[0] - sample[1]).mean(-1))),
@@ -268,13 +279,23 @@ def compared(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ratios_of_answers(answers: dict[str, list[float]], others: dict[str, list[float]]) -> dict[str, Any]:
-    """Of mean and p99 of TPT and TTFT over all answers, each with its 95 % interval."""
-    found: dict[str, Any] = {}
-    for measure, (name, statistic) in product(("tpt", "ttft"), {"mean": mean_of, "p99": p99_of}.items()):
-        ours, theirs = (np.array(one[f"{measure}_ms"]) for one in (answers, others))
-        found[f"{measure}_{name}_ratio"] = float(statistic(ours) / statistic(theirs))
-        found[f"{measure}_{name}_ratio_ci95"] = apart_interval(ours, theirs, statistic)
+def ratios_of_answers(
+    answers: dict[tuple[int, int], tuple[float, float]], others: dict[tuple[int, int], tuple[float, float]]
+) -> dict[str, Any]:
+    """Of mean and p99 of TPT and TTFT over the answers that both servers gave, as clients ask both for the same in the
+    same order; each with its 95 % interval."""
+    both = sorted(answers.keys() & others.keys())
+    if len(both) < 2:
+        sys.exit(f"{len(both)} answers that both servers gave within their turns: give more --windows")
+    found: dict[str, Any] = {"answers_of_both": len(both)}
+    for i, measure in enumerate(("tpt", "ttft")):
+        pairs = np.array([[one[key][i] for key in both] for one in (answers, others)])
+        pairs = pairs[:, ~np.isnan(pairs).any(0)]
+        for name, statistic in {"mean": mean_of, "p99": p99_of}.items():
+            found[f"{measure}_{name}_ratio"] = float(statistic(pairs[0]) / statistic(pairs[1]))
+            found[f"{measure}_{name}_ratio_ci95"] = bootstrap(
+                pairs, lambda sample, statistic=statistic: statistic(sample[0]) / statistic(sample[1])
+            )
     return found
 
 
@@ -288,6 +309,7 @@ def said(row: dict[str, Any]) -> str:
     )
     if "ratio" in row:
         text += f"; ratios: throughput {row['throughput_ratio']:.3f}, TPT {with_interval(row['ratio'], row['ci95'], 3)}"
+        text += f", of {row['answers_of_both']} answers that both gave"
         for name in ("tpt_mean_ratio", "tpt_p99_ratio", "ttft_mean_ratio", "ttft_p99_ratio"):
             text += f", {name} {with_interval(row[name], row[f'{name}_ci95'], 3)}"
     return text
