@@ -111,7 +111,7 @@ class EarlyExitRunner(CPUModelRunner):
             if new.req_id not in self.ledger.requests and new.sampling_params is not None:
                 self.ledger.add_request(new.req_id, exits_of(new.sampling_params, self.exit_config, self.ledger))
                 if self.rounds is not None:
-                    self.rounds.policy.joined()
+                    self._guarded(self.rounds.policy.joined)
         correction = super()._update_states(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:  # the engine idles
             self.clock.stop()

@@ -154,7 +154,7 @@ def test_the_policy_hears_once_of_each_request(tiny_llama, lens_ramps):
 
 
 def test_a_failing_policy_leaves_plain_serving(tiny_llama, lens_ramps, plain_tokens):
-    for method in ("start", "decide", "goes_on", "verdict", "completed"):
+    for method in ("joined", "start", "decide", "goes_on", "verdict", "completed"):
         with Engine(tiny_llama, adaptive(lens_ramps(depth=4), max_exits=3)) as engine:
             policy = cheap_rounds(engine)
 
