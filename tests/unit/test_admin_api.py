@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import httpx
@@ -152,6 +153,21 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
 
     answer = ask(app, "PATCH", "/config", content=slow())
     assert answer.status_code == 408 and engine.asked == []
+
+
+def test_a_server_that_stood_still_does_not_blame_the_client(monkeypatch):
+    """A body that came while nothing ran is read, however late."""
+    monkeypatch.setattr(access, "BODY_TIMEOUT_S", 0.2)
+    app, engine = served()
+
+    async def content():
+        yield b"{"
+        asyncio.get_running_loop().call_soon(time.sleep, 0.5)
+        await asyncio.sleep(0.001)
+        yield b'"accuracy_bound": 0.05}'
+
+    answer = ask(app, "PATCH", "/config", content=content())
+    assert answer.status_code == 200 and engine.config.accuracy_bound == 0.05
 
 
 def test_several_engines_are_asked_and_told_of_as_one():
