@@ -191,21 +191,21 @@ def measure(servers: list[Server], number: int, args: argparse.Namespace) -> dic
         if old is not None and (new := server.counts()) is not None:
             row["exits"] = {name: new[name] - old[name] for name in ("emitted", "held", "accepted", "released")}
         print(f"{number} clients, {said(row)}", flush=True)
-    kept = [{name: value for name, value in row.items() if name not in ("windows", "answers")} for row in rows]
+    kept = [{name: value for name, value in row.items() if name not in ("windows", "rates", "answers")} for row in rows]
     return {"clients": number, "systems": kept}
 
 
 def row_of(clients: Clients) -> dict[str, Any]:
     """What one server did at one level; `windows`: TPT in ms of each turn that counts, `answers`: (TPT, TTFT) in ms of
-    whole answers by prompt and how often it had been asked before, the TPT nan where there is a single token."""
+    whole answers by prompt and how often it had been asked before, the TPT nan where there is a single token; `rates`:
+    tokens per second in each of those turns."""
     turns, arrivals = clients.turns, clients.arrivals()
-    windows, num_tokens, seconds = [], 0, 0.0
+    windows, rates = [], []
     for turn in turns.turns:
         if turn.counted:
             tpt_ms, tokens = in_window(arrivals, turn.began_s + THAWING_S, turn.ended_s)
             windows.append(tpt_ms)
-            num_tokens += tokens
-            seconds += turn.ended_s - turn.began_s - THAWING_S
+            rates.append(tokens / (turn.ended_s - turn.began_s - THAWING_S))
     first = next(turn.began_s for turn in turns.turns if turn.counted)
     last = turns.turns[-1].ended_s
     answers: dict[tuple[int, int], tuple[float, float]] = {}
@@ -233,7 +233,7 @@ def row_of(clients: Clients) -> dict[str, Any]:
         "windows": windows,
         "requests": len(answers),
         "failed": sum(bool(done.error) for done in clients.done),
-        "tokens_per_s": num_tokens / seconds,
+        "tokens_per_s": float(np.mean(rates)),
         "step_ms": sum(turn.ended_s - turn.began_s for turn in turns.turns if turn.counted) * 1e3 / steps,
         "tokens_per_step": generated / steps,
         "prompt_tokens_per_step": (computed - generated) / steps,
@@ -244,6 +244,7 @@ def row_of(clients: Clients) -> dict[str, Any]:
         },
         "ttft_ms": {"mean": float(np.mean(ttft)), "p99": float(np.percentile(ttft, 99))},
         "answers": answers,
+        "rates": rates,
     }
 
 
@@ -274,6 +275,9 @@ def compared(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
     return {
         **ratio_of(row["windows"], baseline["windows"]),
         "throughput_ratio": row["tokens_per_s"] / baseline["tokens_per_s"],
+        "throughput_ratio_ci95": bootstrap(
+            np.array([row["rates"], baseline["rates"]]), lambda sample: sample[0].mean(-1) / sample[1].mean(-1)
+        ),
         **ratios_of_answers(row["answers"], baseline["answers"]),
         "window_ratios": [round(a / b, 4) for a, b in zip(row["windows"], baseline["windows"], strict=True)],
     }
@@ -308,7 +312,8 @@ def said(row: dict[str, Any]) -> str:
         f"requests, {row['failed']} failed"
     )
     if "ratio" in row:
-        text += f"; ratios: throughput {row['throughput_ratio']:.3f}, TPT {with_interval(row['ratio'], row['ci95'], 3)}"
+        throughput = with_interval(row["throughput_ratio"], row["throughput_ratio_ci95"], 3)
+        text += f"; ratios: throughput {throughput}, TPT {with_interval(row['ratio'], row['ci95'], 3)}"
         text += f", of {row['answers_of_both']} answers that both gave"
         for name in ("tpt_mean_ratio", "tpt_p99_ratio", "ttft_mean_ratio", "ttft_p99_ratio"):
             text += f", {name} {with_interval(row[name], row[f'{name}_ci95'], 3)}"

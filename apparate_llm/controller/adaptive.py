@@ -23,6 +23,8 @@ FOLLOWED_PROBABILITY = 0.85  # of being right, from which exits are copied inste
 TRIED_EVERY = 16  # times that they are less likely right, so that a change is noticed
 WAITED_STEPS = 4.0  # for a first token: two, of which the second reads prompts, so that it takes longer than the mean
 JOINED_MEMORY = 1 / 64  # of the moving average of requests that join per step
+MIN_SAVED = 0.03  # share of the engine's time that exits must save where a step has many requests
+PASS_MEMORY = 1 / 128  # of the moving average of a pass's time
 
 
 @dataclass(slots=True)
@@ -40,9 +42,23 @@ class RoundStatistics:
 
 
 @dataclass(slots=True)
+class CopyStatistics:
+    """Moving averages over steps in which exits may be copied, per request; at first what makes it try."""
+
+    tokens: float = 0.3  # expected
+    rows: float = 0.3
+    memory: float = 1 / 64
+
+    def observe(self, tokens: float, rows: float) -> None:
+        self.tokens += self.memory * (tokens - self.tokens)
+        self.rows += self.memory * (rows - self.rows)
+
+
+@dataclass(slots=True)
 class RoundsPlan:
     num_rounds: int
     price: float  # tokens that a ms must bring
+    copies: bool
     age: int = 0
 
 
@@ -62,6 +78,10 @@ class AdaptivePolicy(Policy):
     statistics: dict[tuple[int, int], RoundStatistics] = field(default_factory=dict)
     depth_choice: DepthChoice = field(init=False)
     _plans: dict[int, RoundsPlan] = field(default_factory=dict)
+    _copied: dict[int, CopyStatistics] = field(default_factory=dict)
+    _copied_in_step: tuple[int, float, int] = (0, 0.0, 0)  # requests, expected tokens, rows
+    _worthless: dict[int, int] = field(default_factory=dict)  # plans since exits last paid
+    _pass_ms: float = 0.0
     _steps: dict[int, int] = field(default_factory=dict)  # by number of requests
     _since_probe: dict[int, int] = field(default_factory=dict)
     _price: float = 0.0  # of the step under way
@@ -78,11 +98,13 @@ class AdaptivePolicy(Policy):
     def start(self, num_requests: int) -> int:
         self._joined_per_step += JOINED_MEMORY * (self._joined - self._joined_per_step)
         self._joined = 0
+        self._count_copied()
         load = _load(num_requests)
         steps = self._steps[load] = self._steps.get(load, 0) + 1
         plan = self._plan(load, num_requests)
         self._price = plan.price
-        self.copies = not (steps in PLAIN_STEPS or steps % PLAIN_EVERY == 0)
+        self.copies = plan.copies and not (steps in PLAIN_STEPS or steps % PLAIN_EVERY == 0)
+        self._copied_in_step = (num_requests, 0.0, 0)
         if plan.num_rounds == 0:
             return self._probe(load, num_requests)
         return self.max_exits if self.copies else 0
@@ -91,9 +113,33 @@ class AdaptivePolicy(Policy):
         plan = self._plans.get(load)
         if plan is None or plan.age >= PLAN_STEPS:
             rate, num_rounds = self.best_rate(self.depth, num_requests)
-            plan = self._plans[load] = RoundsPlan(num_rounds, rate * self._weight_of_time(num_requests))
+            pays = self._pays(load, num_requests, rate)
+            self._worthless[load] = 0 if pays else self._worthless.get(load, 0) + 1
+            copies = self._worthless[load] % TRIED_EVERY == 0
+            price = rate * self._weight_of_time(num_requests)
+            plan = self._plans[load] = RoundsPlan(num_rounds if pays else 0, price, copies)
         plan.age += 1
         return plan
+
+    def _pays(self, load: int, num_requests: int, rate: float) -> bool:
+        """Whether exits save a share of the engine's time that is worth a step's being uneven: who gets none waits for
+        those of others, and for the prompts that come the sooner. Prompts take the time they take, with exits or
+        without; and nobody else is in a lone request's step."""
+        plain_ms = self.costs.completion(num_requests)
+        saved = 1.0 - num_requests / plain_ms / rate
+        copied = self._copies(load)
+        copied_ms = self.costs.completion(num_requests * (1.0 + copied.rows))
+        saved += max(0.0, 1.0 - copied_ms / plain_ms / (1.0 + copied.tokens))
+        generating = min(1.0, plain_ms * self.costs.pace / self._pass_ms) if self._pass_ms else 1.0
+        return saved * generating >= MIN_SAVED * (1.0 - 1.0 / num_requests)
+
+    def _copies(self, load: int) -> CopyStatistics:
+        return self._copied.setdefault(load, CopyStatistics())
+
+    def _count_copied(self) -> None:
+        num_requests, tokens, rows = self._copied_in_step
+        if self.copies and num_requests:
+            self._copies(_load(num_requests)).observe(tokens / num_requests, rows / num_requests)
 
     def joined(self) -> None:
         self._joined += 1
@@ -159,6 +205,9 @@ class AdaptivePolicy(Policy):
             verb = Verb.RELEASE if may_release and p >= self.release_confidence else Verb.HOLD
         if not exit_.match:
             self._statistics(exit_.round_number).observe(verb is not Verb.STOP, p)
+        elif verb is not Verb.STOP:
+            num_requests, tokens, rows = self._copied_in_step
+            self._copied_in_step = (num_requests, tokens + reach * p, rows + 1)
         return verb
 
     # ---- divergences
@@ -185,6 +234,9 @@ class AdaptivePolicy(Policy):
 
     def round_took(self, depth: int, num_rows: int, ms: float) -> None:
         self.costs.observe_round(depth, num_rows, ms)
+
+    def passed(self, ms: float) -> None:
+        self._pass_ms += (ms - self._pass_ms) * (PASS_MEMORY if self._pass_ms else 1.0)
 
     def completed(self, num_requests: int, num_rows: int, ms: float) -> None:
         self.costs.observe_completion(num_rows, ms)
@@ -226,6 +278,7 @@ class AdaptivePolicy(Policy):
                 str(depth): {str(rows): round(ms * pace, 3) for rows, ms in curve.measured().items()}
                 for depth, curve in self.costs.rounds.items()
             },
+            "pass_ms": round(self._pass_ms, 3),
             "waiting_requests": round(self._waiting, 2),
             "rounds_planned": {str(load): plan.num_rounds for load, plan in sorted(self._plans.items())},
             "calibration": {

@@ -58,8 +58,11 @@ class Policy(ABC):
     def round_took(self, depth: int, num_rows: int, ms: float) -> None:
         """One round's time."""
 
+    def passed(self, ms: float) -> None:
+        """Everything of an engine step but its rounds, whether it read prompts or not."""
+
     def completed(self, num_requests: int, num_rows: int, ms: float) -> None:
-        """Everything of an engine step but its rounds: a completion pass of `num_rows` decode rows."""
+        """Everything of an engine step but its rounds: a completion pass of `num_rows` decode rows, and no prompt."""
 
     def status(self) -> dict[str, Any]:
         """Plain values for the status page."""

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from apparate_llm.controller.policy import Policy
+
 
 class Took(NamedTuple):
     num_requests: int
@@ -28,6 +30,7 @@ class StepClock:
         self.group = group
         self.now_s = monotonic()  # when the last completion pass was sampled
         self.last: Took | None = None  # None where the step was no plain decode step, or the engine had idled
+        self.pass_ms: float | None = None  # of any step, None where the engine had idled
         self._began_s: float | None = None
         self._scheduled = (0, 0)
         self._is_decode = False
@@ -39,9 +42,17 @@ class StepClock:
 
     def completed(self) -> None:
         now_s = monotonic()
-        took_s = now_s - self._began_s if self._began_s is not None and self._is_decode else -1.0
+        took_s = now_s - self._began_s if self._began_s is not None else -1.0
         self.now_s, took_s = share_floats([now_s, took_s], self.group)
-        self.last = Took(*self._scheduled, took_s * 1e3) if took_s >= 0 else None
+        self.pass_ms = took_s * 1e3 if took_s >= 0 else None
+        self.last = Took(*self._scheduled, took_s * 1e3) if took_s >= 0 and self._is_decode else None
+
+    def tell(self, policy: Policy) -> None:
+        """What the last step took."""
+        if self.pass_ms is not None:
+            policy.passed(self.pass_ms)
+        if self.last is not None:
+            policy.completed(*self.last)
 
     def start(self) -> None:
         self._began_s = monotonic()

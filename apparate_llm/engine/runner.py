@@ -273,8 +273,8 @@ class EarlyExitRunner(CPUModelRunner):
         for verdict in self._judged:
             if verdict.follows_text:
                 policy.verdict(verdict.exit, verdict.agrees)
+        self.clock.tell(policy)
         if took is not None:
-            policy.completed(took.num_requests, took.num_rows, took.completion_ms)
             spread.completion_ms.observe(took.completion_ms)
         spread.controller_ms.observe((perf_counter() - began_s) * 1e3 + self.rounds.take_deciding_ms())
         if self.feedback is not None:

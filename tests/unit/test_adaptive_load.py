@@ -30,6 +30,8 @@ class Server:
         self.spread, self.confidences, self.joining = spread, confidences, joining
         self.policy = AdaptivePolicy(depth=0, depths=(0,), num_layers=30, max_exits=6)
         self.pace = 1.0
+        self.prompt_ms = 0.0  # that a third of the passes take longer, as they read prompts
+        self.copied = 0.0  # per request and step
         self.tokens = self.passes = 0
 
     def noise(self) -> float:
@@ -49,7 +51,10 @@ class Server:
             taken_ms += ms
             plain_ms += pass_ms(num_requests) * self.pace
             tokens += num_requests + sum(map(self.accepted, held))
-            self.policy.completed(num_requests, rows, ms)
+            reads = self.prompt_ms and self.rng.random() < 1 / 3
+            self.policy.passed(ms + self.prompt_ms * self.pace if reads else ms)
+            if not reads:
+                self.policy.completed(num_requests, rows, ms)
             held, rounds_ms = self.rounds(num_requests)
             taken_ms += rounds_ms
         self.tokens, self.passes = self.tokens + tokens, self.passes + num_requests * num_steps
@@ -69,8 +74,16 @@ class Server:
             if self.joining:
                 self.policy.joined()
             return held, 0.0
-        live, reach, rows, spent_ms = list(range(num_requests)), [1.0] * num_requests, num_requests, 0.0
-        for number in range(min(self.policy.start(num_requests), 6)):
+        num_rounds = min(self.policy.start(num_requests), 6)
+        reach, rows, spent_ms = [1.0] * num_requests, num_requests, 0.0
+        for i in range(num_requests):
+            if self.policy.copies and self.rng.random() < self.copied:
+                exit_ = Exit(0, 0, 0, 0, 0.9, match=12)
+                if self.policy.decide(exit_, reach=1.0, may_release=False, num_rows=rows) is Verb.HOLD:
+                    held[i].append(exit_)
+                    rows += 1
+        live = [i for i in range(num_requests) if not held[i]]
+        for number in range(num_rounds):
             if number and not self.policy.goes_on(number, [reach[i] for i in live], rows):
                 break
             ms = (1.9 + 0.25 * (len(live) - 1)) * self.pace * self.noise()
@@ -122,3 +135,33 @@ def test_where_many_come_and_go_steps_get_longer_only_for_what_is_well_worth_it(
         assert tokens_per_pass(server, 16) < 1.25, seed
         server.policy.waiting_weight = 0.0
         assert tokens_per_pass(server, 16) > 1.25, seed
+
+
+def exits_per_request(server: Server, num_requests: int) -> float:
+    return tokens_per_pass(server, num_requests) - 1
+
+
+def test_exits_that_save_next_to_nothing_of_the_engines_time_are_left():
+    """Where most of the time goes to prompts, sixteen requests get none; a lone one shares its steps with nobody."""
+    for seed in range(6):
+        server = Server(seed)
+        server.copied = 0.1
+        assert server.ratio(1, 200) < 0.75 and exits_per_request(server, 16) > 0.2, seed
+        server.prompt_ms = 4000.0
+        server.ratio(16, 200)
+        assert exits_per_request(server, 16) < 0.03, seed
+        assert exits_per_request(server, 1) > 0.2, seed
+        server.ratio(16, 100)
+        server.prompt_ms = 0.0
+        server.ratio(16, 400)
+        assert exits_per_request(server, 16) > 0.2, seed
+
+
+def test_texts_to_follow_are_reason_enough():
+    """Ramps that know nothing here, and a third of the tokens can be copied: noticed though exits did not pay."""
+    server = Server(3, confidences=(0.02,))
+    server.ratio(16, 400)
+    assert exits_per_request(server, 16) < 0.03
+    server.copied = 0.4
+    server.ratio(16, 2000)
+    assert exits_per_request(server, 16) > 0.2
