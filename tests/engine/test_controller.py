@@ -69,6 +69,27 @@ def test_a_text_that_repeats_itself_is_followed_without_rounds_and_checked_like_
         assert tokens == plain or bound > 0
 
 
+def test_the_policy_hears_of_passes_that_read_prompts_too(tiny_llama, lens_ramps):
+    passed, completed = [], []
+    ears = {
+        "__slots__": (),
+        "passed": lambda self, ms: passed.append(ms),
+        "completed": lambda self, num_requests, num_rows, ms: completed.append((num_requests, ms)),
+    }
+    with Engine(tiny_llama, adaptive(lens_ramps(depth=3))) as engine:
+        policy = engine.runner.rounds.policy
+        policy.__class__ = type("Listening", (type(policy),), ears)
+        engine.add("first", PROMPTS[0], greedy(60))
+        for _ in range(3):
+            engine.step()
+        before = len(passed), len(completed)
+        engine.add("second", PROMPTS[1], greedy(60))
+        engine.step()
+        assert (len(passed), len(completed)) == (before[0] + 1, before[1]), "it read the second prompt"
+        engine.step()
+        assert completed[-1] == (2, passed[-1]) and passed[-1] > 0
+
+
 @pytest.mark.parametrize("kind", ["agreement", "regret"])
 def test_accepted_divergences_keep_the_bound_and_are_what_the_full_model_says(kind, tiny_llama, lens_ramps):
     """Ask plain vLLM for the next token after every emitted prefix: the divergences must be exactly those counted."""
