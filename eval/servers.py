@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from random import SystemRandom
 from typing import Any, NamedTuple
 
 import httpx
@@ -16,6 +17,7 @@ from apparate_llm.eval.systems import System
 from apparate_llm.launch import server_environment
 
 STOP_TIMEOUT_S = 30.0
+PORTS = range(20_000, 32_000)  # below those that connections get, which would take one before the server listens
 
 
 class Usage(NamedTuple):
@@ -38,7 +40,7 @@ class Server:
     def __enter__(self) -> "Server":
         if self.system.base_url is not None:
             return self
-        port = _free_port()
+        port = free_port()
         self.base_url = f"http://127.0.0.1:{port}"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -126,10 +128,13 @@ class Server:
         return f"; end of its log {self.log}:\n" + "\n".join(lines)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A port that nothing listens at; raises OSError if none is found."""
+    for port in SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no free port among a hundred of {PORTS.start} to {PORTS.stop - 1}")
 
 
 def _peak_resident_gib(pid: int) -> float:

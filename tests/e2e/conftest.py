@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from apparate_llm.eval.servers import free_port
 
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
@@ -56,7 +57,7 @@ def group_alive(group: int) -> bool:
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory, free_port) -> Callable:
+def serve(tmp_path_factory) -> Callable:
     """serve(model, *flags) -> context manager around `apparate-llm serve`."""
 
     def start(*flags: str, **environment: str):
@@ -66,15 +67,3 @@ def serve(tmp_path_factory, free_port) -> Callable:
         return running([*command, "--host", "127.0.0.1", "--port", str(port)], port, log, **environment)
 
     return start
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    import socket
-
-    def get() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
-
-    return get

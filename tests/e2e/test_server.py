@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from apparate_llm.eval.servers import free_port
 
 from tests.e2e.conftest import TINY_FLAGS
 
@@ -128,7 +129,7 @@ def test_an_aborted_stream_leaves_the_server_well(server, client):
     assert counts["outstanding"] == 0 and counts["fallbacks"] == 0
 
 
-def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_ramps, free_port, tmp_path):
+def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_ramps, tmp_path):
     """No hidden dependence on our command: vLLM's own server module and flags only; here with API keys, each of a class
     of its own."""
     from apparate_llm.config import parse_config
