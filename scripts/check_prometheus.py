@@ -12,7 +12,6 @@ and what Prometheus holds is exactly what the evaluation counted.
 import argparse
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from apparate_llm.eval.servers import Server
+from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.systems import Choice, systems_of
 
 from apparate_llm import api
@@ -72,9 +71,7 @@ class Prometheus:
 
 
 def start_prometheus(base_url: str, folder: Path) -> Prometheus:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     rules = Path(api.__path__[0]) / "alerts.yml"
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},

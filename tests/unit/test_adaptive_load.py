@@ -158,7 +158,7 @@ def test_exits_that_save_next_to_nothing_of_the_engines_time_are_left():
 
 
 def test_texts_to_follow_are_reason_enough():
-    """Ramps that know nothing here, and a third of the tokens can be copied: noticed though exits did not pay."""
+    """Ramps that know nothing here, and then four requests in ten can copy: noticed though exits did not pay."""
     server = Server(3, confidences=(0.02,))
     server.ratio(16, 400)
     assert exits_per_request(server, 16) < 0.03

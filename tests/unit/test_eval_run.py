@@ -1,7 +1,6 @@
 """An evaluation from its plan to its results, over fake servers."""
 
 import json
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.loads import closed, poisson, traced
 from apparate_llm.eval.measures import apart_interval, mean_of
 from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.servers import free_port
 from apparate_llm.eval.store import BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import Choice, System, systems_of
@@ -35,12 +35,6 @@ def evaluation_of(folder: Path, systems: list[System], asked: list[Prompt], **ch
     store.open({"loads": [[load.name, False] for load in loads]}, fresh=False)
     made = Evaluation(Path("fake"), systems, asked, loads, repeat=2, store=store, start_timeout_s=5.0)
     return replace(made, **changes)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def results_of(evaluation: Evaluation, phases: tuple[tuple[str, int], ...] = ()):
