@@ -67,7 +67,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("tpt-*.json")), ids=lambda path: path.name)
 def test_measured_tables_are_those_of_the_committed_results(path):
-    from scripts.readme_table import table
+    from scripts.results_table import table
 
     assert table(path) in README and path.name in README
     assert load_results(path).command in README
@@ -87,3 +87,8 @@ def test_agreement_in_the_docs_is_that_of_the_committed_results(path):
     for item in json.loads(path.read_text())["depths"]:
         agreement = " | ".join(f"{part['agreement']:.3f}" for part in item["rounds"])
         assert f"| {item['depth']} | {agreement} | {item['tokens_per_cycle']:.2f} |" in text
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_committed_results_can_be_read(path):
+    json.loads(path.read_text())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Prints the results of an evaluation as the README's table:
+"""Prints the results of an evaluation as a table of docs/tables.md, or as rows of the README's:
 
-python -m scripts.readme_table RESULTS.json
+python -m scripts.results_table RESULTS.json [NAME OF THE ROWS]
 """
 
 import sys
@@ -14,6 +14,8 @@ COLUMNS = (
     "load|system|TPT mean, ms|p99|TTFT mean, ms|tokens/s|exits emitted|tokens that differ|TPT / plain (95 % CI)"
     "|throughput / plain"
 )
+SUMMED_UP = ("lossless", "bounded 0.05", "ngram", "hf-early-exit")  # columns of the README's table
+OURS = SUMMED_UP[:2]
 
 
 def table(path: Path) -> str:
@@ -38,5 +40,29 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def summary(path: Path, name: str) -> str:
+    """A row for each load: TPT / plain of each system; p99 TPT, mean TTFT and throughput / plain of ours."""
+    lines = []
+    ratios = load_results(path).ratios
+    for concurrency in dict.fromkeys(item.concurrency for item in ratios):
+        by_system = {item.system: item for item in ratios if item.concurrency == concurrency}
+        ours = [by_system[system] for system in OURS]
+        cells = [
+            f"[{name}](docs/results/{path.name})",
+            str(concurrency),
+            *(
+                with_interval(item.tpt_mean, item.tpt_mean_ci95) if (item := by_system.get(system)) else number(None)
+                for system in SUMMED_UP
+            ),
+            *(
+                ", ".join(number(value(item)) for item in ours)
+                for value in (lambda i: i.tpt_p99, lambda i: i.ttft_mean, lambda i: i.throughput)
+            ),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
+    path = Path(sys.argv[1])
+    print(summary(path, sys.argv[2]) if len(sys.argv) > 2 else table(path))
