@@ -75,6 +75,11 @@ class Rounds:
         """Of the depth in use."""
         return self.ramp_sets[self.policy.depth]
 
+    def start(self) -> int | None:
+        """Most rounds that the policy wants in the step under way, 0 where texts are followed only; None: no exits."""
+        num_rounds = min(self.policy.start(self.runner.input_batch.num_reqs), self.max_exits)
+        return num_rounds if num_rounds or self.policy.copies else None
+
     def run(
         self, rows: list[Row], num_rounds: int, final_states: torch.Tensor, inner_states: list[torch.Tensor]
     ) -> list[tuple[int, float]]:

@@ -14,7 +14,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from apparate_llm.config import ADDITIONAL_CONFIG_KEY, config_from_vllm
+from apparate_llm.config import config_from_vllm
 from apparate_llm.controller.budget import AccuracyBudget
 from apparate_llm.controller.feedback import FeedbackLog
 from apparate_llm.controller.state import ControllerState, resolve_path
@@ -29,6 +29,7 @@ from apparate_llm.engine.live import LivePolicy, exits_of, reconfigured, request
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.parallel import share_prediction
 from apparate_llm.engine.rounds import Rounds, Row
+from apparate_llm.engine.settings import forget_knobs
 from apparate_llm.engine.shadow import Shadow
 from apparate_llm.engine.verdicts import PendingVerdict, RequestExits, Verdict, VerdictLedger
 from apparate_llm.machine import cache_folder
@@ -50,7 +51,9 @@ class EarlyExitRunner(CPUModelRunner):
         self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
         self._released: dict[str, list[int]] = {}  # exits released in the step under way
         self._judged: list[Verdict] = []  # on exits, by the step under way
-        self.later: Callable[[], None] | None = None  # rounds that wait until the step's tokens have left
+        # Rounds that wait until the step's tokens have left, where an answer begins or ends: its client has them
+        # sooner, and what it asks next may still join the next step.
+        self.later: Callable[[], None] | None = None
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights)
@@ -62,12 +65,7 @@ class EarlyExitRunner(CPUModelRunner):
         if inner_depths:
             self.get_model().set_inner_state_depths(tuple(sorted(inner_depths)))  # type: ignore[operator]
             self.use_aux_hidden_state_outputs = True
-        # vLLM's compile cache has this in its key. All that shapes the compiled pass are the states it gives out; the
-        # knobs were read before.
-        additional = self.vllm_config.additional_config
-        assert isinstance(additional, dict), f"knobs came out of {type(additional)}"
-        others = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
-        self.vllm_config.additional_config = others | {"early_exit_inner_depths": sorted(inner_depths)}
+        forget_knobs(self.vllm_config, sorted(inner_depths))
         num_layers = self.model_config.get_total_num_hidden_layers()
         self.live = LivePolicy(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
         policy = self.live.make(config)
@@ -222,28 +220,31 @@ class EarlyExitRunner(CPUModelRunner):
         """vLLM's call for drafts after sampling and bookkeeping: the rounds. Held exits are the drafts."""
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         self.clock.completed()
-        begins = self._begins_an_answer(sampled_token_ids)
-        rows = self._live_rows(sampled_token_ids, spec_decode_metadata.num_draft_tokens, may_release=not begins)
+        rows, ends = self._live_rows(sampled_token_ids, spec_decode_metadata.num_draft_tokens)
+        waits = ends or self._begins_an_answer(sampled_token_ids)
         inner = aux_hidden_states or []
         if self.rounds is not None:
             self._guarded(self._learn)
         if self.rounds is not None and self.rounds.policy.wants_shadow():
             num_drafts = spec_decode_metadata.num_draft_tokens
             self._guarded(lambda: self.shadow.maybe_run(sampled_token_ids, num_drafts, hidden_states, inner))
-        if self.rounds is not None and rows:
-            propose = partial(self._propose, drafts, rows, hidden_states, inner)
-            if begins:
+        num_rounds = self._guarded(self.rounds.start) if self.rounds is not None and rows else None
+        if num_rounds is not None:
+            propose = partial(self._propose, drafts, rows, num_rounds, hidden_states, inner)
+            if waits:
                 self.later = propose
+                for row in rows:
+                    row.may_release = False  # the tokens leave without
             else:
                 propose()
         self.clock.start()
         return drafts
 
     def _propose(
-        self, drafts: list[list[int]], rows: list[Row], final: torch.Tensor, inner: list[torch.Tensor]
+        self, drafts: list[list[int]], rows: list[Row], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]
     ) -> None:
         """Run the rounds and enter the held exits in `drafts`."""
-        self._guarded(lambda: self._run_rounds(rows, final, inner))
+        self._guarded(lambda: self._run_rounds(rows, num_rounds, final, inner))
         for row in rows:
             drafts[row.request_index] = [exit_.token_id for exit_ in row.held]
             self._commit(row)
@@ -258,8 +259,7 @@ class EarlyExitRunner(CPUModelRunner):
         return super().take_draft_token_ids()
 
     def _begins_an_answer(self, sampled_token_ids: list[list[int]]) -> bool:
-        """Whether a request's first token is among those of this step: rounds wait until it has left, or a client would
-        wait longer for it."""
+        """Whether a request's first token is among those of this step."""
         return any(
             checked and len(self.requests[request_id].output_token_ids) == len(checked)
             for request_id, checked in zip(self.input_batch.req_ids, sampled_token_ids, strict=False)
@@ -282,12 +282,9 @@ class EarlyExitRunner(CPUModelRunner):
         if self.controller_state is not None:
             self.controller_state.save_now_and_then(policy)
 
-    def _run_rounds(self, rows: list[Row], final: torch.Tensor, inner: list[torch.Tensor]) -> None:
+    def _run_rounds(self, rows: list[Row], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]) -> None:
         assert self.rounds is not None
         policy = self.rounds.policy
-        num_rounds = min(policy.start(self.input_batch.num_reqs), self.rounds.max_exits)
-        if not num_rounds and not policy.copies:
-            return
         try:
             spent = self.rounds.run(rows, num_rounds, final, self.shadow.ramp_states(inner))
         except Exception:
@@ -304,11 +301,12 @@ class EarlyExitRunner(CPUModelRunner):
         if self.feedback is not None:
             self.feedback.rounds(spent)
 
-    def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int], *, may_release: bool) -> list[Row]:
-        """Count this step's checked tokens; a row for each request that goes on and takes exits."""
+    def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int]) -> tuple[list[Row], bool]:
+        """Count this step's checked tokens; a row for each request that goes on and takes exits, and whether another
+        ends here."""
         batch, now_s = self.input_batch, self.clock.now_s
         judged = {verdict.request_id for verdict in self._judged if not verdict.released}
-        rows = []
+        rows, ends = [], False
         for index, checked in enumerate(sampled_token_ids):
             if not checked:  # a prompt chunk
                 continue
@@ -328,6 +326,7 @@ class EarlyExitRunner(CPUModelRunner):
             self._judge_by_sampling(request_id, exits, checked, end, 0 if request_id in judged else num_drafts[index])
             self.ledger.emit(request_id, num_emitted + min(num_left, 0), now_s)
             if num_emitted < len(checked) or checked[-1] in stops or num_left <= 0 or num_context_left <= 0:
+                ends = True
                 continue
             if self.rounds is None or not exits.takes_exits:
                 continue
@@ -342,13 +341,13 @@ class EarlyExitRunner(CPUModelRunner):
                     state_row=int(self.query_start_loc.np[index + 1]) - 1 - (num_drafts[index] - num_accepted),
                     max_released=room,
                     max_held=min(room, num_left - 1, num_context_left - 1),
-                    may_release=may_release and exits.releasable and exits.may_diverge(now_s),
+                    may_release=exits.releasable and exits.may_diverge(now_s),
                     greedy=exits.greedy,
                     bucket=exits.bucket,
                     stop_token_ids=stops,
                 )
             )
-        return rows
+        return rows, ends
 
     def _judge_by_sampling(
         self, request_id: str, exits: RequestExits, checked: list[int], end: int, num_drafts: int

@@ -24,3 +24,12 @@ def vllm_settings(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
         "worker_cls": WORKER_CLASS,
         "scheduler_cls": SCHEDULER_CLASS,
     }
+
+
+def forget_knobs(vllm_config: Any, inner_depths: list[int]) -> None:
+    """vLLM's compile cache has the additional settings in its key. All that shapes the compiled pass are the states it
+    gives out; the knobs were read before."""
+    additional = vllm_config.additional_config
+    assert isinstance(additional, dict), f"knobs came out of {type(additional)}"
+    others = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
+    vllm_config.additional_config = others | {"early_exit_inner_depths": inner_depths}

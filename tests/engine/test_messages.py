@@ -32,19 +32,35 @@ def asked(engine, monkeypatch):
     return counter
 
 
-def greedy(**given):
+def greedy(max_tokens=24, **given):
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, **given)
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **given)
 
 
 def test_a_step_takes_one_message_and_another_where_an_answer_begins(engine, asked):
     held = engine.counts()["held"]
-    engine.generate(PROMPTS, greedy())
+    engine.generate(PROMPTS[:1], greedy())
     assert engine.counts()["held"] > held  # drafts reached the scheduler all the same
     assert asked["execute_model"] > 10
     assert asked["sample_tokens"] == 0
-    assert asked["take_draft_token_ids"] == 1  # all three begin in the first step, whose tokens leave before the rounds
+    assert asked["take_draft_token_ids"] == 1  # the first token leaves before the rounds
+
+
+def test_another_where_an_answer_ends_and_others_go_on(engine, asked):
+    engine.generate(PROMPTS[:2], [greedy(8), greedy(24)])
+    assert asked["take_draft_token_ids"] == 2  # they begin together; one ends; when the other does, nobody is left
+
+
+def test_none_more_where_there_are_no_exits(engine, asked):
+    def choose(policy):
+        assert engine.llm.collective_rpc("early_exit_configure", args=({"policy": policy},)) == [None]
+
+    choose("off")
+    engine.generate(PROMPTS, [greedy(8), greedy(16), greedy(24)])
+    choose("static")
+    assert asked["execute_model"] > 10
+    assert asked["take_draft_token_ids"] == 0
 
 
 def test_a_grammar_is_waited_for(engine, asked):

@@ -14,7 +14,9 @@ from apparate_llm.engine.settings import vllm_settings
 from apparate_llm.knobs import knobs_from
 from apparate_llm.serve import given_value, name_model
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+TABLES = (ROOT / "docs" / "tables.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
 COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.startswith("apparate-llm ")]
 
@@ -57,20 +59,29 @@ def test_the_table_of_knobs_is_the_schema():
 
 
 def test_make_targets_exist():
-    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", BLOCKS, re.M):
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("tpt-*.json")), ids=lambda path: path.name)
 def test_measured_tables_are_those_of_the_committed_results(path):
     from scripts.results_table import table
 
-    assert table(path) in README and path.name in README
-    assert load_results(path).command in README
+    assert table(path) in TABLES and path.name in TABLES
+    assert load_results(path).command in TABLES
+
+
+def test_the_ratios_are_those_of_the_committed_results():
+    from scripts.results_table import summary
+
+    rows = re.findall(r"^\| \[(.*?)\]\(docs/results/(.*?)\) \|", README, re.M)
+    assert len(rows) >= 3
+    for name, file in dict.fromkeys(rows):
+        assert summary(RESULTS / file, name) in README
 
 
 def test_the_cost_of_exits_that_are_off_is_that_of_the_committed_results():
@@ -79,9 +90,7 @@ def test_the_cost_of_exits_that_are_off_is_that_of_the_committed_results():
         assert f"{item['tpt_mean']:.2f} with {item['concurrency']} client" in text
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob("ramps-*.json"))
-)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("ramps-*.json")))
 def test_agreement_in_the_docs_is_that_of_the_committed_results(path):
     text = (path.parents[1] / "ramps.md").read_text()
     for item in json.loads(path.read_text())["depths"]:
