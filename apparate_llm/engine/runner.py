@@ -221,7 +221,6 @@ class EarlyExitRunner(CPUModelRunner):
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         self.clock.completed()
         rows, ends = self._live_rows(sampled_token_ids, spec_decode_metadata.num_draft_tokens)
-        waits = ends or self._begins_an_answer(sampled_token_ids)
         inner = aux_hidden_states or []
         if self.rounds is not None:
             self._guarded(self._learn)
@@ -231,7 +230,7 @@ class EarlyExitRunner(CPUModelRunner):
         num_rounds = self._guarded(self.rounds.start) if self.rounds is not None and rows else None
         if num_rounds is not None:
             propose = partial(self._propose, drafts, rows, num_rounds, hidden_states, inner)
-            if waits:
+            if ends or self._begins_an_answer(sampled_token_ids):
                 self.later = propose
                 for row in rows:
                     row.may_release = False  # the tokens leave without
