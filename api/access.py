@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from fastapi import HTTPException, Request
 
 MAX_BODY_BYTES = 64 * 1024
-BODY_TIMEOUT_S = 10.0
+BODY_TIMEOUT_S = 60.0  # a client on a busy machine may get no core for seconds between headers and body
 BODY_WAITS = 10
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from apparate_llm.api.access import BODY_TIMEOUT_S
 from apparate_llm.eval.servers import free_port
 
 from tests.e2e.conftest import TINY_FLAGS
@@ -377,7 +378,7 @@ def test_idle_listeners_and_one_that_never_reads_cost_nobody_anything(server, cl
         assert answer.usage.completion_tokens == 60
         status = await loop.run_in_executor(None, lambda: httpx.get(f"{server}/early_exit/status"))
         assert status.json()["active"]
-        assert b" 408 " in await asyncio.wait_for(reader.readline(), 20)
+        assert b" 408 " in await asyncio.wait_for(reader.readline(), BODY_TIMEOUT_S + 10)
         for writer in (*writers, slow, unfinished):
             writer.close()
 
