@@ -94,6 +94,7 @@ def instrument(engine: Any, profile: Profile) -> None:
     profile.wrap(rounds, "predict", ROUNDS + "rest")
     profile.wrap(rounds, "_proposals", ROUNDS + "copy feature")
     profile.wrap(rounds, "_shallow", ROUNDS + "embedding, blocks")
+    profile.wrap(rounds, "_attention_metadata", ROUNDS + "attention metadata")
     for ramps in rounds.ramp_sets.values():
         profile.wrap(ramps.head, "enter", ROUNDS + "first state")
         profile.wrap(ramps.head, "forward", ROUNDS + "head")
@@ -144,6 +145,8 @@ def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> No
     knobs = None
     if system != "plain":
         knobs = {"policy": "adaptive", "accuracy_bound": 0.0 if system == "lossless" else args.bound, "max_exits": 6}
+        if args.depth is not None:
+            knobs |= {"policy": "static", "depth": args.depth, "threshold": args.threshold}
     vllm: dict[str, Any] = {"dtype": args.dtype, "enforce_eager": False, "max_model_len": 2048, "max_num_seqs": 64}
     with Engine(args.model, knobs, kv_cache_memory_bytes=1 << 30, **vllm) as engine:
         tokenizer = engine.llm.get_tokenizer()
@@ -213,6 +216,8 @@ def main() -> None:
     parser.add_argument("--batch", default="1", help="comma-separated numbers of requests at once")
     parser.add_argument("--systems", default="plain,lossless,bounded")
     parser.add_argument("--bound", type=float, default=0.05, help="of `bounded`")
+    parser.add_argument("--depth", type=int, help="all exits at this depth, by policy static")
+    parser.add_argument("--threshold", type=float, default=0.5, help="of policy static")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=Path, default=Path("chat"), help="built-in set or file")
     parser.add_argument("--num-prompts", type=int, default=8)

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import CompilationMode
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
@@ -15,6 +17,10 @@ from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Exit, Verb
 from apparate_llm.ramps.copying import NOTHING_REPEATED, Repeated, copied_confidence, look_back
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
+
+logger = init_logger("vllm.apparate")
+
+WARM_ROWS = 4  # for torch a number of 1 were a constant
 
 
 @dataclass(slots=True)
@@ -74,6 +80,18 @@ class Rounds:
     def ramps(self) -> RampSet:
         """Of the depth in use."""
         return self.ramp_sets[self.policy.depth]
+
+    def compile_blocks(self) -> None:
+        """Before serving, where vLLM compiles the model: the blocks of the depth that exits begin at. Where that fails,
+        and at another depth later, they run as they are."""
+        depth, config = self.policy.depth, self.runner.vllm_config
+        if depth == 0 or config.compilation_config.mode == CompilationMode.NONE:
+            return
+        try:
+            with set_forward_context(None, config, num_tokens=WARM_ROWS), torch.inference_mode():
+                self.runner.model.compile_shallow(depth, WARM_ROWS)
+        except Exception:
+            logger.exception("Rounds at depth %d take longer, as their blocks could not be compiled", depth)
 
     def start(self) -> int | None:
         """Most rounds that the policy wants in the step under way, 0 where texts are followed only; None: no exits."""

@@ -31,6 +31,12 @@ class EarlyExitWorker(CPUWorker):
         if not self.model_config.enforce_eager:
             run_beside(hash_compilers, "hash-compilers")
 
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        if self.model_runner.rounds is not None:
+            self.model_runner.rounds.compile_blocks()
+        return times
+
     # One message to this process per step instead of three, where nothing has to come in between.
 
     def execute_model(self, scheduler_output: Any) -> Any:

@@ -4,7 +4,7 @@ Works on any class whose `model` has `embed_input_ids`, `layers` called as `laye
 final `norm`, which is how vLLM writes Llama, Mistral, Qwen2 and Qwen3.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class EarlyExitMixin(_Base):
         self.ramps = nn.ModuleDict()  # depth, as text -> RampSet
         self.default_depth: int | None = None  # this and the hash are written by load_weights
         self.ramps_sha256: str | None = None
+        self._compiled_shallow: dict[int, Callable[..., torch.Tensor]] = {}
         self._dtype = vllm_config.model_config.dtype
 
     def forward_shallow(self, depth: int, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -51,6 +52,18 @@ class EarlyExitMixin(_Base):
         Needs a forward context whose attention metadata covers these rows; writes the KV of these blocks, which the
         completion pass later writes again with the same values.
         """
+        compiled = self._compiled_shallow.get(depth)
+        return self._shallow(depth, input_ids, positions) if compiled is None else compiled(input_ids, positions)
+
+    def compile_shallow(self, depth: int, num_rows: int) -> None:
+        """Compile `forward_shallow` at this depth, for any number of rows; `num_rows`, more than 1, to try it with.
+        Needs a forward context, without metadata."""
+        compiled = torch.compile(lambda *rows: self._shallow(depth, *rows), dynamic=True, options=compile_options())
+        rows = torch.zeros(num_rows, dtype=torch.long)
+        compiled(rows, rows.clone())
+        self._compiled_shallow[depth] = compiled
+
+    def _shallow(self, depth: int, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden, residual = self.model.embed_input_ids(input_ids), None
         for layer in self.model.layers[:depth]:
             hidden, residual = layer(positions, hidden, residual)
@@ -99,6 +112,12 @@ class EarlyExitMixin(_Base):
         manifest = read_manifest(folder)
         check_fits(manifest, folder, fingerprint=fingerprint)
         return folder, manifest
+
+
+def compile_options() -> dict[str, Any]:
+    """As vLLM compiles the model: nothing that could be checked in each call ever changes, and checking takes time."""
+    asserts = ("size_asserts", "alignment_asserts", "scalar_asserts")
+    return {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **dict.fromkeys(asserts, False)}
 
 
 def ramps_of(model: nn.Module) -> tuple[dict[int, RampSet], int]:

@@ -1,4 +1,5 @@
 import torch
+from vllm.config import CompilationMode
 
 from tests.harness import Engine, greedy, token_prompts
 
@@ -30,3 +31,41 @@ def test_blocks_up_to_k_give_the_full_passes_inner_state(tiny_models, lens_ramps
     assert len(common) >= 20
     for key in common:
         torch.testing.assert_close(shallow[key], full[key], rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_blocks_give_what_blocks_give(tiny_models, lens_ramps):
+    """Whatever the number of rows, and the answers are plain vLLM's."""
+    knobs = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
+    rows_seen = set()
+    with Engine(tiny_models["qwen3"], knobs, enforce_eager=False) as engine:
+        model = engine.runner.model
+        compiled = model._compiled_shallow[3]
+
+        def compare(input_ids, positions):
+            hidden = compiled(input_ids, positions).clone()
+            torch.testing.assert_close(hidden, model._shallow(3, input_ids, positions), rtol=1e-4, atol=1e-5)
+            rows_seen.add(len(input_ids))
+            return hidden
+
+        model._compiled_shallow[3] = compare
+        tokens = engine.tokens(token_prompts(3), greedy(20))
+        tokens += engine.tokens(token_prompts(1), greedy(20))
+        assert engine.counts()["fallbacks"] == 0
+    assert {1, 2, 3} <= rows_seen
+    with Engine(tiny_models["qwen3"]) as plain:
+        assert tokens == plain.tokens(token_prompts(3), greedy(20)) + plain.tokens(token_prompts(1), greedy(20))
+
+
+def test_blocks_that_do_not_compile_run_as_they_are(tiny_models, lens_ramps, monkeypatch):
+    def fails(*_args):
+        raise RuntimeError("no compiler")
+
+    knobs = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
+    with Engine(tiny_models["qwen3"], knobs) as engine:
+        monkeypatch.setattr(engine.runner.model, "compile_shallow", fails)
+        monkeypatch.setattr(engine.runner.vllm_config.compilation_config, "mode", CompilationMode.VLLM_COMPILE)
+        engine.runner.rounds.compile_blocks()
+        engine.tokens(token_prompts(1), greedy(20))
+        counts = engine.counts()
+    assert counts["fallbacks"] == 0
+    assert counts["rounds"] > 0
