@@ -81,10 +81,9 @@ class Rounds:
         """Of the depth in use."""
         return self.ramp_sets[self.policy.depth]
 
-    def compile_blocks(self) -> None:
-        """Before serving, where vLLM compiles the model: the blocks of the depth that exits begin at. Where that fails,
-        and at another depth later, they run as they are."""
-        depth, config = self.policy.depth, self.runner.vllm_config
+    def compile_blocks(self, depth: int) -> None:
+        """Before serving, where vLLM compiles the model. Blocks that are not compiled, or cannot be, run as they are."""
+        config = self.runner.vllm_config
         if depth == 0 or config.compilation_config.mode == CompilationMode.NONE:
             return
         try:

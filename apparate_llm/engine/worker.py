@@ -33,8 +33,9 @@ class EarlyExitWorker(CPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        if self.model_runner.rounds is not None:
-            self.model_runner.rounds.compile_blocks()
+        rounds = self.model_runner.rounds
+        if rounds is not None:  # those of a depth that is chosen later would have to be compiled while serving
+            rounds.compile_blocks(rounds.policy.depth)
         return times
 
     # One message to this process per step instead of three, where nothing has to come in between.

@@ -107,6 +107,8 @@ def _measure(model: Path, ramps: Path, depths: list[int], *, eager: bool) -> dic
     engine: Any = llm.llm_engine
     runner = runner_of(llm)
     rounds, runner.rounds = runner.rounds, None
+    for depth in depths:
+        rounds.compile_blocks(depth)
     completion: dict[str, float] = {}
     round_ms: dict[str, dict[str, float]] = {str(depth): {} for depth in depths}
     vocab = runner.model_config.get_vocab_size()
