@@ -39,6 +39,7 @@ from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
 THAWING_S = 0.3  # of each turn, not counted
+SAME_STEP_S = 0.003  # tokens of one step come within
 STEP_METRICS = ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum", "vllm:generation_tokens_total")
 
 
@@ -209,6 +210,7 @@ def row_of(clients: Clients) -> dict[str, Any]:
     first = next(turn.began_s for turn in turns.turns if turn.counted)
     last = turns.turns[-1].ended_s
     answers: dict[tuple[int, int], tuple[float, float]] = {}
+    waits: list[tuple[float, float]] = []
     times_asked: Counter[int] = Counter()
     for done in clients.done:
         key = (done.prompt_index, times_asked[done.prompt_index])
@@ -221,6 +223,7 @@ def row_of(clients: Clients) -> dict[str, Any]:
         later_tokens = (done.output_tokens or 1) - 1
         tpt_ms = (ends[1] - ends[0]) * 1e3 / later_tokens if later_tokens else float("nan")
         answers[key] = (tpt_ms, (ends[0] - began) * 1e3)
+        waits.append((began, ends[0]))
     if len(answers) < 2:
         sys.exit(
             f"no two answers of {clients.server.system.name} began and ended within its turns: give more --windows"
@@ -243,6 +246,9 @@ def row_of(clients: Clients) -> dict[str, Any]:
             "p99": float(np.percentile(tpt, 99)),
         },
         "ttft_ms": {"mean": float(np.mean(ttft)), "p99": float(np.percentile(ttft, 99))},
+        "ttft_parts": ttft_parts(
+            waits, [[turns.active_s(at_s) for at_s, _ in answer] for answer in arrivals if answer]
+        ),
         "answers": answers,
         "rates": rates,
     }
@@ -259,6 +265,24 @@ def in_window(arrivals: list[list[tuple[float, int]]], began_s: float, ended_s: 
             after_first += inside[-1][1] - inside[0][1]
             tokens += inside[-1][1] - before
     return (seconds * 1e3 / after_first if after_first else float("nan")), tokens
+
+
+def ttft_parts(waits: list[tuple[float, float]], arrivals: list[list[float]]) -> dict[str, float]:
+    """What first tokens waited for, in ms, on average over `waits`, each (asked, first token): the step that was under
+    way, further ones without the prompt, the one that read it; and how many prompts that one read. A step ends when
+    its tokens arrive. All times in s for which the server was running, `arrivals` of all answers."""
+    times = np.sort(np.concatenate([np.array(answer) for answer in arrivals]))
+    step_ends = times[np.append(np.diff(times) > SAME_STEP_S, True)]
+    read = np.bincount(np.searchsorted(step_ends, [answer[0] for answer in arrivals]), minlength=len(step_ends))
+    parts = []
+    for asked, first in waits:
+        own = int(np.searchsorted(step_ends, first))
+        began = max(asked, step_ends[own - 1]) if own else asked
+        waited = step_ends[(step_ends > asked) & (step_ends <= began)]
+        under_way = (waited[0] if len(waited) else asked) - asked
+        parts.append((under_way * 1e3, (began - asked - under_way) * 1e3, (first - began) * 1e3, read[own]))
+    names = ("step_under_way_ms", "further_steps_ms", "own_step_ms", "prompts_in_own_step")
+    return dict(zip(names, np.mean(parts, axis=0).tolist(), strict=True))
 
 
 def ratio_of(values: list[float], others: list[float]) -> dict[str, Any]:
@@ -304,10 +328,12 @@ def ratios_of_answers(
 
 
 def said(row: dict[str, Any]) -> str:
-    tpt, ttft = row["tpt_ms"], row["ttft_ms"]
+    tpt, ttft, parts = row["tpt_ms"], row["ttft_ms"], row["ttft_parts"]
     text = (
         f"{row['system']}: TPT {tpt['windows']:.1f} ms (requests: mean {tpt['mean']:.1f}, p99 {tpt['p99']:.1f}), TTFT "
-        f"{ttft['mean']:.0f} ms, {row['tokens_per_s']:.1f} tokens/s, steps of {row['step_ms']:.1f} ms with "
+        f"{ttft['mean']:.0f} ms (step under way {parts['step_under_way_ms']:.0f}, further "
+        f"{parts['further_steps_ms']:.0f}, own {parts['own_step_ms']:.0f} with {parts['prompts_in_own_step']:.2f} "
+        f"prompts), {row['tokens_per_s']:.1f} tokens/s, steps of {row['step_ms']:.1f} ms with "
         f"{row['tokens_per_step']:.1f} tokens and {row['prompt_tokens_per_step']:.0f} of prompts, {row['requests']} "
         f"requests, {row['failed']} failed"
     )
