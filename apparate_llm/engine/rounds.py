@@ -82,7 +82,7 @@ class Rounds:
         return self.ramp_sets[self.policy.depth]
 
     def compile_blocks(self, depth: int) -> None:
-        """Before serving, where vLLM compiles the model. Blocks that are not compiled, or cannot be, run as they are."""
+        """Before serving, where vLLM compiles the model. Blocks that are not or cannot be compiled run as they are."""
         config = self.runner.vllm_config
         if depth == 0 or config.compilation_config.mode == CompilationMode.NONE:
             return
