@@ -37,9 +37,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
+from scripts.tpt_parts import SAME_STEP_S
 
 THAWING_S = 0.3  # of each turn, not counted
-SAME_STEP_S = 0.003  # tokens of one step come within
 STEP_METRICS = ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum", "vllm:generation_tokens_total")
 
 

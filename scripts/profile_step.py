@@ -26,6 +26,7 @@ WARM_TOKENS = 64
 MAX_PROMPT_TOKENS = 1024
 BANDWIDTH_BYTES = 256 << 20
 ROUNDS = "rounds: "
+THRESHOLD = 0.5  # of exits at a given depth
 
 
 @dataclass
@@ -146,7 +147,7 @@ def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> No
     if system != "plain":
         knobs = {"policy": "adaptive", "accuracy_bound": 0.0 if system == "lossless" else args.bound, "max_exits": 6}
         if args.depth is not None:
-            knobs |= {"policy": "static", "depth": args.depth, "threshold": args.threshold}
+            knobs |= {"policy": "static", "depth": args.depth, "threshold": THRESHOLD}
     vllm: dict[str, Any] = {"dtype": args.dtype, "enforce_eager": False, "max_model_len": 2048, "max_num_seqs": 64}
     with Engine(args.model, knobs, kv_cache_memory_bytes=1 << 30, **vllm) as engine:
         tokenizer = engine.llm.get_tokenizer()
@@ -216,8 +217,9 @@ def main() -> None:
     parser.add_argument("--batch", default="1", help="comma-separated numbers of requests at once")
     parser.add_argument("--systems", default="plain,lossless,bounded")
     parser.add_argument("--bound", type=float, default=0.05, help="of `bounded`")
-    parser.add_argument("--depth", type=int, help="all exits at this depth, by policy static")
-    parser.add_argument("--threshold", type=float, default=0.5, help="of policy static")
+    parser.add_argument(
+        "--depth", type=int, help=f"all exits at this depth, by policy static with threshold {THRESHOLD}"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=Path, default=Path("chat"), help="built-in set or file")
     parser.add_argument("--num-prompts", type=int, default=8)

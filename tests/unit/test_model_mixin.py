@@ -57,7 +57,10 @@ def test_compiled_blocks_give_what_blocks_give(tiny_models, lens_ramps):
 
 
 def test_blocks_that_do_not_compile_run_as_they_are(tiny_models, lens_ramps, monkeypatch):
-    def fails(*_args):
+    asked = []
+
+    def fails(*args):
+        asked.append(args)
         raise RuntimeError("no compiler")
 
     knobs = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
@@ -67,5 +70,6 @@ def test_blocks_that_do_not_compile_run_as_they_are(tiny_models, lens_ramps, mon
         engine.runner.rounds.compile_blocks(3)
         engine.tokens(token_prompts(1), greedy(20))
         counts = engine.counts()
+    assert [depth for depth, _rows in asked] == [3]
     assert counts["fallbacks"] == 0
     assert counts["rounds"] > 0
