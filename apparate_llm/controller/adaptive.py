@@ -82,6 +82,7 @@ class AdaptivePolicy(Policy):
     _copied_in_step: tuple[int, float, int] = (0, 0.0, 0)  # requests, expected tokens, rows
     _worthless: dict[int, int] = field(default_factory=dict)  # plans since exits last paid
     _pass_ms: float = 0.0
+    _passes: int = 0
     _steps: dict[int, int] = field(default_factory=dict)  # by number of requests
     _since_probe: dict[int, int] = field(default_factory=dict)
     _price: float = 0.0  # of the step under way
@@ -236,7 +237,8 @@ class AdaptivePolicy(Policy):
         self.costs.observe_round(depth, num_rows, ms)
 
     def passed(self, ms: float) -> None:
-        self._pass_ms += (ms - self._pass_ms) * (PASS_MEMORY if self._pass_ms else 1.0)
+        self._passes += 1
+        self._pass_ms += (ms - self._pass_ms) * max(PASS_MEMORY, 1.0 / self._passes)
 
     def completed(self, num_requests: int, num_rows: int, ms: float) -> None:
         self.costs.observe_completion(num_rows, ms)

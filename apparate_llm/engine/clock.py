@@ -1,11 +1,14 @@
 """Times of the engine's steps. With tensor parallelism rank 0's clock is everybody's, so that all decide alike."""
 
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any, NamedTuple
 
 import torch
 
 from apparate_llm.controller.policy import Policy
+
+STOPPED_S = 0.5  # of a step, from which it may be one in which the process was stopped
+RAN_FRAC = 0.25  # of a step that the process had a CPU, below which it was
 
 
 class Took(NamedTuple):
@@ -29,9 +32,10 @@ class StepClock:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.now_s = monotonic()  # when the last completion pass was sampled
-        self.last: Took | None = None  # None where the step was no plain decode step, or the engine had idled
-        self.pass_ms: float | None = None  # of any step, None where the engine had idled
+        self.last: Took | None = None  # None where the step was no plain decode step, or `pass_ms` is
+        self.pass_ms: float | None = None  # of any step, None where the engine had idled or been stopped
         self._began_s: float | None = None
+        self._began_cpu_s = 0.0
         self._scheduled = (0, 0)
         self._is_decode = False
 
@@ -43,6 +47,8 @@ class StepClock:
     def completed(self) -> None:
         now_s = monotonic()
         took_s = now_s - self._began_s if self._began_s is not None else -1.0
+        if took_s > STOPPED_S and process_time() - self._began_cpu_s < RAN_FRAC * took_s:
+            took_s = -1.0  # frozen, or without a CPU: says nothing of what steps cost
         self.now_s, took_s = share_floats([now_s, took_s], self.group)
         self.pass_ms = took_s * 1e3 if took_s >= 0 else None
         self.last = Took(*self._scheduled, took_s * 1e3) if took_s >= 0 and self._is_decode else None
@@ -55,7 +61,7 @@ class StepClock:
             policy.completed(*self.last)
 
     def start(self) -> None:
-        self._began_s = monotonic()
+        self._began_s, self._began_cpu_s = monotonic(), process_time()
 
     def stop(self) -> None:
         """The engine idles: the time until the next step is nobody's."""

@@ -178,6 +178,16 @@ def test_a_lone_request_keeps_nobody_waiting():
     assert verbs[0] == verbs[1] and set(verbs[0]) == {Verb.HOLD, Verb.STOP}
 
 
+def test_prompts_that_a_server_begins_with_do_not_keep_exits_away():
+    """A first pass that reads four of them was its mean for hundreds of steps, and exits seemed to save nothing."""
+    policy = make()
+    teach(policy)
+    policy.passed(1250.0)
+    for _ in range(40):
+        policy.passed(24.0)
+    assert policy.start(4) > 0
+
+
 def test_what_it_learned_survives_as_json():
     policy = make(depths=(0, 2))
     teach(policy)
