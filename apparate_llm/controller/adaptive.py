@@ -16,7 +16,8 @@ CALIBRATED_ROUNDS = 4  # later rounds share the last one's calibration
 PLAN_STEPS = 8  # a plan for a number of requests is kept for so many steps
 PLAIN_STEPS = frozenset({4, 8, 16, 32, 64})  # steps without exits, so that plain passes are measured, then every
 PLAIN_EVERY = 256
-PROBE_EVERY = 64  # steps at least between single rounds where exits do not pay
+FIRST_PROBE = 4  # steps until a single round where exits do not pay any more, then twice as many each time, up to
+PROBE_EVERY = 64  # at least
 PROBE_COST_FRAC = 0.01  # of the time that such rounds may take
 COPIED = -1  # stands for the depth of exits without a ramp, where calibrations are kept
 FOLLOWED_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
@@ -85,6 +86,7 @@ class AdaptivePolicy(Policy):
     _passes: int = 0
     _steps: dict[int, int] = field(default_factory=dict)  # by number of requests
     _since_probe: dict[int, int] = field(default_factory=dict)
+    _probe_after: dict[int, int] = field(default_factory=dict)  # steps
     _price: float = 0.0  # of the step under way
     _joined: int = 0  # since the last step
     _joined_per_step: float = 0.0
@@ -108,6 +110,7 @@ class AdaptivePolicy(Policy):
         self._copied_in_step = (num_requests, 0.0, 0)
         if plan.num_rounds == 0:
             return self._probe(load, num_requests)
+        self._probe_after[load] = FIRST_PROBE
         return self.max_exits if self.copies else 0
 
     def _plan(self, load: int, num_requests: int) -> RoundsPlan:
@@ -176,13 +179,16 @@ class AdaptivePolicy(Policy):
         return best
 
     def _probe(self, load: int, num_requests: int) -> int:
-        """A single round now and then where none pays, so that a change is noticed."""
+        """A single round now and then where none pays, so that a change is noticed; soon after it did, as a slow round
+        or two may have made rounds look dear."""
         since = self._since_probe[load] = self._since_probe.get(load, 0) + 1
         plain = self.costs.completion(num_requests)
         extra = self.costs.round(self.depth, num_requests) + self.costs.completion(2 * num_requests) - plain
-        if since < max(PROBE_EVERY, extra / plain / PROBE_COST_FRAC):
+        after, most = self._probe_after.get(load, FIRST_PROBE), max(PROBE_EVERY, extra / plain / PROBE_COST_FRAC)
+        if since < min(after, most):
             return 0
         self._since_probe[load] = 0
+        self._probe_after[load] = after if after >= most else 2 * after
         return 1
 
     def follows(self, match: int, greedy: bool) -> bool:

@@ -188,6 +188,26 @@ def test_prompts_that_a_server_begins_with_do_not_keep_exits_away():
     assert policy.start(4) > 0
 
 
+def test_slow_rounds_at_first_do_not_keep_exits_away():
+    """A server of which a first round was slow once took next to none for 2000 steps, with a single round in 100."""
+    policy = make()
+    for _ in range(32):
+        policy.completed(4, 4, 16.0)
+    for ms in (9.0, 15.0):
+        policy.round_took(0, 4, ms)
+    assert policy.best_rate(0, 4)[1] == 0
+
+    def steps_until_exits_pay() -> int:
+        for step in range(1000):
+            if policy.start(4):
+                policy.round_took(0, 4, 1.0)
+            if policy.best_rate(0, 4)[1]:
+                return step
+        return 1000
+
+    assert steps_until_exits_pay() < 200
+
+
 def test_what_it_learned_survives_as_json():
     policy = make(depths=(0, 2))
     teach(policy)
