@@ -18,7 +18,8 @@ PLAIN_STEPS = frozenset({4, 8, 16, 32, 64})  # steps without exits, so that plai
 PLAIN_EVERY = 256
 FIRST_PROBE = 4  # steps until a single round where exits do not pay any more, then twice as many each time, up to
 PROBE_EVERY = 64  # at least
-PROBE_COST_FRAC = 0.01  # of the time that such rounds may take
+FIRST_PROBES_COST_FRAC = 0.1  # of the time that the first of them may take
+PROBE_COST_FRAC = 0.01  # that later ones may
 COPIED = -1  # stands for the depth of exits without a ramp, where calibrations are kept
 FOLLOWED_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
 TRIED_EVERY = 16  # times that they are less likely right, so that a change is noticed
@@ -84,9 +85,10 @@ class AdaptivePolicy(Policy):
     _worthless: dict[int, int] = field(default_factory=dict)  # plans since exits last paid
     _pass_ms: float = 0.0
     _passes: int = 0
+    _warm: set[int] = field(default_factory=set)  # depths of which a round has run
     _steps: dict[int, int] = field(default_factory=dict)  # by number of requests
     _since_probe: dict[int, int] = field(default_factory=dict)
-    _probe_after: dict[int, int] = field(default_factory=dict)  # steps
+    _probe_after: dict[int, float] = field(default_factory=dict)  # steps
     _price: float = 0.0  # of the step under way
     _joined: int = 0  # since the last step
     _joined_per_step: float = 0.0
@@ -184,11 +186,12 @@ class AdaptivePolicy(Policy):
         since = self._since_probe[load] = self._since_probe.get(load, 0) + 1
         plain = self.costs.completion(num_requests)
         extra = self.costs.round(self.depth, num_requests) + self.costs.completion(2 * num_requests) - plain
-        after, most = self._probe_after.get(load, FIRST_PROBE), max(PROBE_EVERY, extra / plain / PROBE_COST_FRAC)
+        most = max(PROBE_EVERY, extra / plain / PROBE_COST_FRAC)
+        after = max(self._probe_after.get(load, FIRST_PROBE), extra / plain / FIRST_PROBES_COST_FRAC)
         if since < min(after, most):
             return 0
         self._since_probe[load] = 0
-        self._probe_after[load] = after if after >= most else 2 * after
+        self._probe_after[load] = min(2 * after, most)
         return 1
 
     def follows(self, match: int, greedy: bool) -> bool:
@@ -240,7 +243,10 @@ class AdaptivePolicy(Policy):
         return len(self.depths) > 1
 
     def round_took(self, depth: int, num_rows: int, ms: float) -> None:
-        self.costs.observe_round(depth, num_rows, ms)
+        if depth in self._warm:
+            self.costs.observe_round(depth, num_rows, ms)
+        else:  # takes several times as long as others, and would count for long
+            self._warm.add(depth)
 
     def passed(self, ms: float) -> None:
         self._passes += 1

@@ -157,7 +157,6 @@ class CostModel:
         self.pace *= min(max(slower, 1 / MAX_SURPRISE), MAX_SURPRISE) ** PACE_GAIN
 
     def observe_round(self, depth: int, rows: int, ms: float) -> None:
-        if depth in self.rounds:
-            self.rounds[depth].observe(rows, ms / self.pace)
-        else:  # the first one takes several times as long, and would count for a while
+        if depth not in self.rounds:
             self.rounds[depth] = CostCurve(tuple(1.0 + 0.05 * (point - 1) for point in ROWS))
+        self.rounds[depth].observe(rows, ms / self.pace)

@@ -81,13 +81,6 @@ def test_rounds_are_guessed_from_the_depth_until_measured():
     assert costs.round(2, 1) == pytest.approx(0.15 * costs.completion(1))
 
 
-def test_the_first_round_of_a_depth_does_not_count():
-    model = CostModel(30)
-    for ms in (3.4, 0.9, 0.9, 0.9):
-        model.observe_round(0, 4, ms)
-    assert model.round(0, 4) == pytest.approx(0.9)
-
-
 def test_costs_compare_rightly_on_a_machine_that_changes_its_speed():
     """Twice as slow and back every 400 passes, as a shared host may be; passes with exits fall into slow times."""
     model, rng = CostModel(30), np.random.default_rng(0)
