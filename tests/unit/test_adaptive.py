@@ -203,7 +203,7 @@ def test_rounds_that_are_dear_are_seldom_tried():
 
 
 def test_slow_rounds_at_first_do_not_keep_exits_away():
-    """A server of which a first round was slow once took next to none for 2000 steps, with a single round in 100."""
+    """A server once took next to none for 2000 steps, with a single round in 100: most likely after a slow first one."""
     policy = make()
     for _ in range(32):
         policy.completed(4, 4, 16.0)
