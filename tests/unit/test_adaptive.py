@@ -203,11 +203,11 @@ def test_rounds_that_are_dear_are_seldom_tried():
 
 
 def test_slow_rounds_at_first_do_not_keep_exits_away():
-    """A server once took next to none for 2000 steps, with a single round in 100: most likely after a slow first one."""
+    """A server once took next to none for 2000 steps, with a single round in 100, most likely after a slow one."""
     policy = make()
     for _ in range(32):
         policy.completed(4, 4, 16.0)
-    for ms in (9.0, 15.0):
+    for ms in (15.0, 15.0):
         policy.round_took(0, 4, ms)
     assert policy.best_rate(0, 4)[1] == 0
 
