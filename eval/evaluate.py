@@ -28,6 +28,7 @@ from rich.progress import (
 )
 
 WARM_UP = (2, 32)  # prompts at once, tokens
+WAKING_TOKENS = 8
 
 
 @dataclass(slots=True)
@@ -106,7 +107,8 @@ def _measure(
     evaluation: Evaluation, number: int, load: Load, servers: list[Server], progress: Progress, task: Any
 ) -> None:
     """The systems take turns block by block (A B, B A, A B, ...), so that a machine that is slower for some minutes is
-    slower for all. The waiting ones are off the processors. A closed loop begins with requests that are not counted."""
+    slower for all. The waiting ones are off the processors; the first request after that is not counted, as nobody
+    freezes a server in use. A closed loop begins with further ones that are not counted."""
     settled: set[str] = set()
     order = list(servers)
     for repeat in range(evaluation.repeat):
@@ -184,6 +186,10 @@ def _ask(
 def _running(server: Server) -> Iterator[None]:
     server.resume()
     try:
+        if server.process is not None:
+            messages = [{"role": "user", "content": "Hello"}]
+            ask = Ask(0, WAKING_TOKENS)
+            asyncio.run(run_block(server.base_url, server.model_name(), [messages], [ask], concurrency=1))
         yield
     finally:
         server.pause()

@@ -1,6 +1,7 @@
 """An evaluation from its plan to its results, over fake servers."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.loads import closed, poisson, traced
 from apparate_llm.eval.measures import apart_interval, mean_of
 from apparate_llm.eval.prompts import Prompt
-from apparate_llm.eval.servers import free_port
+from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import Choice, System, systems_of
@@ -99,6 +100,31 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(base_url, tmp_path, monk
     assert len(measured) == len(set(measured)) == 8  # 2 loads x 2 repeats x 2 systems, none twice
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert all(evaluation.is_done(system) for system in systems)
+
+
+def test_what_a_server_answers_first_after_it_was_frozen_does_not_count(tmp_path, monkeypatch):
+    from apparate_llm.eval import evaluate as module
+
+    events: list[str] = []
+    resume, run_block = Server.resume, module.run_block
+
+    def resumed(server):
+        events.append("resumed")
+        resume(server)
+
+    def asked(base_url, model, messages, asks, **rest):
+        events.extend(messages[ask.prompt_index][0]["content"] for ask in asks)
+        return run_block(base_url, model, messages, asks, **rest)
+
+    monkeypatch.setattr(Server, "resume", resumed)
+    monkeypatch.setattr(module, "run_block", asked)
+    command = (sys.executable, "-m", "uvicorn", "tests.fake_server:app", "--log-level", "warning")
+    evaluation = evaluation_of(tmp_path / "out", [System("vllm", command=command)], prompts("single", "single"))
+    evaluate(replace(evaluation, start_timeout_s=60.0), Console(quiet=True))
+    turns = " ".join(events[2:]).split("resumed ")[1:]  # the first two warm the server up, once and for all
+    assert [turn.split()[0] for turn in turns[:4]] == ["Hello"] * 4  # 2 loads x 2 repeats
+    answers = [done for block in evaluation.store.blocks() for done in block.completions]
+    assert len(answers) == 8 and all(done.text == "a" for done in answers)
 
 
 def test_other_settings_are_refused_and_fresh_ones_begin_anew(tmp_path):
