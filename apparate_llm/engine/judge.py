@@ -1,4 +1,5 @@
-"""Verdicts on held exits, from the logits of the completion pass that vLLM's rejection sampler is about to read."""
+"""Verdicts on held exits: from the logits of the completion pass that vLLM's rejection sampler is about to read, or
+from the tokens it took."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ import torch
 
 from apparate_llm.best import best_tokens
 from apparate_llm.controller.policy import Policy
-from apparate_llm.engine.verdicts import Verdict, VerdictLedger
+from apparate_llm.engine.verdicts import RequestExits, Verdict, VerdictLedger
 
 
 def best_and_regret(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[list[int], list[float]]:
@@ -63,4 +64,22 @@ def judge_held(
             if passes:
                 ledger.accept_divergence(request_id, exit_, regret)
                 logits[rows[row], exit_.token_id] += regret + 1.0  # one above the best
+    return verdicts
+
+
+def judge_by_sampling(
+    request_id: str, exits: RequestExits, checked: list[int], end: int, num_drafts: int
+) -> list[Verdict]:
+    """Verdicts that the sampled tokens show, of which the last is at `end` - 1: on `num_drafts` held exits, and on the
+    one that was not taken."""
+    num_accepted = len(checked) - 1
+    verdicts = [
+        Verdict(request_id, exit_, False, i < num_accepted)
+        for i, exit_ in enumerate(exits.held[: min(num_drafts, num_accepted + 1)])
+    ]
+    offered = exits.offered
+    if offered is not None and end - len(checked) <= offered.position < end:
+        agrees = checked[offered.position - end] == offered.token_id
+        verdicts.append(Verdict(request_id, offered, False, agrees))
+    exits.held, exits.offered = [], None
     return verdicts

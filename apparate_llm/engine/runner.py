@@ -24,14 +24,15 @@ from apparate_llm.engine.eligibility import stop_token_ids
 from apparate_llm.engine.greedy import check, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.identity import identity_of
-from apparate_llm.engine.judge import best_and_regret, judge_held
+from apparate_llm.engine.judge import best_and_regret, judge_by_sampling, judge_held
+from apparate_llm.engine.last_block import LastBlock, last_block_of
 from apparate_llm.engine.live import LivePolicy, exits_of, reconfigured, requests_follow
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.parallel import share_prediction
 from apparate_llm.engine.rounds import Rounds, Row
 from apparate_llm.engine.settings import forget_knobs
 from apparate_llm.engine.shadow import Shadow
-from apparate_llm.engine.verdicts import PendingVerdict, RequestExits, Verdict, VerdictLedger
+from apparate_llm.engine.verdicts import PendingVerdict, Verdict, VerdictLedger
 from apparate_llm.machine import cache_folder
 from apparate_llm.models.mixin import ramps_of
 
@@ -46,6 +47,7 @@ class EarlyExitRunner(CPUModelRunner):
         self.clock = StepClock(get_tp_group())
         self.rounds: Rounds | None = None  # None: no exits
         self.live: LivePolicy | None = None  # None: started without exits
+        self.last_block: LastBlock | None = None  # None: computed for all rows
         self.controller_state: ControllerState | None = None  # None: nothing is kept
         self.feedback: FeedbackLog | None = None
         self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
@@ -65,7 +67,8 @@ class EarlyExitRunner(CPUModelRunner):
         if inner_depths:
             self.get_model().set_inner_state_depths(tuple(sorted(inner_depths)))  # type: ignore[operator]
             self.use_aux_hidden_state_outputs = True
-        forget_knobs(self.vllm_config, sorted(inner_depths))
+        self.last_block = last_block_of(self, inner_depths)
+        forget_knobs(self.vllm_config, sorted(inner_depths), reads_last_block=self.last_block is not None)
         num_layers = self.model_config.get_total_num_hidden_layers()
         self.live = LivePolicy(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
         policy = self.live.make(config)
@@ -145,7 +148,16 @@ class EarlyExitRunner(CPUModelRunner):
         if self._pending:
             rows = [item.row for item in self._pending]
             logits_indices = torch.cat([logits_indices, logits_indices.new_tensor(rows)])
+        if self.last_block is not None:
+            drafts_of = spec_metadata.num_draft_tokens if spec_metadata is not None else None
+            self._guarded(lambda: self.last_block.scheduled(len(logits_indices), drafts_of, self._pending))
         return logits_indices, spec_metadata, max_sampled
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward, output = partial(super()._model_forward, *args, **kwargs), None
+        if self.rounds is not None and self.last_block is not None and self.last_block.rows is not None:
+            output = self._guarded(lambda: self.last_block.run(forward))
+        return forward() if output is None else output
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
@@ -179,7 +191,7 @@ class EarlyExitRunner(CPUModelRunner):
         config = self.exit_config
         lossless = config.accuracy_bound == 0 and not config.allow_looser_requests and config.feedback_log is None
         if self.rounds is None or metadata is None or not metadata.max_spec_len or lossless:
-            return  # without scores what is accepted tells the verdicts, see `_judge_by_sampling`
+            return  # without scores what is accepted tells the verdicts, see `judge_by_sampling`
         now_s = self.clock.now_s
         self._judged += judge_held(
             state.logits,
@@ -322,7 +334,8 @@ class EarlyExitRunner(CPUModelRunner):
             num_context_left = self.max_model_len - end
             exits = self.ledger.requests[request_id]
             self.ledger.checked(exits, num_drafts[index], num_accepted)
-            self._judge_by_sampling(request_id, exits, checked, end, 0 if request_id in judged else num_drafts[index])
+            num_unjudged = 0 if request_id in judged else num_drafts[index]
+            self._judged += judge_by_sampling(request_id, exits, checked, end, num_unjudged)
             self.ledger.emit(request_id, num_emitted + min(num_left, 0), now_s)
             if num_emitted < len(checked) or checked[-1] in stops or num_left <= 0 or num_context_left <= 0:
                 ends = True
@@ -347,19 +360,6 @@ class EarlyExitRunner(CPUModelRunner):
                 )
             )
         return rows, ends
-
-    def _judge_by_sampling(
-        self, request_id: str, exits: RequestExits, checked: list[int], end: int, num_drafts: int
-    ) -> None:
-        """Verdicts that the sampled tokens show: on `num_drafts` held exits, and on the one that was not taken."""
-        num_accepted = len(checked) - 1
-        for i, exit_ in enumerate(exits.held[: min(num_drafts, num_accepted + 1)]):
-            self._judged.append(Verdict(request_id, exit_, False, i < num_accepted))
-        offered = exits.offered
-        if offered is not None and end - len(checked) <= offered.position < end:
-            agrees = checked[offered.position - end] == offered.token_id
-            self._judged.append(Verdict(request_id, offered, False, agrees))
-        exits.held, exits.offered = [], None
 
     def _commit(self, row: Row) -> None:
         """Make released exits ordinary tokens of the request, as vLLM's bookkeeping does with sampled ones."""
