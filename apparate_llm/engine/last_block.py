@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from apparate_llm.engine.verdicts import PendingVerdict
 from apparate_llm.models.last_block import READ_ROWS, read_last_block
 
-MIN_SAVED = 16  # rows; attention metadata of the last block's own takes about as long as it for so many
+MIN_SAVED = 16  # rows; for fewer, attention metadata of the last block's own is not made
 
 
 class LastBlock:
