@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apparate_llm.knobs import OneLineParser, positive
+from apparate_llm.sse import event_data
 
 STYLES = {  # origin of a token -> how it is shown
     "checked": "",
@@ -147,9 +148,9 @@ class ChatClient:
                 if response.status_code != 200:
                     response.read()
                 self._check(response)
-                for line in response.iter_lines():
-                    if line.startswith("data: {"):
-                        answer.take(json.loads(line.removeprefix("data: ")))
+                for chunk in event_data(response.iter_bytes()):
+                    if chunk != "[DONE]":
+                        answer.take(json.loads(chunk))
                         yield answer
         except httpx.HTTPError as error:
             raise RuntimeError(f"the server went away: {error or type(error).__name__}") from None

@@ -3,11 +3,14 @@
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import httpx
 from apparate_llm.eval.prompts import Messages
+
+from apparate_llm.sse import event_data_async
 
 TIMEOUT_S = 600.0
 
@@ -104,15 +107,14 @@ async def complete(
                 detail = (await response.aread()).decode(errors="replace")
                 result.error = f"HTTP {response.status_code}: {detail[:200]}"
                 return result
-            async for line in response.aiter_lines():
-                if not line.startswith("data: "):
-                    continue
-                if line == "data: [DONE]":
-                    finished = True
-                    break
-                _take(result, json.loads(line[6:]), clock() - sent)
-                if result.error:
-                    return result
+            async with aclosing(event_data_async(response.aiter_bytes())) as chunks:
+                async for chunk in chunks:
+                    if chunk == "[DONE]":
+                        finished = True
+                        break
+                    _take(result, json.loads(chunk), clock() - sent)
+                    if result.error:
+                        return result
     except (httpx.HTTPError, json.JSONDecodeError, KeyError) as error:
         result.error = f"{type(error).__name__}: {error}"
         return result

@@ -42,7 +42,7 @@ async def window(url: str, num_listeners: int, seconds: float) -> tuple[float, f
         writer.write(b"GET /early_exit/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         try:
             while line := await reader.readline():
-                heard += line.startswith(b"data: ")
+                heard += line.startswith(b"data:")
         finally:
             writer.close()
 

@@ -13,6 +13,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+# Characters at which str.splitlines splits and a line of an event stream does not end.
+SPLITTERS = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+
 # What the first word of the prompt asks for: chunks of (delay before it in seconds, its text, tokens in it).
 SHAPES: dict[str, list[tuple[float, str, int]]] = {
     "steady": [(0.10, "a", 1), *[(0.05, "b", 1)] * 4],
@@ -20,6 +23,7 @@ SHAPES: dict[str, list[tuple[float, str, int]]] = {
     "stall": [(0.05, "a", 1), (0.05, "b", 1), (0.40, "c", 1), (0.05, "d", 1)],
     "silent": [(0.10, "a", 1), (0.10, "", 1), (0.10, "bc", 1)],  # a token whose text comes with the next one
     "single": [(0.05, "a", 1)],
+    "lines": [(0.10, "a", 1), (0.10, f"b{SPLITTERS}", 1)],  # and without a blank after the colon
     "broken": [(0.05, "a", 1)],
     "cut": [(0.05, "a", 1)],
     "error": [(0.05, "a", 1)],
@@ -61,7 +65,8 @@ async def _stream(kind: str, continuous: bool) -> AsyncIterator[str]:
     def event(**chunk: Any) -> str:
         if continuous and "usage" not in chunk and "error" not in chunk:
             chunk["usage"] = {"completion_tokens": tokens}
-        return f"data: {json.dumps(chunk)}\n\n"
+        text = json.dumps(chunk, ensure_ascii=False)
+        return f"data:{text}\r\n\r\n" if kind == "lines" else f"data: {text}\n\n"
 
     yield event(choices=[{"delta": {"role": "assistant", "content": ""}}])
     for delay, text, number in SHAPES.get(kind, SHAPES["steady"]):

@@ -15,6 +15,7 @@ import pytest
 from apparate_llm.api.access import BODY_TIMEOUT_S
 from apparate_llm.eval.servers import free_port
 
+from apparate_llm.sse import event_data
 from tests.e2e.conftest import TINY_FLAGS
 
 
@@ -307,8 +308,7 @@ def test_a_hundred_changes_under_load_fail_no_request(server):
 def test_events_tell_the_totals(server):
     with httpx.stream("GET", f"{server}/early_exit/events", timeout=10) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
-        line = next(line for line in stream.iter_lines() if line)
-    told = json.loads(line.removeprefix("data: "))
+        told = json.loads(next(event_data(stream.iter_bytes())))
     assert told["active"] and told["counts"]["emitted"] > 0
 
 

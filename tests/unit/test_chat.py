@@ -2,9 +2,9 @@
 
 import pytest
 
-from apparate_llm.chat import Answer
-from apparate_llm.cli import main
-from tests.fake_server import fake_server
+from apparate_llm.chat import Answer, ChatClient
+from apparate_llm.cli import build_parser, main
+from tests.fake_server import SPLITTERS, fake_server
 
 
 def chunk(text: str | None = None, **more) -> dict:
@@ -28,6 +28,13 @@ def test_an_answer_is_coloured_by_its_report_and_says_its_speed():
 def test_an_error_in_the_stream_ends_it():
     with pytest.raises(RuntimeError, match="out of luck"):
         Answer().take({"error": {"message": "out of luck"}})
+
+
+def test_an_answer_keeps_every_character_at_which_other_readers_end_a_line():
+    with fake_server() as base_url:
+        args = build_parser().parse_args(["chat", "--url", base_url])
+        *_, answer = ChatClient(args).ask([{"role": "user", "content": "lines"}])
+    assert answer.text == f"ab{SPLITTERS}" and answer.num_tokens == 3
 
 
 @pytest.mark.parametrize(

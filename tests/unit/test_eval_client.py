@@ -6,7 +6,7 @@ import pytest
 from apparate_llm.eval.client import Ask, Completion, run_block
 from apparate_llm.eval.measures import distribution, goodput_frac, shared_chunk_frac
 
-from tests.fake_server import FakeTransport, in_virtual_time
+from tests.fake_server import SPLITTERS, FakeTransport, in_virtual_time
 
 
 def ask(*prompts, concurrency=1, at_s=None):
@@ -51,6 +51,11 @@ def test_a_stall_shows_in_the_gaps_and_not_in_the_first_token():
 def test_a_token_without_text_yet_is_a_token():
     ((done,), _) = ask("silent")
     assert [(chunk.tokens, chunk.characters) for chunk in done.chunks] == [(1, 1), (2, 1), (3, 3), (4, 3)]
+
+
+def test_texts_keep_every_character_at_which_other_readers_end_a_line():
+    ((done,), _) = ask("lines")
+    assert done.error is None and done.text == f"ab{SPLITTERS}" and done.output_tokens == 3
 
 
 def test_the_loop_keeps_its_concurrency():

@@ -12,6 +12,7 @@ import uvicorn
 from apparate_llm.eval.hf_server import Detokenizer, Generator, create_app, main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from apparate_llm.sse import event_data
 from tests.tiny import MODEL_TYPES
 
 MESSAGES = [{"role": "user", "content": "w1 w2 w3 w4"}]
@@ -74,9 +75,9 @@ def stream(client, *args, **kwargs):
     """The chunks of a stream, which must end as it should."""
     with client.stream("POST", "/v1/chat/completions", json=body(*args, stream=True, **kwargs)) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line for line in response.iter_lines() if line]
-    assert lines.pop() == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
+        chunks = list(event_data(response.iter_bytes()))
+    assert chunks.pop() == "[DONE]"
+    return [json.loads(chunk) for chunk in chunks]
 
 
 def text_of(chunks):
