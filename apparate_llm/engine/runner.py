@@ -25,7 +25,6 @@ from apparate_llm.engine.greedy import check, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.identity import identity_of
 from apparate_llm.engine.judge import best_and_regret, judge_by_sampling, judge_held
-from apparate_llm.engine.last_block import LastBlock, last_block_of
 from apparate_llm.engine.live import LivePolicy, exits_of, reconfigured, requests_follow
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.parallel import share_prediction
@@ -47,7 +46,6 @@ class EarlyExitRunner(CPUModelRunner):
         self.clock = StepClock(get_tp_group())
         self.rounds: Rounds | None = None  # None: no exits
         self.live: LivePolicy | None = None  # None: started without exits
-        self.last_block: LastBlock | None = None  # None: computed for all rows
         self.controller_state: ControllerState | None = None  # None: nothing is kept
         self.feedback: FeedbackLog | None = None
         self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
@@ -67,8 +65,7 @@ class EarlyExitRunner(CPUModelRunner):
         if inner_depths:
             self.get_model().set_inner_state_depths(tuple(sorted(inner_depths)))  # type: ignore[operator]
             self.use_aux_hidden_state_outputs = True
-        self.last_block = last_block_of(self, inner_depths)
-        forget_knobs(self.vllm_config, sorted(inner_depths), reads_last_block=self.last_block is not None)
+        forget_knobs(self.vllm_config, sorted(inner_depths))
         num_layers = self.model_config.get_total_num_hidden_layers()
         self.live = LivePolicy(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
         policy = self.live.make(config)
@@ -148,16 +145,7 @@ class EarlyExitRunner(CPUModelRunner):
         if self._pending:
             rows = [item.row for item in self._pending]
             logits_indices = torch.cat([logits_indices, logits_indices.new_tensor(rows)])
-        if self.last_block is not None:
-            drafts_of = spec_metadata.num_draft_tokens if spec_metadata is not None else None
-            self._guarded(lambda: self.last_block.scheduled(len(logits_indices), drafts_of, self._pending))
         return logits_indices, spec_metadata, max_sampled
-
-    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        forward, output = partial(super()._model_forward, *args, **kwargs), None
-        if self.rounds is not None and self.last_block is not None and self.last_block.rows is not None:
-            output = self._guarded(lambda: self.last_block.run(forward))
-        return forward() if output is None else output
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]

@@ -26,13 +26,10 @@ def vllm_settings(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
     }
 
 
-def forget_knobs(vllm_config: Any, inner_depths: list[int], *, reads_last_block: bool) -> None:
+def forget_knobs(vllm_config: Any, inner_depths: list[int]) -> None:
     """vLLM's compile cache has the additional settings in its key. All that shapes the compiled pass are the states it
-    gives out and which rows its last block has; the knobs were read before."""
+    gives out; the knobs were read before."""
     additional = vllm_config.additional_config
     assert isinstance(additional, dict), f"knobs came out of {type(additional)}"
     others = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
-    vllm_config.additional_config = others | {
-        "early_exit_inner_depths": inner_depths,
-        "early_exit_reads_last_block": reads_last_block,
-    }
+    vllm_config.additional_config = others | {"early_exit_inner_depths": inner_depths}
