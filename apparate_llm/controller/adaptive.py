@@ -37,6 +37,11 @@ class RoundStatistics:
     agreement: float = 0.6  # probability of those taken
     memory: float = 0.02
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no share, as a state file may hold it."""
+        if not (0.0 <= self.taken_frac <= 1.0 and 0.0 <= self.agreement <= 1.0 and 0.0 <= self.memory <= 1.0):
+            raise ValueError(f"shares must be in [0, 1], got {self}")
+
     def observe(self, taken: bool, probability: float) -> None:
         self.taken_frac += self.memory * (taken - self.taken_frac)
         if taken:

@@ -136,7 +136,8 @@ class ApparatePolicy(Policy):
         self._num_verdicts += 1
         if self._num_verdicts % self.window == 0:
             self._to_search = tuple(self._records)
-        if self._num_verdicts % self.adjust_every == 0:
+        # A second period that ends within one step has offered nothing since the first.
+        if self._num_verdicts % self.adjust_every == 0 and self._num_offered:
             exit_frac = self._num_exits / self._num_offered
             (utility,) = utilities([exit_frac], [0.0, self._pass_ms], [self._round_ms])
             self.depth = adjust_ramps(self.depth, utility, self.depths)

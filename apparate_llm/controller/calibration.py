@@ -11,10 +11,11 @@ STEPS = (5.0, 0.4)  # of offset and scale, over the memory
 
 
 def logit(p: float) -> float:
-    """In [-MAX_LOGIT, MAX_LOGIT]. This and what follows run for every exit of a step: comparisons, no calls."""
+    """In [-MAX_LOGIT, MAX_LOGIT]; what is no number is not sure at all. This and what follows run for every exit of a
+    step: comparisons, no calls."""
     if p >= MOST_SURE:
         return MAX_LOGIT
-    if p <= 1.0 - MOST_SURE:
+    if not p > 1.0 - MOST_SURE:
         return -MAX_LOGIT
     return math.log(p / (1.0 - p))
 
@@ -40,10 +41,23 @@ class OnlineCalibration:
     num_verdicts: int = 0
     memory_verdicts: float = MEMORY_VERDICTS
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what observing cannot have led to, as a state file may hold it."""
+        for name, least, most in (
+            ("scale", MIN_SCALE, MAX_SCALE),
+            ("offset", -MAX_OFFSET, MAX_OFFSET),
+            ("num_verdicts", 0, math.inf),
+            ("memory_verdicts", 1.0, math.inf),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"calibration: {name} must be in [{least}, {most}], got {getattr(self, name)}")
+
     def probability(self, confidence: float) -> float:
         return sigmoid(self.scale * logit(confidence) + self.offset)
 
     def observe(self, confidence: float, agrees: bool) -> None:
+        if confidence != confidence:  # NaN teaches nothing
+            return
         x = logit(confidence)
         surprise = agrees - sigmoid(self.scale * x + self.offset)
         step = surprise / self.memory_verdicts

@@ -41,6 +41,8 @@ class CostCurve:
         self.prior = tuple(self.prior)
         if {len(self.prior), len(self.means), len(self.counts), len(self.guesses), len(self.seen)} != {len(ROWS)}:
             raise ValueError(f"a cost curve has {len(ROWS)} points, got {len(self.means)}")
+        if min(self.prior) <= 0.0 or min(*self.means, *self.guesses, *self.counts, *self.seen) < 0:
+            raise ValueError("a cost curve has points below zero")
         self._settle()
 
     @classmethod

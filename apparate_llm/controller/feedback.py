@@ -6,16 +6,23 @@ One JSON object per line: first a header, then one cycle per line (see `Cycle`).
 
 import gzip
 import json
+import logging
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple, TextIO
 
 from apparate_llm.core import Verb
 
+logger = logging.getLogger("vllm.apparate")
 SCHEMA_VERSION = 1
-MAX_BYTES = 32 << 20  # then the file becomes FILE.1, replacing an older one
+MAX_BYTES = 32 << 20  # then, and at a start, the file becomes FILE.1, replacing an older one
+PAUSE_S = 60.0  # after which a log that could not be written is tried again
 
 
 TAKEN = {Verb.STOP: 0, Verb.HOLD: 1, Verb.RELEASE: 2}  # offered and not taken, held, released
@@ -46,14 +53,17 @@ class Cycle(NamedTuple):
 
 
 class FeedbackLog:
-    """Written by the engine; two files of MAX_BYTES at most."""
+    """Written by the engine; two files of MAX_BYTES at most. What cannot be written is left out, with a warning."""
 
     def __init__(self, path: Path, header: dict[str, Any], *, max_bytes: int = MAX_BYTES) -> None:
         self.path = path
         self.header = {"schema_version": SCHEMA_VERSION, **header}
         self.max_bytes = max_bytes
+        self.num_lost = 0  # records that could not be written
         self._rounds: list[tuple[int, float]] = []
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._size = 0  # of the whole lines in the file
+        self._resume_s = 0.0  # nothing is written before
 
     def rounds(self, spent: list[tuple[int, float]]) -> None:
         self._rounds = spent
@@ -64,31 +74,70 @@ class FeedbackLog:
         spent, self._rounds = self._rounds, []
         if took is None:
             return
-        exits = [
-            [
-                zlib.crc32(verdict.request_id.encode()),
-                verdict.exit.depth,
-                verdict.exit.round_number,
-                round(verdict.exit.confidence, 4),
-                TAKEN[verdict.exit.verb],
-                int(verdict.agrees),
-                None if verdict.regret_nats is None else round(verdict.regret_nats, 3),
-            ]
-            for verdict in verdicts
-            if verdict.exit.greedy and not verdict.exit.match
-        ]
-        rounds = [[rows, round(ms, 3)] for rows, ms in spent]
-        self._write([took.num_requests, took.num_rows, round(took.completion_ms, 3), rounds, exits])
+        try:
+            if monotonic() >= self._resume_s:
+                self._write(record_of(took, spent, verdicts))
+            else:
+                self.num_lost += 1
+        except Exception as error:
+            self.num_lost += 1
+            self._resume_s = monotonic() + PAUSE_S
+            logger.warning(
+                "Feedback log %s not written, tried again in %.0f s: %s: %s",
+                self.path,
+                PAUSE_S,
+                type(error).__name__,
+                error,
+            )
 
     def _write(self, record: Any) -> None:
-        if self._file is not None and self._file.tell() > self.max_bytes:
+        if self._file is not None and self._size > self.max_bytes:
             self._file.close()
-            os.replace(self.path, self.path.with_name(self.path.name + ".1"))
             self._file = None
         if self._file is None:
-            self._file = self.path.open("w", buffering=1)  # by line: a killed server leaves whole lines
-            self._file.write(json.dumps(self.header) + "\n")
-        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            self._begin()
+        self._append(record)
+
+    def _begin(self) -> None:
+        """A new file. The one that is there, of an earlier start or full, becomes FILE.1."""
+        if self.path.is_file() and self.path.stat().st_size:
+            os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+        self._file, self._size = self.path.open("wb", buffering=0), 0
+
+    def _append(self, record: Any) -> None:
+        """One line, whole or not at all: neither a killed server nor a full disk leaves half of one in between."""
+        assert self._file is not None
+        lines = [self.header, record] if self._size == 0 else [record]
+        data = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines).encode()
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:]) or 0
+        except OSError:
+            with suppress(OSError):  # a device
+                self._file.truncate(self._size)
+                self._file.seek(self._size)
+            raise
+        self._size += len(data)
+
+
+def record_of(took: Any, spent: list[tuple[int, float]], verdicts: Iterable[Any]) -> list[Any]:
+    """A line of the log, as `read_cycles` reads it."""
+    exits = [
+        [
+            zlib.crc32(verdict.request_id.encode()),
+            verdict.exit.depth,
+            verdict.exit.round_number,
+            round(verdict.exit.confidence, 4),
+            TAKEN[verdict.exit.verb],
+            int(verdict.agrees),
+            None if regret is None or not math.isfinite(regret) else round(regret, 3),
+        ]
+        for verdict, regret in ((verdict, verdict.regret_nats) for verdict in verdicts)
+        if verdict.exit.greedy and not verdict.exit.match
+    ]
+    rounds = [[rows, round(ms, 3)] for rows, ms in spent]
+    return [took.num_requests, took.num_rows, round(took.completion_ms, 3), rounds, exits]
 
 
 def _open(path: Path) -> TextIO:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from time import monotonic
@@ -24,7 +25,7 @@ def default_path(identity: dict[str, Any], cache: Path) -> Path:
 
 
 class ControllerState:
-    """The state file of one server. With several ranks all read it and the first one writes."""
+    """The state file of one server. Whatever is wrong with it costs what was learned, never the serving."""
 
     def __init__(self, path: Path, identity: dict[str, Any], *, writes: bool) -> None:
         self.path = path
@@ -35,37 +36,61 @@ class ControllerState:
     def restore(self, policy: Policy) -> bool:
         """Whether `policy` took up the file's state. What is damaged or not ours is ignored with a warning."""
         try:
-            document = json.loads(self.path.read_text())
-            if document["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"schema version {document['schema_version']}, expected {SCHEMA_VERSION}")
-            if document["identity"] != self.identity:
-                theirs = {key: value for key, value in document["identity"].items() if self.identity.get(key) != value}
-                raise ValueError(f"it is of another server: {theirs}")
-            policy.restore(document["state"])
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            state = self._read()
+            if state is None:
+                return False
+            policy.restore(state)
+        except Exception as error:
             logger.warning("Controller state %s ignored: %s: %s", self.path, type(error).__name__, error)
             return False
         logger.info("Controller state taken up from %s", self.path)
         return True
+
+    def _read(self) -> dict[str, Any] | None:
+        """None where there is no file; raises ValueError and others for one that is none of ours."""
+        if not self.path.exists():
+            return None
+        self._check_file()
+        document = json.loads(self.path.read_text())
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema version {document['schema_version']}, expected {SCHEMA_VERSION}")
+        if document["identity"] != self.identity:
+            theirs = {key: value for key, value in document["identity"].items() if self.identity.get(key) != value}
+            raise ValueError(f"it is of another server: {theirs}")
+        check_numbers(document["state"])
+        return document["state"]
+
+    def _check_file(self) -> None:
+        if self.path.exists() and not self.path.is_file():  # to be read for ever, or to be replaced by a file
+            raise ValueError("not a regular file")
 
     def save_now_and_then(self, policy: Policy) -> None:
         if self.writes and monotonic() - self._saved_s >= SAVE_EVERY_S:
             self.save(policy)
 
     def save(self, policy: Policy) -> None:
-        """A file that cannot be written costs the state, not the serving."""
+        """A state that cannot be written is reported."""
         self._saved_s = monotonic()
-        state = policy.state()
-        if not self.writes or not state:
-            return
-        document = {"schema_version": SCHEMA_VERSION, "identity": self.identity, "state": state}
         try:
+            state = policy.state()
+            if not self.writes or not state:
+                return
+            check_numbers(state)
+            document = {"schema_version": SCHEMA_VERSION, "identity": self.identity, "state": state}
+            self._check_file()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(document).encode())
-        except OSError as error:
-            logger.warning("Controller state not saved to %s: %s", self.path, error)
+        except Exception as error:
+            logger.warning("Controller state not saved to %s: %s: %s", self.path, type(error).__name__, error)
+
+
+def check_numbers(state: Any) -> None:
+    """Raises ValueError unless all that a state holds, whatever its shape, are finite numbers."""
+    if isinstance(state, dict | list | tuple):
+        for part in state.values() if isinstance(state, dict) else state:
+            check_numbers(part)
+    elif not isinstance(state, int | float) or not math.isfinite(state):
+        raise ValueError(f"a state is made of finite numbers, got {state!r}")
 
 
 def resolve_path(given: str | None, identity: dict[str, Any], cache: Path) -> Path | None:

@@ -84,3 +84,15 @@ def test_every_128_verdicts_the_ramp_is_adjusted():
     assert policy.depth == 0
     verdicts(policy, 1, confidence=0.2, agrees=False)
     assert policy.depth == 2
+
+
+def test_two_periods_that_end_within_one_step_adjust_once():
+    """All verdicts of a step come before the next exit is offered."""
+    policy = make_policy(EarlyExitConfig(policy="apparate"), depth=0, depths=(0, 2, 4), num_layers=30)
+    policy.completed(1, 1, 30.0)
+    policy.round_took(0, 1, 20.0)
+    exit_ = Exit(0, 0, 0, 0, 0.2)
+    policy.decide(exit_, reach=1.0, may_release=True, num_rows=1)
+    for _ in range(300):
+        policy.verdict(exit_, False)
+    assert policy.depth == 2

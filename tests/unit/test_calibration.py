@@ -45,3 +45,10 @@ def test_it_is_deterministic_and_stays_finite():
             calibration.observe(rng.choice([0.0, 1e-9, 0.3, 1.0]), rng.random() < 0.5)
     assert one == two
     assert abs(one.scale) < 10 and abs(one.offset) < 10
+
+
+def test_a_confidence_that_is_no_number_is_not_sure_and_teaches_nothing():
+    calibration = OnlineCalibration()
+    calibration.observe(float("nan"), True)
+    assert calibration == OnlineCalibration()
+    assert calibration.probability(float("nan")) == calibration.probability(0.0)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,14 @@ def test_what_was_learned_comes_back_after_a_restart(tmp_path):
         ('{"schema_version": 7}', "schema version 7, expected 1"),
         (json.dumps({"schema_version": 1, "identity": {**IDENTITY, "cpu": "other"}, "state": {}}), "'cpu': 'other'"),
         (json.dumps({"schema_version": 1, "identity": IDENTITY, "state": {"depth": 0}}), "KeyError"),
+        (json.dumps({"schema_version": 1, "identity": IDENTITY, "state": {"depth": 0, "x": [float("nan")]}}), "finite"),
+        (
+            '{"schema_version": 1, "identity": ' + json.dumps(IDENTITY) + ', "state": {"depth": 0, "x": 1e999}}',
+            "finite",
+        ),
+        ("[" * 100_000, "RecursionError"),
     ],
+    ids=["cut off", "a list", "later version", "another machine", "incomplete", "NaN", "infinite", "nested"],
 )
 def test_a_damaged_or_foreign_file_is_reported_and_ignored(text, says, tmp_path):
     path = tmp_path / "state.json"
@@ -47,6 +55,44 @@ def test_a_damaged_or_foreign_file_is_reported_and_ignored(text, says, tmp_path)
         assert not ControllerState(path, IDENTITY, writes=True).restore(policy)
     assert policy.state() == before
     assert says in messages[0] and "ignored" in messages[0]
+
+
+@pytest.mark.parametrize("wrong", [{"scale": 99.0}, {"offset": "1"}, {"memory_verdicts": 0.0}, {"num_verdicts": -1}])
+def test_a_state_that_serving_cannot_have_led_to_is_refused_as_a_whole(wrong, tmp_path):
+    path = tmp_path / "state.json"
+    ControllerState(path, IDENTITY, writes=True).save(policy_with(50))
+    document = json.loads(path.read_text())
+    document["state"]["calibrations"][0][-1] |= wrong
+    path.write_text(json.dumps(document))
+    policy = policy_with()
+    before = policy.state()
+    with logged() as messages:
+        assert not ControllerState(path, IDENTITY, writes=True).restore(policy)
+    assert policy.state() == before and "ignored" in messages[0]
+
+
+def test_what_is_no_number_is_neither_learned_nor_saved(tmp_path):
+    path = tmp_path / "state.json"
+    policy = policy_with(20)
+    before = policy.state()
+    exit_ = Exit(0, 0, 0, 0, float("nan"))
+    policy.decide(exit_, reach=1.0, may_release=True, num_rows=1)
+    policy.verdict(exit_, False)
+    assert policy.state()["calibrations"] == before["calibrations"]
+    policy.calibrations[0, 0, True].scale = float("nan")
+    with logged() as messages:
+        ControllerState(path, IDENTITY, writes=True).save(policy)
+    assert "not saved" in messages[0] and not path.exists()
+
+
+def test_a_device_or_a_folder_is_no_state_file(tmp_path):
+    for path in (Path("/dev/full"), tmp_path):
+        with logged() as messages:
+            state = ControllerState(path, IDENTITY, writes=True)
+            assert not state.restore(policy_with())
+            state.save(policy_with(1))
+        assert ["ignored" in messages[0], "not saved" in messages[1]] == [True, True]
+    assert not Path("/dev/full").is_file()
 
 
 def test_no_file_is_no_news_and_a_place_that_cannot_be_written_costs_nothing(tmp_path):
@@ -104,3 +150,64 @@ def test_a_feedback_log_is_bounded_and_a_cut_line_is_left_out(tmp_path):
     with path.open("a") as file:
         file.write("[1,3,20.1,[")
     assert len(list(read_cycles(path))) == complete > 0
+
+
+def test_a_feedback_log_of_an_earlier_start_is_kept(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for start in (1, 2):
+        log = FeedbackLog(path, {"start": start})
+        for _ in range(start):
+            log.completed(Took, [])
+    assert read_header(path)["start"] == 2 and len(list(read_cycles(path))) == 2
+    earlier = tmp_path / "log.jsonl.1"
+    assert read_header(earlier)["start"] == 1 and len(list(read_cycles(earlier))) == 1
+
+
+@pytest.mark.parametrize("place", ["/dev/full", "missing/log.jsonl", "."])
+def test_a_feedback_log_that_cannot_be_written_is_reported_once_in_a_while(place, tmp_path):
+    log = FeedbackLog(tmp_path / place, {})
+    with logged() as messages:
+        for _ in range(5):
+            log.completed(Took, [Verdict(0.9, Verb.HOLD)])
+    assert len(messages) == 1 and "not written" in messages[0]
+    assert log.num_lost == 5
+    assert not Path("/dev/full").is_file()
+
+
+def test_a_disk_that_was_full_for_a_while_leaves_whole_lines(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    log = FeedbackLog(path, {})
+    log.completed(Took, [])
+
+    class Full:
+        """Takes half of what it is given, then nothing."""
+
+        def __init__(self, file) -> None:
+            self.file, self.left = file, 10
+
+        def write(self, data) -> int:
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            taken, self.left = self.left, 0
+            return self.file.write(data[:taken])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    file, log._file = log._file, Full(log._file)
+    log.completed(Took, [])
+    log._file = file
+    log.completed(Took, [])
+    assert log.num_lost == 2, "one that was cut off, one in the pause after it"
+    monkeypatch.setattr("apparate_llm.controller.feedback.PAUSE_S", 0.0)
+    log._resume_s = 0.0
+    log.completed(Took, [])
+    assert len(list(read_cycles(path))) == 2
+
+
+def test_a_regret_without_end_is_logged_as_unknown(tmp_path):
+    path = tmp_path / "log.jsonl"
+    verdict = Verdict(0.9, Verb.HOLD)
+    verdict.regret_nats = float("inf")
+    FeedbackLog(path, {}).completed(Took, [verdict])
+    assert next(read_cycles(path)).exits[0].regret_nats is None
