@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 VLLM_VERSION = "0.32.0"
-Process = Literal["server", "engine", "worker"]
+Process = Literal["server", "engine", "worker", "any"]  # any: all of vLLM's, where it loads its plugins
 
 
 class PatchMismatchError(RuntimeError):
@@ -41,6 +41,12 @@ def check_target(patch: Patch, target: Any) -> None:
         raise PatchMismatchError(
             f"patch of {patch.target} is for source {patch.source_sha256[:12]}, found {found[:12]}"
         )
+
+
+def is_ours(speculative_config: Any) -> bool:
+    """Of a server with early exits; others keep vLLM's behaviour where our package is merely installed."""
+    method, model = getattr(speculative_config, "method", None), getattr(speculative_config, "model", None)
+    return method == "custom_class" and str(model).startswith("apparate_llm.")
 
 
 def source_sha256(target: Any) -> str:

@@ -1,6 +1,13 @@
 """Every patch: what, why, and when it goes."""
 
-from apparate_llm.patches import aot_load, cpu_expand_kernel, drafts_in_output, fork_engines
+from apparate_llm.patches import (
+    aot_load,
+    cpu_expand_kernel,
+    drafts_in_output,
+    fork_engines,
+    score_params,
+    score_processors,
+)
 from apparate_llm.patches.guard import Patch, Process
 
 LEDGER: tuple[Patch, ...] = (
@@ -49,6 +56,29 @@ LEDGER: tuple[Patch, ...] = (
         upstream="none known",
         delete_when="vLLM takes drafts from the output of a step without asynchronous scheduling",
         apply=drafts_in_output.apply,
+    ),
+    Patch(
+        file="score_params",
+        target="vllm.sampling_params.SamplingParams._validate_spec_decode",
+        mode="wrap",
+        process="any",
+        source_sha256="13f2065aad2612ade717adc0686c6097d241c6929d2e2fda1feac2616d146802",
+        what="requests with min_p or logit_bias are served, without exits",
+        why="without it they are refused, and clients exist that always send min_p",
+        upstream='https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/sampling_params.py ("not yet supported")',
+        delete_when="vLLM serves min_p and logit_bias with drafts",
+        apply=score_params.apply,
+    ),
+    Patch(
+        file="score_processors",
+        target="vllm.v1.sample.logits_processor.build_logitsprocs",
+        mode="wrap",
+        source_sha256="82609dd72304afee0b373e975011c3a628f45da6f3f6ba87bce92c0003d55391",
+        what="min_p, logit_bias and --logits-processors act on requests without exits",
+        why="without it the first two do nothing, and a server with the third does not start",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/sample/logits_processor/__init__.py",
+        delete_when="vLLM builds all processors with drafts",
+        apply=score_processors.apply,
     ),
 )
 

@@ -1,13 +1,26 @@
-"""Which requests may have released exits: those for which the full model's greedy choice is all that is asked."""
+"""What exits a request may have: released ones, held ones only, or none."""
+
+from typing import Any
 
 from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
+
+
+def may_exit(params: SamplingParams) -> bool:
+    """Whether held exits leave the answer as it is.
+
+    vLLM's check of drafts knows neither min_p nor logit_bias. With a seed it draws a number for each draft, so that the
+    text depends on how many there were, and so on the clock; greedy requests draw none.
+    """
+    greedy = params.temperature == 0.0
+    return not params.logit_bias and (greedy or (params.seed is None and params.min_p == 0.0))
 
 
 def is_releasable(params: SamplingParams) -> bool:
     """Whether a released exit can be held against argmax of the full model's logits.
 
     Everything else (random sampling, score changes, scores in the answer, grammars) keeps held exits only, whose
-    check is vLLM's own sampler.
+    check is vLLM's own sampler. So do answers that end where a string is found: a wrong token could complete it.
     """
     greedy = params.temperature == 0.0 and params.seed is None
     plain_scores = (
@@ -25,14 +38,22 @@ def is_releasable(params: SamplingParams) -> bool:
         params.logprobs is None
         and params.logprob_token_ids is None
         and params.structured_outputs is None
+        and not params.stop
         and params.repetition_detection is None
         and not params.trace_decode_token_ids
     )
     return greedy and plain_scores and nothing_but_text
 
 
+def custom_processors(processors: Any) -> list[str]:
+    """Names of the user's own among vLLM's LogitsProcessors. They may act on any request, and have no way to act on the
+    rows of drafts."""
+    return [type(one).__name__ for one in processors.all if type(one) not in BUILTIN_LOGITS_PROCESSORS]
+
+
 def stop_token_ids(params: SamplingParams) -> frozenset[int]:
-    """Tokens after which vLLM's scheduler ends the request."""
+    """Tokens after which vLLM's scheduler ends the request; the others that a model's generation config ends with are
+    among `stop_token_ids`."""
     ids = set(params.stop_token_ids or ())
     if params.eos_token_id is not None:
         ids.add(params.eos_token_id)

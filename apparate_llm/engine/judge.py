@@ -58,6 +58,7 @@ def judge_held(
                 continue
             passes = (
                 diverging
+                and exit_.token_id not in request.stop_token_ids  # a wrong one would cut the answer off
                 and ledger.budget.may_accept(request.bucket, regret)
                 and policy.accepts(regret, held[i + 1 :], ledger.budget.fill_frac)
             )

@@ -10,7 +10,7 @@ from apparate_llm.controller.budget import Bucket
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
 from apparate_llm.engine.classes import UNNAMED
-from apparate_llm.engine.eligibility import is_releasable
+from apparate_llm.engine.eligibility import is_releasable, may_exit, stop_token_ids
 from apparate_llm.engine.origins import REPORT_KEY, Trace
 from apparate_llm.engine.rounds import Rounds
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
@@ -87,8 +87,9 @@ def bound_of(knobs: RequestKnobs, config: EarlyExitConfig) -> float:
     return own if config.allow_looser_requests else min(own, config.accuracy_bound)
 
 
-def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger) -> RequestExits:
-    """Of a new request with vLLM's sampling parameters `params`. A bad knob was refused by the API already, where it
+def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger, *, others_allow: bool = True) -> RequestExits:
+    """Of a new request with vLLM's sampling parameters `params`. others_allow: whether what else the server runs leaves
+    room for exits. A bad knob was refused by the API already, where it
     runs with our plugin; else it falls back to the server's."""
     try:
         knobs = parse_request_knobs(params.extra_args, config)
@@ -101,6 +102,8 @@ def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger) -> Req
     return RequestExits(
         releasable=is_releasable(params),
         greedy=params.temperature == 0.0,
+        may_exit=others_allow and may_exit(params),
+        stop_token_ids=stop_token_ids(params),
         knobs=knobs,
         bucket=bucket,
         share=share,

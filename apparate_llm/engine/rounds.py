@@ -164,6 +164,7 @@ class Rounds:
         """Whether the row takes this exit; match: of a copied one."""
         may_release = (
             row.may_release
+            and token not in row.stop_token_ids  # a wrong one would cut the answer off
             and not row.held  # a held exit blocks later releases
             and row.num_exits < row.max_released
             and self.budget.may_release(row.bucket)

@@ -20,7 +20,7 @@ from apparate_llm.controller.feedback import FeedbackLog
 from apparate_llm.controller.state import ControllerState, resolve_path
 from apparate_llm.engine.classes import shares_of
 from apparate_llm.engine.clock import StepClock
-from apparate_llm.engine.eligibility import stop_token_ids
+from apparate_llm.engine.eligibility import custom_processors
 from apparate_llm.engine.greedy import check, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.identity import identity_of
@@ -29,9 +29,10 @@ from apparate_llm.engine.live import LivePolicy, exits_of, reconfigured, request
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.parallel import share_prediction
 from apparate_llm.engine.rounds import Rounds, Row
+from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.settings import forget_knobs
 from apparate_llm.engine.shadow import Shadow
-from apparate_llm.engine.verdicts import PendingVerdict, Verdict, VerdictLedger
+from apparate_llm.engine.verdicts import PendingVerdict, RequestExits, Verdict, VerdictLedger
 from apparate_llm.machine import cache_folder
 from apparate_llm.models.mixin import ramps_of
 
@@ -44,6 +45,7 @@ class EarlyExitRunner(CPUModelRunner):
         self.exit_config = config = config_from_vllm(vllm_config)
         self.ledger = VerdictLedger(AccuracyBudget(config.accuracy_bound, config.bound_kind), shares_of(config))
         self.clock = StepClock(get_tp_group())
+        self.custom_processors = custom_processors(self.input_batch.logitsprocs)
         self.rounds: Rounds | None = None  # None: no exits
         self.live: LivePolicy | None = None  # None: started without exits
         self.controller_state: ControllerState | None = None  # None: nothing is kept
@@ -88,6 +90,11 @@ class EarlyExitRunner(CPUModelRunner):
             self.feedback = FeedbackLog(Path(config.feedback_log).expanduser(), {**identity, "num_layers": num_layers})
         if config.huge_pages:
             use_huge_pages()
+        if self.custom_processors:
+            logger.warning(
+                "No request takes exits: the logits processors %s may act on any of them, and know nothing of exits",
+                ", ".join(self.custom_processors),
+            )
         logger.info("Early exits: ramps at depths %s, beginning with %d, %s", sorted(ramps), depth, config)
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -107,7 +114,7 @@ class EarlyExitRunner(CPUModelRunner):
             self.ledger.end_request(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id not in self.ledger.requests and new.sampling_params is not None:
-                self.ledger.add_request(new.req_id, exits_of(new.sampling_params, self.exit_config, self.ledger))
+                self.ledger.add_request(new.req_id, self._exits_of(new.sampling_params))
                 if self.rounds is not None:
                     self._guarded(self.rounds.policy.joined)
         correction = super()._update_states(scheduler_output)
@@ -115,6 +122,9 @@ class EarlyExitRunner(CPUModelRunner):
             self.clock.stop()
             self._guarded(self.check_integrity)
         return correction
+
+    def _exits_of(self, params: Any) -> RequestExits:
+        return exits_of(params, self.exit_config, self.ledger, others_allow=not self.custom_processors)
 
     def reconfigure(self, changes: Any) -> None:
         """Serve with other knobs from the next step on; raises ConfigError if they are not allowed."""
@@ -157,7 +167,10 @@ class EarlyExitRunner(CPUModelRunner):
                 state = self._record_released(state)
             self._guarded(lambda: self._judge_held(state))
         self._released = {}
-        output = super().sample_tokens(grammar_output)
+        generators = self.input_batch.generators
+        unfinished = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0] if generators else ()
+        with kept(generators, unfinished):
+            output = super().sample_tokens(grammar_output)
         if self._released:
             output = EarlyExitOutput.extending(output, released=self._released)
         return output
@@ -314,13 +327,13 @@ class EarlyExitRunner(CPUModelRunner):
             request = self.requests[request_id]
             params = request.sampling_params
             assert params is not None and params.max_tokens is not None, f"{request_id} generates without limits"
-            stops = stop_token_ids(params)
+            exits = self.ledger.requests[request_id]
+            stops = exits.stop_token_ids
             num_emitted = next((i + 1 for i, token in enumerate(checked) if token in stops), len(checked))
             num_before = len(request.output_token_ids) - len(checked)
             num_left = params.max_tokens - num_before - num_emitted
             end = int(batch.num_tokens_no_spec[index])
             num_context_left = self.max_model_len - end
-            exits = self.ledger.requests[request_id]
             self.ledger.checked(exits, num_drafts[index], num_accepted)
             num_unjudged = 0 if request_id in judged else num_drafts[index]
             self._judged += judge_by_sampling(request_id, exits, checked, end, num_unjudged)

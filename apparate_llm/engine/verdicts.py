@@ -40,6 +40,8 @@ class RequestExits:
     releasable: bool  # False where the request's contract needs the full model's scores
     bucket: Bucket
     greedy: bool = True
+    may_exit: bool = True  # False where even held exits would change the answer
+    stop_token_ids: frozenset[int] = frozenset()
     knobs: RequestKnobs = RequestKnobs.model_validate({})  # noqa: RUF009 - frozen
     tpt_target_ms: float | None = None
     outstanding: list[Exit] = field(default_factory=list)  # released, no verdict yet
@@ -63,7 +65,7 @@ class RequestExits:
 
     @property
     def takes_exits(self) -> bool:
-        return bool(self.knobs.early_exit)
+        return self.may_exit and bool(self.knobs.early_exit)
 
     @property
     def tpt_ms(self) -> float | None:

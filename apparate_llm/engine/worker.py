@@ -23,9 +23,9 @@ class EarlyExitWorker(CPUWorker):
 
     def init_device(self) -> None:
         check_supported(self.vllm_config)
-        super().init_device()
-        for target in apply_all():
+        for target in apply_all():  # before vLLM's worker builds a runner, which builds the logits processors
             logger.info("Patched %s", target)
+        super().init_device()
         # vLLM's worker builds its own runner; nothing is loaded into it yet.
         self.model_runner = EarlyExitRunner(self.vllm_config, torch.device("cpu"))
         if not self.model_config.enforce_eager:

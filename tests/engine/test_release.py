@@ -182,7 +182,7 @@ def test_aborted_requests_leave_nothing_behind(tiny_llama, lens_ramps):
     assert counts["released"] == counts["verified"] + counts["unverified"]
 
 
-def test_a_released_end_token_ends_the_request_there(tiny_llama, lens_ramps):
+def test_an_exit_that_is_an_end_token_is_held_and_ends_the_request_there(tiny_llama, lens_ramps):
     from vllm import SamplingParams
 
     with Engine(tiny_llama) as plain:
@@ -197,3 +197,4 @@ def test_a_released_end_token_ends_the_request_there(tiny_llama, lens_ramps):
     assert answer == expected[: expected.index(stop) + 1]
     assert output.outputs[0].finish_reason == "stop"
     assert counts["emitted"] == len(answer)
+    assert counts["accepted"] >= 1 and counts["released"] > 0

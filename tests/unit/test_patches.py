@@ -1,6 +1,7 @@
 import ast
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from apparate_llm.patches.cpu_expand_kernel import expand
 from apparate_llm.patches.ledger import LEDGER, apply_all
 
 from apparate_llm import patches
+from tests.logged import logged
 
 FOLDER = Path(next(iter(patches.__path__)))
 FRAMEWORK = {"__init__", "guard", "ledger"}
@@ -61,8 +63,6 @@ def test_vllms_sampler_uses_it_once_applied():
 
 
 def test_a_loaded_function_gets_the_method_that_vllm_calls_and_torch_stays_as_it_was(monkeypatch):
-    from types import SimpleNamespace
-
     from apparate_llm.patches.aot_load import wrapped
 
     def plain(x):
@@ -104,3 +104,50 @@ def test_a_forked_engine_is_what_vllms_settings_end_in(monkeypatch):
     seen = []
     wrapped(seen.append)(None, "config")
     assert seen == ["config"] and os.environ[METHOD] == "fork"
+
+
+OURS = SimpleNamespace(method="custom_class", model="apparate_llm.engine.proposer.RampProposer")
+
+
+@pytest.mark.parametrize("given", [{"min_p": 0.1}, {"logit_bias": {1: 2.0}}], ids=list)
+def test_min_p_and_logit_bias_are_refused_with_the_drafts_of_others_only(given):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    from apparate_llm.plugin import register
+
+    register()
+    register()  # vLLM may call it more than once
+    params = SamplingParams(**given)
+    params._validate_spec_decode(OURS)
+    params._validate_spec_decode(None)
+    for other in (
+        SimpleNamespace(method="ngram", model=None),
+        SimpleNamespace(method="custom_class", model="their.Own"),
+    ):
+        with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
+            params._validate_spec_decode(other)
+
+
+def test_processors_are_chosen_as_without_drafts_for_our_server_only():
+    from apparate_llm.patches.score_processors import wrapped
+
+    seen = []
+    build = wrapped(lambda config, *args: seen.append((config.speculative_config, args)))
+    ours = SimpleNamespace(speculative_config=OURS)
+    other = SimpleNamespace(speculative_config=SimpleNamespace(method="ngram", model=None))
+    build(ours, "cpu")
+    build(other, "cpu")
+    assert seen == [(None, ("cpu",)), (other.speculative_config, ("cpu",))]
+    assert ours.speculative_config is OURS
+
+
+def test_a_server_without_exits_starts_where_a_patch_does_not_fit(monkeypatch):
+    from vllm.sampling_params import SamplingParams
+
+    from apparate_llm.plugin import register
+
+    monkeypatch.setattr(SamplingParams, "_validate_spec_decode", lambda self, config: None)
+    with logged() as said:
+        register()
+    assert len(said) == 1 and "patch of vllm.sampling_params.SamplingParams._validate_spec_decode" in said[0]

@@ -1,0 +1,31 @@
+"""wrap: vLLM's refusal of min_p and logit_bias where there are drafts.
+
+Our runner makes no drafts for such requests, so they are sampled as without speculation.
+"""
+
+from functools import wraps
+from typing import Any
+
+from apparate_llm.patches.guard import Patch, check_target, is_ours
+
+
+def wrapped(stock: Any) -> Any:
+    """`_validate_spec_decode(self, speculative_config)` that leaves our server's requests alone."""
+
+    @wraps(stock)
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if not is_ours(speculative_config):
+            stock(self, speculative_config)
+
+    return _validate_spec_decode
+
+
+def apply(patch: Patch) -> bool:
+    from vllm.sampling_params import SamplingParams
+
+    stock = SamplingParams._validate_spec_decode
+    if hasattr(stock, "__wrapped__"):
+        return False
+    check_target(patch, stock)
+    SamplingParams._validate_spec_decode = wrapped(stock)  # type: ignore[method-assign]
+    return True

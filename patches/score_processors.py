@@ -1,0 +1,35 @@
+"""wrap: vLLM's choice of logits processors, which with drafts leaves out min_p's, logit_bias's and all of the user's.
+
+Requests that one of them may act on have no drafts here, and a request without drafts has one row at its own index,
+as without speculation.
+"""
+
+from copy import copy
+from functools import wraps
+from typing import Any
+
+from apparate_llm.patches.guard import Patch, check_target, is_ours
+
+
+def wrapped(stock: Any) -> Any:
+    """`build_logitsprocs(vllm_config, ...)` that builds for our server what it builds without drafts."""
+
+    @wraps(stock)
+    def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_ours(vllm_config.speculative_config):
+            vllm_config = copy(vllm_config)
+            vllm_config.speculative_config = None
+        return stock(vllm_config, *args, **kwargs)
+
+    return build_logitsprocs
+
+
+def apply(patch: Patch) -> bool:
+    from vllm.v1.worker import gpu_model_runner
+
+    stock = gpu_model_runner.build_logitsprocs
+    if hasattr(stock, "__wrapped__"):
+        return False
+    check_target(patch, stock)
+    gpu_model_runner.build_logitsprocs = wrapped(stock)
+    return True
