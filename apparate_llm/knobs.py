@@ -31,18 +31,29 @@ def add_knobs(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = (
         )
 
 
-def knobs_from(args: argparse.Namespace) -> EarlyExitConfig:
-    """The knobs the user gave; ConfigError names the flag, what was got and what is allowed."""
+def knobs_from(args: argparse.Namespace, others: dict[str, Any] | None = None) -> EarlyExitConfig:
+    """The knobs the user gave; ConfigError names the flag, what was got and what is allowed. others: knobs that came
+    another way, which flags may add to and must not contradict."""
     given: dict[str, Any] = {}
     for name in EarlyExitConfig.model_fields:
         if (value := getattr(args, name, None)) is not None:
             given[name] = read_classes(value) if name == "classes" else value
     try:
-        config = parse_config(given)
+        check_agreement(given, others or {})
+        config = parse_config({**(others or {}), **given})
         check_classes(config)
         return config
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("early_exit: ")) from None
+
+
+def check_agreement(given: dict[str, Any], others: dict[str, Any]) -> None:
+    for name in given.keys() & others.keys():
+        mine, theirs = (getattr(parse_config({name: value}), name) for value in (given[name], others[name]))
+        if mine != theirs:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {mine} and {name} {theirs} of --additional-config contradict each other"
+            )
 
 
 def read_classes(name: str) -> dict[str, Any]:

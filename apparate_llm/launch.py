@@ -65,6 +65,8 @@ def reexec_with_libraries(extra: dict[str, str] | None = None) -> None:
 
 def port_problem(host: str, port: int) -> str | None:
     """One line on why nothing can listen there, None if it can."""
+    if not 0 <= port < 2**16:
+        return f"cannot listen on port {port}: a port is 0 to 65535"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

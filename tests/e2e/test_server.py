@@ -20,19 +20,20 @@ from tests.e2e.conftest import TINY_FLAGS
 
 
 @pytest.fixture(scope="module")
-def server(serve, tiny_llama, lens_ramps):
-    ramps = [
-        "--ramps",
-        str(lens_ramps(depth=3)),
-        "--policy",
-        "static",
-        "--accuracy-bound",
-        "0.5",
-        "--threshold",
-        "0.05",
-    ]
-    with serve(str(tiny_llama), *ramps, *TINY_FLAGS, "--served-model-name", "tiny") as base_url:
+def server(serve, tiny_llama, lens_ramps, tmp_path_factory):
+    """Started with settings in every way that vLLM takes them."""
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    file.write_text("served-model-name: tiny\naccuracy_bound: 0.5\nadditional-config: {theirs: {x: 1}}\n")
+    flags = ["--config", str(file), "--ramps", str(lens_ramps(depth=3)), "--policy=static"]
+    flags += ["--additional-config.early_exit.threshold", "0.05", "--additional_config.theirs.y=2"]
+    with serve(str(tiny_llama), *flags, *TINY_FLAGS) as base_url:
         yield base_url
+
+
+def test_settings_of_file_flags_and_keys_are_all_in_force(server):
+    config = httpx.get(f"{server}/early_exit/config").json()["config"]
+    assert (config["policy"], config["accuracy_bound"], config["threshold"]) == ("static", 0.5, 0.05)
+    assert httpx.get(f"{server}/v1/models").json()["data"][0]["id"] == "tiny"
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
     for name, value in vllm_settings(parse_config(knobs), "LlamaForCausalLM").items():
         flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else value]
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_llama), *flags]
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(tiny_llama), *flags]
     command += [*TINY_FLAGS, "--host", "127.0.0.1", "--port", str(port), "--api-key", *keys.values()]
     with running(command, port, tmp_path / "log", VLLM_PLUGINS="apparate") as base_url:
         body = {"model": str(tiny_llama), "prompt": "w1 w2", "max_tokens": 40, "temperature": 0, "ignore_eos": True}

@@ -1,4 +1,3 @@
-import json
 import os
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.engine.settings import vllm_settings
 from apparate_llm.launch import port_problem, server_environment
 from apparate_llm.models.architectures import UnsupportedModelError, architecture_of, early_exit_architecture
-from apparate_llm.serve import given_value, merge_settings
+from apparate_llm.serve import merge_settings
 
 
 def test_libraries_are_added_to_what_the_user_preloads():
@@ -60,29 +59,12 @@ def test_architectures_are_read_and_checked(tiny_models, tmp_path):
         architecture_of(tmp_path)
 
 
-def test_settings_join_the_users_own_flags():
-    settings = vllm_settings(parse_config({"accuracy_bound": 0.05}), "LlamaForCausalLM")
-    mine = ["--additional-config", '{"x": 1}', '--hf-overrides={"rope_theta": 5}', "--seed", "3"]
-    flags = merge_settings(settings, mine)
-    assert json.loads(given_value(flags, "additional_config")) == {"x": 1, "early_exit": {"accuracy_bound": 0.05}}
-    assert json.loads(given_value(flags, "hf_overrides")) == {
-        "rope_theta": 5,
-        "architectures": ["EarlyExitLlamaForCausalLM"],
-    }
-    assert given_value(flags, "seed") == "3"
-    assert flags.count("--additional-config") == 1
-
-
-def test_flags_that_early_exits_need_cannot_be_set_twice():
+def test_settings_that_are_no_objects_are_refused():
     settings = vllm_settings(parse_config({}), "LlamaForCausalLM")
-    with pytest.raises(ConfigError, match="--speculative-config is set by early exits"):
-        merge_settings(settings, ["--speculative_config", "{}"])
     with pytest.raises(ConfigError, match="--hf-overrides is not valid JSON"):
         merge_settings(settings, ["--hf-overrides", "{"])
     with pytest.raises(ConfigError, match="--additional-config must be a JSON object"):
         merge_settings(settings, ["--additional-config", "3"])
-    off = vllm_settings(parse_config({"policy": "off"}), "LlamaForCausalLM")
-    assert merge_settings(off, ["--speculative-config", "{}"]) == ["--speculative-config", "{}"]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from apparate_llm.eval.compare import load_results
 
-from apparate_llm.cli import build_parser
+from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.flags import given_value
 from apparate_llm.knobs import knobs_from
-from apparate_llm.serve import given_value, name_model
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,7 @@ COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.s
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_understood_as_it_stands(command):
-    args, rest = build_parser().parse_known_args(name_model(shlex.split(command)[1:]))
+    args, rest = build_parser().parse_known_args(spelt_out(shlex.split(command)[1:]))
     assert rest == []
     if args.command in ("serve", "eval"):  # the others have no knobs
         knobs_from(args)
