@@ -38,7 +38,11 @@ def step_ms(policy, budget: AccuracyBudget, buckets: list[Bucket], rng: random.R
     policy.completed(batch, num_rows, 20.0 + 0.1 * num_rows)
     for i, exit_ in held:
         agrees = exit_.confidence > 0.3
-        if not agrees and budget.may_accept(buckets[i], 0.5) and policy.accepts(0.5, [], budget.fill_frac):
+        if (
+            not agrees
+            and budget.may_accept(buckets[i], 0.5)
+            and policy.accepts(0.5, [], budget.fill_frac_of(buckets[i]))
+        ):
             budget.accept(buckets[i], 0.5)
         policy.verdict(exit_, agrees)
     for bucket in buckets:

@@ -1,15 +1,30 @@
 """The accuracy bound as token buckets: what may go wrong is paid for before it is emitted.
 
-Every emitted token earns `bound`. A released exit costs 1 until its verdict proves it right; the 1 of a divergence,
-and of an exit whose request ended before its verdict, never comes back. A held exit that differs from its verdict may
-be emitted all the same, at the same price. So at every moment, even should all exits without a verdict turn out
-wrong,
+Every emitted token earns its request's bound. A released exit costs 1 until its verdict proves it right; the 1 of a
+divergence, and of an exit whose request ended before its verdict, never comes back. A held exit that differs from its
+verdict may be emitted all the same, at the same price. A divergence is paid from each of these buckets, and is emitted
+only if all of them can:
 
-    divergences of the server    <=  sum of bound x emitted tokens
-    divergences of one request   <=  its bound x its emitted tokens + REQUEST_ALLOWANCE
+    the request's own    filled by its tokens, beside an allowance of REQUEST_ALLOWANCE at its start
+    its group's          filled by tokens of requests of the same class with the same bound
+    its class's          filled by tokens of the class, whatever their bounds; where there are classes
+    the server's         filled by tokens of all groups; what it saves up is capped
 
-Where requests are of classes, each class has a bucket of its own beside the server's, filled by its own tokens: none
-can spend what another has earned.
+So at every moment, even should all exits without a verdict turn out wrong,
+
+    divergences of a request  <=  its bound x its emitted tokens + REQUEST_ALLOWANCE
+    divergences of a group    <=  its bound x the group's emitted tokens
+    divergences of a class    <=  sum of bound x emitted tokens over its groups
+    divergences of the server <=  sum of bound x emitted tokens over all groups
+
+The group is what holds a caller of many short requests: each of them may differ once before it has earned that, all of
+them together not. Callers of one class with one bound are one to the budget; classes tell them apart.
+
+None spends what others earned for a stricter or a looser bound:
+- A token earns no bucket more than the bucket's own bound. A request looser than the server, where that is allowed,
+  neither fills nor empties the server's bucket, and likewise the bucket of a class that it is looser than: its own and
+  its group's hold it.
+- A request that can have no divergence (it takes no exits, or only checked ones) earns for nobody else.
 
 With the kind `regret` the price is not 1 but the exit's regret in nats; what is not known yet cannot be paid for, so
 exits are held, not released.
@@ -19,6 +34,7 @@ bound that is kept by a rounding is not kept.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -26,6 +42,7 @@ from typing import Literal
 REQUEST_ALLOWANCE = 1.0  # divergences (or nats) a request may have before it has earned them; 0 where its bound is 0
 HORIZON_TOKENS = 2000  # what the server saves up is capped at what this many tokens earn: no burst after a long calm
 LEAST_CAPACITY = 4.0
+MOST_GROUPS = 64  # of a class that are remembered while none of their requests runs
 NANO = 10**9
 MOST_NATS = 1e9  # that a divergence is priced at
 
@@ -44,6 +61,10 @@ class Bucket:
     spent_nano: int = 0  # in all, less what came back
     allowance_nano: int = 0  # of what was earned, what was there at the start
     of_class: "Bucket | None" = None  # of a request: its class's
+    of_group: "Bucket | None" = None  # of a request: that of its class and bound
+    # Of a request: those beside its own that it fills and pays from. Settled at its first token, and kept: what an exit
+    # was paid from is where it comes back.
+    shared: "tuple[Bucket, ...] | None" = None
 
     @classmethod
     def of_server(cls, bound: float) -> "Bucket":
@@ -60,6 +81,10 @@ class Bucket:
         capacity = max(int(LEAST_CAPACITY / 2 * NANO), server_capacity_nano(bound) // num_classes)
         return cls(nano_of(bound), 0, capacity, 0)
 
+    @classmethod
+    def of_group_with(cls, bound: float) -> "Bucket":
+        return cls(nano_of(bound), 0, server_capacity_nano(bound), 0)
+
     @property
     def balance(self) -> float:
         return self.balance_nano / NANO
@@ -71,6 +96,15 @@ class Bucket:
     def change_bound(self, bound: float) -> None:
         """From now on tokens earn `bound`."""
         self.per_token_nano = nano_of(bound)
+
+    def follow(self, bound: float) -> None:
+        """As `change_bound`, and no more is kept than the new bound allows."""
+        self.change_bound(bound)
+        self.limit(server_capacity_nano(bound))
+
+    def stay_alone(self) -> None:
+        """Of a request that can have no divergence: it earns for no other."""
+        self.shared = ()
 
     def limit(self, capacity_nano: int) -> None:
         """No more is kept of what was saved up."""
@@ -106,30 +140,58 @@ def server_capacity_nano(bound: float) -> int:
     return max(int(LEAST_CAPACITY * NANO), HORIZON_TOKENS * nano_of(bound))
 
 
+class Groups:
+    """The bucket of each class and bound. A caller may name as many bounds as it likes: of a class, the ones that were
+    not asked for longest are forgotten, with what they had saved up."""
+
+    def __init__(self) -> None:
+        self._of_class: dict[str, dict[float | None, Bucket]] = {}  # asked bound -> bucket; the last asked for is last
+
+    def of(self, class_name: str, asked: float | None, bound: float) -> Bucket:
+        """asked: the bound as it was asked for, None for the server's; bound: what that comes to now."""
+        buckets = self._of_class.setdefault(class_name, {})
+        bucket = buckets.pop(asked, None) or Bucket.of_group_with(bound)
+        buckets[asked] = bucket
+        if len(buckets) > MOST_GROUPS:
+            del buckets[next(key for key in buckets if key is not None)]
+        return bucket
+
+    def items(self) -> Iterator[tuple[tuple[str, float | None], Bucket]]:
+        for class_name, buckets in self._of_class.items():
+            for asked, bucket in buckets.items():
+                yield (class_name, asked), bucket
+
+
 class AccuracyBudget:
-    """The server's bucket, and what is paid from it and from a request's own."""
+    """What is shared, and what is paid from it and from a request's own."""
 
     def __init__(self, accuracy_bound: float, kind: Literal["agreement", "regret"] = "agreement") -> None:
         self.server = Bucket.of_server(accuracy_bound)
+        self.groups = Groups()
         self.kind = kind
+        self.spent_nano = 0  # by all requests, less what came back
 
     @property
     def fill_frac(self) -> float:
         """Share of the server's capacity that is there to be spent, in [0, 1]."""
-        assert self.server.capacity_nano is not None, "the server's bucket has no capacity"
-        return max(0, self.server.balance_nano) / self.server.capacity_nano
+        return _fill_frac(self.server)
+
+    def fill_frac_of(self, request: Bucket) -> float:
+        """The same of what a request may spend: of its group's capacity, where that is less."""
+        shared = [bucket for bucket in self._shared(request) if bucket is not request.of_class]
+        return min(map(_fill_frac, shared), default=0.0)
 
     def change_bound(self, bound: float) -> None:
-        self.server.change_bound(bound)
-        self.server.limit(server_capacity_nano(bound))
+        self.server.follow(bound)
+
+    def shared(self) -> list[Bucket]:
+        """The server's bucket and those of the groups."""
+        return [self.server, *(bucket for _, bucket in self.groups.items())]
 
     def emit(self, request: Bucket, num_tokens: int) -> None:
-        earned_nano = request.per_token_nano * num_tokens
-        request.earn(earned_nano)
-        if request.of_class is not None:
-            request.of_class.earn(earned_nano)
-        # A request may be allowed to be looser.
-        self.server.earn(max(self.server.per_token_nano * num_tokens, earned_nano))
+        request.earn(request.per_token_nano * num_tokens)
+        for bucket in self._shared(request):
+            bucket.earn(min(request.per_token_nano, bucket.per_token_nano) * num_tokens)
 
     def may_release(self, request: Bucket) -> bool:
         return self.kind == "agreement" and self._all_afford(request, NANO)
@@ -140,7 +202,8 @@ class AccuracyBudget:
 
     def prove_right(self, request: Bucket) -> None:
         """A released exit's verdict agrees with it."""
-        for bucket in self._paying(request):
+        self.spent_nano -= NANO
+        for bucket in (request, *self._shared(request)):
             bucket.take_back(NANO)
 
     def may_accept(self, request: Bucket, regret_nats: float) -> bool:
@@ -155,18 +218,31 @@ class AccuracyBudget:
         # What is no number costs the most, too.
         return NANO if self.kind == "agreement" else math.ceil(min(MOST_NATS, regret_nats) * NANO)
 
+    def _shared(self, request: Bucket) -> tuple[Bucket, ...]:
+        if request.shared is None:
+            rate_nano = request.per_token_nano
+            tighter = [bucket for bucket in (request.of_class, self.server) if bucket is not None]
+            own = [request.of_group] if request.of_group is not None else []
+            request.shared = (*own, *(bucket for bucket in tighter if rate_nano <= bucket.per_token_nano))
+        return request.shared
+
     def _all_afford(self, request: Bucket, cost_nano: int) -> bool:
-        earning_nano, shared = request.per_token_nano, request.of_class
+        """The token paid for earns its share first."""
+        rate_nano = request.per_token_nano
         return (
-            earning_nano > 0
-            and request.affords(cost_nano, earning_nano)
-            and self.server.affords(cost_nano, self.server.per_token_nano)
-            and (shared is None or shared.affords(cost_nano, earning_nano))
+            rate_nano > 0
+            and request.affords(cost_nano, rate_nano)
+            and all(
+                bucket.affords(cost_nano, min(rate_nano, bucket.per_token_nano)) for bucket in self._shared(request)
+            )
         )
 
-    def _paying(self, request: Bucket) -> tuple[Bucket, ...]:
-        return (self.server, request) if request.of_class is None else (self.server, request, request.of_class)
-
     def _pay(self, request: Bucket, cost_nano: int) -> None:
-        for bucket in self._paying(request):
+        self.spent_nano += cost_nano
+        for bucket in (request, *self._shared(request)):
             bucket.pay(cost_nano)
+
+
+def _fill_frac(bucket: Bucket) -> float:
+    assert bucket.capacity_nano is not None, f"a bucket without a capacity: {bucket}"
+    return max(0, bucket.balance_nano) / bucket.capacity_nano

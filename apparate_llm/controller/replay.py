@@ -111,7 +111,7 @@ def replay(cycles: Iterable[Cycle], costs: LogCosts, policy: Policy, *, accuracy
         for answer in answers:
             emitted += _verdicts(answer, policy, budget, result)
         for _ in range(cycle.num_requests - len(answers)):
-            budget.emit(Bucket.of_request(0.0), 1)
+            budget.emit(Bucket.of_request(accuracy_bound), 1)
         policy.completed(cycle.num_requests, num_rows, completion_ms)
         result.cycles += 1
         result.emitted += emitted
@@ -196,7 +196,7 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
             if not logged.agrees:
                 later = answer.taken[number + 1 :]
                 may = logged.regret_nats is not None and budget.may_accept(answer.bucket, regret)
-                if not (may and policy.accepts(regret, later, budget.fill_frac)):
+                if not (may and policy.accepts(regret, later, budget.fill_frac_of(answer.bucket))):
                     break
                 budget.accept(answer.bucket, regret)
             result.accepted += 1

@@ -24,12 +24,19 @@ class ClassShare:
         return {**counts, "budget_left": self.bucket.balance}
 
 
+def class_bound(config: EarlyExitConfig, name: str) -> float:
+    """The bound of its requests that ask for none."""
+    own = config.classes[name].accuracy_bound if name in config.classes else None
+    return config.accuracy_bound if own is None else allowed_bound(own, config)
+
+
+def allowed_bound(asked: float, config: EarlyExitConfig) -> float:
+    return asked if config.allow_looser_requests else min(asked, config.accuracy_bound)
+
+
 def shares_of(config: EarlyExitConfig) -> dict[str, ClassShare]:
     """By name; empty where the server has no classes."""
     if not config.classes:
         return {}
-    bounds = {name: own.accuracy_bound for name, own in config.classes.items()} | {UNNAMED: None}
-    return {
-        name: ClassShare(Bucket.for_class(config.accuracy_bound if bound is None else bound, len(bounds)))
-        for name, bound in bounds.items()
-    }
+    names = [*config.classes, UNNAMED]
+    return {name: ClassShare(Bucket.for_class(class_bound(config, name), len(names))) for name in names}

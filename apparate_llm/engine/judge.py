@@ -60,7 +60,7 @@ def judge_held(
                 diverging
                 and exit_.token_id not in request.stop_token_ids  # a wrong one would cut the answer off
                 and ledger.budget.may_accept(request.bucket, regret)
-                and policy.accepts(regret, held[i + 1 :], ledger.budget.fill_frac)
+                and policy.accepts(regret, held[i + 1 :], ledger.budget.fill_frac_of(request.bucket))
             )
             if passes:
                 ledger.accept_divergence(request_id, exit_, regret)

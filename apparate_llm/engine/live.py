@@ -9,7 +9,7 @@ from apparate_llm.config import ConfigError, EarlyExitConfig, RequestKnobs, pars
 from apparate_llm.controller.budget import Bucket
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
-from apparate_llm.engine.classes import UNNAMED
+from apparate_llm.engine.classes import UNNAMED, allowed_bound, class_bound
 from apparate_llm.engine.eligibility import is_releasable, may_exit, stop_token_ids
 from apparate_llm.engine.origins import REPORT_KEY, Trace
 from apparate_llm.engine.rounds import Rounds
@@ -75,16 +75,21 @@ def reconfigured(
 def requests_follow(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
     """Requests under way and the server's budget go by the new knobs; what was spent stays spent."""
     ledger.budget.change_bound(config.accuracy_bound)
+    for (_, asked), group in ledger.budget.groups.items():
+        group.follow(_bound(asked, config))
+    for name, share in ledger.classes.items():
+        share.bucket.change_bound(class_bound(config, name))
     for request in ledger.requests.values():
         request.bucket.change_bound(bound_of(request.knobs, config))
         request.tpt_target_ms = request.knobs.tpt_target_ms or config.tpt_target_ms
 
 
 def bound_of(knobs: RequestKnobs, config: EarlyExitConfig) -> float:
-    own = knobs.accuracy_bound
-    if own is None:
-        return config.accuracy_bound
-    return own if config.allow_looser_requests else min(own, config.accuracy_bound)
+    return _bound(knobs.accuracy_bound, config)
+
+
+def _bound(asked: float | None, config: EarlyExitConfig) -> float:
+    return config.accuracy_bound if asked is None else allowed_bound(asked, config)
 
 
 def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger, *, others_allow: bool = True) -> RequestExits:
@@ -97,12 +102,18 @@ def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger, *, oth
         logger.error("%s; the server's own settings are used", error)
         knobs = RequestKnobs.model_validate({})
     bucket = Bucket.of_request(bound_of(knobs, config))
-    share = ledger.classes.get(knobs.early_exit_class or UNNAMED)
-    bucket.of_class = share.bucket if share else None
+    name = knobs.early_exit_class or UNNAMED
+    share = ledger.classes.get(name)
+    releasable, exits = is_releasable(params), others_allow and may_exit(params)
+    if knobs.early_exit and releasable and exits:
+        bucket.of_group = ledger.budget.groups.of(name, knobs.accuracy_bound, bound_of(knobs, config))
+        bucket.of_class = share.bucket if share else None
+    else:
+        bucket.stay_alone()
     return RequestExits(
-        releasable=is_releasable(params),
+        releasable=releasable,
         greedy=params.temperature == 0.0,
-        may_exit=others_allow and may_exit(params),
+        may_exit=exits,
         stop_token_ids=stop_token_ids(params),
         knobs=knobs,
         bucket=bucket,

@@ -268,11 +268,12 @@ class VerdictLedger:
         held = counts.settled(Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGED, Outcome.HELD_REJECTED)
         assert held == counts.held, f"{held} held exits have an outcome: {counts}"
         assert counts.released + counts.accepted <= counts.emitted, f"more exits than tokens: {counts}"
-        for bucket in (self.budget.server, *(request.bucket for request in self.requests.values())):
+        shared = [*self.budget.shared(), *(share.bucket for share in self.classes.values())]
+        for bucket in (*shared, *(request.bucket for request in self.requests.values())):
             bucket.check_integrity()
         if self.budget.kind == "agreement":
             at_worst = counts.diverged + counts.unverified + counts.outstanding
-            spent_nano = self.budget.server.spent_nano
+            spent_nano = self.budget.spent_nano
             assert spent_nano == at_worst * NANO, f"paid {spent_nano} billionths for {at_worst} tokens"
 
     def check_requests(self, states: Mapping[str, Any]) -> None:
