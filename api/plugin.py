@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.api.access import Access, check_local, read_object
-from apparate_llm.api.answers import CALLER, AnswerMiddleware, classes_by_key, reporting
+from apparate_llm.api.answers import CALLER, AnswerMiddleware, classes_by_key
 from apparate_llm.api.engines import ask_all, merged
 from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware, poll
+from apparate_llm.api.reports import reporting
+from apparate_llm.api.requests import check_requests
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from prometheus_client.core import REGISTRY
@@ -159,25 +161,30 @@ async def stream(server: ExitServer) -> AsyncIterator[str]:
 
 
 def watch_requests(server: ExitServer) -> None:
-    """Wake the polling, refuse bad early-exit knobs where a request comes in (vLLM answers a ValueError raised here
-    with HTTP 400), give a request its class, and report where one asks for it."""
+    """Wake the polling, refuse bad early-exit knobs that came past the check at the door (vLLM answers a ValueError
+    raised here with HTTP 400), give a request its class, and report where one asks for it."""
     generate = server.engine.generate
 
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         caller = CALLER.get()
-        given = getattr(sampling_params, "extra_args", None)
+        passed = getattr(sampling_params, "extra_args", None)
+        given = {**(caller.knobs if caller else {}), **(passed or {})}
         knobs = parse_request_knobs(given, server.config, caller.key_class if caller else None)
         server.collector.work.set()
         if knobs.early_exit_class is not None:
-            sampling_params.extra_args = {**(given or {}), "early_exit_class": knobs.early_exit_class}
+            given["early_exit_class"] = knobs.early_exit_class
+        if given != (passed or {}):
+            sampling_params.extra_args = given
         if caller is None or not knobs.early_exit_report:
             return generate(prompt, sampling_params, *args, **kwargs)
+        caller.wants_report = True
         return reporting(
             lambda params: generate(prompt, params, *args, **kwargs),
+            prompt,
             sampling_params,
             caller,
             ask=server.ask,
-            tokenizer=server.engine.get_tokenizer,
+            tokenizer=lambda: server.engine.renderer.tokenizer,
         )
 
     server.engine.generate = checked
@@ -203,6 +210,7 @@ class StatusPlugin:
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(page)
         app.include_router(router)
+        check_requests(app)
         app.add_middleware(AnswerMiddleware)
         app.add_middleware(MetricsMiddleware)
 

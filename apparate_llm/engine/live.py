@@ -11,7 +11,7 @@ from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
 from apparate_llm.engine.classes import UNNAMED, allowed_bound, class_bound
 from apparate_llm.engine.eligibility import is_releasable, may_exit, stop_token_ids
-from apparate_llm.engine.origins import REPORT_KEY, Trace
+from apparate_llm.engine.origins import trace_of
 from apparate_llm.engine.rounds import Rounds
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 
@@ -119,5 +119,5 @@ def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger, *, oth
         bucket=bucket,
         share=share,
         tpt_target_ms=knobs.tpt_target_ms or config.tpt_target_ms,
-        trace=Trace(params.extra_args.get(REPORT_KEY, "")) if knobs.early_exit_report else None,
+        trace=trace_of(params.extra_args) if knobs.early_exit_report else None,
     )

@@ -26,7 +26,7 @@ class Trace:
 
     key: str
     origins: list[Origin] = field(default_factory=list)
-    exits_by_depth: dict[int, int] = field(default_factory=dict)
+    depths: list[int | None] = field(default_factory=list)  # of each token; None: the full model's own
     _accepted: list[Exit] = field(default_factory=list)  # by the pass under way
     _due: dict[int, int] = field(default_factory=dict)  # position of a released exit -> its index in `origins`
 
@@ -36,40 +36,50 @@ class Trace:
     def emitted(self, num_tokens: int) -> None:
         """Of the accepted exits and the full model's own token after them, the first `num_tokens`."""
         for exit_ in self._accepted[:num_tokens]:
-            self._add(exit_, Origin.HELD_DIVERGED if exit_.diverged else Origin.HELD)
+            self._add(Origin.HELD_DIVERGED if exit_.diverged else Origin.HELD, exit_.depth)
         if num_tokens > len(self._accepted):
-            self.origins.append(Origin.CHECKED)
+            self._add(Origin.CHECKED, None)
         self._accepted = []
 
     def released(self, exits: list[Exit]) -> None:
         for exit_ in exits:
             self._due[exit_.position] = len(self.origins)
-            self._add(exit_, Origin.UNVERIFIED)
+            self._add(Origin.UNVERIFIED, exit_.depth)
 
     def verified(self, exit_: Exit, agrees: bool) -> None:
         self.origins[self._due.pop(exit_.position)] = Origin.RELEASED if agrees else Origin.RELEASED_DIVERGED
 
-    def _add(self, exit_: Exit, origin: Origin) -> None:
+    def _add(self, origin: Origin, depth: int | None) -> None:
         self.origins.append(origin)
-        self.exits_by_depth[exit_.depth] = self.exits_by_depth.get(exit_.depth, 0) + 1
+        self.depths.append(depth)
+
+
+def trace_of(extra_args: dict[str, Any] | None) -> Trace | None:
+    """For a request that asks for a report; None where its key is none that the API gave, so that nobody will ask."""
+    key = (extra_args or {}).get(REPORT_KEY)
+    return Trace(key) if isinstance(key, str) and key else None
 
 
 @dataclass(slots=True)
 class Reports:
     """Of answers that ended, until they are asked for."""
 
-    _ended: OrderedDict[tuple[str, str], dict[str, Any]] = field(default_factory=OrderedDict)  # by key and request id
+    _ended: OrderedDict[str, dict[str, dict[str, Any]]] = field(default_factory=OrderedDict)  # by key, by request id
+    _num_kept: int = 0
 
     def keep(self, request_id: str, trace: Trace, tpt_ms: float | None) -> None:
-        self._ended[trace.key, request_id] = {
+        own = self._ended.setdefault(trace.key, {})
+        self._num_kept += request_id not in own
+        own[request_id] = {
             "origins": [origin.value for origin in trace.origins],
-            "exits_by_depth": dict(trace.exits_by_depth),
+            "depths": list(trace.depths),
             "tpt_ms": tpt_ms,
         }
-        while len(self._ended) > MAX_UNCLAIMED:
-            self._ended.popitem(last=False)
+        while self._num_kept > MAX_UNCLAIMED:
+            self._num_kept -= len(self._ended.popitem(last=False)[1])
 
     def take(self, key: str) -> dict[str, dict[str, Any]]:
         """Request id -> report, of all answers that this key was given for."""
-        found = [own for own in self._ended if own[0] == key]
-        return {own[1]: self._ended.pop(own) for own in found}
+        found = self._ended.pop(key, {})
+        self._num_kept -= len(found)
+        return found

@@ -345,19 +345,87 @@ def test_an_answer_says_where_its_tokens_came_from(server, client):
     assert "early_exit" not in plain.model_extra
 
 
-def test_random_answers_to_one_request_report_each(client):
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_choice_of_every_prompt_is_reported_under_its_index(client, stream):
     answer = client.completions.create(
         model="tiny",
-        prompt="w3",
+        prompt=["w3", "w8 w8 w1"],
         max_tokens=12,
         n=3,
         temperature=1.0,
+        stream=stream,
         extra_body={"ignore_eos": True, "vllm_xargs": {"early_exit_report": 1}},
     )
-    reports = answer.model_extra["early_exit"]
-    assert [report["index"] for report in reports] == [0, 1, 2]
-    for report, choice in zip(reports, answer.choices, strict=True):
-        assert "".join(report["texts"]) == choice.text and len(report["origins"]) == 12
+    texts = dict.fromkeys(range(6), "")
+    for chunk in answer if stream else [answer]:
+        reports = (chunk.model_extra or {}).get("early_exit")
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert [report["index"] for report in reports] == list(texts) and len(set(texts.values())) > 1
+    for report in reports:
+        assert "".join(report["texts"]) == texts[report["index"]] and len(report["origins"]) == 12
+
+
+HELLO = [{"role": "user", "content": "w1 w2"}]
+ROUTES = {
+    "/v1/completions": {"prompt": "w1 w2"},
+    "/v1/chat/completions": {"messages": HELLO},
+    "/v1/chat/completions/batch": {"messages": [HELLO, [{"role": "user", "content": "w9"}]]},
+    "/v1/messages": {"messages": HELLO},
+    "/v1/responses": {"input": "w1 w2"},
+    "/invocations": {"prompt": "w1 w2"},
+}
+
+
+def text_of(part):
+    """Of a whole answer or an event of a stream, by choice."""
+    if "choices" in part:
+        said = [(one["index"], one.get("message") or one.get("delta") or {}, one) for one in part["choices"]]
+        return {index: own.get("content") or one.get("text") or "" for index, own, one in said}
+    if "content" in part:
+        return {0: "".join(block.get("text", "") for block in part["content"])}
+    if "output" in part:
+        return {0: "".join(block["text"] for item in part["output"] for block in item["content"])}
+    delta = part.get("delta") if part.get("type") in ("content_block_delta", "response.output_text.delta") else ""
+    return {0: delta if isinstance(delta, str) else delta.get("text", "")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ROUTES)
+def test_every_route_reports_and_refuses_a_bad_knob(server, path, stream):
+    body = {"model": "tiny", "temperature": 0, "stream": stream, **ROUTES[path]}
+    body |= {"max_output_tokens": 20} if path == "/v1/responses" else {"max_tokens": 20}
+    with httpx.Client(base_url=server, timeout=60) as http:
+        refused = http.post(path, json={**body, "vllm_xargs": {"early_exit": 7}})
+        assert refused.status_code == 400 and "early_exit: Input should be 0 or 1" in refused.text
+        if path.endswith("batch"):
+            body.pop("stream")
+        answer = http.post(path, json={**body, "vllm_xargs": {"early_exit_report": 1}})
+        assert answer.status_code == 200, answer.text
+    is_stream = answer.headers["content-type"].startswith("text/event-stream")
+    assert is_stream == (stream and not path.endswith("batch"))
+    parts = (
+        [json.loads(data) for data in event_data([answer.content]) if data != "[DONE]"]
+        if is_stream
+        else [answer.json()]
+    )
+    texts: dict[int, str] = {}
+    for part in parts:
+        for index, text in text_of(part).items():
+            texts[index] = texts.get(index, "") + text
+    (reports,) = [told for part in parts if (told := {**part, **part.get("response", {})}.get("early_exit"))]
+    assert {report["index"]: "".join(report["texts"]) for report in reports} == texts and all(texts.values())
+    assert all(sum(report["tokens"].values()) == len(report["texts"]) <= 20 for report in reports)
+
+
+def test_beam_search_refuses_what_it_cannot_do_and_does_the_rest(server):
+    body = {"model": "tiny", "prompt": "w1", "max_tokens": 3, "n": 2, "use_beam_search": True, "temperature": 0}
+    with httpx.Client(base_url=server, timeout=60) as http:
+        for xargs, says in (({"early_exit": 7}, "should be 0 or 1"), ({"early_exit_report": 1}, "takes no exits")):
+            answer = http.post("/v1/completions", json={**body, "vllm_xargs": xargs})
+            assert answer.status_code == 400 and says in answer.text
+        answer = http.post("/v1/completions", json={**body, "vllm_xargs": {"early_exit": 0}})
+        assert answer.status_code == 200 and len(answer.json()["choices"]) == 2
 
 
 def test_idle_listeners_and_one_that_never_reads_cost_nobody_anything(server, client):

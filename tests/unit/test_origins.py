@@ -1,20 +1,10 @@
-"""Where tokens came from: in the ledger, and in the answer a client gets."""
+"""Where tokens came from, in the engine's ledger."""
 
-import asyncio
-import json
-from types import SimpleNamespace
-
-import httpx
 import pytest
-from apparate_llm.api import answers
-from apparate_llm.api.answers import CALLER, AnswerMiddleware, Caller, reporting
-from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit
-from apparate_llm.engine.origins import MAX_UNCLAIMED, REPORT_KEY, Reports, Trace
+from apparate_llm.engine.origins import MAX_UNCLAIMED, REPORT_KEY, Reports, Trace, trace_of
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 
 
@@ -52,7 +42,7 @@ def test_every_emitted_token_has_its_origin_and_verdicts_come_late():
         "unverified",
     ]
     assert len(report["origins"]) == ledger.counts.emitted == 8
-    assert report["exits_by_depth"] == {2: 4, 0: 1} and report["tpt_ms"] == pytest.approx(200 / 7)
+    assert report["depths"] == [None, 2, 0, None, 2, 2, None, 2] and report["tpt_ms"] == pytest.approx(200 / 7)
     assert ledger.counts.decode_tokens == 7 and ledger.counts.decode_s == pytest.approx(0.2)
     assert ledger.report("key") == {}
 
@@ -80,127 +70,16 @@ def test_reports_nobody_asks_for_are_forgotten():
     assert reports.take("key 0") == {} and reports.take("key 1") != {}
 
 
-@pytest.fixture(autouse=True)
-def words(monkeypatch):
-    monkeypatch.setattr(answers, "texts_of", lambda before, token_ids, tokenizer: [f"w{token}" for token in token_ids])
+def test_reports_under_one_key_are_forgotten_as_well():
+    reports = Reports()
+    for number in range(MAX_UNCLAIMED + 1):
+        reports.keep(str(number), Trace("key"), None)
+    reports.keep("a", Trace("other"), None)
+    assert reports.take("key") == {} and reports.take("other") != {}
 
 
-def report(origins: list[str]) -> dict:
-    return {"origins": origins, "exits_by_depth": {2: 1}, "tpt_ms": 12.5}
-
-
-def output(*choices: tuple[int, list[int]]) -> SimpleNamespace:
-    return SimpleNamespace(
-        prompt_token_ids=[1, 2], outputs=[SimpleNamespace(index=index, token_ids=ids) for index, ids in choices]
-    )
-
-
-def run_reporting(outputs, by_request, kind, extra_args=None):
-    caller, seen = Caller(), {}
-
-    async def generate(params):
-        seen["params"] = params
-        for one in outputs:
-            yield one
-
-    async def ask(method, key):
-        seen["key"] = key
-        return [{}, by_request]  # two engines: the second had the request
-
-    params = SamplingParams(output_kind=kind, extra_args=extra_args or {"early_exit_report": 1})
-
-    async def drive():
-        return [one async for one in reporting(generate, params, caller, ask=ask, tokenizer=object)]
-
-    got = asyncio.run(drive())
-    assert got == list(outputs) and seen["params"].extra_args[REPORT_KEY] == seen["key"]
-    assert REPORT_KEY not in params.extra_args
-    return caller.reports
-
-
-def test_a_report_counts_tokens_by_origin_and_names_their_texts():
-    parts = [output((0, [7])), output((0, [8, 9]))]
-    (told,) = run_reporting(parts, {"r": report(["checked", "held", "released_diverged"])}, RequestOutputKind.DELTA)
-    assert told["tokens"]["checked"] == told["tokens"]["held"] == told["divergences"] == 1
-    assert told["texts"] == ["w7", "w8", "w9"] and told["exits_by_depth"] == {2: 1} and told["tpt_ms"] == 12.5
-
-
-def test_what_a_stop_string_cut_off_is_not_in_the_report():
-    whole = [output((0, [7])), output((0, [7, 8]))]
-    (told,) = run_reporting(whole, {"r": report(["checked", "held", "checked"])}, RequestOutputKind.CUMULATIVE)
-    assert told["origins"] == ["checked", "held"] and sum(told["tokens"].values()) == 2
-
-
-def test_several_answers_to_one_request_are_told_apart():
-    parts = [output((1, [4])), output((0, [7, 8]))]
-    by_request = {"1_r": report(["checked"]), "0_r": report(["checked", "held"])}
-    told = run_reporting(parts, by_request, RequestOutputKind.DELTA)
-    assert [(one["index"], one["texts"]) for one in told] == [(0, ["w7", "w8"]), (1, ["w4"])]
-
-
-def test_a_report_that_fails_costs_the_answer_nothing():
-    caller = Caller()
-
-    async def generate(params):
-        yield output((0, [7]))
-
-    async def ask(method, key):
-        raise RuntimeError("no worker")
-
-    params = SamplingParams(extra_args={"early_exit_report": 1})
-
-    async def drive():
-        return [one async for one in reporting(generate, params, caller, ask=ask, tokenizer=object)]
-
-    assert len(asyncio.run(drive())) == 1 and caller.reports == []
-
-
-def answered(path: str, *, reports: list[dict], key: str = "", by_key: dict | None = None) -> httpx.Response:
-    app = FastAPI()
-    app.add_middleware(AnswerMiddleware)
-    app.state.early_exit = SimpleNamespace(classes_by_key=by_key or {})
-
-    @app.post("/whole")
-    async def whole():
-        CALLER.get().reports.extend(reports)
-        return {"id": "x", "text": "ä", "class": CALLER.get().key_class}
-
-    @app.post("/stream")
-    async def stream():
-        caller = CALLER.get()
-
-        async def events():
-            yield 'data: {"id": "x", "model": "m", "choices": [{"text": "a"}]}\n\n'
-            caller.reports.extend(reports)
-            yield "data: [DONE]\n\n"
-
-        return StreamingResponse(events(), media_type="text/event-stream")
-
-    async def ask():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://s") as http:
-            return await http.post(path, headers={"Authorization": f"Bearer {key}"})
-
-    return asyncio.run(ask())
-
-
-def test_a_whole_answer_carries_the_report():
-    got = answered("/whole", reports=[{"index": 0}])
-    assert got.json() == {"id": "x", "text": "ä", "class": None, "early_exit": [{"index": 0}]}
-    assert int(got.headers["content-length"]) == len(got.content)
-    assert answered("/whole", reports=[]).json() == {"id": "x", "text": "ä", "class": None}
-
-
-def test_a_stream_carries_the_report_in_a_chunk_before_its_end():
-    lines = [line for line in answered("/stream", reports=[{"index": 0}]).text.split("\n\n") if line]
-    assert len(lines) == 3 and lines[-1] == "data: [DONE]"
-    chunk = json.loads(lines[1].removeprefix("data: "))
-    assert chunk == {"id": "x", "model": "m", "choices": [], "early_exit": [{"index": 0}]}
-    assert len([line for line in answered("/stream", reports=[]).text.split("\n\n") if line]) == 2
-
-
-def test_a_key_tells_the_class_of_a_request():
-    from hashlib import sha256
-
-    by_key = {sha256(b"sk-1").hexdigest(): "interactive"}
-    assert answered("/whole", reports=[], key="sk-1", by_key=by_key).json()["class"] == "interactive"
-    assert answered("/whole", reports=[], key="sk-2", by_key=by_key).json()["class"] is None
+def test_a_key_that_is_none_costs_nothing():
+    """Without our API nobody puts a key there but the client."""
+    for key in ([1], {"a": 1}, 7, "", None):
+        assert trace_of({REPORT_KEY: key}) is None
+    assert trace_of(None) is None and trace_of({REPORT_KEY: "a"}) == Trace("a")
