@@ -53,7 +53,7 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     if args.model is not None:
         model = resolve_model(args.model)
         architecture = architecture_of(model) if config.policy != "off" else ""
-        preflight_ramps(config, model, architecture)
+        preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
     wanted, rest = merge_settings(vllm_settings(config, architecture), vllm_flags)
     if given_value(rest, "uds") is None and (problem := port_problem(args.host or "", args.port)):
         raise ConfigError(problem)
@@ -67,7 +67,7 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         model = default_model()
         if given_value(rest, "served-model-name") is None:
             rest = [*rest, "--served-model-name", NAME, str(model)]
-        preflight_ramps(config, model, architecture)
+        preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
     wanted["port"] = args.port
     if args.host not in (None, *DEFAULTS):
         wanted["host"] = args.host
@@ -148,14 +148,14 @@ def model_folder(name: str | Path | None) -> Path:
     return default_model() if name is None else resolve_model(str(name))
 
 
-def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str) -> None:
+def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str, load_format: str = "auto") -> None:
     """Find out here, in a second, what would otherwise stop the engine half a minute into its start."""
     from apparate_llm.ramps.fingerprint import fingerprint_of
 
     if config.policy == "off":
         return
     early_exit_architecture(architecture)
-    fingerprint = fingerprint_of(model)
+    fingerprint = fingerprint_of(model, load_format)
     folder = Path(config.ramps) if config.ramps is not None else find_shipped(fingerprint)
     if folder is None:
         raise RampError(f"no shipped ramps fit {model}: name a ramp folder (--ramps) or use --policy off")

@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from apparate_llm.launch import reexec_with_libraries
+from apparate_llm.ramps.fingerprint import weight_files
 from apparate_llm.serve import model_folder
 
 WARM_TOKENS = 64
@@ -107,7 +108,7 @@ def bytes_read(engine: Any, model: Path, bytes_per_weight: int) -> dict[str, flo
     from safetensors import safe_open
 
     size: dict[str, int] = {}
-    for path in model.glob("*.safetensors"):
+    for path in weight_files(model):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 size[name] = bytes_per_weight * math.prod(file.get_slice(name).get_shape())

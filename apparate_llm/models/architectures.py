@@ -19,8 +19,8 @@ class UnsupportedModelError(ValueError):
 
 def architecture_of(model_dir: Path) -> str:
     """The (first) architecture in a model folder's config.json; raises UnsupportedModelError."""
-    architectures = _config_of(model_dir).get("architectures") or []
-    if not architectures:
+    architectures = _config_of(model_dir).get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise UnsupportedModelError(f"{model_dir / 'config.json'} names no architecture")
     return architectures[0]
 
@@ -38,11 +38,14 @@ def _config_of(model_dir: Path) -> dict[str, Any]:
         raise UnsupportedModelError(f"model folder not found: {model_dir}")
     path = model_dir / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UnsupportedModelError(f"not a model folder (no config.json): {model_dir}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text at all
         raise UnsupportedModelError(f"damaged {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise UnsupportedModelError(f"damaged {path}: an object is expected, got {type(config).__name__}")
+    return config
 
 
 def early_exit_architecture(architecture: str) -> str:

@@ -21,7 +21,7 @@ from apparate_llm.ramps.checkpoint import (
     find_shipped,
     read_manifest,
 )
-from apparate_llm.ramps.fingerprint import Fingerprint
+from apparate_llm.ramps.fingerprint import MISTRAL_NAMES, Fingerprint
 from apparate_llm.ramps.load import RampSet, load_ramps
 
 NORM_WEIGHT = "model.norm.weight"
@@ -80,8 +80,9 @@ class EarlyExitMixin(_Base):
         def watched() -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
                 fingerprint.add(name, tensor)
-                if name == NORM_WEIGHT or name in HEAD_WEIGHTS:
-                    kept[name] = tensor
+                usual = MISTRAL_NAMES.get(name, name)
+                if usual == NORM_WEIGHT or usual in HEAD_WEIGHTS:
+                    kept[usual] = tensor
                 yield name, tensor
 
         loaded = super().load_weights(watched())

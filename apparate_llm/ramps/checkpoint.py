@@ -40,18 +40,24 @@ class BaseModelInfo(BaseModel):
 
     @classmethod
     def of(cls, model_dir: Path) -> "BaseModelInfo":
-        """Describe a model folder from its config.json and its weights."""
+        """Describe a model folder from its config.json and its weights; raises RampError or WeightsError."""
         from apparate_llm.ramps.fingerprint import fingerprint_of
 
-        config = json.loads((model_dir / "config.json").read_text())
-        return cls(
-            architecture=config["architectures"][0],
-            hidden_size=config["hidden_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            vocab_size=config["vocab_size"],
-            rms_norm_eps=config["rms_norm_eps"],
-            fingerprint=fingerprint_of(model_dir),
-        )
+        path = model_dir / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            described = {
+                "architecture": config["architectures"][0],
+                "hidden_size": config["hidden_size"],
+                "num_hidden_layers": config["num_hidden_layers"],
+                "vocab_size": config["vocab_size"],
+                "rms_norm_eps": config["rms_norm_eps"],
+            }
+            return cls(**described, fingerprint=fingerprint_of(model_dir))
+        except KeyError as error:
+            raise RampError(f"{path} does not say {error.args[0]}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, IndexError, ValidationError) as error:
+            raise RampError(f"damaged {path}: {' '.join(str(error).split())}") from None
 
 
 class RampManifest(BaseModel):

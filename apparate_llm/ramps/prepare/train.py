@@ -41,10 +41,11 @@ class BaseParts(NamedTuple):
     @classmethod
     def of(cls, model_dir: Path) -> "BaseParts":
         """Read the parts from a model folder."""
-        from apparate_llm.ramps.fingerprint import checkpoint_tensors
+        from apparate_llm.ramps.fingerprint import MISTRAL_NAMES, checkpoint_tensors
 
-        wanted = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
-        found = {name: tensor for name, tensor in checkpoint_tensors(model_dir) if name in wanted}
+        wanted = set(MISTRAL_NAMES.values())
+        named = ((MISTRAL_NAMES.get(name, name), tensor) for name, tensor in checkpoint_tensors(model_dir))
+        found = {name: tensor for name, tensor in named if name in wanted}
         embedding = found["model.embed_tokens.weight"]
         head = found.get("lm_head.weight", embedding)
         config = json.loads((model_dir / "config.json").read_text())
