@@ -10,10 +10,11 @@ def may_exit(params: SamplingParams) -> bool:
     """Whether held exits leave the answer as it is.
 
     vLLM's check of drafts knows neither min_p nor logit_bias. With a seed it draws a number for each draft, so that the
-    text depends on how many there were, and so on the clock; greedy requests draw none.
+    text depends on how many there were, and so on the clock; greedy requests draw none. Scores of tokens that a request
+    names come from its plain sampler only.
     """
-    greedy = params.temperature == 0.0
-    return not params.logit_bias and (greedy or (params.seed is None and params.min_p == 0.0))
+    nothing_drawn = params.temperature == 0.0 or (params.seed is None and params.min_p == 0.0)
+    return nothing_drawn and not params.logit_bias and params.logprob_token_ids is None
 
 
 def is_releasable(params: SamplingParams) -> bool:

@@ -53,3 +53,9 @@ def check(logits: torch.Tensor, metadata: Any) -> SamplerOutput:
         tokens[request, : num_accepted + 1] = best[row : row + num_accepted + 1]
         row, first = row + num_drafts + 1, first + num_drafts
     return SamplerOutput(sampled_token_ids=torch.from_numpy(tokens), logprobs_tensors=None)
+
+
+def first_rows(metadata: Any) -> torch.Tensor:
+    """Of each request the row that follows its checked text, with which a step goes on that drops all drafts."""
+    num_rows = torch.tensor(metadata.num_draft_tokens) + 1
+    return num_rows.cumsum(0) - num_rows

@@ -37,7 +37,7 @@ def judge_held(
     first = 0
     for request_id, num_drafts in zip(request_ids, metadata.num_draft_tokens, strict=True):
         request = ledger.requests.get(request_id)
-        if num_drafts and request is not None and request.releasable:
+        if num_drafts and request is not None and request.releasable and request.held:
             spans.append((request_id, request, first, num_drafts))
         first += num_drafts
     if not spans:

@@ -21,7 +21,7 @@ from apparate_llm.controller.state import ControllerState, resolve_path
 from apparate_llm.engine.classes import shares_of
 from apparate_llm.engine.clock import StepClock
 from apparate_llm.engine.eligibility import custom_processors
-from apparate_llm.engine.greedy import check, is_plain_greedy
+from apparate_llm.engine.greedy import check, first_rows, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.identity import identity_of
 from apparate_llm.engine.judge import best_and_regret, judge_by_sampling, judge_held
@@ -165,6 +165,8 @@ class EarlyExitRunner(CPUModelRunner):
             self.ledger.counts.completion_passes += 1
             if self._pending:
                 state = self._record_released(state)
+            if self._drops_drafts():
+                self.ledger.drop_held()
             self._guarded(lambda: self._judge_held(state))
         self._released = {}
         generators = self.input_batch.generators
@@ -203,10 +205,17 @@ class EarlyExitRunner(CPUModelRunner):
             may_diverge=lambda request_id: self.ledger.requests[request_id].may_diverge(now_s),
         )
 
+    def _drops_drafts(self) -> bool:
+        """Whether a step goes on as if there were none: scores of tokens that a request names come from vLLM's plain
+        sampler only."""
+        return bool(self.input_batch.sampling_metadata.logprob_token_ids)
+
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         # With nothing to check, plain sampling is cheaper; the rejection sampler also fails on top-k without any draft.
         if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
             spec_decode_metadata = None
+        if spec_decode_metadata is not None and self._drops_drafts():
+            logits, spec_decode_metadata = logits[first_rows(spec_decode_metadata)], None
         if spec_decode_metadata is not None and is_plain_greedy(self.input_batch.sampling_metadata):
             output = self._guarded(lambda: check(logits, spec_decode_metadata))
             if output is not None:
@@ -318,6 +327,7 @@ class EarlyExitRunner(CPUModelRunner):
         ends here."""
         batch, now_s = self.input_batch, self.clock.now_s
         judged = {verdict.request_id for verdict in self._judged if not verdict.released}
+        takes_drafts = self.rounds is not None and not self._drops_drafts()
         rows, ends = [], False
         for index, checked in enumerate(sampled_token_ids):
             if not checked:  # a prompt chunk
@@ -341,7 +351,7 @@ class EarlyExitRunner(CPUModelRunner):
             if num_emitted < len(checked) or checked[-1] in stops or num_left <= 0 or num_context_left <= 0:
                 ends = True
                 continue
-            if self.rounds is None or not exits.takes_exits:
+            if self.rounds is None or not takes_drafts or not exits.takes_exits:
                 continue
             room = min(num_left, num_context_left, self.rounds.room(index, end - 1))
             if room <= 0:

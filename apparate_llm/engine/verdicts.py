@@ -168,14 +168,21 @@ class VerdictLedger:
             totals.decode_s += took_s
         self.budget.emit(request.bucket, num_tokens)
 
+    def drop_held(self) -> None:
+        """The full model has looked at no held exit, nor will it."""
+        for request in self.requests.values():
+            request.held, request.offered = [], None
+
     def checked(self, request: RequestExits, num_held: int, num_accepted: int) -> None:
         """The full model has looked at the first `num_held` held exits and emits `num_accepted` of them; divergences
         let through are counted already."""
-        self.counts.held += num_held
+        held = request.held[:num_held]  # none of them where they were dropped: then they were drafts like any others
+        num_accepted = min(num_accepted, len(held))
+        self.counts.held += len(held)
         self.counts.accepted += num_accepted
         if request.trace is not None:
-            request.trace.accepted(request.held[:num_accepted])
-        for i, exit_ in enumerate(request.held[:num_held]):
+            request.trace.accepted(held[:num_accepted])
+        for i, exit_ in enumerate(held):
             if i >= num_accepted:
                 self.counts.settle(Outcome.HELD_REJECTED, exit_.depth)
                 continue

@@ -113,11 +113,6 @@ def test_a_prompt_longer_than_the_context_is_a_400_and_costs_nobody_else(client)
     assert client.completions.create(model="tiny", prompt="w1", max_tokens=5).usage.completion_tokens > 0
 
 
-def test_what_speculation_cannot_do_is_a_400(client):
-    with pytest.raises(openai.BadRequestError):
-        client.completions.create(model="tiny", prompt="w1", max_tokens=5, extra_body={"min_p": 0.5})
-
-
 def test_an_aborted_stream_leaves_the_server_well(server, client):
     stream = client.completions.create(
         model="tiny", prompt="w8 w2", temperature=0, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
@@ -191,6 +186,29 @@ def test_policy_off_serves_plain_vllm_and_says_so(plain_server, tiny_llama):
     assert reply.status_code == 503 and "policy off" in reply.text
     body = {"model": str(tiny_llama), "prompt": "w1 w2", "max_tokens": 5, "min_p": 0.5}
     assert httpx.post(f"{plain_server}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"min_p": 0.3, "temperature": 1.1, "seed": 3},
+        {"logit_bias": {"9": 100, "40": -100}, "temperature": 0},
+        {"temperature": 1.0, "seed": 4, "n": 3},
+        {"logprob_token_ids": [5, 6], "logprobs": 1, "temperature": 0},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_other_speculation_refuses_or_changes_is_answered_as_by_plain_vllm(
+    given, server, plain_server, tiny_llama
+):
+    asked = {"prompt": "w1 w2 w9", "max_tokens": 20, "ignore_eos": True, **given}
+    choices = []
+    for base_url, model in ((server, "tiny"), (plain_server, str(tiny_llama))):
+        reply = httpx.post(f"{base_url}/v1/completions", json={"model": model, **asked}, timeout=60)
+        assert reply.status_code == 200, reply.text
+        choices.append(reply.json()["choices"])
+    for ours, plain in zip(*choices, strict=True):
+        assert ours["text"] == plain["text"] and ours["finish_reason"] == plain["finish_reason"]
 
 
 def test_the_full_evaluation_of_running_servers_reports_every_system_and_says_what_it_left_out(

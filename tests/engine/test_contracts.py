@@ -28,6 +28,7 @@ WITHOUT_EXITS = {
     "min_p": {"temperature": 1.2, "seed": 10, "min_p": 0.2},
     "logit_bias": {"logit_bias": {7: 100.0, 90: -100.0, 31: 2.5}},
     "logit_bias and logprobs": {"logit_bias": {90: 3.0}, "logprobs": 2},
+    "scores of tokens": {"logprob_token_ids": [5, 80, 31]},
 }
 CUSTOM = {"extra_args": {"banned": [29, 10, 77, 43, 118]}}
 
@@ -109,18 +110,21 @@ def test_requests_that_exits_would_change_take_none_alone_and_beside_others_that
     ]
     assert mixed == plain_results[name][:2]
     now = releasing.counts()
-    assert now["held"] > after["held"] and now["released"] > after["released"]
+    assert now["emitted"] - after["emitted"] == 2 * 5 * 30
+    # Beside scores of tokens nobody has exits: they come from vLLM's plain sampler only.
+    assert (now["held"] > after["held"] and now["released"] > after["released"]) == (name != "scores of tokens")
 
 
-def test_a_users_logits_processors_and_prompts_read_in_chunks_by_seeded_requests(tiny_llama, lens_ramps, plain_results):
-    knobs = {"ramps": str(lens_ramps(depth=3)), **RELEASE_ALL}
-    chunks = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
-    with logged() as said, Engine(tiny_llama, knobs, logits_processors=[banning()], **chunks) as engine:
-        assert any("the logits processors Banning may act on any" in line for line in said)
-        assert results(engine, make_params(**CUSTOM)) == plain_results["custom"]
-        assert results(engine, make_params(**WITHOUT_EXITS["seed"])) == plain_results["seed"]
-        counts = engine.counts()
-    assert counts["held"] == counts["released"] == 0
+def test_a_request_for_scores_of_tokens_joins_others_whose_exits_are_under_way(releasing, plain_results):
+    before = releasing.counts()
+    for index in range(2):
+        releasing.add(f"other-{index}", PROMPTS[index], make_params(logprobs=3))
+    while releasing.counts()["held"] == before["held"]:
+        releasing.step()
+    releasing.add("scores", PROMPTS[2], make_params(logprob_token_ids=[5, 80, 31]))
+    tokens = releasing.run()
+    assert tokens["scores"] == plain_results["scores of tokens"][2][0]
+    assert [tokens[f"other-{index}"] for index in range(2)] == [plain_results["logprobs"][i][0] for i in range(2)]
 
 
 def test_a_plain_greedy_request_beside_one_with_logprobs_is_released(releasing):
@@ -148,6 +152,17 @@ def test_an_answer_ends_only_where_the_full_model_ends_it(releasing):
     prefixes = [{"prompt_token_ids": text["prompt_token_ids"][:-1]} for text in ended]
     choices = releasing.tokens(prefixes, make_params(max_tokens=1, extra_args={"early_exit": 0}))
     assert [choice for (choice,) in choices] == [text["prompt_token_ids"][-1] for text in ended]
+
+
+def test_a_users_logits_processors_and_prompts_read_in_chunks_by_seeded_requests(tiny_llama, lens_ramps, plain_results):
+    knobs = {"ramps": str(lens_ramps(depth=3)), **RELEASE_ALL}
+    chunks = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
+    with logged() as said, Engine(tiny_llama, knobs, logits_processors=[banning()], **chunks) as engine:
+        assert any("the logits processors Banning may act on any" in line for line in said)
+        assert results(engine, make_params(**CUSTOM)) == plain_results["custom"]
+        assert results(engine, make_params(**WITHOUT_EXITS["seed"])) == plain_results["seed"]
+        counts = engine.counts()
+    assert counts["held"] == counts["released"] == 0
 
 
 def test_stop_strings(tiny_llama, lens_ramps):

@@ -45,6 +45,7 @@ def test_requests_whose_contract_needs_full_scores_may_not(given):
         ({"temperature": 0.0, "min_p": 0.1}, True),  # vLLM itself drops it there
         ({"logit_bias": {3: 1.0}}, False),
         ({"temperature": 0.0, "logit_bias": {3: 1.0}}, False),
+        ({"temperature": 0.0, "logprob_token_ids": [3]}, False),
         ({"seed": 1}, False),
         ({"temperature": 0.0, "seed": 1}, True),  # nothing is drawn
         ({"top_p": 0.9, "top_k": 5, "presence_penalty": 1.0}, True),
