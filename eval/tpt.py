@@ -27,6 +27,7 @@ from rich.console import Console
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.files import write_atomically
 from apparate_llm.knobs import knobs_from
+from apparate_llm.launch import check_build
 from apparate_llm.machine import machine
 from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
@@ -53,6 +54,8 @@ class Job:
 
 def run_quick(args: argparse.Namespace) -> int:
     config = knobs_from(args)
+    if config.policy != "off":
+        check_build()
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"folder of --json not found: {args.json.parent}")
     prompts = load_prompts(args.prompts)[: args.num_prompts]

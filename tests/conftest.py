@@ -49,3 +49,11 @@ def lens_ramps(tiny_models, tmp_path_factory):
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def homeless(monkeypatch) -> None:
+    """A user without a home, as in a container that was given a number for one."""
+    for name in ("HOME", "XDG_CACHE_HOME", "APPARATE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654_321)

@@ -5,10 +5,12 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from apparate_llm.config import ConfigError
 from apparate_llm.controller.policy import Policy
 from apparate_llm.files import write_atomically
 
@@ -93,8 +95,15 @@ def check_numbers(state: Any) -> None:
         raise ValueError(f"a state is made of finite numbers, got {state!r}")
 
 
-def resolve_path(given: str | None, identity: dict[str, Any], cache: Path) -> Path | None:
-    """From the knob: a file, `none`, or the default place. None: keep nothing."""
+def resolve_path(given: str | None, identity: dict[str, Any], cache: Callable[[], Path]) -> Path | None:
+    """From the knob: a file, `none`, or the default place. None: keep nothing. cache: its folder, ConfigError if there
+    is none."""
     if given == NONE:
         return None
-    return Path(os.path.expanduser(given)) if given is not None else default_path(identity, cache)
+    if given is not None:
+        return Path(os.path.expanduser(given))
+    try:
+        return default_path(identity, cache())
+    except ConfigError as error:
+        logger.warning("Controller state is not kept: %s", error)
+        return None

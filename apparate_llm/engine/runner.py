@@ -82,7 +82,7 @@ class EarlyExitRunner(CPUModelRunner):
         self.shadow = Shadow(self.rounds, tuple(sorted(inner_depths)))
         is_first_rank = get_tp_group().rank_in_group == 0
         identity = identity_of(self, depths=sorted(ramps))
-        path = resolve_path(config.state, identity, cache_folder())
+        path = resolve_path(config.state, identity, cache_folder)
         if path is not None:
             self.controller_state = ControllerState(path, identity, writes=is_first_rank)
             self.controller_state.restore(policy)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -109,6 +110,11 @@ def hash_compilers() -> None:
 
 def check_supported(vllm_config: Any) -> None:
     """Raise ValueError for a server set-up that early exits cannot serve."""
+    if not current_platform.is_cpu():
+        device = current_platform.device_type
+        raise ValueError(
+            f"early exits have a CPU worker only, this vLLM is for {device}; --policy off serves plain vLLM"
+        )
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
         raise ValueError(f"early exits need --pipeline-parallel-size 1, got {stages}; --policy off serves plain vLLM")

@@ -176,10 +176,12 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch):
 
 
 def test_doctor_names_torch_addons_that_do_not_match(monkeypatch):
-    from apparate_llm import doctor
+    from apparate_llm import doctor, launch
 
     versions = {"torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchaudio": "2.11.0", "torchcodec": None}
     monkeypatch.setattr(doctor, "installed", lambda name: versions.get(name))
+    for module in (doctor, launch):
+        monkeypatch.setattr(module, "vllm_build", lambda: None)
     assert doctor.mismatched_extras() == ["torchvision", "torchaudio"]
     versions.update(torchvision="0.28.0+cpu", torchaudio="2.13.0+cpu")
     assert doctor.mismatched_extras() == []

@@ -8,6 +8,7 @@ from apparate_llm.controller.feedback import Cycle, FeedbackLog, LoggedExit, rea
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.state import ControllerState, resolve_path
 from apparate_llm.core import Exit, Verb
+from apparate_llm.machine import cache_folder
 from tests.logged import logged
 
 IDENTITY = {"model": "m", "ramps": "abc", "cpu": "c"}
@@ -107,10 +108,17 @@ def test_no_file_is_no_news_and_a_place_that_cannot_be_written_costs_nothing(tmp
 
 
 def test_each_server_has_its_own_place(tmp_path):
-    one, two = (resolve_path(None, {**IDENTITY, "cpu": cpu}, tmp_path) for cpu in "ab")
+    one, two = (resolve_path(None, {**IDENTITY, "cpu": cpu}, lambda: tmp_path) for cpu in "ab")
     assert one is not None and two is not None and one != two and one.is_relative_to(tmp_path)
-    assert resolve_path("none", IDENTITY, tmp_path) is None
-    assert resolve_path("x.json", IDENTITY, tmp_path).name == "x.json"
+    assert resolve_path("none", IDENTITY, lambda: tmp_path) is None
+    assert resolve_path("x.json", IDENTITY, lambda: tmp_path).name == "x.json"
+
+
+def test_without_a_home_nothing_is_kept(homeless):
+    with logged() as messages:
+        assert resolve_path(None, IDENTITY, cache_folder) is None
+    assert "Controller state is not kept: no cache folder: this user has no home" in messages[0]
+    assert resolve_path("x.json", IDENTITY, cache_folder).name == "x.json"
 
 
 class Took:

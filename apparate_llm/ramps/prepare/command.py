@@ -102,7 +102,7 @@ def parse_depths(text: str, num_layers: int) -> tuple[int, ...]:
 def run_prepare(args: argparse.Namespace) -> int:
     """Bad input is found before anything is written."""
     from apparate_llm.eval.prompts import load_prompts
-    from apparate_llm.launch import reexec_with_libraries
+    from apparate_llm.launch import check_build, reexec_with_libraries
     from apparate_llm.models.architectures import architecture_of, early_exit_architecture
     from apparate_llm.ramps.checkpoint import BaseModelInfo
     from apparate_llm.ramps.prepare.engine import environment
@@ -113,6 +113,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         early_exit_architecture(architecture_of(resolve_model(args.model)))
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out must be a folder, {args.out} is a file")
+    check_build()
     reexec_with_libraries(environment())
 
     from apparate_llm.ramps.prepare.pipeline import prepare
@@ -213,12 +214,13 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:
     """The checked manifest and the model folder it is for; in a process with the performance libraries."""
-    from apparate_llm.launch import reexec_with_libraries
+    from apparate_llm.launch import check_build, reexec_with_libraries
     from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
     from apparate_llm.ramps.prepare.engine import environment
     from apparate_llm.serve import model_folder
 
     manifest = read_manifest(args.folder)
+    check_build()
     reexec_with_libraries(environment())
     model = model_folder(args.model)
     check_fits(manifest, args.folder, fingerprint=BaseModelInfo.of(model).fingerprint)

@@ -1,0 +1,86 @@
+"""Whatever a command cannot read, write or start ends it with one line and exit code 2."""
+
+import errno
+import os
+
+import pytest
+from apparate_llm.eval import tpt
+
+from apparate_llm import chat, doctor, launch, replay, serve
+from apparate_llm.cli import main
+from apparate_llm.ramps.prepare import command as prepare
+
+COMMANDS = {
+    "serve": (serve, "check_files", ["serve"]),
+    "doctor": (doctor, "examine", ["doctor"]),
+    "chat": (chat, "ChatClient", ["chat"]),
+    "replay": (replay, "find_log", ["replay"]),
+    "ramps": (prepare, "run_show", ["ramps", "show", "x"]),
+    "prepare": (launch, "check_build", ["prepare", "--out", "x"]),
+    "eval": (tpt, "load_results", ["eval", "report", "x"]),
+}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EMFILE, errno.EACCES, errno.EROFS, errno.EIO], ids=os.strerror)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_error_of_the_system_is_one_line(name, code, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(code, os.strerror(code), "/some/file")
+
+    module, function, argv = COMMANDS[name]
+    monkeypatch.setattr(module, function, fail)
+    assert main(argv) == 2
+    assert capsys.readouterr().err == f"apparate-llm: error: /some/file: {os.strerror(code)}\n"
+
+
+def test_places_that_cannot_be_read_or_written_are_one_line(tiny_llama, tmp_path, capsys):
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "results.json").write_text("{")
+    for argv in (
+        ["replay", "/nowhere/log"],
+        ["replay", str(tmp_path)],
+        ["replay", str(bad)],
+        ["replay", "--json", "/proc/nowhere.json"],
+        ["eval", "report", "/nowhere"],
+        ["eval", "compare", "/nowhere", str(tmp_path)],
+        ["eval", "report", str(tmp_path)],
+        ["eval", "tpt", str(tiny_llama), "--out", "/proc/nowhere", "--systems", "vllm"],
+        ["eval", "quick", "--prompts", str(bad)],
+        ["ramps", "show", "/dev/null"],
+        ["serve", "--classes", str(bad)],
+        ["serve", "--feedback-log", "/proc/nowhere/log"],
+        ["serve", "/dev/null"],
+        ["serve", "--port", "70000", str(tiny_llama), "--policy", "off"],
+    ):
+        assert main(argv) == 2, argv
+        said = capsys.readouterr().err
+        assert said.startswith("apparate-llm") and said.count("\n") == 1, said
+
+
+def test_a_folder_with_weights_for_torch_only_is_one_line(tiny_llama, tmp_path, capsys):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    for argv in (["serve", str(tmp_path)], ["eval", "quick", str(tmp_path)]):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert "no *.safetensors file" in said and "pytorch_model.bin" in said and said.count("\n") == 1
+
+
+def test_a_reader_that_has_enough_is_no_error(monkeypatch, capfd):
+    def fail():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    assert main(["doctor"]) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_errors_of_vllms_settings_are_one_line(monkeypatch, capsys):
+    from vllm.config.load import LoadConfig
+
+    monkeypatch.setattr(doctor, "examine", lambda: LoadConfig(load_format=3))
+    assert main(["doctor"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "valid string" in said
