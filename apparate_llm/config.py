@@ -95,6 +95,11 @@ class EarlyExitConfig(BaseModel):
     huge_pages: bool = Field(
         True, description="whether to keep the weights in pages of 2 MB, where Linux gives them: each pass is faster"
     )
+    batch_invariant: bool = Field(
+        True,
+        description="whether a token's bits do not depend on what else is in its batch, so that a text is the same "
+        "whatever the load, with policy off as well",
+    )
     feedback_log: str | None = Field(
         None, description="file to log exits, verdicts and times to, without any text, for `apparate-llm replay`"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from apparate_llm.config import ConfigError
+from apparate_llm.coverage import kept
 from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
 from apparate_llm.machine import available_memory_bytes, cache_folder, total_memory_bytes, writable_cache
 
@@ -52,6 +53,7 @@ def examine() -> list[Finding]:
         *check_cpu(),
         *check_memory(),
         *check_default_model(),
+        *check_batch_invariance(),
     ]
 
 
@@ -168,3 +170,17 @@ def check_default_model() -> list[Finding]:
         return [Finding("ok", f"default model not converted yet, source {gguf_path()}")]
     except DefaultModelError as error:
         return [Finding("note", str(error))]
+
+
+def check_batch_invariance() -> list[Finding]:
+    """What the last start of each model found."""
+    found = kept(cache_folder())
+    if not found:
+        return [Finding("ok", "batch invariance: tried for each model as it starts, none has been started yet")]
+    return [
+        Finding(
+            "ok" if one["holds"] else "note",
+            f"batch invariance of {one['model']}, {one['dtype']}, {one['threads']} threads: {one['sentence']}",
+        )
+        for one in found
+    ]

@@ -58,7 +58,10 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         model = resolve_model(args.model)
         architecture = architecture_of(model) if config.policy != "off" else ""
         preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
-    wanted, rest = merge_settings(vllm_settings(config, architecture), vllm_flags)
+    settings = vllm_settings(config, architecture)
+    if config.policy == "off" and (given_value(vllm_flags, "worker-cls") is not None or not is_cpu_build()):
+        settings = {}  # plain vLLM, its texts as they come
+    wanted, rest = merge_settings(settings, vllm_flags)
     if given_value(rest, "uds") is None and (problem := port_problem(args.host or "", args.port)):
         raise ConfigError(problem)
     reexec_with_libraries()  # before anything heavy is imported
@@ -198,7 +201,7 @@ def merge_settings(settings: dict[str, Any], flags: list[str]) -> tuple[dict[str
     if not settings:
         return {}, flags
     for name in SPECULATION_FLAGS:
-        if given_value(flags, name) is not None:
+        if "speculative_config" in settings and given_value(flags, name) is not None:
             raise ConfigError(f"--{name} {YOURS}")
     merged, rest = {}, flags
     for setting, ours in settings.items():

@@ -51,7 +51,7 @@ class Engine:
             "enable_prefix_caching": False,
             "seed": 0,
         }
-        self.has_exits = bool(settings)
+        self.has_exits = "speculative_config" in settings
         self.llm = LLM(str(model), **{**defaults, **settings, **vllm})
 
     def __enter__(self) -> "Engine":

@@ -6,13 +6,20 @@ from apparate_llm.config import ADDITIONAL_CONFIG_KEY, EarlyExitConfig
 from apparate_llm.engine.proposer import SCHEDULER_CLASS, WORKER_CLASS
 from apparate_llm.models.architectures import early_exit_architecture
 
+PLAIN_WORKER_CLASS = "apparate_llm.engine.invariant_worker.BatchInvariantWorker"
 PROPOSER_CLASS = "apparate_llm.engine.proposer.RampProposer"
 
 
 def vllm_settings(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
-    """Engine arguments of vLLM by name; empty for policy `off`, which is plain vLLM."""
+    """Engine arguments of vLLM by name; with policy `off` those of plain vLLM, batch-invariant where that is asked
+    for."""
     if config.policy == "off":
-        return {}
+        if not config.batch_invariant:
+            return {}
+        return {
+            "additional_config": {ADDITIONAL_CONFIG_KEY: config.model_dump(exclude_unset=True)},
+            "worker_cls": PLAIN_WORKER_CLASS,
+        }
     return {
         "hf_overrides": {"architectures": [early_exit_architecture(architecture)]},
         "speculative_config": {

@@ -8,24 +8,21 @@ import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 from apparate_llm.config import ConfigError, shown
 from apparate_llm.engine.beside import run_beside
+from apparate_llm.engine.invariant_worker import BatchInvariantWorker
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.runner import EarlyExitRunner
-from apparate_llm.patches.ledger import apply_all
 
 logger = init_logger("vllm.apparate")
 
 
-class EarlyExitWorker(CPUWorker):
-    model_runner: EarlyExitRunner
+class EarlyExitWorker(BatchInvariantWorker):
+    model_runner: EarlyExitRunner  # type: ignore[assignment]
 
     def init_device(self) -> None:
         check_supported(self.vllm_config)
-        for target in apply_all():  # before vLLM's worker builds a runner, which builds the logits processors
-            logger.info("Patched %s", target)
         super().init_device()
         # vLLM's worker builds its own runner; nothing is loaded into it yet.
         self.model_runner = EarlyExitRunner(self.vllm_config, torch.device("cpu"))
@@ -75,6 +72,7 @@ class EarlyExitWorker(CPUWorker):
             "budget_fill_frac": runner.ledger.budget.fill_frac,
             "budget_left": runner.ledger.budget.server.balance,
             "controller": policy.status() if policy else {},
+            "batch_invariance": self.coverage.as_dict() if self.coverage is not None else None,
         }
 
     def early_exit_configure(self, changes: dict[str, Any]) -> str | None:

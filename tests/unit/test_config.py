@@ -27,6 +27,7 @@ def test_every_knob_is_a_flag_and_flags_give_what_json_gives():
         "waiting_weight": 0.5,
         "ramps": "somewhere",
         "huge_pages": False,
+        "batch_invariant": False,
         "feedback_log": "log.jsonl",
         "state": "none",
     }

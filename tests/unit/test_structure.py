@@ -51,6 +51,7 @@ def test_arrows_point_down():
         "best": 0,
         "core": 0,
         "config": 0,
+        "coverage": 0,
         "files": 0,
         "machine": 0,
         "sse": 0,

@@ -1,0 +1,152 @@
+"""Batch invariance on a CPU: the bits of a token do not depend on what else is in its batch.
+
+Three things of vLLM's CPU backend depend on it: some linear layers round a lone row in another order than one of
+several, attention splits a request's keys over threads as the batch leaves it room, and a compiler may take a batch of
+one for a constant. Here each is found by trying, and computed so that it does not.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from vllm.config.compilation import DynamicShapesType
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+logger = init_logger("vllm.apparate")
+
+SPLIT_KEYS = "VLLM_CPU_ATTN_SPLIT_KV"  # vLLM's switch, on by default
+LEAST_ROWS = (1, 2, 4, 8, 16)  # tried in turn: what fewer rows are filled up to
+BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48)  # rows, compared with all at once
+TRIED_ROWS = 64
+TRIED_ROWS_OF_HEAD = 16  # a row of it takes milliseconds
+MANY = 1 << 14  # outputs, from which a layer is tried as a head is
+
+Linear = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearKind:
+    """Layers that run the same kernel."""
+
+    size_in: int
+    size_out: int
+    method: str
+    has_bias: bool
+
+    def __str__(self) -> str:
+        return f"{self.size_in}x{self.size_out}"
+
+
+@dataclass(slots=True)
+class Coverage:
+    """What was found, and what is done about it. Written to the start's log, the status and `doctor`."""
+
+    least_rows: dict[str, int]  # of linear layers that have one, by kind: fewer rows are filled up
+    not_covered: list[str]  # one line each: what still depends on the batch
+    num_kinds: int = 0
+    passes_compared: int | None = None  # of whole passes, whose states and scores were the same; None: not tried
+
+    @property
+    def holds(self) -> bool:
+        return not self.not_covered
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "holds": self.holds,
+            "linear_kinds": self.num_kinds,
+            "least_rows": self.least_rows,
+            "passes_compared": self.passes_compared,
+            "not_covered": self.not_covered,
+        }
+
+    def sentence(self) -> str:
+        padded = ", ".join(f"{kind} at least {rows} rows" for kind, rows in self.least_rows.items())
+        linear = f"{self.num_kinds} kinds of linear layers" + (f" ({padded})" if padded else "")
+        tried = "whole passes not compared" if self.passes_compared is None else f"{self.passes_compared} passes alike"
+        if self.holds:
+            return f"a token's bits do not depend on its batch: {linear}, keys not split, {tried}"
+        return f"a token's bits still depend on its batch: {'; '.join(self.not_covered)}"
+
+
+def before_loading(vllm_config: Any) -> None:
+    """Settings of vLLM that have to be there before it builds the model. What the user set stays."""
+    os.environ.setdefault(SPLIT_KEYS, "0")
+    shapes = vllm_config.compilation_config.dynamic_shapes_config
+    if shapes.type is DynamicShapesType.BACKED:
+        # By that a compiled pass were right for two rows and more, and what is done for a lone one left out.
+        shapes.type = DynamicShapesType.BACKED_SIZE_OBLIVIOUS
+
+
+def cover(model: nn.Module, dtype: torch.dtype) -> Coverage:
+    """Try the linear layers of a loaded model, one of each kind, and fill up the rows of those that need it. Before
+    vLLM compiles it."""
+    coverage = Coverage({}, [])
+    if os.environ.get(SPLIT_KEYS) != "0":
+        coverage.not_covered.append(f"attention splits keys over threads ({SPLIT_KEYS} is set)")
+    found: dict[LinearKind, int | None] = {}
+    for layer in linear_layers(model):
+        kind = kind_of(layer)
+        if kind not in found:
+            found[kind] = least_rows(layer, kind, dtype)
+        rows = found[kind]
+        if rows is not None and rows > 1:
+            layer.quant_method.apply = filled_up(layer.quant_method.apply, rows)
+    coverage.num_kinds = len(found)
+    coverage.least_rows = {str(kind): rows for kind, rows in found.items() if rows is not None and rows > 1}
+    coverage.not_covered += [f"linear layers {kind}" for kind, rows in found.items() if rows is None]
+    return coverage
+
+
+def linear_layers(model: nn.Module) -> Iterator[Any]:
+    """Those whose product one method of theirs computes, the head among them."""
+    for module in model.modules():
+        is_head = isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear")
+        if is_head or isinstance(module, LinearBase):
+            yield module
+
+
+def kind_of(layer: Any) -> LinearKind:
+    is_head = isinstance(layer, VocabParallelEmbedding)
+    size_in = layer.embedding_dim if is_head else layer.input_size_per_partition
+    size_out = layer.num_embeddings_per_partition if is_head else layer.output_size_per_partition
+    method = type(layer.quant_method).__name__
+    return LinearKind(size_in, size_out, method, getattr(layer, "bias", None) is not None)
+
+
+def least_rows(layer: Any, kind: LinearKind, dtype: torch.dtype) -> int | None:
+    """The fewest rows with which a row of this layer is the same in every batch tried; None: it is not with any."""
+    generator = torch.Generator().manual_seed(kind.size_in)
+    num_rows = TRIED_ROWS if kind.size_out < MANY else TRIED_ROWS_OF_HEAD
+    rows = torch.randn(num_rows, kind.size_in, generator=generator).to(dtype)
+    bias = getattr(layer, "bias", None)
+
+    def compute(part: torch.Tensor) -> torch.Tensor:
+        return layer.quant_method.apply(layer, part.contiguous(), bias)
+
+    whole = compute(rows)
+    for least in LEAST_ROWS:
+        filled = filled_up(compute, least)
+        if all(torch.equal(torch.cat([filled(part) for part in rows.split(size)]), whole) for size in BATCHES):
+            return least
+    return None
+
+
+def filled_up(linear: Linear, least: int) -> Linear:
+    """`linear(..., rows [num_rows, size_in], ...)` of at least so many rows, the others zero and left out again."""
+
+    def apply(*args: Any, **kwargs: Any) -> torch.Tensor:
+        index = next(i for i, value in enumerate(args) if isinstance(value, torch.Tensor))
+        rows = args[index]
+        num_rows = rows.shape[0]
+        if rows.dim() != 2 or (not torch.compiler.is_compiling() and num_rows >= least):
+            return linear(*args, **kwargs)
+        rows = F.pad(rows, (0, 0, 0, torch.sym_max(num_rows, least) - num_rows))
+        return linear(*args[:index], rows, *args[index + 1 :], **kwargs)[:num_rows]
+
+    return apply

@@ -1,0 +1,63 @@
+"""vLLM's CPU worker with batch invariance: all there is of ours where a server runs with `--policy off`."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from apparate_llm.config import config_from_vllm
+from apparate_llm.coverage import keep
+from apparate_llm.engine.batch_invariance import Coverage, before_loading, cover
+from apparate_llm.engine.compared_passes import different_passes
+from apparate_llm.machine import cache_folder
+from apparate_llm.patches.ledger import apply_all
+
+logger = init_logger("vllm.apparate")
+COVERED = "early_exit_batch_invariance"  # in vLLM's additional settings, which its compile cache has in its key
+
+
+class BatchInvariantWorker(CPUWorker):
+    coverage: Coverage | None = None  # None: not asked for
+
+    def init_device(self) -> None:
+        if config_from_vllm(self.vllm_config).batch_invariant:
+            self.coverage = Coverage({}, [])
+            before_loading(self.vllm_config)
+        for target in apply_all():  # before vLLM's worker builds a runner, which builds the logits processors
+            logger.info("Patched %s", target)
+        super().init_device()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if self.coverage is not None:
+            dtype, additional = self.model_config.dtype, self.vllm_config.additional_config
+            assert isinstance(dtype, torch.dtype) and isinstance(additional, dict), f"got {dtype}, {type(additional)}"
+            self.coverage = cover(self.model_runner.get_model(), dtype)
+            self.vllm_config.additional_config = additional | {COVERED: self.coverage.least_rows}
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        if self.coverage is not None:
+            self._compare_passes(self.coverage)
+            self._say(self.coverage)
+        return times
+
+    def _say(self, coverage: Coverage) -> None:
+        say = logger.info if coverage.holds else logger.warning
+        say("Batch invariance: %s", coverage.sentence())
+        if self.rank == 0:
+            name, dtype = Path(self.model_config.model).name, str(self.model_config.dtype).removeprefix("torch.")
+            with suppress(OSError):  # it is for `doctor` alone
+                keep(cache_folder(), name, dtype, torch.get_num_threads(), coverage.sentence(), coverage.holds)
+
+    def _compare_passes(self, coverage: Coverage) -> None:
+        try:
+            coverage.passes_compared, different = different_passes(self.model_runner)
+        except Exception as error:  # a model of another make; serving needs none of this
+            logger.info("Batch invariance: whole passes were not compared: %s", error)
+            return
+        if different:
+            coverage.not_covered.append(f"{different} of {coverage.passes_compared} whole passes differ")

@@ -1,0 +1,74 @@
+"""A text is the same whatever the load: in bfloat16, compiled, on the default model; and it is tried at the start."""
+
+import pytest
+
+from apparate_llm.default_model import default_model
+from tests.harness import Engine, greedy, token_prompts
+from tests.logged import logged
+
+PROMPTS = (
+    "Write a Python function that reverses a list.",
+    "Why is the sky blue?",
+    "Translate into French: the cat sleeps on the chair.",
+    "A train leaves at 9:40 and takes 85 minutes. When does it arrive?",
+)
+NUM_TOKENS = 40
+REAL = {"dtype": "bfloat16", "enforce_eager": False, "max_model_len": 512, "kv_cache_memory_bytes": 128 << 20}
+
+
+def prompts_of(engine):
+    tokenizer = engine.llm.get_tokenizer()
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    return [
+        {"prompt_token_ids": tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)}
+        for chat in chats
+    ]
+
+
+def test_in_bfloat16_exits_change_no_token_at_any_load():
+    """Plain vLLM's steps all have four rows, as its answers begin and end together: rows from two on are alike there
+    too, so every step can be compared. Its steps of a single row cannot, as they round in another order."""
+    model = default_model()
+    with Engine(model, **REAL) as plain:
+        prompts = prompts_of(plain)
+        expected = plain.tokens(prompts, greedy(NUM_TOKENS))
+    with Engine(model, {"threshold": 1.0, "hold_threshold": 1.0}, **REAL) as engine:
+        assert engine.status()["batch_invariance"]["holds"], engine.status()["batch_invariance"]
+        assert engine.tokens(prompts, greedy(NUM_TOKENS)) == expected, "idle, four at a time"
+        assert engine.counts()["held"] == 0
+        assert engine.tokens(prompts, greedy(NUM_TOKENS), one_by_one=True) == expected, "idle, one at a time"
+        assert engine.llm.collective_rpc("early_exit_configure", args=({"hold_threshold": 0.05},)) == [None]
+        for one_by_one in (False, True):
+            assert engine.tokens(prompts, greedy(NUM_TOKENS), one_by_one=one_by_one) == expected, "lossless"
+        counts = engine.counts()
+    assert counts["accepted"] > 0 and counts["held"] > counts["accepted"] and counts["fallbacks"] == 0
+
+
+@pytest.mark.parametrize("knobs", [{"policy": "off"}, {"hold_threshold": 0.0}])
+def test_a_start_compares_whole_passes_and_says_what_it_found(knobs, tiny_llama, lens_ramps, monkeypatch):
+    from apparate_llm.engine import invariant_worker
+
+    knobs = knobs | {"ramps": str(lens_ramps(depth=3))}
+    with logged() as said, Engine(tiny_llama, knobs) as engine:
+        coverage = engine.core.model_executor.driver_worker.worker.coverage
+        assert coverage.holds and coverage.passes_compared == 6
+    assert not any("batch" in line for line in said)
+
+    def cover_badly(model, dtype):
+        found = stock(model, dtype)
+        method = model.lm_head.quant_method
+        stock_apply = method.apply
+        method.apply = lambda layer, rows, bias=None: stock_apply(layer, rows, bias) + (len(rows) > 3)
+        return found
+
+    stock = invariant_worker.cover
+    monkeypatch.setattr(invariant_worker, "cover", cover_badly)
+    with logged() as said, Engine(tiny_llama, knobs) as engine:
+        assert not engine.core.model_executor.driver_worker.worker.coverage.holds
+    assert any("whole passes differ" in line for line in said)
+
+
+def test_it_can_be_left_out(tiny_llama, lens_ramps):
+    with Engine(tiny_llama, {"ramps": str(lens_ramps(depth=3)), "batch_invariant": False}) as engine:
+        assert engine.status()["batch_invariance"] is None
+        assert engine.tokens(token_prompts(2), greedy(8))
