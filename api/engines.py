@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from apparate_llm.core import shares_of
+
 
 async def ask_all(engine: Any, method: str, *args: Any) -> list[Any]:
     """What the first rank of every engine answers."""
@@ -20,7 +22,7 @@ def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(statuses) == 1:
         return first
     counts = _sum([status["counts"] for status in statuses])
-    counts["divergence_frac"] = counts["diverged"] / counts["emitted"] if counts["emitted"] else None
+    counts |= shares_of(counts, counts["emitted"])
     spreads = {
         name: {**spread, **_sum([_uncut(status["distributions"][name]) for status in statuses])}
         for name, spread in first["distributions"].items()

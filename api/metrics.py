@@ -31,6 +31,7 @@ COUNTERS = {  # field of the counts -> help
     "released": "Exits emitted before their remaining layers ran",
     "verified": "Released exits that have their verdict",
     "diverged": "Emitted tokens that differ from their verdict",
+    "divergences_at_worst": "The same and the exits without a verdict, should all of them have been wrong",
     "regret_nats": "Over all divergences, how much better the full model's best token was",
     "unverified": "Released exits whose request ended before their verdict",
     "completion_passes": "Passes through all layers",
@@ -43,6 +44,8 @@ FIELDS = {"decode_seconds": "decode_s"}  # metric -> field of the counts, where 
 CLASS_COUNTERS = {  # of each class of requests
     "emitted": "Output tokens of the class",
     "diverged": "Of them, known to differ from their verdict",
+    "divergences_at_worst": "The same and the exits without a verdict, should all of them have been wrong",
+    "unverified": "Released exits of the class whose request ended before their verdict",
     "decode_tokens": "Output tokens of the class but for the first of each answer",
     "decode_seconds": "Time these took",
     "targets_met": "Requests of the class that ended within their time per output token",
@@ -128,6 +131,10 @@ def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     return {
         "active": ("1 while exits are made, 0 after a failure", status["active"]),
         "divergence_ratio": ("Share of emitted tokens that differ from their verdict", counts["divergence_frac"]),
+        "divergences_at_worst_ratio": (
+            "The same, should all exits without a verdict have been wrong",
+            counts["divergences_at_worst_frac"],
+        ),
         "outstanding": ("Released exits that wait for their verdict", counts["outstanding"]),
         "accuracy_bound": ("Largest share of emitted tokens that may differ", config["accuracy_bound"]),
         "budget_left": ("Divergences (or nats) that the bound allows now", status["budget_left"]),

@@ -78,8 +78,8 @@ class Answer:
         if self.report is not None:
             tokens = self.report["tokens"]
             parts += [f"{tokens[name]} {name}" for name in ("checked", "held", "released")]
-            parts.append(f"{self.report['divergences']} differ")
-            parts += [f"{tokens['unverified']} without a verdict"] * bool(tokens["unverified"])
+            known, unverified = self.report["divergences"], tokens["unverified"]
+            parts.append(f"{known} differ, {known + unverified} at worst ({unverified} without a verdict)")
         else:
             parts.append("the server has no early exits")
         return " · ".join(parts)

@@ -1,5 +1,6 @@
 """Shared nouns. Imports nothing of ours and nothing heavy."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
@@ -88,11 +89,20 @@ class ExitCounts:
         return self.released_diverged + self.accepted_diverged
 
     @property
-    def divergence_frac(self) -> float | None:
-        """Share of emitted tokens that diverged; None before the first token."""
-        return self.diverged / self.emitted if self.emitted else None
+    def divergences_at_worst(self) -> int:
+        """The number that the bound holds for: should every exit that ended without a verdict have been wrong. Those
+        that still wait for one are not in it, so it never falls."""
+        return self.diverged + self.unverified
 
     def as_dict(self) -> dict[str, Any]:
-        derived = ("outstanding", "diverged", "divergence_frac")
+        derived = {name: getattr(self, name) for name in ("outstanding", "diverged", "divergences_at_worst")}
         outcomes = {outcome.value: dict(by_depth) for outcome, by_depth in self.outcomes.items()}
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}, "outcomes": outcomes}
+        return {**asdict(self), **derived, **shares_of(derived, self.emitted), "outcomes": outcomes}
+
+
+def shares_of(counts: Mapping[str, int], emitted: int) -> dict[str, float | None]:
+    """Of the emitted tokens: what diverged, and what did at worst; None before the first token."""
+    return {
+        "divergence_frac": counts["diverged"] / emitted if emitted else None,
+        "divergences_at_worst_frac": counts["divergences_at_worst"] / emitted if emitted else None,
+    }

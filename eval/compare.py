@@ -8,6 +8,7 @@ from apparate_llm.eval.schema import SCHEMA_VERSION, Results, Run
 from apparate_llm.eval.tables import (
     DASH,
     WITH_INTERVAL,
+    at_worst_cell,
     console_table,
     divergence_cell,
     flat,
@@ -70,7 +71,7 @@ def compare(a: Results, b: Results, names: tuple[str, str]) -> list[Table]:
         f"a / baseline, {WITH_INTERVAL}",
         f"b / baseline, {WITH_INTERVAL}",
     ]
-    token_columns = [f"{what} {side}" for side in "ab" for what in ("tokens", "differing", "failed")]
+    token_columns = [f"{what} {side}" for side in "ab" for what in ("tokens", "differing", "at worst", "failed")]
     caption = "\n".join(
         f"{side}: {name}, commit {results.commit or DASH}, {results.started}"
         for side, name, results in zip("ab", names, (a, b), strict=True)
@@ -92,7 +93,9 @@ def _speed(one: Run | None, other: Run | None) -> list[str]:
 
 
 def _tokens(run: Run | None) -> list[str]:
-    return [str(run.output_tokens), divergence_cell(run), str(run.failed)] if run else [DASH] * 3
+    if run is None:
+        return [DASH] * 4
+    return [str(run.output_tokens), divergence_cell(run), at_worst_cell(run), str(run.failed)]
 
 
 def _differences(a: Results, b: Results) -> Iterator[list[str]]:

@@ -166,7 +166,7 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     for name, value in after.items():
         if isinstance(value, dict):
             found[name] = difference(before.get(name, {}), value)
-        elif name != "divergence_frac":
+        elif not name.endswith("_frac"):
             found[name] = value - (before.get(name) or 0)
     return found
 

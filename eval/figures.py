@@ -138,13 +138,18 @@ def throughput_latency(ax: Axes, runs: list[Run], colors: dict[str, str]) -> Non
 
 
 def divergence(ax: Axes, timelines: dict[str, list[Moment]], colors: dict[str, str], bounds: dict[str, float]) -> None:
-    """Share of all tokens so far; a dashed line where the bound is."""
+    """Share of all tokens so far, shaded up to what it is at worst; a dashed line where the bound is."""
     for system, moments in timelines.items():
         known = [moment for moment in moments if moment.divergence_frac is not None]
         shares = [100 * (moment.divergence_frac or 0.0) for moment in known]
         ax.plot(
             [moment.output_tokens for moment in known], shares, "o-", markersize=3, color=colors[system], label=system
         )
+        worst = [100 * (moment.divergences_at_worst_frac or 0.0) for moment in known]
+        if any(high > share for high, share in zip(worst, shares, strict=True)):  # exits without a verdict
+            ax.fill_between(
+                [moment.output_tokens for moment in known], shares, worst, color=colors[system], alpha=0.25, linewidth=0
+            )
         if bounds.get(system):
             ax.axhline(100 * bounds[system], linestyle="--", linewidth=1, color=colors[system])
     if any(bounds.get(system) for system in timelines):

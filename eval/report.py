@@ -12,6 +12,7 @@ from apparate_llm.eval.tables import (
     DASH,
     EXIT_COLUMNS,
     Columns,
+    at_worst_cell,
     bounds_of,
     divergence_cell,
     flat,
@@ -75,7 +76,8 @@ def sections(results: Results) -> list[Section]:
         _section("Absolute figures", "", _speed_columns(runs), runs),
         _section(
             "Quality",
-            "Differing tokens are counted by the server: tokens the full model would not have written. Answers are "
+            "Differing tokens are counted by the server: tokens the full model would not have written; at worst, had "
+            "every exit without a verdict been wrong: that is what the bound holds for. Answers are "
             "compared with the baseline's. Without any differing token they can still part where the full model's "
             "best two tokens are nearly equal, as passes over more rows round differently.",
             _quality_columns(bounds_of(results)),
@@ -155,6 +157,7 @@ def _speed_columns(runs: list[Run]) -> Columns:
 def _quality_columns(bounds: dict[str, float]) -> Columns:
     return {
         "differing tokens": divergence_cell,
+        "at worst": at_worst_cell,
         "bound": lambda run: percent(bounds.get(run.system)),
         "regret, nats/token": lambda run: small(run.regret_nats_per_token),
         **ANSWER_COLUMNS,
@@ -162,7 +165,8 @@ def _quality_columns(bounds: dict[str, float]) -> Columns:
 
 
 def _exit_columns(runs: list[Run]) -> Columns:
-    columns = {name: cell for name, cell in EXIT_COLUMNS.items() if name not in ("differing", "regret, nats/token")}
+    elsewhere = ("differing", "at worst", "regret, nats/token")
+    columns = {name: cell for name, cell in EXIT_COLUMNS.items() if name not in elsewhere}
     depths = {depth for run in runs if run.exits for depth in run.exits.by_depth}
     for depth in sorted(depths, key=lambda text: (len(text), text)):
         columns[f"at depth {depth}"] = partial(_depth_cell, depth=depth)

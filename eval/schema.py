@@ -50,6 +50,7 @@ class Moment(_Strict):
     output_tokens: int  # so far
     divergence_frac: float | None  # of the tokens so far
     block_divergence_frac: float | None  # of this block's tokens
+    divergences_at_worst_frac: float | None = None  # of the tokens so far, exits without a verdict included
     tpt_ms: float | None  # mean over the block's requests
 
 
@@ -83,6 +84,13 @@ class Run(_Strict):
     regret_nats_per_token: float | None
     quality: Quality | None  # None without a baseline; of that itself, only what needs no comparison
     timeline: list[Moment]
+
+    @property
+    def divergences_at_worst(self) -> int | None:
+        """What the bound holds for: exits without a verdict count as wrong."""
+        if self.divergences is None:
+            return None
+        return self.divergences + (self.exits.unverified if self.exits else 0)
 
 
 class Ratio(_Strict):

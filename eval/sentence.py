@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from apparate_llm.eval.schema import Ratio, Results, Run
-from apparate_llm.eval.tables import bounds_of, divergence_frac, key_of, load_name, number
+from apparate_llm.eval.tables import at_worst_frac, bounds_of, divergence_frac, key_of, load_name, number
 
 MAX_LISTED = 3  # more loads than these are given as a range
 
@@ -94,9 +94,12 @@ def _changes(ratios: list[Ratio], runs: dict[tuple[str, str, bool], Run], word: 
 
 def _cost(runs: list[Run], *, warn_only: bool) -> str:
     shares = [share for run in runs if (share := divergence_frac(run)) is not None]
-    if not shares or (warn_only and not any(shares)):
+    worst = [share for run in runs if (share := at_worst_frac(run)) is not None]
+    if not shares or (warn_only and not any(worst)):
         return ""
-    return f" at a cost of {_range(shares)} % differing tokens" if any(shares) else " without a differing token"
+    at_worst = f" ({_range(worst)} % at worst)" if worst != shares else ""  # exits without a verdict
+    found = f"at a cost of {_range(shares)} % differing tokens" if any(shares) else "without a differing token"
+    return f" {found}{at_worst}"
 
 
 def _range(fracs: list[float]) -> str:

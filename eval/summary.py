@@ -168,12 +168,13 @@ def _blocks_per_token(cell: Cell, num_layers: int) -> float | None:
 def _timeline(cell: Cell, summary: Summary) -> list[Moment]:
     """Block after block. Closed loops only keep the order of the prompts, so only they show phases."""
     moments = []
-    tokens = diverged = 0
+    tokens = diverged = at_worst = 0
     for block in cell.blocks:
         block_tokens = output_tokens(block.completions)
         tokens += block_tokens
         found = None if block.counts is None else block.counts["diverged"]
         diverged += found or 0
+        at_worst += (found or 0) + (block.counts or {}).get("unverified", 0)
         first = min((done.prompt_index for done in block.completions), default=0)
         phase = next((name for name, start in reversed(summary.phases) if first >= start), "")
         moments.append(
@@ -182,6 +183,7 @@ def _timeline(cell: Cell, summary: Summary) -> list[Moment]:
                 output_tokens=tokens,
                 divergence_frac=None if found is None or not tokens else diverged / tokens,
                 block_divergence_frac=None if found is None or not block_tokens else found / block_tokens,
+                divergences_at_worst_frac=None if found is None or not tokens else at_worst / tokens,
                 tpt_ms=distribution([done.tpt_ms for done in block.completions]).mean,
             )
         )

@@ -106,9 +106,20 @@ def divergence_cell(run: Run) -> str:
     return DASH if run.divergences is None else f"{run.divergences} ({percent(divergence_frac(run))})"
 
 
+def at_worst_cell(run: Run) -> str:
+    """The same, exits without a verdict counted as wrong."""
+    number = run.divergences_at_worst
+    return DASH if number is None else f"{number} ({percent(at_worst_frac(run))})"
+
+
 def divergence_frac(run: Run) -> float | None:
     """Of all output tokens."""
     return run.divergences / run.output_tokens if run.divergences is not None and run.output_tokens else None
+
+
+def at_worst_frac(run: Run) -> float | None:
+    number = run.divergences_at_worst
+    return number / run.output_tokens if number is not None and run.output_tokens else None
 
 
 def load_name(load: str, fixed_length: bool) -> str:
@@ -154,6 +165,7 @@ EXIT_COLUMNS: Columns = {
     "released": exits_cell("released"),
     "no verdict": exits_cell("unverified"),
     "differing": divergence_cell,
+    "at worst": at_worst_cell,
     "regret, nats/token": lambda run: small(run.regret_nats_per_token),
 }
 ANSWER_COLUMNS: Columns = {

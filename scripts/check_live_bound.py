@@ -79,7 +79,10 @@ def ask(server: Server, phase: str, prompts: list[Messages], args: argparse.Name
         done, _ = asyncio.run(run_block(server.base_url, name, prompts, asks, concurrency=args.concurrency))
         if failed := [item.error for item in done if item.error]:
             raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")
-    row = {key: counts[key] - before[key] for key in ("emitted", "held", "accepted", "released", "diverged")}
+    row = {
+        key: counts[key] - before[key]
+        for key in ("emitted", "held", "accepted", "released", "diverged", "divergences_at_worst")
+    }
     row |= {"phase": Path(phase).name, "regret_nats": round(counts["regret_nats"] - before["regret_nats"], 2)}
     print(row, flush=True)
     return row

@@ -36,6 +36,7 @@ COUNTED = {  # metric -> what the evaluation calls it
     "apparate:completion_passes_total": "completion_passes",
     "apparate:rounds_total": "rounds",
     "apparate:unverified_total": "unverified",
+    "apparate:divergences_at_worst_total": "divergences_at_worst",
 }
 
 

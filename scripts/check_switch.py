@@ -30,7 +30,7 @@ from apparate_llm.serve import memory_flags, model_folder
 from scripts.check_load import Clients, in_window, ratio_of
 
 POLICIES = ("adaptive", "off")
-COUNTS = ("emitted", "held", "accepted", "released", "diverged")
+COUNTS = ("emitted", "held", "accepted", "released", "diverged", "divergences_at_worst")
 
 
 def main() -> int:

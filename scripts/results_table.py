@@ -8,7 +8,15 @@ import sys
 from pathlib import Path
 
 from apparate_llm.eval.compare import load_results
-from apparate_llm.eval.tables import divergence_frac, key_of, number, percent, ratios_by_run, with_interval
+from apparate_llm.eval.tables import (
+    at_worst_frac,
+    divergence_frac,
+    key_of,
+    number,
+    percent,
+    ratios_by_run,
+    with_interval,
+)
 
 COLUMNS = (
     "load|system|TPT mean, ms|p99|TTFT mean, ms|tokens/s|exits emitted|tokens that differ|TPT / plain (95 % CI)"
@@ -24,7 +32,8 @@ def table(path: Path) -> str:
     columns = COLUMNS.split("|")
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for run in sorted(results.runs, key=lambda run: [other.load for other in results.runs].index(run.load)):
-        exits, ratio, share = run.exits, ratios.get(key_of(run)), divergence_frac(run)
+        exits, ratio = run.exits, ratios.get(key_of(run))
+        known, worst = percent(divergence_frac(run)), percent(at_worst_frac(run))
         taken = None if exits is None else (exits.accepted + exits.released) / run.output_tokens
         cells = [
             run.load,
@@ -32,7 +41,7 @@ def table(path: Path) -> str:
             *(number(value, 1) for value in (run.tpt_ms.mean, run.tpt_ms.p99, run.ttft_ms.mean)),
             number(run.output_tokens_per_s, 1),
             percent(taken),
-            percent(share),
+            known if known == worst else f"{known}, at worst {worst}",
             with_interval(ratio.tpt_mean, ratio.tpt_mean_ci95) if ratio else number(None),
             number(ratio.throughput if ratio else None),
         ]

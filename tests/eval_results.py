@@ -35,8 +35,9 @@ def with_exits(system, concurrency=1, tpt=45.0, divergences=0, **changes):
         Moment(phase=phase, output_tokens=tokens, divergence_frac=share, block_divergence_frac=None, tpt_ms=tpt)
         for tokens, phase in ((500, "chat"), (1000, "chat"), (1500, "code"), (2000, "code"))
     ]
+    unverified, by_depth = 7 * bool(divergences), {"9": 500, "15": 162}
     values = {
-        "exits": Exits(held=1682, accepted=633, released=29, unverified=7, by_depth={"9": 500, "15": 162}),
+        "exits": Exits(held=1682, accepted=633, released=29, unverified=unverified, by_depth=by_depth),
         "divergences": divergences, "regret_nats_per_token": 0.00321 * bool(divergences), "timeline": moments,
         "quality": Quality(
             identical_frac=0.4375, first_difference_tokens=23.0, rouge_l_baseline=0.876, rouge_l_reference=0.345,

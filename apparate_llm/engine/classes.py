@@ -14,6 +14,7 @@ class ClassShare:
     bucket: Bucket
     emitted: int = 0
     diverged: int = 0
+    unverified: int = 0
     decode_tokens: int = 0
     decode_s: float = 0.0
     targets_met: int = 0
@@ -21,7 +22,11 @@ class ClassShare:
 
     def as_dict(self) -> dict[str, Any]:
         counts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "bucket"}
-        return {**counts, "budget_left": self.bucket.balance}
+        return {**counts, "divergences_at_worst": self.divergences_at_worst, "budget_left": self.bucket.balance}
+
+    @property
+    def divergences_at_worst(self) -> int:
+        return self.diverged + self.unverified
 
 
 def class_bound(config: EarlyExitConfig, name: str) -> float:

@@ -77,7 +77,7 @@ class RequestExits:
 
 @dataclass(slots=True)
 class Audit:
-    """How near the accuracy bound was, at worst."""
+    """How near the accuracy bound the divergences at worst were: exits that ended without a verdict count as wrong."""
 
     largest_divergence_frac: float = 0.0  # of the server, over all prefixes of its output beyond SETTLED_TOKENS
     largest_request_excess: float = 0.0  # divergences of a request less its bound x tokens, over all prefixes of all
@@ -107,9 +107,12 @@ class VerdictLedger:
         request = self.requests.pop(request_id, None)
         if request is None:
             return
-        self.counts.unverified += len(request.outstanding)
+        for totals in self._totals_of(request):
+            totals.unverified += len(request.outstanding)
         for exit_ in request.outstanding:
             self.counts.settle(Outcome.RELEASED_UNVERIFIED, exit_.depth)
+        if request.outstanding:
+            self._audit(request, request.num_diverged + len(request.outstanding))
         if request.trace is not None:
             self.reports.keep(request_id, request.trace, request.tpt_ms)
         if request.tpt_ms is not None:
@@ -244,19 +247,23 @@ class VerdictLedger:
         self._diverged(request, regret_nats, num_uncounted=1)
 
     def _diverged(self, request: RequestExits, regret_nats: float, num_uncounted: int = 0) -> None:
-        """An emitted token is known to differ. No other moment can raise a share: all else is tokens emitted.
-        num_uncounted: of them not in the counts yet."""
+        """An emitted token is known to differ. num_uncounted: of them not in the counts yet."""
         self.counts.regret_nats += regret_nats
         self.distributions.regret_nats.observe(regret_nats)
         request.num_diverged += 1
         if request.share is not None:
             request.share.diverged += 1
+        self._audit(request, request.num_diverged, num_uncounted)
+
+    def _audit(self, request: RequestExits, num_diverged: int, num_uncounted: int = 0) -> None:
+        """A divergence, or exits that end without a verdict: nothing else can raise a share, all else is tokens
+        emitted."""
         bucket = request.bucket
         earned_nano = bucket.earned_by_tokens_nano + bucket.per_token_nano * num_uncounted
-        excess = (request.num_diverged * NANO - earned_nano) / NANO
+        excess = (num_diverged * NANO - earned_nano) / NANO
         self.audit.largest_request_excess = max(self.audit.largest_request_excess, excess)
         if self.counts.emitted > SETTLED_TOKENS:
-            share = self.counts.diverged / (self.counts.emitted + num_uncounted)
+            share = self.counts.divergences_at_worst / (self.counts.emitted + num_uncounted)
             self.audit.largest_divergence_frac = max(self.audit.largest_divergence_frac, share)
 
     def check_integrity(self) -> None:

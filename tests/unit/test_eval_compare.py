@@ -18,7 +18,18 @@ def test_a_comparison_shows_both_and_their_ratio():
     assert cells_of(speed)[1] == (
         ["lossless", "1 client", "45.00", "54.00", "1.200", "16.2", "16.2", f"0.770 (0.740{DASH}0.800)", "0.900"]
     )
-    assert cells_of(tokens)[1] == ["lossless", "1 client", "2000", "0 (0.0 %)", "0", "2000", "2 (0.1 %)", "0"]
+    assert cells_of(tokens)[1] == [
+        "lossless",
+        "1 client",
+        "2000",
+        "0 (0.0 %)",
+        "0 (0.0 %)",
+        "0",
+        "2000",
+        "2 (0.1 %)",
+        "9 (0.4 %)",
+        "0",
+    ]
     text = text_of([speed, tokens])
     assert "a: old, commit abc1234" in text and "b: new, commit abc1234" in text
 
@@ -38,7 +49,7 @@ def test_a_comparison_names_what_is_missing_or_not_alike():
     ] in told
     assert not any(row[0] in ("machine.cpu", "model", "run vllm, 1 client") for row in told)
     assert cells_of(speed)[1][2:] == ["45.00", DASH, DASH, "16.2", DASH, f"0.770 (0.740{DASH}0.800)", DASH]
-    assert cells_of(tokens)[-1] == ["other", "1 client", DASH, DASH, DASH, "2000", "0 (0.0 %)", "0"]
+    assert cells_of(tokens)[-1] == ["other", "1 client", DASH, DASH, DASH, DASH, "2000", "0 (0.0 %)", "0 (0.0 %)", "0"]
     b.runs = [a_run(model="large")]
     assert ["model", "tiny", "large"] in cells_of(compare(a, b, ("old", "new"))[0])
 

@@ -168,8 +168,10 @@ def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
     evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a", "b", "c", "d", "e"))
     for number, (first, diverged) in enumerate([(0, 1), (4, 3)]):
         before = {"emitted": 5, "diverged": 1, "exits_by_depth": {"0": 2}, "divergence_frac": 0.2}
+        before["divergences_at_worst_frac"] = None  # nothing emitted yet
         after = {"emitted": 25, "diverged": 1 + diverged, "exits_by_depth": {"0": 6, "2": 1}, "divergence_frac": 0.1}
         extra = dict.fromkeys(("held", "accepted", "released", "unverified", "shallow_blocks"), 4)
+        after["divergences_at_worst_frac"] = 0.3
         counts = difference(before, after) | extra | {"regret_nats": 0.5}
         assert counts["emitted"] == 20 and counts["exits_by_depth"] == {"0": 4, "2": 1}
         done = Completion(first, 0.0, [Chunk(0.1, 1, 1), Chunk(0.29, 20, 20)], "x" * 20, 20)
@@ -179,6 +181,8 @@ def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
     assert ratios == [] and run.divergences == 4 and run.exits.by_depth == {"0": 8, "2": 2}
     assert [(moment.phase, moment.output_tokens) for moment in run.timeline] == [("x", 20), ("y", 40)]
     assert [moment.divergence_frac for moment in run.timeline] == [1 / 20, 4 / 40]
+    assert [moment.divergences_at_worst_frac for moment in run.timeline] == [5 / 20, 12 / 40]
+    assert run.divergences_at_worst == 12  # 8 exits ended without a verdict
     assert [moment.block_divergence_frac for moment in run.timeline] == [1 / 20, 3 / 20]
     assert run.regret_nats_per_token == pytest.approx(1 / 40)
     assert run.cpu_s_per_token == pytest.approx(1 / 40) and run.energy_j_per_token is None

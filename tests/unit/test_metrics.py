@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from apparate_llm import api
 from apparate_llm.config import parse_config, shown
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
-from apparate_llm.core import Exit, Outcome
+from apparate_llm.core import Exit, ExitCounts, Outcome
 from apparate_llm.engine.classes import shares_of
 from apparate_llm.engine.distributions import Histogram
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
@@ -120,6 +120,34 @@ def test_two_engines_are_one_server_of_twice_the_totals(status):
         assert f"\n{line}\n" in page, line
     assert len(collector.status["engines"]) == 2
     assert merged([status]) is status
+
+
+def test_the_number_for_the_bound_has_exits_without_a_verdict_in_it(status):
+    counts = ExitCounts(emitted=20, released=6, verified=3, released_diverged=2, unverified=3).as_dict()
+    fast = {**status["classes"]["fast"], "unverified": 3, "divergences_at_worst": 5}
+    one = json.loads(json.dumps({**status, "counts": counts, "classes": {"fast": fast}}))
+    registry, collector = CollectorRegistry(), ExitCollector()
+    registry.register(collector)
+    for statuses, number in (([one], 5), ([one, one], 10)):
+        collector.publish(merged(statuses))
+        page = generate_latest(registry).decode()
+        for line in (
+            f"apparate:divergences_at_worst_total {number}.0",
+            "apparate:divergences_at_worst_ratio 0.25",
+            "apparate:divergence_ratio 0.1",
+            f'apparate:class_divergences_at_worst_total{{class="fast"}} {number}.0',
+        ):
+            assert f"\n{line}\n" in page, line
+    alerts = (FOLDER / "alerts.yml").read_text()
+    assert "apparate:divergences_at_worst_ratio > apparate:accuracy_bound" in alerts
+
+
+def test_the_page_shows_it_wherever_it_shows_divergences():
+    page = (FOLDER / "dashboard.html").read_text()
+    for figure in ("counts.divergence_frac", "counts.diverged", "report.divergences"):
+        for line in page.splitlines():
+            assert not re.search(rf"{re.escape(figure)}\b", line) or "at_worst" in line or "unverified" in line, line
+    assert page.count("at worst") >= 3
 
 
 def test_outcomes_are_disjoint_and_complete(status):

@@ -2,7 +2,8 @@ import pytest
 
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, Outcome
-from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+from apparate_llm.engine.classes import ClassShare
+from apparate_llm.engine.verdicts import SETTLED_TOKENS, RequestExits, VerdictLedger
 from tests.logged import logged
 
 
@@ -51,6 +52,20 @@ def test_an_ended_request_leaves_its_open_exits_unverified():
     ledger.end_request("a")  # told twice, counted once
     assert (ledger.counts.verified, ledger.counts.unverified, ledger.counts.outstanding) == (1, 1, 0)
     ledger.check_integrity()
+
+
+def test_exits_that_end_without_a_verdict_count_against_the_bound():
+    share = ClassShare(Bucket.for_class(0.5, 1))
+    ledger = ledger_with(exit_at(10, 5), exit_at(11, 6), exit_at(12, 7))
+    ledger.requests["a"].share = share
+    ledger.record(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [6], [0.3])
+    ledger.counts.emitted = SETTLED_TOKENS + 1
+    ledger.end_request("a")
+    counts = ledger.counts.as_dict()
+    assert (counts["diverged"], counts["unverified"], counts["divergences_at_worst"]) == (1, 2, 3)
+    assert counts["divergences_at_worst_frac"] == ledger.audit.largest_divergence_frac == 3 / counts["emitted"]
+    told = share.as_dict()
+    assert (told["diverged"], told["unverified"], told["divergences_at_worst"]) == (1, 2, 3)
 
 
 def test_requests_that_take_no_release_get_none():
