@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from apparate_llm.address import add_api_key, authorization, server_url
 from apparate_llm.knobs import OneLineParser, positive
 from apparate_llm.sse import event_data
 
@@ -33,13 +33,15 @@ def add_chat(subparsers: Any) -> None:
         "per output token below. An empty line or Ctrl-D ends it, /new begins a new conversation.",
         allow_abbrev=False,
     )
-    parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    parser.add_argument(
+        "--url", default="http://localhost:8000", help="of the server, with or without /v1 (default: %(default)s)"
+    )
     parser.add_argument("--model", help="name of the model (default: the server's first)")
     parser.add_argument("--max-tokens", type=positive, default=512, help="of an answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s, the best token")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--no-exits", action="store_true", help="ask for answers without early exits, to compare")
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
+    add_api_key(parser)
     parser.set_defaults(run=run_chat)
 
 
@@ -102,12 +104,9 @@ class ChatClient:
     def __init__(self, args: argparse.Namespace) -> None:
         import httpx
 
-        if not args.url.startswith(("http://", "https://")):
-            raise ValueError(f"--url must begin with http:// or https://, got {args.url}")
-        headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+        self.url = server_url(args.url, "--url")
         timeout = httpx.Timeout(TOKEN_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        self.http = httpx.Client(base_url=args.url.rstrip("/"), headers=headers, timeout=timeout)
-        self.url = args.url
+        self.http = httpx.Client(base_url=self.url, headers=authorization(args.api_key), timeout=timeout)
         self.knobs = {"early_exit_report": 1} | ({"early_exit": 0} if args.no_exits else {})
         self.body = {"max_tokens": args.max_tokens, "temperature": args.temperature}
         self.body["model"] = args.model or self._first_model()
@@ -123,7 +122,10 @@ class ChatClient:
                 f"no server answers at {self.url}: {error}; start one with `apparate-llm serve`"
             ) from None
         self._check(answer)
-        return answer.json()["data"][0]["id"]
+        try:
+            return answer.json()["data"][0]["id"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise RuntimeError(f"{self.url} is no OpenAI-compatible server: {answer.text[:100]}") from None
 
     def _check(self, answer: Any) -> None:
         if answer.status_code == 401:

@@ -32,10 +32,18 @@ def build_parser() -> OneLineParser:
 
 
 def spelt_out(argv: list[str]) -> list[str]:
-    """The flags of `serve` in one spelling, as vLLM takes many; those of the other commands as they are."""
+    """The flags of `serve` in one spelling, as vLLM takes many; those of the other commands as they are, but for a
+    flag that is another one's value, which argparse takes behind = only."""
     from apparate_llm.flags import normalised
 
-    return ["serve", *normalised(argv[1:])] if argv[:1] == ["serve"] else argv
+    if argv[:1] == ["serve"]:
+        return ["serve", *normalised(argv[1:])]
+    spelt: list[str] = []
+    for token in argv:
+        if spelt and spelt[-1] == "--vllm-flag":
+            token = f"{spelt.pop()}={token}"
+        spelt.append(token)
+    return spelt
 
 
 def one_line(error: Exception) -> str:

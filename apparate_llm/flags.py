@@ -7,6 +7,7 @@ file of all that. See `vllm/utils/argparse_utils.py`; a test holds the tables he
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ WITHOUT_NO = (
     "disable-log-stats",
     "aggregate-engine-logging",
 )
+SECRETS = ("--api-key", "--admin-key", "--hf-token", "--watermark-config")
+HIDDEN = "***"
 MULTIPLIERS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -221,6 +224,40 @@ def parse_object(name: str, text: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ConfigError(f"--{name} must be a JSON object, got {text}")
     return parsed
+
+
+def split_flag(text: str) -> list[str]:
+    """One or several flags written into one argument, `--name value` or `--name=value`, as the arguments they are."""
+    name, _, value = text.strip().partition(" ")
+    value = value.strip()
+    if not value or not is_flag(name.partition("=")[0]):
+        return [text.strip()]
+    if "=" in name:
+        return [name, *split_flag(value)] if value.startswith("--") else [text.strip()]
+    if value[0] in "{[":  # JSON, with quotes of its own
+        return [name, value]
+    try:
+        return [name, *shlex.split(value)]
+    except ValueError as error:
+        raise ConfigError(f"{text}: {error}") from None
+
+
+def redacted(argv: list[str]) -> list[str]:
+    """The arguments without API keys, in whatever spelling, to be shown or kept."""
+    shown: list[str] = []
+    secret = False
+    for token in argv:
+        key, mark, value = re.match(r"([^=\s]*)([=\s]?)(.*)", token, re.S).groups()  # type: ignore[union-attr]
+        if is_flag(key):
+            secret = canonical(key) in SECRETS
+            if value and secret:
+                token = key + mark + HIDDEN
+            elif value:
+                token = key + mark + redacted([value])[0]
+        elif secret:
+            token = HIDDEN
+        shown.append(token)
+    return shown
 
 
 def given_value(flags: list[str], name: str) -> str | None:

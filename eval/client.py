@@ -150,14 +150,17 @@ async def run_block(
     concurrency: int | None,
     fixed_length: bool = False,
     on_done: Callable[[Completion], None] = lambda done: None,
+    headers: dict[str, str] | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> tuple[list[Completion], float]:
     """All of `asks`: as many at a time as `concurrency`, or each at its own time if that is None. Returns the
-    completions and the wall time in seconds. transport: instead of a network's."""
+    completions and the wall time in seconds. headers: of every request. transport: instead of a network's."""
     done: list[Completion] = []
     clock, timeout = asyncio.get_running_loop().time, httpx.Timeout(TIMEOUT_S)
     limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(base_url=base_url, timeout=timeout, limits=limits, transport=transport) as client:
+    async with httpx.AsyncClient(
+        base_url=base_url, headers=headers, timeout=timeout, limits=limits, transport=transport
+    ) as client:
         began = clock()
 
         async def serve(ask: Ask) -> None:

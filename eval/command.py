@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.knobs import OneLineParser, add_knobs, positive
 
@@ -116,8 +117,13 @@ def _add_common(parser: OneLineParser, *, repeat: int) -> None:
     )
     parser.add_argument("--start-timeout-s", type=positive, default=900, help="longest wait for a server")
     parser.add_argument(
-        "--vllm-flag", action="append", default=[], metavar="FLAG", help="vLLM flag for all vLLM servers"
+        "--vllm-flag",
+        action="append",
+        default=[],
+        metavar='"--FLAG VALUE"',
+        help="vLLM flag for all vLLM servers; repeatable",
     )
+    add_api_key(parser)
 
 
 def _add_systems(parser: OneLineParser, default: str) -> None:
@@ -135,7 +141,7 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
         action="append",
         default=[],
         metavar="NAME=URL",
-        help="a server that is running, any OpenAI-compatible",
+        help="a server that is running, any OpenAI-compatible; URL with or without /v1",
     )
     parser.add_argument("--hf-layer", type=positive, help="blocks of hf-early-exit's draft (default: half of them)")
     parser.add_argument(

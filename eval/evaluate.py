@@ -177,7 +177,13 @@ def _ask(
     asks = [ask for ask in asks if ask.prompt_index < len(evaluation.prompts)]
     messages = [prompt.messages for prompt in evaluation.prompts]
     call = run_block(
-        server.base_url, server.model_name(), messages, asks, concurrency=concurrency, fixed_length=fixed_length
+        server.base_url,
+        server.model_name(),
+        messages,
+        asks,
+        concurrency=concurrency,
+        fixed_length=fixed_length,
+        headers=server.headers,
     )
     return asyncio.run(call)
 
@@ -189,7 +195,8 @@ def _running(server: Server) -> Iterator[None]:
         if server.process is not None:
             messages = [{"role": "user", "content": "Hello"}]
             ask = Ask(0, WAKING_TOKENS)
-            asyncio.run(run_block(server.base_url, server.model_name(), [messages], [ask], concurrency=1))
+            model, headers = server.model_name(), server.headers
+            asyncio.run(run_block(server.base_url, model, [messages], [ask], concurrency=1, headers=headers))
         yield
     finally:
         server.pause()

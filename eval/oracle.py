@@ -5,7 +5,7 @@ from pathlib import Path
 from apparate_llm.controller.feedback import read_cycles, read_header
 from apparate_llm.controller.replay import LogCosts, oracle
 from apparate_llm.ramps.checkpoint import find_shipped, read_manifest
-from apparate_llm.ramps.fingerprint import fingerprint_of
+from apparate_llm.ramps.fingerprint import WeightsError, fingerprint_of
 from apparate_llm.replay import shipped_logs
 
 LEAST_CYCLES = 100
@@ -14,7 +14,10 @@ LEAST_CYCLES = 100
 def oracle_ratios(model: Path, concurrencies: list[int]) -> dict[str, float]:
     """Concurrency -> TPT with a ramp that knows every verdict / without; empty where no log of this model ships. From
     the log's own machine and prompts, so a bound to hold measured ratios against, no more."""
-    folder = find_shipped(fingerprint_of(model))
+    try:
+        folder = find_shipped(fingerprint_of(model))
+    except WeightsError:  # that early exits cannot read, and others can
+        folder = None
     if folder is None:
         return {}
     ramps = read_manifest(folder).weights_sha256

@@ -14,6 +14,7 @@ import httpx
 import psutil
 from apparate_llm.eval.systems import System
 
+from apparate_llm.address import authorization
 from apparate_llm.launch import server_environment
 
 STOP_TIMEOUT_S = 30.0
@@ -35,6 +36,7 @@ class Server:
         self.log = log
         self.start_timeout_s = start_timeout_s
         self.base_url = system.base_url or ""
+        self.headers = authorization(system.api_key)
         self.process: subprocess.Popen[bytes] | None = None  # None: not ours
 
     def __enter__(self) -> "Server":
@@ -65,20 +67,24 @@ class Server:
             try:
                 # Not every OpenAI-compatible server has /health.
                 path = "/health" if self.process is not None else "/v1/models"
-                if httpx.get(f"{self.base_url}{path}", timeout=2.0).status_code == 200:
+                status = httpx.get(f"{self.base_url}{path}", headers=self.headers, timeout=2.0).status_code
+                if status == 200:
                     return
+                if status in (401, 403):
+                    raise RuntimeError(f"{self.system.name} wants another API key: --api-key KEY (HTTP {status})")
             except httpx.HTTPError as error:
                 if self.process is None:
                     raise RuntimeError(f"{self.system.name} does not answer at {self.base_url}: {error}") from None
             time.sleep(0.5)
 
     def model_name(self) -> str:
-        response = httpx.get(f"{self.base_url}/v1/models", timeout=10.0)
+        response = httpx.get(f"{self.base_url}/v1/models", headers=self.headers, timeout=10.0)
         return response.raise_for_status().json()["data"][0]["id"]
 
     def status(self) -> dict[str, Any]:
         """Of its exits; for a system that has them."""
-        return httpx.get(f"{self.base_url}/early_exit/status", timeout=10.0).raise_for_status().json()
+        response = httpx.get(f"{self.base_url}/early_exit/status", headers=self.headers, timeout=10.0)
+        return response.raise_for_status().json()
 
     def counts(self) -> dict[str, Any] | None:
         """Running totals of its exits, None for a system without."""

@@ -2,18 +2,22 @@
 
 import importlib.util
 import json
+import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
 
+from apparate_llm.address import authorization, server_url
 from apparate_llm.config import parse_config
 from apparate_llm.controller.policies import POLICIES
+from apparate_llm.flags import given_value, normalised, redacted
 from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.serve import preflight_ramps
 
 BASELINE = "vllm"
+PLAIN_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # vLLM's own server, as a module
 NUM_SPECULATIVE_TOKENS = 4  # of vLLM's n-gram speculation
 SUFFIX_PACKAGE = "arctic_inference"
 NAMES = {
@@ -41,6 +45,7 @@ class System:
     name: str
     command: tuple[str, ...] = ()  # without --port; empty for a server that is running already
     base_url: str | None = None  # of that one
+    api_key: str | None = field(default=None, repr=False)  # that it wants
     has_exits: bool = False
     bound: float | None = None  # accuracy bound, of a system with exits
     max_concurrency: int | None = None  # requests it works on at a time
@@ -48,7 +53,7 @@ class System:
 
     @property
     def started_by(self) -> str:
-        return " ".join(self.command).replace(sys.executable, "python") or f"at {self.base_url}"
+        return " ".join(redacted(list(self.command))).replace(sys.executable, "python") or f"at {self.base_url}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +65,20 @@ class Choice:
     knobs: tuple[str, ...] = ()  # of every system with early exits
     bounds: tuple[float, ...] = (0.05,)
     hf_layer: int | None = None  # blocks of the draft of hf-early-exit; None: half of them
+    api_key: str | None = field(default=None, repr=False)  # that the user has given us
+
+    @property
+    def own_key(self) -> str | None:
+        """That servers started here want, if any."""
+        asked = given_value(normalised(list(self.vllm_flags)), "api-key") or os.environ.get("VLLM_API_KEY")
+        return asked or self.api_key
 
 
-def tells_of_exits(base_url: str) -> bool:
+def tells_of_exits(base_url: str, api_key: str | None = None) -> bool:
     """Whether the server has early exits and answers for them; what does not answer at all is found out later."""
     try:
-        return httpx.get(f"{base_url}/early_exit/status", timeout=10.0).status_code == 200
+        url = f"{base_url}/early_exit/status"
+        return httpx.get(url, headers=authorization(api_key), timeout=10.0).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -79,10 +92,10 @@ def systems_of(names: list[str], base_urls: list[str], choice: Choice) -> list[S
         systems += _named(name, choice)
     for text in base_urls:
         name, _, url = text.partition("=")
-        if not name or not url.startswith(("http://", "https://")):
+        if not name or not url:
             raise ValueError(f"--base-url: NAME=http://HOST:PORT wanted, got {text!r}")
-        base_url = url.rstrip("/").removesuffix("/v1")
-        systems.append(System(name, base_url=base_url, has_exits=tells_of_exits(base_url)))
+        base_url, key = server_url(url, f"--base-url {name}"), choice.api_key
+        systems.append(System(name, base_url=base_url, has_exits=tells_of_exits(base_url, key), api_key=key))
     doubled = {system.name for system in systems if [other.name for other in systems].count(system.name) > 1}
     if doubled:
         raise ValueError(f"two systems are called {', '.join(sorted(doubled))}")
@@ -122,8 +135,8 @@ def _named(name: str, choice: Choice) -> list[System]:
 
 def plain_vllm(choice: Choice, name: str = BASELINE, *flags: str) -> System:
     """vLLM as it comes, in the same environment."""
-    command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(choice.model))
-    return System(name, (*command, *choice.vllm_flags, *flags))
+    command = (sys.executable, "-m", PLAIN_SERVER, "--model", str(choice.model))
+    return System(name, (*command, *choice.vllm_flags, *flags), api_key=choice.own_key)
 
 
 def early_exits(name: str, choice: Choice, *knobs: str) -> System:
@@ -146,6 +159,7 @@ def early_exits(name: str, choice: Choice, *knobs: str) -> System:
         (*command, *(part for pair in given.items() for part in pair), *choice.vllm_flags),
         has_exits=has_exits,
         bound=config.accuracy_bound if has_exits else None,
+        api_key=choice.own_key,
         problem=problem,
     )
 

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.files import write_atomically
+from apparate_llm.flags import given_value, one_spelling, redacted, split_flag
 from apparate_llm.knobs import knobs_from
 from apparate_llm.launch import check_build
 from apparate_llm.machine import machine
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from apparate_llm.eval.figures import Points
 
 TABLE_WIDTH = 120
+SET_HERE = ("model", "host", "port", "uds")
 DEFAULT_CONCURRENCY = (1, 2, 4, 8)
 
 
@@ -61,7 +63,8 @@ def run_quick(args: argparse.Namespace) -> int:
     prompts = load_prompts(args.prompts)[: args.num_prompts]
     model = model_folder(args.model)
     preflight_ramps(config, model, architecture_of(model))
-    choice = Choice(model, tuple(_vllm_flags(args, num_servers=2)), tuple(knob_flags(args)))
+    flags = tuple(_vllm_flags(args, num_servers=2))
+    choice = Choice(model, flags, tuple(knob_flags(args)), api_key=args.api_key)
     systems = [plain_vllm(choice), early_exits(name_of(config), choice)]
     loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
     folder = args.logs or Path(tempfile.mkdtemp(prefix="apparate-eval-"))
@@ -103,9 +106,8 @@ def _run_and_report(
     knobs = knob_flags(args)
     knobs_from(args)  # raises for a value that is not allowed
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds)
-    choice = Choice(
-        model, tuple(_vllm_flags(args, num_servers)), tuple(knobs), tuple(args.accuracy_bounds), args.hf_layer
-    )
+    flags = tuple(_vllm_flags(args, num_servers))
+    choice = Choice(model, flags, tuple(knobs), tuple(args.accuracy_bounds), args.hf_layer, args.api_key)
     systems = systems_of(names, args.base_url, choice)
     systems += [_own_system(text, choice) for text in args.system]
     if BASELINE not in (system.name for system in systems):
@@ -121,7 +123,7 @@ def _run_and_report(
 
 def _own_system(text: str, choice: Choice) -> System:
     name, _, flags = text.partition("=")
-    knobs = shlex.split(flags)
+    knobs = [part for text in shlex.split(flags) for part in (text.split("=", 1) if text[:2] == "--" else [text])]
     if not name or not knobs or len(knobs) % 2:
         raise ValueError(f'--system: "NAME=--knob value ..." wanted, got {text!r}')
     return early_exits(name, choice, *knobs)
@@ -155,7 +157,7 @@ def summarise(job: Job, blocks: list[Block], dead: dict[str, str], started: str)
     runs = runs_of(cells, Summary(job.choice.model, layers_of(job.choice.model), job.prompts, job.phases, job.slo_ms))
     concurrencies = sorted({load.concurrency for load in job.loads if load.concurrency is not None})
     return Results(
-        command=shlex.join(["apparate-llm", *sys.argv[1:]]),
+        command=shlex.join(["apparate-llm", *redacted(sys.argv[1:])]),
         commit=commit(),
         started=started,
         machine=machine(),
@@ -260,13 +262,16 @@ def _settings(
         "model": model.name,
         "systems": [system.name for system in systems],
         "knobs": knob_flags(args) + getattr(args, "system", []),
-        "vllm_flags": list(args.vllm_flag),
+        "vllm_flags": redacted(args.vllm_flag),
         "hf_layer": getattr(args, "hf_layer", None),
     }
 
 
 def _vllm_flags(args: argparse.Namespace, num_servers: int) -> list[str]:
-    flags = list(args.vllm_flag)
+    flags = [part for text in args.vllm_flag for part in split_flag(text)]
+    for name in SET_HERE:
+        if given_value(one_spelling(flags), name) is not None:
+            raise ValueError(f"--vllm-flag: --{name} is set by the evaluation itself")
     return flags + memory_flags(flags, num_servers=num_servers)
 
 

@@ -31,6 +31,15 @@ SHAPES: dict[str, list[tuple[float, str, int]]] = {
 END_DELAY_S = 0.05  # before the token that ends an answer, which has no text
 
 app = FastAPI()
+app.state.api_key = None
+
+
+@app.middleware("http")
+async def check_key(request: Request, call_next: Any) -> Any:
+    key = app.state.api_key
+    if key and request.url.path.startswith("/v1/") and request.headers.get("authorization") != f"Bearer {key}":
+        return JSONResponse({"error": "Unauthorized"}, status_code=401)
+    return await call_next(request)
 
 
 @app.get("/health")
@@ -88,8 +97,9 @@ async def _stream(kind: str, continuous: bool) -> AsyncIterator[str]:
 
 
 @contextmanager
-def fake_server() -> Iterator[str]:
-    """Base URL of a running fake server."""
+def fake_server(api_key: str | None = None) -> Iterator[str]:
+    """Base URL of a running fake server, which may want a key."""
+    app.state.api_key = api_key
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -101,6 +111,7 @@ def fake_server() -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+        app.state.api_key = None
 
 
 class FakeTransport(httpx.AsyncBaseTransport):

@@ -53,7 +53,30 @@ def test_a_conversation(monkeypatch, capsys, said, code, expected):
     assert expected in out.out + out.err
 
 
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+def test_the_address_may_end_in_v1(monkeypatch, capsys, ending):
+    lines = iter(["steady", ""])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    with fake_server() as base_url:
+        assert main(["chat", "--url", base_url + ending]) == 0
+    assert "abbbb" in capsys.readouterr().out
+
+
+def test_the_key_comes_from_the_flag_or_the_environment(monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda: "")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with fake_server("sk-mine") as base_url:
+        assert main(["chat", "--url", base_url]) == 1
+        assert "the server wants another API key" in capsys.readouterr().err
+        assert main(["chat", "--url", base_url, "--api-key", "sk-mine"]) == 0
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+        assert main(["chat", "--url", base_url]) == 0
+        assert main(["chat", "--url", base_url, "--api-key", "sk-other"]) == 1
+
+
 def test_bad_input_is_one_line(capsys):
-    assert main(["chat", "--url", "localhost:8000"]) == 2
+    for url in ("localhost:8000", "http://", "http://[::1", "ftp://localhost", "http://a b"):
+        assert main(["chat", "--url", url]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     assert main(["chat", "--url", "http://127.0.0.1:9"]) == 1
     assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from apparate_llm.eval import tpt
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.loads import closed, poisson, traced
 from apparate_llm.eval.measures import apart_interval, mean_of
@@ -14,9 +15,11 @@ from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
-from apparate_llm.eval.systems import Choice, System, systems_of
+from apparate_llm.eval.systems import Choice, System, plain_vllm, systems_of
 from rich.console import Console
 
+from apparate_llm.cli import build_parser, spelt_out
+from apparate_llm.flags import redacted
 from tests.fake_server import fake_server
 
 
@@ -328,3 +331,63 @@ def test_a_load_that_is_asked_for_again_is_another_one():
     args = build_parser().parse_args(["eval", "tpt", "--out", "x", "--concurrency", "1,16,1", "--length", "both"])
     free = ["1 client", "16 clients", "1 client, time 2"]
     assert [load.name for load in _loads(args, prompts("a"))] == free * 2
+
+
+def test_a_server_that_wants_a_key_gets_it_and_one_that_wants_another_is_said_at_once(tmp_path):
+    with fake_server("sk-mine") as url:
+        choice = Choice(tmp_path, api_key="sk-mine")
+        (system,) = systems_of([], [f"vllm={url}/v1/"], choice)
+        assert (system.base_url, system.api_key) == (url, "sk-mine") and "sk-mine" not in repr((system, choice))
+        evaluation = evaluation_of(tmp_path / "out", [system], prompts("single"))
+        evaluate(evaluation, Console(quiet=True))
+        assert all(not done.error for block in evaluation.store.blocks() for done in block.completions)
+        (system,) = systems_of([], [f"vllm={url}"], Choice(tmp_path, api_key="sk-other"))
+        with (
+            pytest.raises(RuntimeError, match="vllm wants another API key"),
+            Server(system, log=tmp_path / "log", start_timeout_s=60.0) as server,
+        ):
+            server.wait_ready()
+
+
+def test_servers_started_here_are_asked_with_the_key_they_were_given(monkeypatch, tmp_path):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert plain_vllm(Choice(tmp_path)).api_key is None
+    assert plain_vllm(Choice(tmp_path, api_key="sk-user")).api_key == "sk-user"
+    monkeypatch.setenv("VLLM_API_KEY", "sk-environment")
+    assert plain_vllm(Choice(tmp_path, api_key="sk-user")).api_key == "sk-environment"
+    system = plain_vllm(Choice(tmp_path, vllm_flags=("--api_key=sk-flag", "--seed", "3"), api_key="sk-user"))
+    assert system.api_key == "sk-flag"
+    assert (
+        system.started_by.endswith("--api_key=*** --seed 3")
+        and "python -m vllm.entrypoints.launchers" in system.started_by
+    )
+
+
+def settings_of(argv: list[str]) -> tuple[list[str], dict]:
+    """The flags that servers get, and the settings that are kept."""
+    args = build_parser().parse_args(spelt_out(argv))
+    return tpt._vllm_flags(args, 2), tpt._settings(args, Path("model"), [], [], [])
+
+
+def test_vllm_flags_may_be_written_with_a_blank():
+    for flags in (
+        ["--vllm-flag", "--max-model-len 4096", "--vllm-flag", '--hf-overrides {"a": 1}'],
+        ["--vllm-flag", "--max-model-len=4096", "--vllm-flag", '--hf-overrides={"a": 1}'],
+        ["--vllm-flag=--max-model-len 4096", "--vllm-flag=--hf-overrides '{\"a\": 1}'"],
+        ["--vllm-flag", "--max-model-len 4096 --hf-overrides '{\"a\": 1}'"],
+    ):
+        given, _ = settings_of(["eval", "quick", *flags, "--vllm-flag", "--enforce-eager"])
+        read = [part for flag in given for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+        assert read[:5] == ["--max-model-len", "4096", "--hf-overrides", '{"a": 1}', "--enforce-eager"]
+        assert read[5] == "--kv-cache-memory-bytes"
+    given, _ = settings_of(["eval", "tpt", "--out", "x", "--vllm-flag", "--kv_cache_memory_bytes 1G"])
+    assert given == ["--kv_cache_memory_bytes", "1G"]
+    with pytest.raises(ValueError, match="--vllm-flag: --port is set by the evaluation itself"):
+        settings_of(["eval", "quick", "--vllm-flag", "--port 8000"])
+
+
+def test_no_key_is_kept():
+    argv = ["eval", "tpt", "--out", "x", "--api-key", "sk-1", "--vllm-flag", "--api-key sk-2 sk-3", "--seed", "3"]
+    argv += ["--vllm-flag=--api_key=sk-4", "--vllm-flag", "--api-key=sk-5", "--api-key=sk-6"]
+    assert "sk-" not in str(settings_of(argv)[1]) and "sk-" not in " ".join(redacted(argv))
+    assert redacted(argv)[-1] == "--api-key=***" and "3" in redacted(argv)
