@@ -1,12 +1,15 @@
 """Measures of known streams from a fake server."""
 
 import asyncio
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 
+import aiohttp
 import pytest
 from apparate_llm.eval.client import Ask, Completion, run_block
 from apparate_llm.eval.measures import distribution, goodput_frac, shared_chunk_frac
 
-from tests.fake_server import SPLITTERS, FakeTransport, in_virtual_time
+from tests.fake_server import SPLITTERS, FakeTransport, fake_server, in_virtual_time
 
 
 def ask(*prompts, concurrency=1, at_s=None):
@@ -56,6 +59,32 @@ def test_a_token_without_text_yet_is_a_token():
 def test_texts_keep_every_character_at_which_other_readers_end_a_line():
     ((done,), _) = ask("lines")
     assert done.error is None and done.text == f"ab{SPLITTERS}" and done.output_tokens == 3
+
+
+def test_vllms_own_client_counts_tokens_as_we_do_and_gaps_by_the_chunk(monkeypatch):
+    """What docs/evaluation.md says of `vllm bench serve`."""
+    name, folder = "endpoint_request_func", find_spec("vllm").submodule_search_locations[0]
+    spec = spec_from_file_location(
+        name, f"{folder}/benchmarks/lib/{name}.py"
+    )  # without the seconds vLLM's import takes
+    vllms = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, vllms)  # for its dataclasses
+    spec.loader.exec_module(vllms)
+
+    async def ask_as_vllm(base_url):
+        url, messages = f"{base_url}/v1/chat/completions", [{"role": "user", "content": "bursts"}]
+        given = vllms.RequestFuncInput("", url, 1, 9, "m", extra_body={"temperature": 0.0}, chat_messages=messages)
+        async with aiohttp.ClientSession() as session:
+            return await vllms.async_request_openai_chat_completions(given, session)
+
+    with fake_server() as base_url:
+        theirs = asyncio.run(ask_as_vllm(base_url))
+    ((ours,), _) = ask("bursts")
+    assert theirs.success and theirs.output_tokens == ours.output_tokens == 8
+    _role, *gaps = theirs.itl  # from the role chunk to the first token, which this server does not send together
+    assert len(gaps) == len(ours.gaps_ms) == 3 < 8 - 1
+    assert sum(gaps) * 1e3 / (8 - 1) == pytest.approx(ours.tpt_ms, rel=0.5)
+    assert sorted(gaps)[1] * 1e3 > 1.5 * ours.tpt_ms
 
 
 def test_the_loop_keeps_its_concurrency():
