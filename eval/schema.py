@@ -81,6 +81,8 @@ class Run(_Strict):
     exits: Exits | None  # None for a system without exits
     divergences: int | None
     identical_frac: float | None = None  # as in `quality`
+    same_as_off_frac: float | None = None  # of the answers: the very text of system `off` under this load
+    same_as_first_load_frac: float | None = None  # the system's own text under the first load; None under that
     regret_nats_per_token: float | None
     quality: Quality | None  # None without a baseline; of that itself, only what needs no comparison
     timeline: list[Moment]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from apparate_llm.eval.schema import Ratio, Results, Run
+from apparate_llm.eval.systems import SPECULATION
 from apparate_llm.eval.tables import at_worst_frac, bounds_of, divergence_frac, key_of, load_name, number
 
 MAX_LISTED = 3  # more loads than these are given as a range
@@ -13,7 +14,33 @@ Verdict = Literal["faster", "slower", "no clear difference", "not measured"]
 
 
 def summary_sentence(results: Results) -> str:
-    """Says faster or slower only where the whole confidence interval (without one: the ratio) does."""
+    """Says faster or slower only where the whole confidence interval (without one: the ratio) does. Before that it
+    warns of texts that are not what lossless exits promise."""
+    return _texts_warning(results) + _speed_sentence(results)
+
+
+def _texts_warning(results: Results) -> str:
+    """Of lossless exits whose answers are the baseline's less often than those of vLLM's own speculation."""
+    lossless = {name for name, bound in bounds_of(results).items() if bound == 0}
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in results.runs:
+        others = [other for other in results.runs if other.system in SPECULATION and other.load == run.load]
+        for other in others:
+            if run.system in lossless and other.fixed_length == run.fixed_length and _fewer_texts(run, other):
+                found.setdefault((run.system, other.system), []).append(run)
+    return "".join(
+        f"Warning: {system} has plain vLLM's very text less often than vLLM's {other} speculation {_loads(runs)} "
+        f"({_joined([f'{_percent(run.identical_frac or 0.0)} %' for run in runs])} of the answers). "
+        for (system, other), runs in found.items()
+    )
+
+
+def _fewer_texts(run: Run, other: Run) -> bool:
+    own, others = run.identical_frac, other.identical_frac
+    return own is not None and others is not None and own < others
+
+
+def _speed_sentence(results: Results) -> str:
     if not results.ratios:
         return _nothing_compared(results) + _failures(results.runs) + "."
     parts = []

@@ -27,7 +27,7 @@ from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.quality import final_number, first_difference, is_maths, rouge_l
 from apparate_llm.eval.schema import Exits, Moment, Quality, Ratio, Run
 from apparate_llm.eval.store import Block
-from apparate_llm.eval.systems import BASELINE, System
+from apparate_llm.eval.systems import BASELINE, OFF, System
 
 NOISY_SPREAD = 1.25  # 90th over 10th percentile of the probe
 NOISY_STOLEN_FRAC = 0.02
@@ -90,19 +90,35 @@ def cells_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) 
 def runs_of(cells: list[Cell], summary: Summary) -> list[Run]:
     runs = []
     for cell in cells:
-        base = _baseline_of(cell, cells)
+        base = _of_system(BASELINE, cell, cells)
         quality = None
         if base is not None:
             prompts = summary.prompts
             if cell.load.fixed_length:  # an answer that is made to go on does not end with what it came to
                 prompts = [Prompt(prompt.messages) for prompt in prompts]
             quality = quality_of(cell.completions, [] if base is cell else base.completions, prompts)
-        runs.append(_run(cell, summary, quality))
+        first = next(other for other in cells if other.system is cell.system)
+        comparable = first is not cell and first.load.fixed_length == cell.load.fixed_length
+        same = {
+            "same_as_off_frac": _same_frac(cell, _of_system(OFF, cell, cells)),
+            "same_as_first_load_frac": _same_frac(cell, first if comparable else None),
+        }
+        runs.append(_run(cell, summary, quality).model_copy(update=same))
     return runs
 
 
-def _baseline_of(cell: Cell, cells: list[Cell]) -> Cell | None:
-    return next((other for other in cells if other.system.name == BASELINE and other.load is cell.load), None)
+def _of_system(name: str, cell: Cell, cells: list[Cell]) -> Cell | None:
+    """Under the same load."""
+    return next((other for other in cells if other.system.name == name and other.load is cell.load), None)
+
+
+def _same_frac(cell: Cell, other: Cell | None) -> float | None:
+    """Of its answers, those with the very text of the other's to the same prompt."""
+    if other is None or other is cell:
+        return None
+    wanted = {done.prompt_index: done.text for done in other.completions if not done.error}
+    answers = [done for done in cell.completions if not done.error and done.prompt_index in wanted]
+    return _mean([done.text == wanted[done.prompt_index] for done in answers])
 
 
 def _run(cell: Cell, summary: Summary, quality: Quality | None) -> Run:
@@ -230,7 +246,7 @@ def ratios_of(cells: list[Cell], runs: list[Run]) -> list[Ratio]:
     """Every system against plain vLLM under the same load."""
     ratios = []
     for cell, run in zip(cells, runs, strict=True):
-        base = _baseline_of(cell, cells)
+        base = _of_system(BASELINE, cell, cells)
         if base is None or base is cell:
             continue
         base_run = runs[next(i for i, other in enumerate(cells) if other is base)]

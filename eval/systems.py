@@ -18,6 +18,8 @@ from apparate_llm.serve import preflight_ramps
 
 BASELINE = "vllm"
 PLAIN_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # vLLM's own server, as a module
+OFF = "off"
+SPECULATION = ("ngram", "suffix")  # vLLM's own
 NUM_SPECULATIVE_TOKENS = 4  # of vLLM's n-gram speculation
 SUFFIX_PACKAGE = "arctic_inference"
 NAMES = {

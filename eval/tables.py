@@ -170,6 +170,8 @@ EXIT_COLUMNS: Columns = {
 }
 ANSWER_COLUMNS: Columns = {
     "same answers": quality_cell("identical_frac", percent),
+    "same as off's": lambda run: percent(run.same_as_off_frac),
+    "same as under the first load": lambda run: percent(run.same_as_first_load_frac),
     "first difference, tokens": quality_cell("first_difference_tokens", lambda tokens: number(tokens, 0)),
     "ROUGE-L, baseline": quality_cell("rouge_l_baseline", lambda value: number(value, 3)),
     "ROUGE-L, reference": quality_cell("rouge_l_reference", lambda value: number(value, 3)),

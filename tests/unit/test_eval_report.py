@@ -134,8 +134,7 @@ def test_every_figure_of_the_tables_is_on_the_page():
     assert found["Absolute figures"].rows[1] == ["1 client", "lossless", f"45.00 (43.00{DASH}47.00)", "44.50",
         "56.00", "67.00", "209.5", "232.0", "5000", "92.0", "12.3 %", "16.21", "32", "0"]  # fmt: skip
     assert found["Quality"].rows[1] == ["1 client", "bounded", "82 (4.1 %)", "89 (4.5 %)", "5.0 %", "0.00321", "43.8 %",
-        "23",
-        "0.876", "0.345", "75.0 %", "50.0 %", DASH]  # fmt: skip
+        DASH, DASH, "23", "0.876", "0.345", "75.0 %", "50.0 %", DASH]  # fmt: skip
     assert found["Exits"].rows[0] == (
         ["1 client", "lossless", "2000", "1682", "633", "29", "0", "500 (25.0 %)", "162 (8.1 %)"]
     )
@@ -263,3 +262,23 @@ def test_console_tables_fit_a_narrow_console():
     text = text_of(found)
     assert max(map(len, text.splitlines())) <= 120 and "\N{HORIZONTAL ELLIPSIS}" not in text
     assert all(word in text for word in ("hf-early-exit", "1234.50", "123456", "accepted", "(0.740", "TTFT"))
+
+
+def quality_with(identical_frac):
+    return with_exits("x").quality.model_copy(update={"identical_frac": identical_frac})
+
+
+def test_lossless_exits_with_fewer_of_the_baselines_texts_than_ngram_are_warned_of_first():
+    def results(lossless, ngram, concurrency=4):
+        own = {"identical_frac": lossless, "quality": quality_with(lossless)}
+        others = {"identical_frac": ngram, "quality": quality_with(ngram)}
+        runs = [a_run("vllm", concurrency), with_exits("lossless", concurrency, **own)]
+        return a_result([*runs, a_run("ngram", concurrency, **others)], [a_ratio("lossless", concurrency)])
+
+    sentence = summary_sentence(results(0.58, 0.975))
+    assert sentence.startswith(
+        "Warning: lossless has plain vLLM's very text less often than vLLM's ngram speculation with 4 clients "
+        "(58 % of the answers). Against plain vLLM, "
+    )
+    assert not summary_sentence(results(0.975, 0.975)).startswith("Warning")
+    assert not summary_sentence(results(None, 0.975)).startswith("Warning")

@@ -78,6 +78,20 @@ def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
     assert any("8 requests failed" in note for note in notes_of(blocks, systems, evaluation.loads))
 
 
+def test_texts_are_held_against_those_of_policy_off_and_of_the_first_load(base_url, tmp_path):
+    systems = [System(name, base_url=base_url) for name in ("off", "lossless")]
+    evaluation = evaluation_of(tmp_path / "out", systems, prompts("steady", "bursts"))
+    evaluate(evaluation, Console(quiet=True))
+    blocks = list(evaluation.store.blocks())
+    last = next(b for b in blocks if evaluation.loads[b.key.load].concurrency == 2 and b.key.system == "lossless")
+    last.completions[0] = replace(last.completions[0], text="another")
+    cells = cells_of(blocks, evaluation.systems, evaluation.loads)
+    runs = runs_of(cells, Summary(Path("fake"), 4, evaluation.prompts, (), {}))
+    assert [(run.same_as_off_frac, run.same_as_first_load_frac) for run in runs] == [
+        (None, None), (1.0, None), (None, 1.0), (0.75, 0.75)
+    ]  # fmt: skip
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_was(base_url, tmp_path, monkeypatch):
     from apparate_llm.eval import evaluate as module
 
