@@ -4,15 +4,16 @@ vLLM's routes know nothing of either. A middleware around them notes whose key a
 (`reports.py`) to the answer; `engine.generate`, which every route calls in the end, is where both meet the engine.
 """
 
-import hashlib
 import json
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from apparate_llm.api.access import bearer_key
 from starlette.datastructures import Headers
 
+from apparate_llm.admin import digest_of
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.sse import Event, EventReader
 
@@ -65,8 +66,7 @@ class AnswerMiddleware:
             return
         caller = Caller()
         if server.classes_by_key:
-            key = Headers(scope=scope).get("Authorization", "").partition(" ")[2]
-            caller.key_class = server.classes_by_key.get(hashlib.sha256(key.encode()).hexdigest())
+            caller.key_class = server.classes_by_key.get(digest_of(bearer_key(Headers(scope=scope))))
         token = CALLER.set(caller)
         try:
             await self.app(scope, receive, Answer(caller, send))

@@ -110,7 +110,8 @@ def metrics_of(status: dict[str, Any]) -> Iterable[Metric]:
         for depth, number in by_depth.items():
             exits.add_metric([str(depth), outcome], number)
     yield exits
-    for name, help_text in CLASS_COUNTERS.items() if status["classes"] else ():
+    shows_classes = status["classes"] and status["config"].get("class_metrics", True)
+    for name, help_text in CLASS_COUNTERS.items() if shows_classes else ():
         family = CounterMetricFamily(f"{PREFIX}class_{name}", help_text, labels=["class"])
         for title, share in status["classes"].items():
             family.add_metric([title], share[FIELDS.get(name, name)])

@@ -1,30 +1,37 @@
 """vLLM entry point `vllm.endpoint_plugins`: the routes under /early_exit/ beside the OpenAI ones."""
 
 import asyncio
-import hashlib
+import json
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-from apparate_llm.api.access import Access, check_local, read_object
+from apparate_llm.api import metrics
+from apparate_llm.api.access import Access, Visitor, read_object
 from apparate_llm.api.answers import CALLER, AnswerMiddleware, classes_by_key
 from apparate_llm.api.engines import ask_all, merged
 from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware, poll
 from apparate_llm.api.reports import reporting
 from apparate_llm.api.requests import check_requests
+from apparate_llm.api.turns import Turns
+from apparate_llm.api.views import class_seen, config_view, status_view
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from prometheus_client.core import REGISTRY
 from vllm.logger import init_logger
 
+from apparate_llm.admin import admin_digests, digest_of
 from apparate_llm.config import (
+    KEY_CLASS_PROOF,
     LIVE_KNOBS,
     ConfigError,
     EarlyExitConfig,
     config_from_vllm,
+    key_class_proof,
     parse_live,
     parse_request_knobs,
     shown,
@@ -54,22 +61,63 @@ class ExitServer:
     polling: asyncio.Task[None] | None = None  # kept: an unreferenced task may be collected
     classes_by_key: dict[str, str] = field(default_factory=dict)
 
+    last_request_s: float = float("-inf")  # when one came in, on the monotonic clock
+
+    def __post_init__(self) -> None:
+        self._statuses = Turns(self._status, lambda: metrics.POLL_INTERVAL_S)
+
     async def ask(self, method: str, *args: Any) -> list[Any]:
         """One answer from each engine."""
         return await ask_all(self.engine, method, *args)
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self, *, max_age_s: float = 0.0) -> dict[str, Any]:
+        """At most one question a second to the engine, whoever asks. The last answer does where nothing can have
+        changed: when it was given no request ran, and none had come for a while."""
+        turns = self._statuses
+        was_idle = turns.answer is not None and not turns.answer["running"]
+        if was_idle and self.last_request_s < turns.asked_s - metrics.POLL_INTERVAL_S:
+            max_age_s = metrics.POLL_INTERVAL_S
+        status: dict[str, Any] = await turns.get(max_age_s=max_age_s)
+        return status
+
+    async def polled_status(self) -> dict[str, Any]:
+        """For the polling: what somebody else was just told will do."""
+        return await self.status(max_age_s=metrics.POLL_INTERVAL_S / 2)
+
+    async def changed_status(self) -> dict[str, Any]:
+        """After a change, at once."""
+        status: dict[str, Any] = await self._statuses.now()
+        return status
+
+    async def _status(self) -> dict[str, Any]:
         """Also takes up the knobs in force: another API process may have changed them."""
         status = merged(await self.ask("early_exit_status"))
         self.config = self.config.model_copy(update={name: status["config"][name] for name in LIVE_KNOBS})
         return status
 
-    def config_in_force(self) -> dict[str, Any]:
-        return {"config": shown(self.config), "live": LIVE_KNOBS}
+    def config_in_force(self, class_name: str | None = None) -> dict[str, Any]:
+        """class_name: the one class whose knobs are wanted."""
+        return {"config": config_view(shown(self.config), class_name), "live": LIVE_KNOBS}
 
 
 async def authorised(request: Request) -> None:
-    request.app.state.early_exit_access.check(request)
+    request.state.visitor = request.app.state.early_exit_access.check(request)
+
+
+async def may_change(request: Request) -> None:
+    request.app.state.early_exit_access.check_change(request.state.visitor)
+
+
+def visitor_of(request: Request) -> Visitor:
+    visitor: Visitor = request.state.visitor
+    return visitor
+
+
+def class_seen_by(request: Request, server: ExitServer) -> str | None:
+    """The class that the visitor sees; None: all."""
+    visitor = visitor_of(request)
+    key_class = server.classes_by_key.get(visitor.key_digest or "")
+    return class_seen(server.config, key_class, sees_all=visitor.may_change)
 
 
 def server_of(request: Request) -> ExitServer:
@@ -85,21 +133,22 @@ page = APIRouter()  # has nothing of the server in it: it asks for the API key w
 
 @page.get("/early_exit", include_in_schema=False)
 async def dashboard_without_slash(request: Request) -> RedirectResponse:
+    request.app.state.early_exit_access.check_page(request)
     return RedirectResponse(request.scope.get("root_path", "") + "/early_exit/")
 
 
 @page.get("/early_exit/")
 async def dashboard(request: Request) -> HTMLResponse:
     """Live figures, the switch and a prompt to try, as one page."""
-    if not request.app.state.early_exit_access.has_keys:
-        check_local(request)
+    request.app.state.early_exit_access.check_page(request)
     return HTMLResponse((Path(__file__).parent / "dashboard.html").read_text(), headers=PAGE_HEADERS)
 
 
 @router.get("/status")
 async def status(request: Request) -> dict[str, Any]:
     """Knobs, depth in use and running totals; 503 where the server runs without early exits."""
-    return await server_of(request).status()
+    server = server_of(request)
+    return status_view(await server.status(), class_seen_by(request, server))
 
 
 @router.get("/config")
@@ -107,10 +156,13 @@ async def config(request: Request) -> dict[str, Any]:
     """The knobs in force and those that may change."""
     server = server_of(request)
     await server.status()
-    return server.config_in_force()
+    return {
+        **server.config_in_force(class_seen_by(request, server)),
+        "may_change": visitor_of(request).may_change,
+    }
 
 
-@router.patch("/config")
+@router.patch("/config", dependencies=[Depends(may_change)])
 async def change_config(request: Request) -> dict[str, Any]:
     """Knobs to change, as a JSON object: in force from the next engine step on, for requests under way as well.
     400 says what is not allowed, and changes nothing."""
@@ -118,20 +170,28 @@ async def change_config(request: Request) -> dict[str, Any]:
     changes = await read_object(request)
     async with server.changing:
         try:
-            parse_live(changes, server.config)
+            after = parse_live(changes, server.config)
         except ConfigError as error:
             raise HTTPException(400, str(error)) from None
+        before = server.config
         refused = await server.ask("early_exit_configure", changes)
         if any(refused):
             raise HTTPException(400, next(filter(None, refused)))
-        server.collector.publish(await server.status())
+        log_change(visitor_of(request), before, after, changes)
+        server.collector.publish(await server.changed_status())
     return server.config_in_force()
 
 
-@router.post("/reset")
+def log_change(visitor: Visitor, before: EarlyExitConfig, after: EarlyExitConfig, names: Iterable[str]) -> None:
+    told = ", ".join(f"{name} {getattr(before, name)} -> {getattr(after, name)}" for name in names)
+    logger.info("Knobs changed by %s: %s", visitor.who, told or "none named")
+
+
+@router.post("/reset", dependencies=[Depends(may_change)])
 async def reset(request: Request) -> dict[str, Any]:
     """Forget what the controller has learned; totals go on."""
     await server_of(request).ask("early_exit_forget")
+    logger.info("What the controller has learned was dropped by %s", visitor_of(request).who)
     return {"reset": True}
 
 
@@ -142,18 +202,27 @@ async def events(request: Request) -> StreamingResponse:
     if server.num_streams >= MAX_STREAMS:
         raise HTTPException(503, f"{MAX_STREAMS} clients listen already", {"Retry-After": "10"})
     return StreamingResponse(
-        stream(server), media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        stream(server, class_seen_by(request, server)),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def stream(server: ExitServer) -> AsyncIterator[str]:
+def text_for(server: ExitServer, class_name: str | None) -> str:
+    """The last status that was published, as JSON; class_name: the one class that the listener sees."""
+    status, text = server.collector.status, server.collector.text
+    return text if class_name is None or status is None else json.dumps(status_view(status, class_name))
+
+
+async def stream(server: ExitServer, class_name: str | None = None) -> AsyncIterator[str]:
     server.num_streams += 1
     try:
         if server.collector.text:
-            yield f"data: {server.collector.text}\n\n"
+            yield f"data: {text_for(server, class_name)}\n\n"
         while True:
             try:
-                yield f"data: {await asyncio.wait_for(server.collector.next_text(), KEEP_ALIVE_S)}\n\n"
+                text = await asyncio.wait_for(server.collector.next_text(), KEEP_ALIVE_S)
+                yield f"data: {text if class_name is None else text_for(server, class_name)}\n\n"
             except TimeoutError:
                 yield ": nothing new\n\n"
     finally:
@@ -170,9 +239,12 @@ def watch_requests(server: ExitServer) -> None:
         passed = getattr(sampling_params, "extra_args", None)
         given = {**(caller.knobs if caller else {}), **(passed or {})}
         knobs = parse_request_knobs(given, server.config, caller.key_class if caller else None)
+        server.last_request_s = monotonic()
         server.collector.work.set()
         if knobs.early_exit_class is not None:
             given["early_exit_class"] = knobs.early_exit_class
+        if caller is not None and caller.key_class is not None:
+            given[KEY_CLASS_PROOF] = key_class_proof(server.config, caller.key_class)
         if given != (passed or {}):
             sampling_params.extra_args = given
         if caller is None or not knobs.early_exit_report:
@@ -198,9 +270,16 @@ def keys_of(args: Namespace) -> list[str]:
 
 
 def warn_of_keys(by_key: dict[str, str], keys: list[str]) -> None:
-    accepted = {hashlib.sha256(key.encode()).hexdigest() for key in keys}
+    accepted = {digest_of(key) for key in keys}
     for name in sorted({own for digest, own in by_key.items() if digest not in accepted}):
         logger.warning("Class %s has an API key that the server does not accept: give it to --api-key as well", name)
+
+
+def access_of(args: Namespace) -> Access:
+    keys, admin_keys = keys_of(args), admin_digests(os.environ)
+    if any(digest_of(key) in admin_keys for key in keys):
+        logger.warning("An admin key is an API key, too: all that have it may change the knobs of the server")
+    return Access(keys, admin_keys)
 
 
 class StatusPlugin:
@@ -217,7 +296,7 @@ class StatusPlugin:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         from apparate_llm.engine.proposer import WORKER_CLASS
 
-        state.early_exit_access = Access(keys_of(args))
+        state.early_exit_access = access_of(args)
         state.early_exit = None
         if engine_client is not None and args.worker_cls == WORKER_CLASS:
             config = config_from_vllm(engine_client.vllm_config)
@@ -225,4 +304,4 @@ class StatusPlugin:
             warn_of_keys(server.classes_by_key, keys_of(args))
             watch_requests(server)
             REGISTRY.register(server.collector)
-            server.polling = asyncio.create_task(poll(server.collector, engine_client, server.status))
+            server.polling = asyncio.create_task(poll(server.collector, engine_client, server.polled_status))

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from apparate_llm import __version__
 from apparate_llm.knobs import OneLineParser
+from apparate_llm.redact import without_secrets
 
 
 def build_parser() -> OneLineParser:
@@ -57,8 +58,9 @@ def one_line(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 fine, 1 something failed, 2 bad input (one line says what)."""
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args, rest = parser.parse_known_args(spelt_out(sys.argv[1:] if argv is None else argv))
+        args, rest = parser.parse_known_args(spelt_out(argv))
         if rest and args.command != "serve":
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return args.run(args, rest) if args.command == "serve" else args.run(args)
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
             traceback.print_exc()
-        print(f"apparate-llm: error: {one_line(error)}", file=sys.stderr)
+        print(f"apparate-llm: error: {without_secrets(one_line(error), argv)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         print(f"apparate-llm: error: {error}", file=sys.stderr)

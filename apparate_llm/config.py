@@ -1,11 +1,15 @@
 """The one schema of every early-exit knob. CLI flags, `--additional-config` and docs derive from it."""
 
+import hashlib
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ADDITIONAL_CONFIG_KEY = "early_exit"
 DEFAULT_CLASS = "default"  # of requests that name none
+KEY_CLASS_PROOF = "apparate_class_proof"  # field of vLLM's `extra_args`: that the API has seen a key of the class
+LONGEST_NAME = 100  # characters of what a caller sent that a message repeats
 
 
 class ConfigError(ValueError):
@@ -21,8 +25,15 @@ class RequestClass(BaseModel):
     accuracy_bound: float | None = Field(None, ge=0.0, lt=1.0, allow_inf_nan=False, description="default: the server's")
     tpt_target_ms: float | None = Field(None, gt=0.0, allow_inf_nan=False, description="default: the server's")
     api_keys_sha256: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = Field(
-        (), description="digests of the API keys whose requests are of this class, whatever they ask for"
+        (), repr=False, description="digests of the API keys whose requests are of this class, whatever they ask for"
     )
+    by_name: bool | None = Field(
+        None, description="whether a request with another key, or none, may name it; default: only where it has no keys"
+    )
+
+    @property
+    def may_be_named(self) -> bool:
+        return not self.api_keys_sha256 if self.by_name is None else self.by_name
 
 
 ClassName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
@@ -107,6 +118,9 @@ class EarlyExitConfig(BaseModel):
         {},
         description="classes of requests, by API key or chosen per request; as a flag: TOML file, see docs/operate.md",
     )
+    class_metrics: bool = Field(
+        True, description="whether /metrics, which asks nobody for a key, shows the figures of each class"
+    )
     state: str | None = Field(
         None,
         description="file for what the controller has learned, or none; default: one for each model, ramps and machine "
@@ -163,6 +177,10 @@ def check_classes(config: EarlyExitConfig) -> None:
                 f"early_exit: classes: {name}: accuracy_bound: at most the server's {config.accuracy_bound:g} without "
                 f"allow_looser_requests, got {bound:g}"
             )
+        if not own.may_be_named and not own.api_keys_sha256:
+            raise ConfigError(
+                f"early_exit: classes: {name}: no request can be of it: by_name is false, without api_keys"
+            )
         for digest in own.api_keys_sha256:
             if digest in keys:
                 raise ConfigError(f"early_exit: classes: {keys[digest]} and {name} have an API key in common")
@@ -173,7 +191,7 @@ def parse_live(changes: Any, config: EarlyExitConfig) -> EarlyExitConfig:
     """The knobs of a running server with some of them changed; raises ConfigError."""
     if not isinstance(changes, dict):
         raise ConfigError(f"early_exit must be an object of knobs, got {type(changes).__name__}")
-    if fixed := [name for name in changes if name not in LIVE_KNOBS]:
+    if fixed := [_name(name) for name in changes if name not in LIVE_KNOBS]:
         raise ConfigError(f"early_exit: {fixed[0]}: cannot be changed while serving (allowed: {', '.join(LIVE_KNOBS)})")
     return parse_config({**config.model_dump(), **changes})
 
@@ -183,6 +201,7 @@ def parse_request_knobs(
 ) -> RequestKnobs:
     """Our part of a request's `vllm_xargs`, which other plugins may use as well, completed by its class's; raises
     ConfigError. key_class: the class of the request's API key, which decides."""
+    key_class = key_class or _proven_class(extra_args, config)
     ours = {
         name: value
         for name, value in (extra_args or {}).items()
@@ -209,30 +228,69 @@ def parse_request_knobs(
     return knobs.model_copy(update=completed)
 
 
+def class_of(config: EarlyExitConfig, key_class: str | None) -> str | None:
+    """The class of a request that names none; None where there is none for it."""
+    default = config.classes.get(DEFAULT_CLASS)
+    return key_class or (DEFAULT_CLASS if default is not None and default.may_be_named else None)
+
+
 def _class_name(asked: str | None, config: EarlyExitConfig, key_class: str | None) -> str | None:
     """The class a request is of; None where there are none, or it names none and there is no default."""
-    if key_class is not None:
-        if asked not in (None, key_class):
-            raise ConfigError(f"vllm_xargs: early_exit_class: requests with this API key are {key_class}, got {asked}")
-        return key_class
     if asked is None:
-        return DEFAULT_CLASS if DEFAULT_CLASS in config.classes else None
-    if asked not in config.classes:
-        allowed = ", ".join(config.classes) or "none, the server has no classes"
-        raise ConfigError(f"vllm_xargs: early_exit_class: unknown class {asked} (allowed: {allowed})")
+        return class_of(config, key_class)
+    if key_class is not None:
+        if asked != key_class:
+            raise ConfigError(
+                f"vllm_xargs: early_exit_class: requests with this API key are {key_class}, got {_name(asked)}"
+            )
+        return key_class
+    if asked not in config.classes or not config.classes[asked].may_be_named:
+        named = ", ".join(name for name, own in config.classes.items() if own.may_be_named)
+        allowed = named or ("by API key only" if config.classes else "none, the server has no classes")
+        raise ConfigError(f"vllm_xargs: early_exit_class: unknown class {_name(asked)} (allowed: {allowed})")
     return asked
 
 
+def key_class_proof(config: EarlyExitConfig, name: str) -> str:
+    """Shows the engine that a request came with a key of this class. Only who knows the keys' digests can make it, so
+    where vLLM runs without our part of the API no caller can."""
+    return hashlib.sha256("\n".join([name, *sorted(config.classes[name].api_keys_sha256)]).encode()).hexdigest()
+
+
+def _proven_class(extra_args: dict[str, Any] | None, config: EarlyExitConfig) -> str | None:
+    given = (extra_args or {}).get(KEY_CLASS_PROOF)
+    if given is None:
+        return None
+    keyed = (name for name, own in config.classes.items() if own.api_keys_sha256)
+    return next((name for name in keyed if key_class_proof(config, name) == given), None)
+
+
+def _name(name: Any) -> str:
+    """What a caller sent as a name, fit to be repeated in one line."""
+    is_plain = isinstance(name, str) and name.isprintable() and len(name) <= LONGEST_NAME
+    return name if is_plain else _SHORT.repr(name)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = LONGEST_NAME
+
+
 def _problems(error: ValidationError, schema: type[BaseModel]) -> str:
-    """What was wrong, what was got and what is allowed, in one line."""
+    """What was wrong, what was got and what is allowed, in one line. What may hold an API key is not repeated."""
     problems = []
     for item in error.errors(include_url=False):
-        knob = ": ".join(str(part) for part in item["loc"] if part != "[key]")
+        loc = [part for part in item["loc"] if part != "[key]"]
+        knob = ": ".join(_name(part) if isinstance(part, str) else str(part) for part in loc)
         if item["type"] == "extra_forbidden":
             known = schema if len(item["loc"]) == 1 else RequestClass
             problems.append(f"{knob}: unknown knob (allowed: {', '.join(known.model_fields)})")
-        else:
-            problems.append(f"{knob}: {item['msg']}, got {item['input']!r}")
+            continue
+        got = item["input"]
+        may_hold_keys = isinstance(got, str if "api_keys_sha256" in loc else list | tuple | dict)
+        hides = loc[:1] == ["classes"] and may_hold_keys
+        problems.append(
+            f"{knob + ': ' if loc else ''}{item['msg']}, got {type(got).__name__ if hides else _SHORT.repr(got)}"
+        )
     return "; ".join(dict.fromkeys(problems))
 
 

@@ -46,8 +46,6 @@ WITHOUT_NO = (
     "disable-log-stats",
     "aggregate-engine-logging",
 )
-SECRETS = ("--api-key", "--admin-key", "--hf-token", "--watermark-config")
-HIDDEN = "***"
 MULTIPLIERS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -240,24 +238,6 @@ def split_flag(text: str) -> list[str]:
         return [name, *shlex.split(value)]
     except ValueError as error:
         raise ConfigError(f"{text}: {error}") from None
-
-
-def redacted(argv: list[str]) -> list[str]:
-    """The arguments without API keys, in whatever spelling, to be shown or kept."""
-    shown: list[str] = []
-    secret = False
-    for token in argv:
-        key, mark, value = re.match(r"([^=\s]*)([=\s]?)(.*)", token, re.S).groups()  # type: ignore[union-attr]
-        if is_flag(key):
-            secret = canonical(key) in SECRETS
-            if value and secret:
-                token = key + mark + HIDDEN
-            elif value:
-                token = key + mark + redacted([value])[0]
-        elif secret:
-            token = HIDDEN
-        shown.append(token)
-    return shown
 
 
 def given_value(flags: list[str], name: str) -> str | None:

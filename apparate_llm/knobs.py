@@ -2,18 +2,20 @@
 
 import argparse
 import hashlib
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, check_classes, parse_config
+from apparate_llm.redact import without_secrets
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Errors are one line on stderr and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {without_secrets(message, sys.argv[1:])}\n")
 
 
 def add_knobs(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
@@ -61,11 +63,13 @@ def read_classes(name: str) -> dict[str, Any]:
     ConfigError."""
     try:
         found = tomllib.loads(Path(name).expanduser().read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, no TOML, a number of too many digits
         raise ConfigError(f"--classes: cannot read {name}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"--classes: cannot read {name}: nested too deeply") from None
     for title, table in found.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"--classes: {name}: {title} must be a table, [{title}], got {table!r}")
+            raise ConfigError(f"--classes: {name}: {title} must be a table, [{title}], got {type(table).__name__}")
         keys = table.pop("api_keys", [])
         if not isinstance(keys, list) or not all(isinstance(key, str) and key for key in keys):
             raise ConfigError(f"--classes: {name}: {title}: api_keys must be a list of strings")

@@ -12,7 +12,9 @@ def register() -> None:
     from apparate_llm.models.architectures import ARCHITECTURES
     from apparate_llm.patches.guard import PatchMismatchError
     from apparate_llm.patches.ledger import apply_all
+    from apparate_llm.redact import hide_digests_in_vllm_log
 
+    hide_digests_in_vllm_log()
     known = ModelRegistry.get_supported_archs()
     for name, class_path in ARCHITECTURES.values():
         if name not in known:

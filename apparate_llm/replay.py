@@ -11,6 +11,7 @@ from typing import Any
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.files import replacing, write_atomically
 from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
+from apparate_llm.redact import redacted
 
 LOGS = Path(__file__).parent / "assets" / "logs"
 Row = dict[str, Any]
@@ -67,7 +68,7 @@ def run_replay(args: argparse.Namespace) -> int:
         rows, f"{path.name}: {len(cycles)} passes of {header.get('model', 'a model')} on {header.get('cpu', '?')}"
     )
     if args.json:
-        document = {"schema_version": 1, "command": shlex.join(["apparate-llm", *sys.argv[1:]]), "rows": rows}
+        document = {"schema_version": 1, "command": shlex.join(["apparate-llm", *redacted(sys.argv[1:])]), "rows": rows}
         write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
     if args.figure:
         save_figure(args.figure, rows)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from apparate_llm.admin import KEY_VARIABLE, check_admin_keys, pass_on_admin_keys
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitConfig
 from apparate_llm.controller.state import NONE as NO_STATE
 from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
@@ -20,6 +21,7 @@ from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
 from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
+from apparate_llm.redact import redacted
 
 SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of --speculative-config, which is ours
 DEFAULTS = ("", "None", "auto")  # values by which a flag of vLLM's is as if it were not given
@@ -40,6 +42,15 @@ def add_serve(subparsers: Any) -> None:
     )
     parser.add_argument("--host", default=None, help="address to listen on (default: all)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument(
+        "--admin-key",
+        "--admin_key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="who may change knobs while serving and sees all classes; may be given several times. Better in the "
+        f"environment, where no list of processes shows it: {KEY_VARIABLE} (default: this machine only may)",
+    )
     add_knobs(parser)
     parser.set_defaults(run=run_serve)
 
@@ -53,6 +64,7 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     check_files(config)
     if args.model is None and not (cache_folder() / NAME).is_dir():
         writable_cache()
+    check_admin_keys(args.admin_key)
     architecture = DEFAULT_ARCHITECTURE
     if args.model is not None:
         model = resolve_model(args.model)
@@ -82,7 +94,8 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         wanted["host"] = args.host
     flags = [str(model), *as_flags(wanted), *rest, *memory_flags(rest)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the folder
-    print("Starting: vllm serve " + " ".join(quote(flag) for flag in flags), file=sys.stderr, flush=True)
+    pass_on_admin_keys(args.admin_key)
+    print("Starting: vllm serve " + " ".join(map(quote, redacted(flags))), file=sys.stderr, flush=True)
     return start_vllm(flags, wanted | {"model_tag": str(model)})
 
 

@@ -12,8 +12,9 @@ import httpx
 from apparate_llm.address import authorization, server_url
 from apparate_llm.config import parse_config
 from apparate_llm.controller.policies import POLICIES
-from apparate_llm.flags import given_value, normalised, redacted
+from apparate_llm.flags import given_value, normalised
 from apparate_llm.models.architectures import architecture_of, layers_of
+from apparate_llm.redact import redacted
 from apparate_llm.serve import preflight_ramps
 
 BASELINE = "vllm"
@@ -55,7 +56,7 @@ class System:
 
     @property
     def started_by(self) -> str:
-        return " ".join(redacted(list(self.command))).replace(sys.executable, "python") or f"at {self.base_url}"
+        return " ".join(redacted(self.command)).replace(sys.executable, "python") or f"at {self.base_url}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,12 @@ from rich.console import Console
 
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.files import write_atomically
-from apparate_llm.flags import given_value, one_spelling, redacted, split_flag
+from apparate_llm.flags import given_value, one_spelling, split_flag
 from apparate_llm.knobs import knobs_from
 from apparate_llm.launch import check_build
 from apparate_llm.machine import machine
 from apparate_llm.models.architectures import architecture_of, layers_of
+from apparate_llm.redact import redacted
 from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
 
 if TYPE_CHECKING:

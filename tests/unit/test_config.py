@@ -29,6 +29,7 @@ def test_every_knob_is_a_flag_and_flags_give_what_json_gives():
         "huge_pages": False,
         "batch_invariant": False,
         "feedback_log": "log.jsonl",
+        "class_metrics": False,
         "state": "none",
     }
     assert {*raw, "classes"} == set(EarlyExitConfig.model_fields)  # its flag is a file: test_classes.py

@@ -19,7 +19,7 @@ from apparate_llm.eval.systems import Choice, System, plain_vllm, systems_of
 from rich.console import Console
 
 from apparate_llm.cli import build_parser, spelt_out
-from apparate_llm.flags import redacted
+from apparate_llm.redact import redacted
 from tests.fake_server import fake_server
 
 

@@ -194,3 +194,17 @@ def test_the_page_of_several_api_processes_has_our_metrics_too(status, monkeypat
     text = asyncio.run(ask()).text
     assert text.startswith("vllm:other 1.0\n")
     assert ("\napparate:emitted_total 20.0\n" in text) == (processes > 1)
+
+
+def test_the_figures_of_classes_can_be_taken_off_the_page(status):
+    """The page asks nobody for a key."""
+
+    def page_of(**config):
+        registry, collector = CollectorRegistry(), ExitCollector()
+        registry.register(collector)
+        collector.publish({**status, "config": {**status["config"], **config}})
+        return generate_latest(registry).decode()
+
+    assert "apparate:class_" in page_of()
+    closed = page_of(class_metrics=False)
+    assert "apparate:class_" not in closed and "fast" not in closed and "apparate:emitted_total 20.0" in closed

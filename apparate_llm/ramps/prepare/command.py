@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.knobs import OneLineParser, positive
+from apparate_llm.redact import redacted
 
 DEFAULT_TIME_BUDGET = "60m"
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -189,7 +190,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             f"{left_out} of {len(prompts)} prompts left out: too long for the context, or not answered", file=sys.stderr
         )
     if args.json:
-        document = {"command": shlex.join(["apparate-llm", *sys.argv[1:]]), **result.model_dump()}
+        document = {"command": shlex.join(["apparate-llm", *redacted(sys.argv[1:])]), **result.model_dump()}
         write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
         print(f"written: {args.json}", file=sys.stderr)
     return 0
