@@ -25,6 +25,8 @@ None spends what others earned for a stricter or a looser bound:
   neither fills nor empties the server's bucket, and likewise the bucket of a class that it is looser than: its own and
   its group's hold it.
 - A request that can have no divergence (it takes no exits, or only checked ones) earns for nobody else.
+- A token earns for others once its answer went on after it, or ended there by itself. Those of the last step before a
+  client leaves never do: nobody may have read them.
 
 With the kind `regret` the price is not 1 but the exit's regret in nats; what is not known yet cannot be paid for, so
 exits are held, not released.
@@ -189,7 +191,16 @@ class AccuracyBudget:
         return [self.server, *(bucket for _, bucket in self.groups.items())]
 
     def emit(self, request: Bucket, num_tokens: int) -> None:
+        """Tokens of an answer that goes on."""
+        self.earn(request, num_tokens)
+        self.share(request, num_tokens)
+
+    def earn(self, request: Bucket, num_tokens: int) -> None:
+        """Of tokens that may be the last: they earn for their own request, which spends it on later ones only."""
         request.earn(request.per_token_nano * num_tokens)
+
+    def share(self, request: Bucket, num_tokens: int) -> None:
+        """What these tokens earned may be spent by others."""
         for bucket in self._shared(request):
             bucket.earn(min(request.per_token_nano, bucket.per_token_nano) * num_tokens)
 
@@ -227,14 +238,12 @@ class AccuracyBudget:
         return request.shared
 
     def _all_afford(self, request: Bucket, cost_nano: int) -> bool:
-        """The token paid for earns its share first."""
+        """The token paid for earns its own request's share first."""
         rate_nano = request.per_token_nano
         return (
             rate_nano > 0
             and request.affords(cost_nano, rate_nano)
-            and all(
-                bucket.affords(cost_nano, min(rate_nano, bucket.per_token_nano)) for bucket in self._shared(request)
-            )
+            and all(bucket.affords(cost_nano, 0) for bucket in self._shared(request))
         )
 
     def _pay(self, request: Bucket, cost_nano: int) -> None:

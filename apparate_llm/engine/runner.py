@@ -350,6 +350,7 @@ class EarlyExitRunner(CPUModelRunner):
             self.ledger.emit(request_id, num_emitted + min(num_left, 0), now_s)
             if num_emitted < len(checked) or checked[-1] in stops or num_left <= 0 or num_context_left <= 0:
                 ends = True
+                self.ledger.ended(request_id)
                 continue
             if self.rounds is None or not takes_drafts or not exits.takes_exits:
                 continue

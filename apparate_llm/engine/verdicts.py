@@ -48,6 +48,7 @@ class RequestExits:
     held: list[Exit] = field(default_factory=list)  # of the last rounds, in order
     offered: Exit | None = None  # what the ramp proposed next and the policy did not take
     num_emitted: int = 0
+    num_unshared: int = 0  # tokens that have earned for this request only: those of its last step
     num_since_pass: int = 0  # emitted after the last completion pass: released exits
     num_diverged: int = 0
     first_token_s: float | None = None  # on the monotonic clock, of the step that emitted it
@@ -150,6 +151,7 @@ class VerdictLedger:
     def emit(self, request_id: str, num_tokens: int, now_s: float) -> None:
         """Checked tokens, accepted exits among them, go out."""
         request = self.requests[request_id]
+        self._share(request)  # the answer went on after what came before
         is_first = request.first_token_s is None
         if is_first:
             request.first_token_s = request.last_token_s = now_s
@@ -169,7 +171,16 @@ class VerdictLedger:
             totals.emitted += num_tokens
             totals.decode_tokens += num_decoded
             totals.decode_s += took_s
-        self.budget.emit(request.bucket, num_tokens)
+        self.budget.earn(request.bucket, num_tokens)
+        request.num_unshared += num_tokens
+
+    def ended(self, request_id: str) -> None:
+        """The answer ended by itself: by length or a stop token, not because its client left."""
+        self._share(self.requests[request_id])
+
+    def _share(self, request: RequestExits) -> None:
+        self.budget.share(request.bucket, request.num_unshared)
+        request.num_unshared = 0
 
     def drop_held(self) -> None:
         """The full model has looked at no held exit, nor will it."""

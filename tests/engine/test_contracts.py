@@ -176,6 +176,9 @@ def test_stop_strings(tiny_llama, lens_ramps):
         # completes one is not let through.
         got = results(engine, make_params(stop=[stop]))
         assert [item[1:4] for item in got] == [item[1:4] for item in expected]
+        assert engine.counts()["held"] > 0 == engine.counts()["released"]
+        # Nor do tokens past the string earn anything that others could spend.
+        assert engine.runner.ledger.budget.server.earned_nano == 0
 
 
 def test_several_answers_to_one_prompt(tiny_llama, lens_ramps):

@@ -178,6 +178,9 @@ def test_aborted_requests_leave_nothing_behind(tiny_llama, lens_ramps):
         engine.run()
         counts = engine.counts()
         assert not engine.runner.ledger.requests
+        # What the last step brought before a client left earns for nobody else.
+        server = engine.runner.ledger.budget.server
+        assert 0 < server.earned_nano < server.per_token_nano * (counts["emitted"] - 6)
     assert counts["unverified"] > 0
     assert counts["released"] == counts["verified"] + counts["unverified"]
 

@@ -15,12 +15,12 @@ def test_a_bound_of_zero_allows_nothing():
 
 def test_unverified_exits_count_as_wrong_until_proven_right():
     budget, request = AccuracyBudget(0.1), Bucket.of_request(0.1)
-    budget.emit(request, 9)
+    budget.emit(request, 10)
     budget.release(request)
-    budget.emit(request, 1)  # the exit: 1 of 10
+    budget.emit(request, 1)  # the exit: 1 of 11
     assert not budget.may_release(request)
     budget.emit(request, 8)
-    assert not budget.may_release(request)  # 2 of 19 would be too many
+    assert not budget.may_release(request)  # 2 of 20 would be too many
     budget.prove_right(request)
     assert budget.may_release(request)
 
@@ -107,11 +107,20 @@ def test_no_course_of_events_breaks_a_bound(bound):
 @pytest.mark.parametrize("percent", range(1, 100))
 def test_just_so_many_tokens_earn_a_divergence(percent):
     """By sums of floats it would be one more or less for some bounds."""
-    budget, request, emitted = AccuracyBudget(percent / 100), Bucket.of_request(percent / 100), 1
+    budget, request, emitted = AccuracyBudget(percent / 100), Bucket.of_request(percent / 100), 0
     while not budget.may_accept(request, 0.0):
         budget.emit(request, 1)
         emitted += 1
     assert emitted == -(-100 // percent)
+
+
+def test_tokens_that_may_be_the_last_earn_for_their_own_request_only():
+    budget, request, other = AccuracyBudget(0.1), Bucket.of_request(0.1), Bucket.of_request(0.1)
+    budget.earn(request, 10)
+    assert budget.server.balance == 0 and request.earned_by_tokens_nano == NANO
+    assert not budget.may_release(request) and not budget.may_release(other)
+    budget.share(request, 10)
+    assert budget.may_release(other)
 
 
 def test_overspending_is_seen():

@@ -35,6 +35,7 @@ def status():
     request = RequestExits(releasable=True, bucket=Bucket.of_request(0.5), tpt_target_ms=30.0, share=share)
     ledger.add_request("a", request)
     ledger.emit("a", 10, now_s=0.0)
+    ledger.ended("a")  # so that they may be spent
     released = [Exit(10, 5, depth=0, round_number=0, confidence=0.9), Exit(11, 6, 2, 1, 0.9)]
     for _ in released:
         ledger.budget.release(request.bucket)

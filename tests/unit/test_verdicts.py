@@ -20,6 +20,7 @@ def empty_ledger(*, releasable: bool = True) -> VerdictLedger:
 def ledger_with(*exits: Exit) -> VerdictLedger:
     ledger = empty_ledger()
     ledger.emit("a", 10, now_s=0.0)
+    ledger.ended("a")  # so that they may be spent
     for _ in exits:
         ledger.budget.release(ledger.requests["a"].bucket)
     ledger.release("a", list(exits))
@@ -66,6 +67,21 @@ def test_exits_that_end_without_a_verdict_count_against_the_bound():
     assert counts["divergences_at_worst_frac"] == ledger.audit.largest_divergence_frac == 3 / counts["emitted"]
     told = share.as_dict()
     assert (told["diverged"], told["unverified"], told["divergences_at_worst"]) == (1, 2, 3)
+
+
+def test_tokens_earn_for_others_once_the_answer_went_on_after_them_or_ended_by_itself():
+    ledger, earned = empty_ledger(), []
+    for num_tokens in (3, 2):
+        ledger.emit("a", num_tokens, now_s=0.0)
+        earned.append(ledger.budget.server.earned_nano)
+    assert earned == [0, 3 * NANO // 2]
+    ledger.end_request("a")  # its client left
+    assert ledger.budget.server.earned_nano == 3 * NANO // 2
+    ledger = empty_ledger()
+    ledger.emit("a", 3, now_s=0.0)
+    ledger.ended("a")
+    ledger.end_request("a")
+    assert ledger.budget.server.earned_nano == 3 * NANO // 2
 
 
 def test_requests_that_take_no_release_get_none():
