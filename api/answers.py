@@ -27,6 +27,7 @@ ENDINGS = {
     "message_stop": None,
     "message-end": None,
 }
+NAMES = ("id", "object", "created", "model", "request_id")  # of an answer, in every chunk of its stream
 Message = Any
 
 
@@ -172,5 +173,5 @@ def report_event(last: str, reports: list[dict[str, Any]]) -> bytes:
     """The event before the end of a stream, in the form of a chunk without choices, as vLLM's usage is. last: data of
     the chunk before it."""
     chunk = json.loads(last) if last else {}
-    named = {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
+    named = {name: chunk[name] for name in NAMES if name in chunk}
     return f"data: {as_json({**named, 'choices': [], FIELD: reports})}\n\n".encode()

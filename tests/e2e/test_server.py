@@ -25,6 +25,7 @@ def server(serve, tiny_llama, lens_ramps, tmp_path_factory):
     file = tmp_path_factory.mktemp("config") / "config.yaml"
     file.write_text("served-model-name: tiny\naccuracy_bound: 0.5\nadditional-config: {theirs: {x: 1}}\n")
     flags = ["--config", str(file), "--ramps", str(lens_ramps(depth=3)), "--policy=static"]
+    flags += ["--enable-scale-out"]  # the route that takes tokens
     flags += ["--additional-config.early_exit.threshold", "0.05", "--additional_config.theirs.y=2"]
     with serve(str(tiny_llama), *flags, *TINY_FLAGS) as base_url:
         yield base_url
@@ -392,6 +393,7 @@ ROUTES = {
     "/v1/messages": {"messages": HELLO},
     "/v1/responses": {"input": "w1 w2"},
     "/invocations": {"prompt": "w1 w2"},
+    "/inference/v1/generate": {"token_ids": [5, 6, 7], "output_mode": "text"},
 }
 
 
@@ -413,12 +415,18 @@ def text_of(part):
 def test_every_route_reports_and_refuses_a_bad_knob(server, path, stream):
     body = {"model": "tiny", "temperature": 0, "stream": stream, **ROUTES[path]}
     body |= {"max_output_tokens": 20} if path == "/v1/responses" else {"max_tokens": 20}
+
+    def asking(**knobs):
+        if path == "/inference/v1/generate":
+            return {**body, "sampling_params": {"max_tokens": 20, "temperature": 0, "extra_args": knobs}}
+        return {**body, "vllm_xargs": knobs}
+
     with httpx.Client(base_url=server, timeout=60) as http:
-        refused = http.post(path, json={**body, "vllm_xargs": {"early_exit": 7}})
+        refused = http.post(path, json=asking(early_exit=7))
         assert refused.status_code == 400 and "early_exit: Input should be 0 or 1" in refused.text
         if path.endswith("batch"):
             body.pop("stream")
-        answer = http.post(path, json={**body, "vllm_xargs": {"early_exit_report": 1}})
+        answer = http.post(path, json=asking(early_exit_report=1))
         assert answer.status_code == 200, answer.text
     is_stream = answer.headers["content-type"].startswith("text/event-stream")
     assert is_stream == (stream and not path.endswith("batch"))
@@ -434,6 +442,27 @@ def test_every_route_reports_and_refuses_a_bad_knob(server, path, stream):
     (reports,) = [told for part in parts if (told := {**part, **part.get("response", {})}.get("early_exit"))]
     assert {report["index"]: "".join(report["texts"]) for report in reports} == texts and all(texts.values())
     assert all(sum(report["tokens"].values()) == len(report["texts"]) <= 20 for report in reports)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "more", [{"stop": ["w"]}, {"stop": ["w"], "include_stop_str_in_output": True}, {"echo": True}, {"min_p": 0.1}]
+)
+def test_texts_are_the_choices_own_whatever_ends_it(server, more, stream):
+    """A tiny model's every word has a w in it."""
+    body = {"model": "tiny", "prompt": "w3 w5 w9", "temperature": 0, "max_tokens": 30, "stream": stream, **more}
+    body |= {"stream_options": {"include_usage": True}} if stream else {}
+    answer = httpx.post(f"{server}/v1/completions", json={**body, "vllm_xargs": {"early_exit_report": 1}}, timeout=60)
+    parts = (
+        [json.loads(data) for data in event_data([answer.content]) if data != "[DONE]"] if stream else [answer.json()]
+    )
+    text = "".join(choice["text"] for part in parts for choice in part["choices"])
+    (report,) = next(part["early_exit"] for part in parts if "early_exit" in part)
+    (usage,) = [part["usage"] for part in parts if part.get("usage")]
+    assert "".join(report["texts"]) == (text.removeprefix("w3 w5 w9") if more.get("echo") else text)
+    assert len(report["texts"]) == sum(report["tokens"].values()) == usage["completion_tokens"]
+    assert sum(report["exits_by_depth"].values()) == len(report["texts"]) - report["tokens"]["checked"]
+    assert report["divergences_at_worst"] == report["divergences"] + report["tokens"]["unverified"]
 
 
 def test_beam_search_refuses_what_it_cannot_do_and_does_the_rest(server):
