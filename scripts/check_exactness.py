@@ -67,6 +67,16 @@ def run(name: str, args: Any, prompts: list[list[dict[str, str]]], knobs: dict[s
             stock(request, *args, **kwargs)
 
         engine.scheduler._preempt_request = count
+        rows: list[int] = []  # of each step
+        schedule = engine.scheduler.schedule
+
+        def counted(*args, **kwargs):
+            scheduled = schedule(*args, **kwargs)
+            if scheduled.total_num_scheduled_tokens:
+                rows.append(scheduled.total_num_scheduled_tokens)
+            return scheduled
+
+        engine.scheduler.schedule = counted
         cached = 0
         if aborts:
             tokens = with_aborts(engine, token_prompts, greedy(128))
@@ -80,6 +90,7 @@ def run(name: str, args: Any, prompts: list[list[dict[str, str]]], knobs: dict[s
                 "tokens": tokens,
                 "counts": engine.counts() if exits else None,
                 "preemptions": preempted,
+                "lone_row_frac": sum(number == 1 for number in rows) / len(rows),
                 "cached_tokens": cached,
             }
         )
@@ -156,6 +167,8 @@ def main() -> int:
         outcome[name] = result
         line = f"{name}: {len(result['tokens'])} answers, {result['preemptions']} preemptions"
         line += f", {result['cached_tokens']} prompt tokens from the prefix cache"
+        if name.startswith("plain") and args.dtype != "float32":
+            line += f", {result['lone_row_frac']:.0%} of the steps of a single row, which plain vLLM rounds another way"
         if reference is not None:
             same = sum(a == b for a, b in zip(result["tokens"], outcome[reference]["tokens"], strict=True))
             result["identical"] = same
