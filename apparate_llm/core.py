@@ -67,6 +67,7 @@ class ExitCounts:
         0.0  # over all divergences: log-probability of the full model's best token less the emitted one's
     )
     fallbacks: int = 0  # times our layer failed and serving went on without exits
+    recoveries: int = 0  # times exits came back after that
 
     def emit_exit(self, exit_: Exit) -> None:
         self.exits_by_depth[exit_.depth] = self.exits_by_depth.get(exit_.depth, 0) + 1

@@ -85,6 +85,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         self.llm.collective_rpc("early_exit_check_integrity")
+        assert self.scheduler.num_failures == 0
 
     @property
     def core(self) -> Any:

@@ -1,11 +1,10 @@
 """Times of the engine's steps. With tensor parallelism rank 0's clock is everybody's, so that all decide alike."""
 
 from time import monotonic, process_time
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from apparate_llm.controller.policy import Policy
+from apparate_llm.engine.parallel import Peers
 
 STOPPED_S = 0.5  # of a step, from which it may be one in which the process was stopped
 RAN_FRAC = 0.25  # of a step that the process had a CPU, below which it was
@@ -17,20 +16,11 @@ class Took(NamedTuple):
     completion_ms: float  # everything of the step but its rounds
 
 
-def share_floats(values: list[float], group: Any) -> list[float]:
-    """Rank 0's values, on every rank of vLLM's group coordinator."""
-    if group.world_size == 1:
-        return values
-    shared = torch.tensor(values, dtype=torch.float64)
-    torch.distributed.broadcast(shared, src=group.ranks[0], group=group.cpu_group)
-    return shared.tolist()
-
-
 class StepClock:
     """A step lasts from the end of one step's rounds to the end of the next one's."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, peers: Peers) -> None:
+        self.peers = peers
         self.now_s = monotonic()  # when the last completion pass was sampled
         self.last: Took | None = None  # None where the step was no plain decode step, or `pass_ms` is
         self.pass_ms: float | None = None  # of any step, None where the engine had idled or been stopped
@@ -49,7 +39,7 @@ class StepClock:
         took_s = now_s - self._began_s if self._began_s is not None else -1.0
         if took_s > STOPPED_S and process_time() - self._began_cpu_s < RAN_FRAC * took_s:
             took_s = -1.0  # frozen, or without a CPU: says nothing of what steps cost
-        self.now_s, took_s = share_floats([now_s, took_s], self.group)
+        self.now_s, took_s = self.peers.share_floats([now_s, took_s])
         self.pass_ms = took_s * 1e3 if took_s >= 0 else None
         self.last = Took(*self._scheduled, took_s * 1e3) if took_s >= 0 and self._is_decode else None
 
@@ -69,5 +59,5 @@ class StepClock:
 
     def shared_rounds(self, spent: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """Rank 0's times of a step's rounds."""
-        times = share_floats([ms for _, ms in spent], self.group)
+        times = self.peers.share_floats([ms for _, ms in spent])
         return [(num_rows, ms) for (num_rows, _), ms in zip(spent, times, strict=True)]

@@ -1,5 +1,6 @@
 """How what an engine does is spread: counts of values between bounds, as Prometheus histograms are."""
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,6 +21,8 @@ class Histogram:
         self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float) -> None:
+        if not math.isfinite(value):  # would be all that the total says from then on
+            return
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 

@@ -9,6 +9,7 @@ from apparate_llm.config import ConfigError, EarlyExitConfig, RequestKnobs, pars
 from apparate_llm.controller.budget import Bucket
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
+from apparate_llm.controller.state import check_numbers
 from apparate_llm.engine.classes import UNNAMED, allowed_bound, class_bound
 from apparate_llm.engine.eligibility import is_releasable, may_exit, stop_token_ids
 from apparate_llm.engine.origins import trace_of
@@ -16,6 +17,7 @@ from apparate_llm.engine.rounds import Rounds
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 
 logger = init_logger("vllm.apparate")
+MOST_LOGGED = 500  # characters of what a request asked for
 
 
 @dataclass(slots=True)
@@ -53,22 +55,31 @@ class LivePolicy:
                 state = {**state, "depth": after.depth}
             rounds.policy.restore(state)
 
-    def forget(self, rounds: Rounds, config: EarlyExitConfig) -> None:
+    def renew(self, rounds: Rounds, config: EarlyExitConfig, learned: dict[str, Any]) -> None:
+        """Begin anew with no more than what was `learned`."""
         self._learned.clear()
         rounds.policy = self.make(config)
+        if learned:
+            rounds.policy.restore(learned)
 
 
-def reconfigured(
-    live: LivePolicy | None, rounds: Rounds | None, config: EarlyExitConfig, changes: Any
-) -> EarlyExitConfig:
-    """The knobs with `changes`, taken up by the rounds; raises ConfigError and changes nothing if they are refused."""
+def learned_of(policy: Policy) -> dict[str, Any]:
+    """What a policy has learned, if it is sound."""
+    try:
+        state = policy.state()
+        check_numbers(state)
+        return state
+    except Exception:
+        logger.warning("What the controller has learned is not kept", exc_info=True)
+        return {}
+
+
+def changed(live: LivePolicy | None, config: EarlyExitConfig, changes: Any) -> EarlyExitConfig:
+    """The knobs with `changes`; raises ConfigError if they are refused."""
     if live is None:
         raise ConfigError("this server was started without early exits (policy off)")
-    if rounds is None:
-        raise ConfigError("early exits failed on this server and are off until it is started again")
     after = parse_live(changes, config)
     live.check(after)
-    live.change(rounds, config, after)
     return after
 
 
@@ -94,12 +105,13 @@ def _bound(asked: float | None, config: EarlyExitConfig) -> float:
 
 def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger, *, others_allow: bool = True) -> RequestExits:
     """Of a new request with vLLM's sampling parameters `params`. others_allow: whether what else the server runs leaves
-    room for exits. A bad knob was refused by the API already, where it
-    runs with our plugin; else it falls back to the server's."""
+    room for exits. A bad knob was refused by the API already, where it runs with our plugin; else it falls back to the
+    server's, whatever it was."""
+    given = params.extra_args if isinstance(params.extra_args, dict) else {}
     try:
-        knobs = parse_request_knobs(params.extra_args, config)
-    except ConfigError as error:
-        logger.error("%s; the server's own settings are used", error)
+        knobs = parse_request_knobs(given, config)
+    except Exception as error:
+        logger.error("%s; the server's own settings are used", str(error)[:MOST_LOGGED])
         knobs = RequestKnobs.model_validate({})
     bucket = Bucket.of_request(bound_of(knobs, config))
     name = knobs.early_exit_class or UNNAMED
@@ -119,5 +131,13 @@ def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger, *, oth
         bucket=bucket,
         share=share,
         tpt_target_ms=knobs.tpt_target_ms or config.tpt_target_ms,
-        trace=trace_of(params.extra_args) if knobs.early_exit_report else None,
+        trace=trace_of(given) if knobs.early_exit_report else None,
     )
+
+
+def plain_exits(num_emitted: int) -> RequestExits:
+    """Of a request that the ledger has lost sight of: it takes no exits."""
+    knobs = RequestKnobs.model_validate({"early_exit": 0})
+    bucket = Bucket.of_request(0.0)
+    bucket.stay_alone()
+    return RequestExits(releasable=False, bucket=bucket, knobs=knobs, num_emitted=num_emitted)

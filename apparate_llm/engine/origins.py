@@ -37,9 +37,17 @@ class Trace:
         """Of the accepted exits and the full model's own token after them, the first `num_tokens`."""
         for exit_ in self._accepted[:num_tokens]:
             self._add(Origin.HELD_DIVERGED if exit_.diverged else Origin.HELD, exit_.depth)
-        if num_tokens > len(self._accepted):
+        for _ in range(num_tokens - len(self._accepted)):  # one; more where drafts were of exits that were dropped
             self._add(Origin.CHECKED, None)
         self._accepted = []
+
+    def align(self, num_tokens: int) -> None:
+        """After a failure: as many as were emitted, and none that waits for a verdict."""
+        self.emitted(0)
+        del self.origins[num_tokens:], self.depths[num_tokens:]
+        while len(self.origins) < num_tokens:
+            self._add(Origin.CHECKED, None)
+        self._due.clear()
 
     def released(self, exits: list[Exit]) -> None:
         for exit_ in exits:

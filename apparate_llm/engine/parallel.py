@@ -1,21 +1,121 @@
-"""Tensor parallelism: all ranks run the same rounds, rank 0's ramp is the one that counts.
+"""Tensor parallelism: all ranks run the same rounds. Rank 0's ramp, clock and memory are the ones that count, and a
+failure of one rank is everybody's.
 
 All else that decides (verdicts, budget, policy) is computed alike on every rank from the same logits and from rank
 0's clock.
+
+No rank may be left waiting in an exchange that another one, having failed, never enters. So before every exchange all
+ranks meet, and say whether they are still with it. Who fails says so at the next meeting, and all leave the work.
 """
 
-from typing import Any
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
 from apparate_llm.ramps.load import Prediction
 
+T = TypeVar("T")
 
-def share_prediction(prediction: Prediction, group: Any) -> Prediction:
-    """Rank 0's tokens and confidences, on every rank of vLLM's group coordinator."""
-    if group.world_size == 1:
-        return prediction
-    confidences = torch.tensor(prediction.confidences, dtype=torch.float64)
-    shared = torch.stack([prediction.token_ids.double(), confidences])  # [2, num_rows]; token ids are exact in float64
-    torch.distributed.broadcast(shared, src=group.ranks[0], group=group.cpu_group)
-    return prediction._replace(token_ids=shared[0].long(), confidences=shared[1].tolist())
+
+class PeerFailed(Exception):
+    """Another rank failed."""
+
+
+class Peers:
+    """The ranks of one model, a single one without tensor parallelism."""
+
+    def __init__(self, group: Any) -> None:
+        """group: vLLM's group coordinator."""
+        self.group = group
+        self.alone = group.world_size == 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.alone or self.group.rank_in_group == 0
+
+    def meet(self, *, failed: bool = False) -> None:
+        """Raises PeerFailed on the ranks that did not fail if one did."""
+        if self.alone:
+            return
+        told = torch.tensor([int(failed)])
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=self.group.cpu_group)
+        if told.item() and not failed:
+            raise PeerFailed("another rank failed, its own log says why")
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work`, in which all ranks make the same exchanges; where one rank fails, all raise. Not to be nested."""
+        if self.alone:
+            return work()
+        try:
+            result = work()
+        except PeerFailed:
+            raise
+        except Exception:
+            self.meet(failed=True)
+            raise
+        self.meet()
+        return result
+
+    @contextmanager
+    def meeting_in_model(self) -> Iterator[None]:
+        """Within, the exchanges that vLLM's layers make are met for, too. Blocks that were compiled make theirs
+        without."""
+        if self.alone:
+            yield
+            return
+        self.meet()
+        stock = self.group.device_communicator
+        self.group.device_communicator = _Meeting(stock, self)
+        try:
+            yield
+        finally:
+            self.group.device_communicator = stock
+
+    def share_floats(self, values: list[float]) -> list[float]:
+        """Rank 0's values."""
+        if self.alone:
+            return values
+        self.meet()
+        shared = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.broadcast(shared, src=self.group.ranks[0], group=self.group.cpu_group)
+        return shared.tolist()
+
+    def share_prediction(self, prediction: Prediction) -> Prediction:
+        """Rank 0's tokens and confidences."""
+        if self.alone:
+            return prediction
+        tokens = prediction.token_ids.tolist()  # exact as float64
+        shared = self.share_floats([*tokens, *prediction.confidences])
+        token_ids = torch.tensor(shared[: len(tokens)]).long()
+        return prediction._replace(token_ids=token_ids, confidences=shared[len(tokens) :])
+
+    def share_object(self, value: T) -> T:
+        """Rank 0's value, which can be pickled."""
+        if self.alone:
+            return value
+        found = [pickle.dumps(value) if self.is_first else b""]
+        self.meet()
+        torch.distributed.broadcast_object_list(found, src=self.group.ranks[0], group=self.group.cpu_group)
+        return value if self.is_first else pickle.loads(found[0])
+
+
+class _Meeting:
+    """vLLM's device communicator, with a meeting before each of its exchanges."""
+
+    def __init__(self, stock: Any, peers: Peers) -> None:
+        self.stock = stock
+        self.peers = peers
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.stock, name)
+        if name not in ("all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "gather", "broadcast"):
+            return found
+
+        def after_meeting(*args: Any, **kwargs: Any) -> Any:
+            self.peers.meet()
+            return found(*args, **kwargs)
+
+        return after_meeting

@@ -1,6 +1,6 @@
 """Shallow rounds: blocks [0, depth) and the ramp, one row per live request, several times over."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Exit, Verb
+from apparate_llm.engine.parallel import Peers
 from apparate_llm.ramps.copying import NOTHING_REPEATED, Repeated, copied_confidence, look_back
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
 
@@ -59,15 +60,14 @@ class Rounds:
         policy: Policy,
         budget: AccuracyBudget,
         max_exits: int,
-        share: Callable[[Prediction], Prediction] = lambda prediction: prediction,
+        peers: Peers,
     ) -> None:
-        """share: makes the prediction of tensor-parallel rank 0 everybody's."""
         self.runner = runner
         self.ramp_sets = ramps
         self.policy = policy
         self.budget = budget
         self.max_exits = max_exits
-        self.share = share
+        self.peers = peers
         self._deciding_ms = 0.0
         self._num_rows = 0  # of the next completion pass, as of now
 
@@ -116,7 +116,7 @@ class Rounds:
         state = self.ramps.head.enter(final_states[state_rows], [inner[state_rows] for inner in inner_states])
         spent: list[tuple[int, float]] = []
         for number in range(num_rounds):
-            prediction = self.share(self.predict(live, tokens, state, number))
+            prediction = self.peers.share_prediction(self.predict(live, tokens, state, number))
             going: list[int] = []
             predicted = perf_counter()
             for i, (row, token, confidence) in enumerate(
@@ -162,6 +162,8 @@ class Rounds:
 
     def _decide(self, row: Row, token: int, confidence: float, *, match: int = 0) -> bool:
         """Whether the row takes this exit; match: of a copied one."""
+        if math.isnan(confidence):  # of scores that are no numbers: no exit, and nothing to learn from
+            return False
         may_release = (
             row.may_release
             and token not in row.stop_token_ids  # a wrong one would cut the answer off
@@ -196,16 +198,22 @@ class Rounds:
     def _proposals(self, live: list[Row]) -> Proposals:
         """What the copy feature makes of each row's text, its exits included."""
         tokens, lengths = torch.tensor([row.repeated[:2] for row in live]).unbind(1)
-        return Proposals(tokens, lengths, self.runner.model.model.embed_input_ids(tokens))
+        with self.peers.meeting_in_model():
+            return Proposals(tokens, lengths, self.runner.model.model.embed_input_ids(tokens))
 
     def _shallow(self, live: list[Row], tokens: torch.Tensor, number: int) -> torch.Tensor:
         """[num_rows, hidden_size] residual stream of each row's newest token after `depth` blocks."""
         depth = self.ramps.depth
         positions = torch.tensor([row.newest_position + number for row in live])
         if depth == 0:
-            return self.runner.model.forward_shallow(0, tokens, positions)
+            with self.peers.meeting_in_model():
+                return self.runner.model.forward_shallow(0, tokens, positions)
         attention, slots = self._attention_metadata([row.request_index for row in live], positions)
-        with set_forward_context(attention, self.runner.vllm_config, num_tokens=len(live), slot_mapping=slots):
+        config = self.runner.vllm_config
+        with (
+            set_forward_context(attention, config, num_tokens=len(live), slot_mapping=slots),
+            self.peers.meeting_in_model(),
+        ):
             return self.runner.model.forward_shallow(depth, tokens, positions)
 
     def _attention_metadata(self, request_indices: list[int], positions: torch.Tensor) -> tuple[dict, dict]:

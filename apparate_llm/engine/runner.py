@@ -3,59 +3,42 @@
 Adds to one engine step: verdict rows in the completion pass, their comparison, and the rounds after sampling.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from apparate_llm.config import config_from_vllm
-from apparate_llm.controller.budget import AccuracyBudget
 from apparate_llm.controller.feedback import FeedbackLog
 from apparate_llm.controller.state import ControllerState, resolve_path
-from apparate_llm.engine.classes import shares_of
-from apparate_llm.engine.clock import StepClock
 from apparate_llm.engine.eligibility import custom_processors
+from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.engine.greedy import check, first_rows, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.identity import identity_of
 from apparate_llm.engine.judge import best_and_regret, judge_by_sampling, judge_held
-from apparate_llm.engine.live import LivePolicy, exits_of, reconfigured, requests_follow
+from apparate_llm.engine.live import LivePolicy, exits_of
 from apparate_llm.engine.output import EarlyExitOutput
-from apparate_llm.engine.parallel import share_prediction
 from apparate_llm.engine.rounds import Rounds, Row
 from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.settings import forget_knobs
 from apparate_llm.engine.shadow import Shadow
-from apparate_llm.engine.verdicts import PendingVerdict, RequestExits, Verdict, VerdictLedger
+from apparate_llm.engine.verdicts import PendingVerdict, RequestExits
 from apparate_llm.machine import cache_folder
 from apparate_llm.models.mixin import ramps_of
 
 logger = init_logger("vllm.apparate")
 
 
-class EarlyExitRunner(CPUModelRunner):
+class EarlyExitRunner(FallbackRunner):
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.exit_config = config = config_from_vllm(vllm_config)
-        self.ledger = VerdictLedger(AccuracyBudget(config.accuracy_bound, config.bound_kind), shares_of(config))
-        self.clock = StepClock(get_tp_group())
         self.custom_processors = custom_processors(self.input_batch.logitsprocs)
-        self.rounds: Rounds | None = None  # None: no exits
-        self.live: LivePolicy | None = None  # None: started without exits
         self.controller_state: ControllerState | None = None  # None: nothing is kept
         self.feedback: FeedbackLog | None = None
-        self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
-        self._released: dict[str, list[int]] = {}  # exits released in the step under way
-        self._judged: list[Verdict] = []  # on exits, by the step under way
-        # Rounds that wait until the step's tokens have left, where an answer begins or ends: its client has them
-        # sooner, and what it asks next may still join the next step.
-        self.later: Callable[[], None] | None = None
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights)
@@ -77,17 +60,21 @@ class EarlyExitRunner(CPUModelRunner):
             policy=policy,
             budget=self.ledger.budget,
             max_exits=min(config.max_exits, self.num_spec_tokens),
-            share=lambda prediction: share_prediction(prediction, get_tp_group()),
+            peers=self.peers,
         )
-        self.shadow = Shadow(self.rounds, tuple(sorted(inner_depths)))
-        is_first_rank = get_tp_group().rank_in_group == 0
-        identity = identity_of(self, depths=sorted(ramps))
-        path = resolve_path(config.state, identity, cache_folder)
-        if path is not None:
-            self.controller_state = ControllerState(path, identity, writes=is_first_rank)
-            self.controller_state.restore(policy)
-        if config.feedback_log is not None and is_first_rank:
-            self.feedback = FeedbackLog(Path(config.feedback_log).expanduser(), {**identity, "num_layers": num_layers})
+        self.shadow = Shadow(self.rounds, tuple(sorted(inner_depths)), self.peers)
+        if self.peers.is_first:
+            identity = identity_of(self, depths=sorted(ramps))
+            path = resolve_path(config.state, identity, cache_folder)
+            if path is not None:
+                self.controller_state = ControllerState(path, identity, writes=True)
+                self.controller_state.restore(policy)
+            if config.feedback_log is not None:
+                header = {**identity, "num_layers": num_layers}
+                self.feedback = FeedbackLog(Path(config.feedback_log).expanduser(), header)
+        learned = self.peers.share_object(policy.state())
+        if learned and not self.peers.is_first:  # another rank may have another file, or none
+            policy.restore(learned)
         if config.huge_pages:
             use_huge_pages()
         if self.custom_processors:
@@ -110,37 +97,45 @@ class EarlyExitRunner(CPUModelRunner):
     # ---- requests come and go
 
     def _update_states(self, scheduler_output: Any) -> Any:
+        self._attempt("requests", lambda: self._requests_change(scheduler_output), None)
+        correction = super()._update_states(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens == 0:  # the engine idles
+            self._attempt("clock", self.clock.stop, None)
+            self._guarded("integrity", self.check_integrity, None)
+        return correction
+
+    def _requests_change(self, scheduler_output: Any) -> None:
         for request_id in scheduler_output.finished_req_ids:
             self.ledger.end_request(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id not in self.ledger.requests and new.sampling_params is not None:
                 self.ledger.add_request(new.req_id, self._exits_of(new.sampling_params))
                 if self.rounds is not None:
-                    self._guarded(self.rounds.policy.joined)
-        correction = super()._update_states(scheduler_output)
-        if scheduler_output.total_num_scheduled_tokens == 0:  # the engine idles
-            self.clock.stop()
-            self._guarded(self.check_integrity)
-        return correction
+                    self.rounds.policy.joined()
 
     def _exits_of(self, params: Any) -> RequestExits:
         return exits_of(params, self.exit_config, self.ledger, others_allow=not self.custom_processors)
-
-    def reconfigure(self, changes: Any) -> None:
-        """Serve with other knobs from the next step on; raises ConfigError if they are not allowed."""
-        self.exit_config = reconfigured(self.live, self.rounds, self.exit_config, changes)
-        requests_follow(self.ledger, self.exit_config)
-        logger.info("Early exits go on with %s", self.exit_config)
 
     # ---- verdicts: extra logits rows, taken off again before vLLM samples
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         logits_indices, spec_metadata, max_sampled = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        self._pending = []
-        batch = self.input_batch
+        plain: tuple[list[PendingVerdict], torch.Tensor] = ([], logits_indices)
+        self._pending, logits_indices = self._guarded(
+            "verdict rows",
+            lambda: self._with_verdict_rows(scheduler_output, num_scheduled_tokens, plain[1], spec_metadata),
+            plain,
+        )
+        return logits_indices, spec_metadata, max_sampled
+
+    def _with_verdict_rows(
+        self, scheduler_output: Any, num_scheduled_tokens: Any, logits_indices: torch.Tensor, spec_metadata: Any
+    ) -> tuple[list[PendingVerdict], torch.Tensor]:
+        batch, pending = self.input_batch, list[PendingVerdict]()
         if self.ledger.counts.outstanding:
             for index, request_id in enumerate(batch.req_ids):
-                self._pending += self.ledger.due(
+                self.ledger.check_arrived(request_id, num_tokens=int(batch.num_tokens_no_spec[index]))
+                pending += self.ledger.due(
                     request_id,
                     first_position=int(batch.num_computed_tokens_cpu[index]),
                     num_scheduled=int(num_scheduled_tokens[index]),
@@ -150,12 +145,12 @@ class EarlyExitRunner(CPUModelRunner):
         self.clock.scheduled(
             num_requests=batch.num_reqs,
             num_rows=int(scheduler_output.total_num_scheduled_tokens),
-            num_decode_rows=batch.num_reqs + num_drafts + len(self._pending),
+            num_decode_rows=batch.num_reqs + num_drafts + len(pending),
         )
-        if self._pending:
-            rows = [item.row for item in self._pending]
+        if pending:
+            rows = [item.row for item in pending]
             logits_indices = torch.cat([logits_indices, logits_indices.new_tensor(rows)])
-        return logits_indices, spec_metadata, max_sampled
+        return pending, logits_indices
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
@@ -163,47 +158,61 @@ class EarlyExitRunner(CPUModelRunner):
         self._judged, self.later = [], None
         if state is not None:
             self.ledger.counts.completion_passes += 1
-            if self._pending:
-                state = self._record_released(state)
-            if self._drops_drafts():
-                self.ledger.drop_held()
-            self._guarded(lambda: self._judge_held(state))
+            self._judge(state)
         self._released = {}
-        generators = self.input_batch.generators
-        unfinished = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0] if generators else ()
-        with kept(generators, unfinished):
+        with kept(self.input_batch.generators, self._attempt("seeds", self._unfinished_prompts, ())):
             output = super().sample_tokens(grammar_output)
-        if self._released:
-            output = EarlyExitOutput.extending(output, released=self._released)
+        if released := self._released:
+            output = self._attempt("release", lambda: EarlyExitOutput.extending(output, released=released), output)
+        self._rows = []
         return output
 
-    def _record_released(self, state: Any) -> Any:
-        """Record the verdicts on released exits and take their rows off."""
-        num_sampling_rows = len(state.logits) - len(self._pending)
-        token_ids = torch.tensor([item.exit.token_id for item in self._pending])
-        self._judged = self.ledger.record(self._pending, *best_and_regret(state.logits[num_sampling_rows:], token_ids))
-        self._pending = []
-        self.execute_model_state = state._replace(
-            logits=state.logits[:num_sampling_rows],
-            sample_hidden_states=state.sample_hidden_states[:num_sampling_rows],
+    def _unfinished_prompts(self) -> Iterable[int]:
+        """Requests of which part of the prompt was read only, where there are random streams."""
+        return (
+            self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
+            if self.input_batch.generators
+            else ()
         )
-        return self.execute_model_state
 
-    def _judge_held(self, state: Any) -> None:
-        metadata = state.spec_decode_metadata
-        config = self.exit_config
+    def _judge(self, state: Any) -> None:
+        """Record the verdicts that the pass has given. Whatever comes of them, vLLM samples from its own rows."""
+        if pending := self._pending:
+            self._pending, all_logits, num_rows = [], state.logits, len(state.logits) - len(pending)
+            state = self.execute_model_state = state._replace(
+                logits=all_logits[:num_rows], sample_hidden_states=state.sample_hidden_states[:num_rows]
+            )
+            self._attempt("verdicts", lambda: self._record_released(pending, all_logits[num_rows:]), None)
+        if self._drops_drafts():
+            self._attempt("verdicts", self.ledger.drop_held, None)
+        if self._judges_held(state):
+            logits = state.logits if self.peers.alone else state.logits.clone()  # no rank may be ahead of others
+            if self._guarded("verdicts", lambda: self._judge_held(state, logits), False):
+                self.execute_model_state = state._replace(logits=logits)
+
+    def _record_released(self, pending: list[PendingVerdict], logits: torch.Tensor) -> None:
+        """Record the verdicts on released exits: logits [num_pending, vocab]."""
+        token_ids = torch.tensor([item.exit.token_id for item in pending])
+        self._judged = self.ledger.record(pending, *best_and_regret(logits, token_ids))
+
+    def _judges_held(self, state: Any) -> bool:
+        """Without scores, what is accepted tells the verdicts, see `judge_by_sampling`."""
+        metadata, config = state.spec_decode_metadata, self.exit_config
         lossless = config.accuracy_bound == 0 and not config.allow_looser_requests and config.feedback_log is None
-        if self.rounds is None or metadata is None or not metadata.max_spec_len or lossless:
-            return  # without scores what is accepted tells the verdicts, see `judge_by_sampling`
+        return self.rounds is not None and metadata is not None and metadata.max_spec_len > 0 and not lossless
+
+    def _judge_held(self, state: Any, logits: torch.Tensor) -> bool:
+        assert self.rounds is not None
         now_s = self.clock.now_s
         self._judged += judge_held(
-            state.logits,
-            metadata,
+            logits,
+            state.spec_decode_metadata,
             self.input_batch.req_ids,
             ledger=self.ledger,
             policy=self.rounds.policy,
             may_diverge=lambda request_id: self.ledger.requests[request_id].may_diverge(now_s),
         )
+        return True
 
     def _drops_drafts(self) -> bool:
         """Whether a step goes on as if there were none: scores of tokens that a request names come from vLLM's plain
@@ -216,11 +225,14 @@ class EarlyExitRunner(CPUModelRunner):
             spec_decode_metadata = None
         if spec_decode_metadata is not None and self._drops_drafts():
             logits, spec_decode_metadata = logits[first_rows(spec_decode_metadata)], None
-        if spec_decode_metadata is not None and is_plain_greedy(self.input_batch.sampling_metadata):
-            output = self._guarded(lambda: check(logits, spec_decode_metadata))
+        if spec_decode_metadata is not None:
+            output = self._attempt("checking", lambda: self._check(logits, spec_decode_metadata), None)
             if output is not None:
                 return output
         return super()._sample(logits, spec_decode_metadata)
+
+    def _check(self, logits: torch.Tensor, metadata: Any) -> Any:
+        return check(logits, metadata) if is_plain_greedy(self.input_batch.sampling_metadata) else None
 
     # ---- rounds
 
@@ -240,44 +252,63 @@ class EarlyExitRunner(CPUModelRunner):
         slot_mappings: Any,
     ) -> list[list[int]]:
         """vLLM's call for drafts after sampling and bookkeeping: the rounds. Held exits are the drafts."""
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        self.clock.completed()
-        rows, ends = self._live_rows(sampled_token_ids, spec_decode_metadata.num_draft_tokens)
-        inner = aux_hidden_states or []
-        if self.rounds is not None:
-            self._guarded(self._learn)
-        if self.rounds is not None and self.rounds.policy.wants_shadow():
-            num_drafts = spec_decode_metadata.num_draft_tokens
-            self._guarded(lambda: self.shadow.maybe_run(sampled_token_ids, num_drafts, hidden_states, inner))
-        num_rounds = self._guarded(self.rounds.start) if self.rounds is not None and rows else None
-        if num_rounds is not None:
-            propose = partial(self._propose, drafts, rows, num_rounds, hidden_states, inner)
-            if ends or self._begins_an_answer(sampled_token_ids):
-                self.later = propose
-                for row in rows:
-                    row.may_release = False  # the tokens leave without
-            else:
-                propose()
-        self.clock.start()
-        return drafts
+        self._drafts = [[] for _ in sampled_token_ids]
+        self._guarded(
+            "rounds",
+            lambda: self._go_on(
+                sampled_token_ids, spec_decode_metadata.num_draft_tokens, hidden_states, aux_hidden_states or []
+            ),
+            None,
+        )
+        self._attempt("clock", self.clock.start, None)
+        return self._drafts
 
-    def _propose(
-        self, drafts: list[list[int]], rows: list[Row], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]
+    def _go_on(
+        self, sampled_token_ids: list[list[int]], num_drafts: list[int], final: torch.Tensor, inner: list[torch.Tensor]
     ) -> None:
-        """Run the rounds and enter the held exits in `drafts`."""
-        self._guarded(lambda: self._run_rounds(rows, num_rounds, final, inner))
+        """Count what the step brought, learn from it, and run the rounds or leave them for later."""
+        self.clock.completed()
+        if self.safety.is_due(self.clock.now_s):
+            self._come_back(by_hand=False)
+        rows, ends = self._live_rows(sampled_token_ids, num_drafts)
+        self._rows = rows
+        if self.rounds is None:
+            return
+        self._learn()
+        if self.rounds.policy.wants_shadow():
+            self.shadow.maybe_run(sampled_token_ids, num_drafts, final, inner)
+        num_rounds = self.rounds.start() if rows else None
+        if num_rounds is None:
+            return
+        propose = partial(self._propose, rows, num_rounds, final, inner)
+        if ends or self._begins_an_answer(sampled_token_ids):
+            self.later = propose
+            for row in rows:
+                row.may_release = False  # the tokens leave without
+        else:
+            propose()
+
+    def _propose(self, rows: list[Row], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]) -> None:
+        """Run the rounds and enter the held exits in the drafts."""
+        self._run_rounds(rows, num_rounds, final, inner)
         for row in rows:
-            drafts[row.request_index] = [exit_.token_id for exit_ in row.held]
             self._commit(row)
+            self._drafts[row.request_index] = [exit_.token_id for exit_ in row.held]
 
     @torch.inference_mode()
     def take_draft_token_ids(self) -> Any:
         """vLLM's call for the drafts, made when the step's tokens are on their way."""
-        if self.later is not None:
-            self.later()
+        if later := self.later:
             self.later = None
-            self.clock.start()
+            self._guarded("rounds", later, None)
+            self._attempt("clock", self.clock.start, None)
         return super().take_draft_token_ids()
+
+    def with_drafts(self, output: Any) -> Any:
+        """The step's output together with them; without, the scheduler asks for them."""
+        return self._attempt(
+            "drafts", lambda: EarlyExitOutput.extending(output, drafts=self.take_draft_token_ids()), output
+        )
 
     def _begins_an_answer(self, sampled_token_ids: list[list[int]]) -> bool:
         """Whether a request's first token is among those of this step."""
@@ -289,38 +320,38 @@ class EarlyExitRunner(CPUModelRunner):
     def _learn(self) -> None:
         """Tell the policy what the step has shown."""
         assert self.rounds is not None
-        policy, took, spread = self.rounds.policy, self.clock.last, self.ledger.distributions
+        policy = self.rounds.policy
         began_s = perf_counter()
         for verdict in self._judged:
             if verdict.follows_text:
                 policy.verdict(verdict.exit, verdict.agrees)
         self.clock.tell(policy)
+        learning_ms = (perf_counter() - began_s) * 1e3
+        self.asides.run("A histogram", lambda: self._observe(learning_ms))
+        if self.feedback is not None:
+            self.asides.run("The feedback log", partial(self.feedback.completed, self.clock.last, self._judged))
+        if self.controller_state is not None:
+            self.asides.run("The controller's state", partial(self.controller_state.save_now_and_then, policy))
+
+    def _observe(self, learning_ms: float) -> None:
+        assert self.rounds is not None
+        took, spread = self.clock.last, self.ledger.distributions
         if took is not None:
             spread.completion_ms.observe(took.completion_ms)
-        spread.controller_ms.observe((perf_counter() - began_s) * 1e3 + self.rounds.take_deciding_ms())
-        if self.feedback is not None:
-            self.feedback.completed(took, self._judged)
-        if self.controller_state is not None:
-            self.controller_state.save_now_and_then(policy)
+        spread.controller_ms.observe(learning_ms + self.rounds.take_deciding_ms())
 
     def _run_rounds(self, rows: list[Row], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]) -> None:
         assert self.rounds is not None
         policy = self.rounds.policy
-        try:
-            spent = self.rounds.run(rows, num_rounds, final, self.shadow.ramp_states(inner))
-        except Exception:
-            for row in rows:
-                for _ in row.released:
-                    self.ledger.budget.prove_right(row.bucket)  # not emitted after all
-                row.released, row.held, row.offered = [], [], None
-            raise
+        spent = self.rounds.run(rows, num_rounds, final, self.shadow.ramp_states(inner))
         self.ledger.counts.rounds += len(spent)
         self.ledger.counts.shallow_blocks += policy.depth * sum(num_rows for num_rows, _ in spent)
-        for num_rows, ms in self.clock.shared_rounds(spent):
+        shared = self.clock.shared_rounds(spent)
+        for num_rows, ms in shared:
             policy.round_took(policy.depth, num_rows, ms)
-            self.ledger.distributions.round_ms.observe(ms)
+            self.asides.run("A histogram", partial(self.ledger.distributions.round_ms.observe, ms))
         if self.feedback is not None:
-            self.feedback.rounds(spent)
+            self.asides.run("The feedback log", partial(self.feedback.rounds, shared))
 
     def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int]) -> tuple[list[Row], bool]:
         """Count this step's checked tokens; a row for each request that goes on and takes exits, and whether another
@@ -391,20 +422,3 @@ class EarlyExitRunner(CPUModelRunner):
         self.requests[request_id].output_token_ids.extend(tokens)
         self.ledger.release(request_id, row.released)
         self._released[request_id] = tokens
-
-    # ---- safety
-
-    def _guarded(self, work: Any) -> Any:
-        """Run a part that plain serving does not need; if it fails, serving goes on without exits."""
-        try:
-            return work()
-        except Exception:
-            logger.exception("Early exits failed and are off from now on; serving continues as plain vLLM")
-            self.ledger.counts.fallbacks += 1
-            self.rounds = None
-            return None
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError if the exits do not add up or KV is counted that was never computed."""
-        self.ledger.check_integrity()
-        self.ledger.check_requests(self.requests)

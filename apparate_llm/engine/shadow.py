@@ -5,7 +5,7 @@ from time import perf_counter
 
 import torch
 
-from apparate_llm.engine.clock import share_floats
+from apparate_llm.engine.parallel import Peers
 from apparate_llm.engine.rounds import Rounds
 from apparate_llm.ramps.copying import copy_of
 from apparate_llm.ramps.load import Proposals
@@ -18,9 +18,10 @@ class Shadow:
     """Compares all ramps' first-round tokens with the full model's, at positions after an accepted held exit: there
     the pass has the newest token's inner state and the final state of the token before it."""
 
-    def __init__(self, rounds: Rounds, depths: tuple[int, ...]) -> None:
+    def __init__(self, rounds: Rounds, depths: tuple[int, ...], peers: Peers) -> None:
         """depths: of the completion pass's inner states."""
         self.rounds = rounds
+        self.peers = peers
         self.depths = depths
         self._due_s = 0.0
 
@@ -47,7 +48,7 @@ class Shadow:
             return
         began_s = perf_counter()
         self._compare(rows[:MAX_ROWS], texts[:MAX_ROWS], targets[:MAX_ROWS], final, inner)
-        (took_s,) = share_floats([perf_counter() - began_s], runner.clock.group)
+        (took_s,) = self.peers.share_floats([perf_counter() - began_s])
         self._due_s = runner.clock.now_s + took_s / COST_FRAC
 
     def _compare(self, rows: list[int], texts: list, targets: list[int], final: torch.Tensor, inner: list) -> None:
@@ -55,17 +56,24 @@ class Shadow:
         embed = self.rounds.runner.model.model.embed_input_ids
         newest = torch.tensor([int(text[-1]) for text in texts])
         tokens, lengths = torch.tensor([copy_of(text) for text in texts]).unbind(1)
-        proposals = Proposals(tokens, lengths, embed(tokens))
+        with self.peers.meeting_in_model():
+            proposals, newest_states = Proposals(tokens, lengths, embed(tokens)), embed(newest)
         states = [state[before] for state in self.ramp_states(inner)]
         agrees = {}
         for depth, ramps in self.rounds.ramp_sets.items():
-            hidden = inner[self.depths.index(depth)][rows] if depth else embed(newest)
+            hidden = inner[self.depths.index(depth)][rows] if depth else newest_states
             state = ramps.head.enter(final[before], states)
             given = proposals if ramps.head.reads_copies else None
             prediction = ramps.predict(hidden, state, given, round_number=0)
             agrees[depth] = [
                 token == target for token, target in zip(prediction.token_ids.tolist(), targets, strict=True)
             ]
+        agrees = self._shared(agrees)
         for depth in agrees.keys() - {policy.depth}:
             for active, other in zip(agrees[policy.depth], agrees[depth], strict=True):
                 policy.shadow(depth, active, other)
+
+    def _shared(self, agrees: dict[int, list[bool]]) -> dict[int, list[bool]]:
+        """Rank 0's, by depth: two of a ramp's scores may be as good as equal, and ranks differ in which is larger."""
+        values = iter(self.peers.share_floats([float(agree) for each in agrees.values() for agree in each]))
+        return {depth: [next(values) == 1.0 for _ in each] for depth, each in agrees.items()}

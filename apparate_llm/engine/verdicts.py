@@ -1,16 +1,19 @@
 """Who owes a verdict, and what the verdicts said. Owned by the runner; one instance per server."""
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from apparate_llm.config import RequestKnobs
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome
 from apparate_llm.engine.classes import ClassShare
-from apparate_llm.engine.distributions import Distributions
+from apparate_llm.engine.distributions import Distributions, Histogram
 from apparate_llm.engine.origins import Reports, Trace
+from apparate_llm.engine.safety import Asides
 
 logger = logging.getLogger("vllm.apparate")
 LEAST_TOKENS = 16  # a request must have for its time per token to count
@@ -99,6 +102,7 @@ class VerdictLedger:
         self.distributions = Distributions()
         self.requests: dict[str, RequestExits] = {}
         self.reports = Reports()
+        self.asides = Asides()  # reports and histograms: no exit depends on them
 
     def add_request(self, request_id: str, request: RequestExits) -> None:
         self.requests[request_id] = request
@@ -108,16 +112,11 @@ class VerdictLedger:
         request = self.requests.pop(request_id, None)
         if request is None:
             return
-        for totals in self._totals_of(request):
-            totals.unverified += len(request.outstanding)
-        for exit_ in request.outstanding:
-            self.counts.settle(Outcome.RELEASED_UNVERIFIED, exit_.depth)
-        if request.outstanding:
-            self._audit(request, request.num_diverged + len(request.outstanding))
+        self.leave_unverified(request, request.outstanding)
         if request.trace is not None:
-            self.reports.keep(request_id, request.trace, request.tpt_ms)
+            self.asides.run("A report", partial(self.reports.keep, request_id, request.trace, request.tpt_ms))
         if request.tpt_ms is not None:
-            self.distributions.tpt_ms.observe(request.tpt_ms)
+            self._observe(self.distributions.tpt_ms, request.tpt_ms)
         if request.tpt_target_ms is not None and request.num_emitted >= LEAST_TOKENS:
             assert request.tpt_ms is not None
             is_met = request.tpt_ms <= request.tpt_target_ms * TARGET_TOLERANCE
@@ -126,6 +125,14 @@ class VerdictLedger:
                 totals.targets_missed += not is_met
             if not is_met:
                 self.report_missed(request.tpt_ms, request.tpt_target_ms)
+
+    def leave_unverified(self, request: RequestExits, exits: Sequence[Exit]) -> None:
+        for totals in self._totals_of(request):
+            totals.unverified += len(exits)
+        for exit_ in exits:
+            self.counts.settle(Outcome.RELEASED_UNVERIFIED, exit_.depth)
+        if exits:
+            self._audit(request, request.num_diverged + len(exits))
 
     def report_missed(self, tpt_ms: float, target_ms: float) -> None:
         """At the first request that misses its target, the second, the fourth, ..."""
@@ -155,17 +162,23 @@ class VerdictLedger:
         is_first = request.first_token_s is None
         if is_first:
             request.first_token_s = request.last_token_s = now_s
-        self._count_emitted(request, num_tokens, num_tokens - is_first, now_s - request.last_token_s)
+        self.count_emitted(request, num_tokens, num_tokens - is_first, now_s - request.last_token_s)
         request.last_token_s = now_s
-        if request.trace is not None:
-            request.trace.emitted(num_tokens)
-        self.distributions.tokens_per_pass.observe(num_tokens + request.num_since_pass)
+        self._trace(request, Trace.emitted, num_tokens)
+        self._observe(self.distributions.tokens_per_pass, num_tokens + request.num_since_pass)
         request.num_since_pass = 0
+
+    def _trace(self, request: RequestExits, tell: Callable[..., None], *what: Any) -> None:
+        if request.trace is not None:
+            self.asides.run("A report", partial(tell, request.trace, *what))
+
+    def _observe(self, histogram: Histogram, value: float) -> None:
+        self.asides.run("A histogram", partial(histogram.observe, value))
 
     def _totals_of(self, request: RequestExits) -> tuple[ExitCounts | ClassShare, ...]:
         return (self.counts,) if request.share is None else (self.counts, request.share)
 
-    def _count_emitted(self, request: RequestExits, num_tokens: int, num_decoded: int, took_s: float) -> None:
+    def count_emitted(self, request: RequestExits, num_tokens: int, num_decoded: int, took_s: float) -> None:
         request.num_emitted += num_tokens
         for totals in self._totals_of(request):
             totals.emitted += num_tokens
@@ -190,12 +203,11 @@ class VerdictLedger:
     def checked(self, request: RequestExits, num_held: int, num_accepted: int) -> None:
         """The full model has looked at the first `num_held` held exits and emits `num_accepted` of them; divergences
         let through are counted already."""
-        held = request.held[:num_held]  # none of them where they were dropped: then they were drafts like any others
+        held = request.held[:num_held]  # none of them after a failure: then they were drafts like any others
         num_accepted = min(num_accepted, len(held))
         self.counts.held += len(held)
         self.counts.accepted += num_accepted
-        if request.trace is not None:
-            request.trace.accepted(held[:num_accepted])
+        self._trace(request, Trace.accepted, held[:num_accepted])
         for i, exit_ in enumerate(held):
             if i >= num_accepted:
                 self.counts.settle(Outcome.HELD_REJECTED, exit_.depth)
@@ -211,11 +223,17 @@ class VerdictLedger:
         request.outstanding.extend(exits)
         request.num_since_pass += len(exits)
         self.counts.released += len(exits)
-        if request.trace is not None:
-            request.trace.released(exits)
+        self._trace(request, Trace.released, exits)
         for exit_ in exits:
             self.counts.emit_exit(exit_)
-        self._count_emitted(request, len(exits), len(exits), 0.0)
+        self.count_emitted(request, len(exits), len(exits), 0.0)
+
+    def check_arrived(self, request_id: str, *, num_tokens: int) -> None:
+        """Raise AssertionError if released exits are not among the tokens that the scheduler has of the request."""
+        request = self.requests.get(request_id)
+        if request is not None and request.outstanding:
+            last = request.outstanding[-1].position
+            assert last < num_tokens, f"released token {last} of {request_id}, which has {num_tokens}"
 
     def due(self, request_id: str, *, first_position: int, num_scheduled: int, first_row: int) -> list[PendingVerdict]:
         """Verdicts that a pass over [first_position, first_position + num_scheduled) will give."""
@@ -234,10 +252,8 @@ class VerdictLedger:
         verdicts = []
         for item, token_id, regret in zip(pending, best, regrets_nats, strict=True):
             request = self.requests[item.request_id]
-            request.outstanding.remove(item.exit)
             agrees = token_id == item.exit.token_id
-            if request.trace is not None:
-                request.trace.verified(item.exit, agrees)
+            self._trace(request, Trace.verified, item.exit, agrees)
             self.counts.verified += 1
             self.counts.settle(Outcome.RELEASED_RIGHT if agrees else Outcome.RELEASED_DIVERGED, item.exit.depth)
             if agrees:
@@ -245,6 +261,7 @@ class VerdictLedger:
             else:
                 self.counts.released_diverged += 1
                 self._diverged(request, regret)
+            request.outstanding.remove(item.exit)
             verdicts.append(Verdict(item.request_id, item.exit, True, agrees, regret))
         return verdicts
 
@@ -259,8 +276,9 @@ class VerdictLedger:
 
     def _diverged(self, request: RequestExits, regret_nats: float, num_uncounted: int = 0) -> None:
         """An emitted token is known to differ. num_uncounted: of them not in the counts yet."""
-        self.counts.regret_nats += regret_nats
-        self.distributions.regret_nats.observe(regret_nats)
+        if math.isfinite(regret_nats):
+            self.counts.regret_nats += regret_nats
+        self._observe(self.distributions.regret_nats, regret_nats)
         request.num_diverged += 1
         if request.share is not None:
             request.share.diverged += 1

@@ -12,7 +12,6 @@ from vllm.v1.outputs import ModelRunnerOutput
 from apparate_llm.config import ConfigError, shown
 from apparate_llm.engine.beside import run_beside
 from apparate_llm.engine.invariant_worker import BatchInvariantWorker
-from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.runner import EarlyExitRunner
 
 logger = init_logger("vllm.apparate")
@@ -51,7 +50,14 @@ class EarlyExitWorker(BatchInvariantWorker):
         runner = self.model_runner
         if not runner.num_spec_tokens or runner.later or not isinstance(output, ModelRunnerOutput):
             return output
-        return EarlyExitOutput.extending(output, drafts=runner.take_draft_token_ids())
+        return runner.with_drafts(output)
+
+    def take_draft_token_ids(self) -> Any:
+        try:
+            return super().take_draft_token_ids()
+        except Exception:
+            logger.exception("Drafts are left out")
+            return None
 
     # Reached with `collective_rpc`.
 
@@ -62,6 +68,7 @@ class EarlyExitWorker(BatchInvariantWorker):
         return {
             "clock_s": monotonic(),
             "active": policy is not None,
+            "failure": runner.safety.status(monotonic()),
             "running": len(runner.ledger.requests),
             "depth": policy.depth if policy else None,
             "config": shown(runner.exit_config),
@@ -83,11 +90,9 @@ class EarlyExitWorker(BatchInvariantWorker):
             return str(error)
         return None
 
-    def early_exit_forget(self) -> None:
-        """Drop what the controller has learned; totals go on."""
-        runner = self.model_runner
-        if runner.live is not None and runner.rounds is not None:
-            runner.live.forget(runner.rounds, runner.exit_config)
+    def early_exit_forget(self) -> bool:
+        """Drop what the controller has learned; totals go on. False where it was not done."""
+        return self.model_runner.forget()
 
     def early_exit_report(self, key: str) -> dict[str, dict[str, Any]]:
         """Of the answers asked for with this key, by request id: where their tokens came from."""

@@ -4,6 +4,7 @@ import pytest
 
 from apparate_llm.engine import clock as module
 from apparate_llm.engine.clock import StepClock, Took
+from apparate_llm.engine.parallel import Peers
 
 
 @pytest.fixture
@@ -12,7 +13,7 @@ def step(monkeypatch):
     now = {"monotonic": 100.0, "process_time": 7.0}
     for name in now:
         monkeypatch.setattr(module, name, lambda name=name: now[name])
-    clock = StepClock(SimpleNamespace(world_size=1))
+    clock = StepClock(Peers(SimpleNamespace(world_size=1)))
 
     def run(seconds: float, cpu_s: float) -> StepClock:
         clock.start()
