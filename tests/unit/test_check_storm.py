@@ -37,7 +37,7 @@ def status(**changed):
     }
     counts = {
         "emitted": 90, "held": 5, "accepted": 3, "released": 0, "verified": 0, "unverified": 0, "outstanding": 0,
-        "diverged": 0, "fallbacks": 0, "exits_by_depth": {0: 3},
+        "divergences_at_worst": 0, "fallbacks": 0, "exits_by_depth": {0: 3},
         "outcomes": {**outcomes, "held_accepted": {0: 3}, "held_rejected": {0: 2}},
     }  # fmt: skip
     return {"running": 0, "active": True, "config": {"accuracy_bound": 0.0}, "counts": {**counts, **changed}}
@@ -52,7 +52,7 @@ def status(**changed):
         ({"outstanding": 1}, 1, "exits are outstanding"),
         ({"released": 1}, 1, "released exits do not add up"),
         ({"fallbacks": 1}, 1, "the server fell back"),
-        ({"diverged": 1}, 1, "more divergences than the bound"),
+        ({"divergences_at_worst": 1}, 1, "more divergences than the bound"),
     ],
 )
 def test_the_servers_own_figures_are_looked_at(changed, preempted, says, monkeypatch):
