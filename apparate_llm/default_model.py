@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from apparate_llm.lifeline import undone_by_sigterm
 from apparate_llm.machine import cache_folder, writable_cache
 from apparate_llm.ramps.checkpoint import sha256_of
 
@@ -47,10 +48,12 @@ def default_model(cache: Path | None = None) -> Path:
         return folder
     cache = cache or writable_cache()
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(cache / f".{NAME}.lock")):
+    with undone_by_sigterm(), FileLock(str(cache / f".{NAME}.lock")):
         if is_complete(folder):
             return folder
         source = gguf_path()
+        for left_over in cache.glob(f".{NAME}.*/"):  # by a conversion that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         work = Path(tempfile.mkdtemp(dir=cache, prefix=f".{NAME}."))
         try:
             convert(source, work)

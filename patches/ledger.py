@@ -7,6 +7,7 @@ from apparate_llm.patches import (
     fork_engines,
     score_params,
     score_processors,
+    stop_start,
 )
 from apparate_llm.patches.guard import Patch, Process
 
@@ -44,6 +45,18 @@ LEDGER: tuple[Patch, ...] = (
         upstream="https://github.com/vllm-project/vllm/issues/27369 (why vLLM binds threads by variables)",
         delete_when="vLLM forks on a CPU, or its import takes less than a second",
         apply=fork_engines.apply,
+    ),
+    Patch(
+        file="stop_start",
+        target="vllm.entrypoints.launchers.api_server.entry.run_server",
+        mode="wrap",
+        process="server",
+        source_sha256="cdd5eabbed79a4cd2df09c2e3912a4971c666cd1346b42b0a5370fea8aeba12d",
+        what="SIGTERM and Ctrl-C end a server at once while it starts, without a trace",
+        why="without it SIGTERM is caught and lost while engines start, and prints a trace before",
+        upstream="none known; zmq_socket_ctx catches what the handler raises",
+        delete_when="`vllm serve` ends by a SIGTERM that comes while its engines start",
+        apply=stop_start.apply,
     ),
     Patch(
         file="drafts_in_output",

@@ -93,7 +93,7 @@ def test_engines_are_forked_with_intels_openmp_only_and_unless_the_user_says_oth
     if method:
         monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", method)
     stock = CpuPlatform.check_and_update_config
-    assert apply_all("server") == []
+    assert patch_named("fork_engines").target not in apply_all("server")
     assert CpuPlatform.check_and_update_config == stock
 
 
@@ -151,3 +151,16 @@ def test_a_server_without_exits_starts_where_a_patch_does_not_fit(monkeypatch):
     with logged() as said:
         register()
     assert len(said) == 1 and "patch of vllm.sampling_params.SamplingParams._validate_spec_decode" in said[0]
+
+
+def test_signals_end_a_start_from_the_step_on_where_vllm_made_an_exception_of_them(monkeypatch):
+    import signal
+
+    from apparate_llm.patches.stop_start import wrapped
+
+    from apparate_llm.lifeline import end_at_once
+
+    found = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: found.append((number, handler)))
+    assert wrapped(lambda args, *, reuse_port: (args, reuse_port))("args", reuse_port=True) == ("args", True)
+    assert found == [(signal.SIGTERM, end_at_once), (signal.SIGINT, end_at_once)]

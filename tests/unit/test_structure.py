@@ -53,6 +53,7 @@ def test_arrows_point_down():
         "config": 0,
         "coverage": 0,
         "files": 0,
+        "lifeline": 0,
         "machine": 0,
         "sse": 0,
         "controller": 1,
