@@ -7,12 +7,32 @@ from apparate_llm.core import shares_of
 
 
 async def ask_all(engine: Any, method: str, *args: Any) -> list[Any]:
-    """What the first rank of every engine answers."""
+    """What every engine answers, of all its ranks."""
     core: Any = getattr(engine, "engine_core", None)
     if hasattr(core, "core_engines"):
         answers = await core.call_utility_all_async("collective_rpc", method, None, args, None)
-        return [ranks[0] for ranks in answers]
-    return [(await engine.collective_rpc(method, args=args))[0]]
+        return [of_ranks(ranks) for ranks in answers]
+    return [of_ranks(await engine.collective_rpc(method, args=args))]
+
+
+def of_ranks(answers: Sequence[Any]) -> Any:
+    """The tensor-parallel ranks of one engine as one: the first one's word, unless another has worse to tell. Done is
+    what all have done, refused what one refuses, exits are made where all make them."""
+    first = answers[0]
+    if isinstance(first, bool):
+        return all(answers)
+    if first is None or isinstance(first, str):
+        return next((refusal for refusal in answers if refusal is not None), None)
+    if not (isinstance(first, dict) and "active" in first and len(answers) > 1):
+        return first
+    fallbacks = max(status["counts"]["fallbacks"] for status in answers)
+    return {
+        **first,
+        "active": all(status["active"] for status in answers),
+        "failure": next((status["failure"] for status in answers if status["failure"]), None),
+        "counts": {**first["counts"], "fallbacks": fallbacks},
+        "ranks": [{"active": status["active"], "fallbacks": status["counts"]["fallbacks"]} for status in answers],
+    }
 
 
 def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -30,6 +50,7 @@ def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         **first,
         "active": all(status["active"] for status in statuses),
+        "failure": next((status["failure"] for status in statuses if status.get("failure")), None),
         "running": sum(status["running"] for status in statuses),
         "counts": counts,
         "classes": _sum([status["classes"] for status in statuses]),

@@ -39,6 +39,7 @@ COUNTERS = {  # field of the counts -> help
     "targets_met": "Requests that ended within their time per output token",
     "targets_missed": "Requests that were slower than their target",
     "fallbacks": "Times early exits failed and serving went on without them",
+    "recoveries": "Times early exits came back after that",
 }
 FIELDS = {"decode_seconds": "decode_s"}  # metric -> field of the counts, where they differ
 CLASS_COUNTERS = {  # of each class of requests
@@ -130,7 +131,11 @@ def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     """Name -> (help, value); None for what there is not."""
     config, counts = status["config"], status["counts"]
     return {
-        "active": ("1 while exits are made, 0 after a failure", status["active"]),
+        "active": ("1 while exits are made, 0 after a failure until they come back", status["active"]),
+        "pause_seconds": (
+            "After a failure, until exits come back by themselves; they need a request for it",
+            (status.get("failure") or {}).get("returns_in_s"),
+        ),
         "divergence_ratio": ("Share of emitted tokens that differ from their verdict", counts["divergence_frac"]),
         "divergences_at_worst_ratio": (
             "The same, should all exits without a verdict have been wrong",

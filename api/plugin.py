@@ -189,8 +189,9 @@ def log_change(visitor: Visitor, before: EarlyExitConfig, after: EarlyExitConfig
 
 @router.post("/reset", dependencies=[Depends(may_change)])
 async def reset(request: Request) -> dict[str, Any]:
-    """Forget what the controller has learned; totals go on."""
-    await server_of(request).ask("early_exit_forget")
+    """Forget what the controller has learned; totals go on. 409 where that failed."""
+    if not all(await server_of(request).ask("early_exit_forget")):
+        raise HTTPException(409, "nothing was forgotten: it failed on an engine, the server's log says why")
     logger.info("What the controller has learned was dropped by %s", visitor_of(request).who)
     return {"reset": True}
 

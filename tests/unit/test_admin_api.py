@@ -181,6 +181,37 @@ def test_several_engines_are_asked_and_told_of_as_one():
     assert [one["number"] for one in found] == [0, 1] and found[0]["args"] == ("key",)
 
 
+class Ranks(Engine):
+    """Two tensor-parallel ranks, of which the second one failed."""
+
+    async def collective_rpc(self, method, args=()):
+        (first,) = await super().collective_rpc(method, args)
+        if method == "early_exit_status":
+            well = {**first, "active": True, "failure": None, "counts": {"fallbacks": 0}}
+            failure = {"part": "rounds", "error": "RuntimeError", "returns_in_s": 12.0}
+            return [well, {**well, "active": False, "failure": failure, "counts": {"fallbacks": 1}}]
+        if method == "early_exit_forget":
+            return [True, False]
+        return [first, "the second rank says why"]
+
+
+def test_all_ranks_have_a_say():
+    app, _ = served()
+    app.state.early_exit.engine = Ranks()
+    status = ask(app, "GET", "/status").json()
+    assert status["active"] is False and status["failure"]["part"] == "rounds" and status["counts"]["fallbacks"] == 1
+    assert status["ranks"] == [{"active": True, "fallbacks": 0}, {"active": False, "fallbacks": 1}]
+    answer = ask(app, "PATCH", "/config", json={"max_exits": 3})
+    assert answer.status_code == 400 and answer.json()["detail"] == "the second rank says why"
+
+
+def test_a_reset_that_was_not_done_is_no_success():
+    app, _ = served()
+    app.state.early_exit.engine = Ranks()
+    answer = ask(app, "POST", "/reset")
+    assert answer.status_code == 409 and "nothing was forgotten" in answer.json()["detail"]
+
+
 def test_a_server_without_exits_says_so():
     app, _ = served(exits=False)
     assert ask(app, "GET", "/status").status_code == ask(app, "PATCH", "/config", json={}).status_code == 503

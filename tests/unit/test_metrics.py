@@ -101,6 +101,20 @@ def test_the_page_says_what_was_counted(page):
         assert f"\n{line}\n" in page, line
 
 
+def test_a_failure_and_when_exits_come_back_are_on_the_page(status):
+    failure = {"part": "rounds", "error": "RuntimeError", "returns_in_s": 12.5}
+    failed = {**status, "active": False, "failure": failure, "counts": {**status["counts"], "fallbacks": 2}}
+    failed["counts"]["recoveries"] = 1
+    registry, collector = CollectorRegistry(), ExitCollector()
+    registry.register(collector)
+    collector.publish(json.loads(json.dumps(failed)))
+    page = generate_latest(registry).decode()
+    for line in ("active 0.0", "fallbacks_total 2.0", "recoveries_total 1.0", "pause_seconds 12.5"):
+        assert f"\napparate:{line}\n" in page, line
+    both = merged([json.loads(json.dumps(status)), failed])
+    assert both["active"] is False and both["failure"] == failure
+
+
 def test_two_engines_are_one_server_of_twice_the_totals(status):
     collector, registry = ExitCollector(), CollectorRegistry()
     registry.register(collector)
