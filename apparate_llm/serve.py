@@ -24,7 +24,8 @@ from apparate_llm.models.architectures import architecture_of, early_exit_archit
 from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
 from apparate_llm.redact import redacted
 
-SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of --speculative-config, which is ours
+SPECULATION = "speculative_config"  # a setting of every server with exits, and of no other
+SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of it
 DEFAULTS = ("", "None", "auto")  # values by which a flag of vLLM's is as if it were not given
 YOURS = "contradicts early exits; with --policy off it is yours"
 MAX_DEFAULT_KV_CACHE_BYTES = 4 << 30
@@ -88,7 +89,7 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         if given_value(rest, "served-model-name") is None:
             rest = [*rest, "--served-model-name", NAME, str(model)]
         preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
-    if wanted:
+    if SPECULATION in wanted:
         keep_state(wanted["additional_config"][ADDITIONAL_CONFIG_KEY])
     wanted["port"] = args.port
     if args.host not in (None, *DEFAULTS):
@@ -157,7 +158,7 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     command.subparser_init(parser.add_subparsers())
     args = parser.parse_args(["serve", *flags])
     check_understood(args, wanted)
-    if "worker_cls" in wanted:
+    if SPECULATION in wanted:
         check_set_up(args)
     configure_logging_from_args(args)
     try:
@@ -217,7 +218,7 @@ def merge_settings(settings: dict[str, Any], flags: list[str]) -> tuple[dict[str
     if not settings:
         return {}, flags
     for name in SPECULATION_FLAGS:
-        if "speculative_config" in settings and given_value(flags, name) is not None:
+        if SPECULATION in settings and given_value(flags, name) is not None:
             raise ConfigError(f"--{name} {YOURS}")
     merged, rest = {}, flags
     for setting, ours in settings.items():
@@ -231,10 +232,10 @@ def merge_settings(settings: dict[str, Any], flags: list[str]) -> tuple[dict[str
                 raise ConfigError(f"--{name} {text} {YOURS}")
             continue
         theirs = {} if text in DEFAULTS else parse_object(name, text)
-        if setting == "speculative_config" and theirs not in ({}, ours):
+        if setting == SPECULATION and theirs not in ({}, ours):
             raise ConfigError(f"--{name} {YOURS}")
-        if (other := theirs.get("architectures", ours.get("architectures"))) != ours.get("architectures"):
-            raise ConfigError(f"--{name}: architectures {other} {YOURS}, which need {ours['architectures']}")
+        if setting == "hf_overrides" and theirs.get("architectures", ours["architectures"]) != ours["architectures"]:
+            raise ConfigError(f"--{name}: architectures {theirs['architectures']} {YOURS}")
         merged[setting] = {**theirs, **ours}
     return merged, rest
 
