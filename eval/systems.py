@@ -78,10 +78,11 @@ class Choice:
 
 
 def tells_of_exits(base_url: str, api_key: str | None = None) -> bool:
-    """Whether the server has early exits and answers for them; what does not answer at all is found out later."""
+    """Whether the server has early exits and answers for them, not for one class of requests only; what does not answer
+    at all is found out later."""
     try:
-        url = f"{base_url}/early_exit/status"
-        return httpx.get(url, headers=authorization(api_key), timeout=10.0).status_code == 200
+        answer = httpx.get(f"{base_url}/early_exit/status", headers=authorization(api_key), timeout=10.0)
+        return answer.status_code == 200 and "class" not in answer.json()
     except httpx.HTTPError:
         return False
 

@@ -148,7 +148,8 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(tiny_llama), *flags]
     command += [*TINY_FLAGS, "--host", "127.0.0.1", "--port", str(port), "--api-key", *keys.values()]
-    with running(command, port, tmp_path / "log", VLLM_PLUGINS="apparate") as base_url:
+    environment = {"VLLM_PLUGINS": "apparate", "APPARATE_ADMIN_KEY": "sk-boss", "VLLM_LOGGING_LEVEL": "INFO"}
+    with running(command, port, tmp_path / "log", **environment) as base_url:
         body = {"model": str(tiny_llama), "prompt": "w1 w2", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 
         def ask(key: str, **xargs) -> httpx.Response:
@@ -161,19 +162,35 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
             return httpx.get(f"{base_url}/early_exit/status", headers={"Authorization": f"Bearer {key}"})
 
         assert ask("sk-mine").json()["usage"]["completion_tokens"] == 40
-        assert status("sk-mine").json()["counts"]["accepted"] > 20
-        accepted = status("sk-mine").json()["counts"]["accepted"]
+        accepted = status("sk-boss").json()["counts"]["accepted"]
+        assert accepted > 20
         assert ask("sk-theirs").json()["usage"]["completion_tokens"] == 40
-        counted = status("sk-theirs").json()
+        counted = status("sk-boss").json()
         assert counted["counts"]["accepted"] == accepted
         assert counted["classes"]["mine"]["emitted"] == counted["classes"]["theirs"]["emitted"] == 40
         assert not any(key in json.dumps(counted) for key in (*keys.values(), *digests["mine"]))
+        seen = status("sk-theirs").json()
+        assert (
+            list(seen["classes"]) == ["theirs"] and seen["counts"]["emitted"] == 40 and "mine" not in json.dumps(seen)
+        )
         refused = ask("sk-theirs", early_exit_class="mine")
         assert refused.status_code == 400 and "requests with this API key are theirs" in refused.text
         assert ask("sk-none").status_code == status("sk-none").status_code == 401
         assert httpx.get(f"{base_url}/early_exit/events").status_code == 401
         assert httpx.patch(f"{base_url}/early_exit/config", content=b"{").status_code == 401
         assert httpx.get(f"{base_url}/early_exit/").status_code == 200  # it asks for the key itself
+
+        def change(key: str) -> int:
+            headers = {"Authorization": f"Bearer {key}", "X-Forwarded-For": "127.0.0.1"}
+            url = f"{base_url}/early_exit/config"
+            return httpx.patch(url, json={"accuracy_bound": 0.02}, headers=headers).status_code
+
+        assert (change("sk-mine"), change("sk-none"), change("sk-boss")) == (403, 401, 200)
+    log = (tmp_path / "log").read_text()
+    boss = hashlib.sha256(b"sk-boss").hexdigest()
+    assert f"Knobs changed by admin key {boss[:8]} from 127.0.0.1: accuracy_bound 0.01 -> 0.02" in log
+    assert "non-default args" in log  # with our classes in them
+    assert not [secret for secret in ("sk-", boss, *digests["mine"], *digests["theirs"]) if secret in log]
 
 
 @pytest.fixture(scope="module")
