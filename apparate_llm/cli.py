@@ -1,5 +1,6 @@
 """The `apparate-llm` command."""
 
+import gc
 import os
 import sys
 import traceback
@@ -70,9 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
             traceback.print_exc()
+        gc.unfreeze()  # or a library of vLLM's tells at the end of all that was never given back
         print(f"apparate-llm: error: {without_secrets(one_line(error), argv)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        gc.unfreeze()
         print(f"apparate-llm: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -109,6 +109,15 @@ def test_ramps_that_do_not_fit_stop_serve_before_anything_starts(tiny_models, le
     assert used.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in used.stderr
 
 
+def test_what_vllms_own_parser_refuses_is_the_last_line(tiny_llama, lens_ramps):
+    """No usage over pages, no trace, and nothing that libraries say when they are left."""
+    fits = ["--ramps", str(lens_ramps("llama", 3)), "--host", "127.0.0.1", "--port", "0"]
+    command = [sys.executable, "-m", "apparate_llm.cli", "serve", str(tiny_llama), *fits, "--max-model-len", "long"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "usage:" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("apparate-llm: error: argument --max-model-len: invalid")
+
+
 @pytest.fixture
 def fake_conversion(monkeypatch, tmp_path):
     calls = []
