@@ -1,15 +1,52 @@
-"""Two tensor-parallel ranks: rank 0 decides, the other follows."""
+"""Two tensor-parallel ranks: rank 0 decides, the other follows, and what fails on one of them fails on both."""
+
+import json
+from typing import Any
 
 import pytest
 
 from tests.harness import Engine, greedy, token_prompts
 
 PROMPTS = token_prompts(4, shared=20)
+LOSSLESS = {"accuracy_bound": 0.0}
+# Ours, from the scheduler's message to the drafts: without an exchange, between two, and in the middle of one.
+FAULTS = [
+    ("runner", "_requests_change"),
+    ("runner", "_with_verdict_rows"),
+    ("ledger", "record"),
+    ("runner", "_judge_held"),
+    ("clock", "completed"),
+    ("runner", "_live_rows"),
+    ("runner", "_learn"),
+    ("rounds", "_attention_metadata"),
+    ("model", "forward_shallow"),
+    ("ramps", "predict"),
+    ("policy", "goes_on"),
+    ("runner", "_commit"),
+    ("ledger", "release"),
+]
 
 
-@pytest.fixture(autouse=True)
-def threads_are_not_bound(monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+@pytest.fixture(scope="module")
+def ranks():
+    """Engines of two ranks; one that waits for ever ends the test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "120")
+        yield {"tensor_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama, ranks):
+    with Engine(tiny_llama, **ranks) as plain:
+        return plain.tokens(PROMPTS, greedy(60))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama, lens_ramps, ranks, expected):
+    knobs = {"ramps": str(lens_ramps(depth=3)), "threshold": 0.01, "hold_threshold": 0.0, "accuracy_bound": 0.2}
+    with Engine(tiny_llama, {**knobs, "feedback_log": "/dev/full"}, **ranks) as engine:
+        yield engine
 
 
 def statuses(engine: Engine) -> list:
@@ -18,27 +55,89 @@ def statuses(engine: Engine) -> list:
     found = engine.llm.collective_rpc("early_exit_status")
     for status in found:
         del status["distributions"]["controller_ms"], status["clock_s"]
+        status["failure"] = status["failure"] is not None  # which part and why, the one that failed knows
     return found
 
 
-def test_two_ranks_decide_alike_and_lossless_requests_get_the_tokens_of_two_plain_ranks(tiny_llama, lens_ramps):
-    with Engine(tiny_llama, tensor_parallel_size=2) as plain:
-        expected = plain.tokens(PROMPTS, greedy(60))
-    knobs = {"ramps": str(lens_ramps(depth=3)), "threshold": 0.01, "hold_threshold": 0.0, "accuracy_bound": 0.2}
-    with Engine(tiny_llama, knobs, tensor_parallel_size=2) as engine:
-        lossless = greedy(60, extra_args={"accuracy_bound": 0.0})
-        assert engine.tokens(PROMPTS, lossless) == expected
-        counts = engine.counts()
-        assert counts["accepted"] > 0 and counts["released"] == counts["fallbacks"] == 0
-        engine.tokens(PROMPTS, greedy(60))
+def break_rank(engine: Engine, rank: int, name: str, method: str) -> None:
+    """The method's next call on this rank raises."""
+
+    def inject(worker: Any) -> None:
+        runner = worker.model_runner
+        if worker.rank != rank:
+            return
+        rounds = runner.rounds
+        owner = {
+            "runner": runner,
+            "ledger": runner.ledger,
+            "clock": runner.clock,
+            "rounds": rounds,
+            "model": runner.model,
+            "ramps": rounds.ramps,
+            "policy": type(rounds.policy),
+        }[name]
+        stock = getattr(owner, method)
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            setattr(owner, method, stock)
+            raise RuntimeError(f"injected into {method} of rank {rank}")
+
+        setattr(owner, method, failing)
+
+    engine.llm.collective_rpc(inject)
+
+
+def configure(engine: Engine, **changes: Any) -> list:
+    return engine.llm.collective_rpc("early_exit_configure", args=(changes,))
+
+
+def test_two_ranks_decide_alike_and_lossless_requests_get_the_tokens_of_two_plain_ranks(engine, expected):
+    assert engine.tokens(PROMPTS, greedy(60, extra_args=LOSSLESS)) == expected
+    counts = engine.counts()
+    assert counts["accepted"] > 0 and counts["released"] == counts["fallbacks"] == 0
+    engine.tokens(PROMPTS, greedy(60))
+    first, second = statuses(engine)
+    assert first["counts"]["released"] > 10 and first["counts"]["diverged"] > 0
+    assert first == second
+    assert first["active"], "a feedback log on a full disk is no failure"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_on_one_rank_fails_on_both_and_comes_back_on_both(rank, engine, expected):
+    params = [greedy(12, extra_args=LOSSLESS if i % 2 else {}) for i in range(len(PROMPTS))]
+    for name, method in FAULTS:
+        assert configure(engine) == [None, None]
+        before, _ = statuses(engine)
+        break_rank(engine, rank, name, method)
+        tokens = engine.tokens(PROMPTS, params)
+        assert tokens[1::2] == [own[:12] for own in expected[1::2]], method
         first, second = statuses(engine)
-        assert first["counts"]["released"] > 10 and first["counts"]["diverged"] > 0
-        assert first == second
+        assert first == second, method
+        assert not first["active"] and first["counts"]["fallbacks"] == before["counts"]["fallbacks"] + 1, method
+        engine.check_integrity()
+    assert configure(engine) == [None, None]
+    before = engine.counts()
+    engine.tokens(PROMPTS, greedy(12))
+    first, second = statuses(engine)
+    assert first == second and first["active"] and first["counts"]["released"] > before["released"]
 
 
-def test_two_ranks_learn_the_same(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=2)), "policy": "adaptive", "accuracy_bound": 0.2}
-    with Engine(tiny_llama, knobs, tensor_parallel_size=2) as engine:
+def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llama, lens_ramps, ranks, tmp_path):
+    path = tmp_path / "state.json"
+    knobs = {"ramps": str(lens_ramps(depth=2)), "policy": "adaptive", "accuracy_bound": 0.2, "state": str(path)}
+    with Engine(tiny_llama, knobs) as engine:
+        engine.tokens(PROMPTS, greedy(40))
+    document = json.loads(path.read_text())  # as if two ranks had learned it
+    document["identity"]["ranks"] = 2
+    path.write_text(json.dumps(document))
+    assert document["state"]["calibrations"]
+
+    def state(worker: Any) -> Any:
+        runner = worker.model_runner
+        return json.loads(json.dumps(runner.rounds.policy.state())), runner.controller_state is not None
+
+    with Engine(tiny_llama, knobs, **ranks) as engine:
+        assert engine.llm.collective_rpc(state) == [(document["state"], True), (document["state"], False)]
         engine.tokens(PROMPTS, greedy(100))
         first, second = statuses(engine)
     assert first["controller"]["completion_ms"] and first["controller"]["calibration"]
