@@ -6,6 +6,11 @@ from typing import Any
 from apparate_llm.core import shares_of
 
 
+def num_engines(engine: Any) -> int:
+    core = getattr(engine, "engine_core", None)
+    return len(getattr(core, "core_engines", "1"))
+
+
 async def ask_all(engine: Any, method: str, *args: Any) -> list[Any]:
     """What every engine answers, of all its ranks."""
     core: Any = getattr(engine, "engine_core", None)

@@ -1,13 +1,14 @@
 """What exits do, on vLLM's /metrics page.
 
 The counts live in the worker. A task asks for them every second, but only while there is work: a worker that is asked
-spins for a second after its answer.
+spins for a second after its answer. Who reads the page is told nothing older than a second.
 """
 
 import asyncio
 import contextlib
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import accumulate
@@ -16,8 +17,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from vllm.logger import init_logger
 
+logger = init_logger("vllm.apparate")
 POLL_INTERVAL_S = 1.0
+PAGE_WAIT_S = 1.0  # for an engine that takes longer to answer; then the page has the last status
 LISTENERS_AT_ONCE = 20  # that are told of a status
 QUIET_POLLS = 3  # without a change and without a request, after which nothing is asked until one comes
 PREFIX = "apparate:"
@@ -68,24 +72,50 @@ class ExitCollector(Collector):
     def __init__(self) -> None:
         self.status: dict[str, Any] | None = None  # None before the first answer
         self.text = ""  # the same as JSON
-        self._waiting: deque[asyncio.Future[str]] = deque()
+        self._waiting: deque[asyncio.Future[str | None]] = deque()
+        self._has_ended = False
+        self._published_s = float("-inf")
         self.work = asyncio.Event()  # set when a request comes
+        self.num_errors = 0  # questions for the status that were not answered
+        self._is_failing = False
 
     def publish(self, status: dict[str, Any]) -> None:
-        self.status, self.text = status, json.dumps(status)
+        """The same once more is nothing new."""
+        self._is_failing = False
+        if status is self.status:
+            return
+        self.status, self.text, self._published_s = status, json.dumps(status), time.monotonic()
         for _ in range(min(len(self._waiting), LISTENERS_AT_ONCE)):
-            listener = self._waiting.popleft()
-            if not listener.done():
-                listener.set_result(self.text)
+            self._tell(self._waiting.popleft(), self.text)
+
+    def fail(self, error: Exception) -> None:
+        """There is no new status; what was published last stays."""
+        self.num_errors += 1
+        if not self._is_failing:
+            logger.warning("No status of early exits: %s", error or type(error).__name__)
+        self._is_failing = True
+
+    def end(self) -> None:
+        """Nothing is published any more."""
+        self._has_ended = True
+        while self._waiting:
+            self._tell(self._waiting.popleft(), None)
+
+    @staticmethod
+    def _tell(listener: asyncio.Future[str | None], text: str | None) -> None:
+        if not listener.done():
+            listener.set_result(text)
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    async def next_text(self) -> str:
-        """The next status that is published, as JSON. Where many wait, those that have waited longest get it, and the
-        others a later one: requests are served by the same process."""
-        listener = asyncio.get_running_loop().create_future()
+    async def next_text(self) -> str | None:
+        """The next status that is published, as JSON; None at the end. Where many wait, those that have waited longest
+        get it, and the others a later one: requests are served by the same process."""
+        if self._has_ended:
+            return None
+        listener: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(listener)
         try:
             return await listener
@@ -95,7 +125,13 @@ class ExitCollector(Collector):
             raise
 
     def collect(self) -> Iterable[Metric]:
+        if self.status is not None or self.num_errors:
+            yield CounterMetricFamily(
+                f"{PREFIX}status_errors", "Times the engine was asked for these and did not answer", self.num_errors
+            )
         if self.status is not None:
+            age_s = time.monotonic() - self._published_s
+            yield GaugeMetricFamily(f"{PREFIX}status_age_seconds", "Time since the engine told all of these", age_s)
             yield from metrics_of(self.status)
 
 
@@ -159,31 +195,54 @@ def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 async def poll(collector: ExitCollector, engine: Any, ask: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-    """Runs as long as the engine answers."""
-    quiet = 0
+    """Runs as long as there is an engine. A question that fails is put again."""
+    quiet, last = 0, None
     while not engine.errored:
-        status = await ask()
-        last = collector.status
-        is_quiet = not status["running"] and last is not None and last["counts"] == status["counts"]
-        quiet = quiet + 1 if is_quiet else 0
-        collector.publish(status)
+        collector.work.clear()  # before asking: what comes from now on is not in the answer
+        try:
+            status = await ask()
+        except Exception as error:
+            collector.fail(error)
+            quiet = 0
+        else:
+            collector.publish(status)
+            has_work = status["running"] or collector.work.is_set() or is_waited_for(engine)
+            is_quiet = not has_work and last is not None and last["counts"] == status["counts"]
+            quiet, last = quiet + 1 if is_quiet else 0, status
         if quiet >= QUIET_POLLS:
-            collector.work.clear()
             await collector.work.wait()
             quiet = 0
-        await asyncio.sleep(POLL_INTERVAL_S)
+        else:
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+
+def is_waited_for(engine: Any) -> bool:
+    """Whether a request of this process waits for tokens, also one that no worker knows of yet."""
+    processor = getattr(engine, "output_processor", None)
+    return processor is not None and processor.has_unfinished_requests()
+
+
+async def freshen(server: Any) -> None:
+    """Have a status that is at most a second old published, if the engine answers in time."""
+    try:
+        status = await asyncio.wait_for(server.status(max_age_s=POLL_INTERVAL_S), PAGE_WAIT_S)
+        server.collector.publish(status)
+    except Exception as error:
+        server.collector.fail(error)
 
 
 class MetricsMiddleware:
-    """With several API server processes vLLM's /metrics gathers from files what each of them wrote, and asks no
-    collector: ours is added to the page. Every process knows all engines."""
+    """Before vLLM's /metrics: the figures are made new. With several API server processes that page gathers from files
+    what each of them wrote, and asks no collector: ours is added. Every process knows all engines."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        is_metrics = scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) == "/metrics"
-        server = getattr(scope["app"].state, "early_exit", None) if is_metrics else None
+        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
+        server = getattr(scope["app"].state, "early_exit", None) if path.rstrip("/") == "/metrics" else None
+        if server is not None:
+            await freshen(server)
         if server is None or "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             await self.app(scope, receive, send)
             return

@@ -13,8 +13,11 @@ from typing import Any
 from apparate_llm.api import metrics
 from apparate_llm.api.access import Access, Visitor, read_object
 from apparate_llm.api.answers import CALLER, AnswerMiddleware, classes_by_key
+from apparate_llm.api.changes import change_all
+from apparate_llm.api.ending import Ending, wait_for_end
 from apparate_llm.api.engines import ask_all, merged
-from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware, poll
+from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware, freshen, poll
+from apparate_llm.api.neighbours import FOLDER, Neighbours, follow
 from apparate_llm.api.reports import reporting
 from apparate_llm.api.requests import check_requests
 from apparate_llm.api.turns import Turns
@@ -28,11 +31,9 @@ from apparate_llm.admin import admin_digests, digest_of
 from apparate_llm.config import (
     KEY_CLASS_PROOF,
     LIVE_KNOBS,
-    ConfigError,
     EarlyExitConfig,
     config_from_vllm,
     key_class_proof,
-    parse_live,
     parse_request_knobs,
     shown,
 )
@@ -58,7 +59,9 @@ class ExitServer:
     collector: ExitCollector = field(default_factory=ExitCollector)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     num_streams: int = 0
-    polling: asyncio.Task[None] | None = None  # kept: an unreferenced task may be collected
+    neighbours: Neighbours = field(default_factory=Neighbours)
+    ending: Ending = field(default_factory=Ending)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)  # kept: an unreferenced task may be collected
     classes_by_key: dict[str, str] = field(default_factory=dict)
 
     last_request_s: float = float("-inf")  # when one came in, on the monotonic clock
@@ -67,8 +70,9 @@ class ExitServer:
         self._statuses = Turns(self._status, lambda: metrics.POLL_INTERVAL_S)
 
     async def ask(self, method: str, *args: Any) -> list[Any]:
-        """One answer from each engine."""
-        return await ask_all(self.engine, method, *args)
+        """One answer from each engine. Raises EngineGoneError where it ends before."""
+        answers: list[Any] = await self.ending.or_answer(ask_all(self.engine, method, *args))
+        return answers
 
     async def status(self, *, max_age_s: float = 0.0) -> dict[str, Any]:
         """At most one question a second to the engine, whoever asks. The last answer does where nothing can have
@@ -94,6 +98,26 @@ class ExitServer:
         status = merged(await self.ask("early_exit_status"))
         self.config = self.config.model_copy(update={name: status["config"][name] for name in LIVE_KNOBS})
         return status
+
+    def run(self, state: Any) -> None:
+        """Begin what goes on beside the requests. state: the application's."""
+        work = [poll(self.collector, self.engine, self.polled_status), self.end_with(state)]
+        if self.neighbours.exist:
+            work.append(follow(self.neighbours, self.collector.work, self.take_up))
+        self.tasks = [asyncio.create_task(one) for one in work]
+
+    async def take_up(self) -> None:
+        """The knobs in force, whoever has changed them."""
+        self.collector.publish(await self.changed_status())
+
+    async def end_with(self, state: Any) -> None:
+        """Let go of all who wait, when the server stops or its engine is gone."""
+        await wait_for_end(self.engine, state)
+        self.ending.come()
+        self.collector.end()
+        for task in self.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
 
     def config_in_force(self, class_name: str | None = None) -> dict[str, Any]:
         """class_name: the one class whose knobs are wanted."""
@@ -168,17 +192,10 @@ async def change_config(request: Request) -> dict[str, Any]:
     400 says what is not allowed, and changes nothing."""
     server = server_of(request)
     changes = await read_object(request)
-    async with server.changing:
-        try:
-            after = parse_live(changes, server.config)
-        except ConfigError as error:
-            raise HTTPException(400, str(error)) from None
-        before = server.config
-        refused = await server.ask("early_exit_configure", changes)
-        if any(refused):
-            raise HTTPException(400, next(filter(None, refused)))
-        log_change(visitor_of(request), before, after, changes)
-        server.collector.publish(await server.changed_status())
+    async with server.changing, server.neighbours.alone():
+        before = await change_all(server, changes)
+        log_change(visitor_of(request), before, server.config, changes)
+        server.neighbours.tell_knobs()
     return server.config_in_force()
 
 
@@ -202,6 +219,7 @@ async def events(request: Request) -> StreamingResponse:
     server = server_of(request)
     if server.num_streams >= MAX_STREAMS:
         raise HTTPException(503, f"{MAX_STREAMS} clients listen already", {"Retry-After": "10"})
+    await freshen(server)
     return StreamingResponse(
         stream(server, class_seen_by(request, server)),
         media_type="text/event-stream",
@@ -223,6 +241,8 @@ async def stream(server: ExitServer, class_name: str | None = None) -> AsyncIter
         while True:
             try:
                 text = await asyncio.wait_for(server.collector.next_text(), KEEP_ALIVE_S)
+                if text is None:
+                    return
                 yield f"data: {text if class_name is None else text_for(server, class_name)}\n\n"
             except TimeoutError:
                 yield ": nothing new\n\n"
@@ -242,6 +262,7 @@ def watch_requests(server: ExitServer) -> None:
         knobs = parse_request_knobs(given, server.config, caller.key_class if caller else None)
         server.last_request_s = monotonic()
         server.collector.work.set()
+        server.neighbours.tell_work()
         if knobs.early_exit_class is not None:
             given["early_exit_class"] = knobs.early_exit_class
         if caller is not None and caller.key_class is not None:
@@ -301,8 +322,13 @@ class StatusPlugin:
         state.early_exit = None
         if engine_client is not None and args.worker_cls == WORKER_CLASS:
             config = config_from_vllm(engine_client.vllm_config)
-            state.early_exit = server = ExitServer(engine_client, config, classes_by_key=classes_by_key(config))
+            state.early_exit = server = ExitServer(
+                engine_client,
+                config,
+                classes_by_key=classes_by_key(config),
+                neighbours=Neighbours(os.environ.get(FOLDER)),
+            )
             warn_of_keys(server.classes_by_key, keys_of(args))
             watch_requests(server)
             REGISTRY.register(server.collector)
-            server.polling = asyncio.create_task(poll(server.collector, engine_client, server.polled_status))
+            server.run(state)

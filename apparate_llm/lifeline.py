@@ -105,6 +105,12 @@ def end_at_once(number: int, frame: Any) -> None:
     os.kill(os.getpid(), number)
 
 
+def ignore_signals() -> None:
+    """When the server has ended in order: what comes now must not change its exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Terminated(BaseException):
     pass
 

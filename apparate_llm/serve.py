@@ -18,7 +18,7 @@ from apparate_llm.engine.settings import vllm_settings
 from apparate_llm.flags import given_value, normalised, parse_object, without
 from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
 from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
-from apparate_llm.lifeline import end_at_once_on_signals, tie_forks
+from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
 from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
@@ -166,6 +166,7 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     except TypeError as error:  # of flags that need another one
         raise ConfigError(str(error)) from None
     command.cmd(args)
+    ignore_signals()
     return 0
 
 

@@ -135,6 +135,10 @@ class FallbackRunner(CPUModelRunner):
         self.safety.returned(self.clock.now_s, by_hand=by_hand)
         self._count_failures()
 
+    def check_change(self, changes: Any) -> None:
+        """Raises ConfigError for knobs that `reconfigure` would refuse."""
+        changed(self.live, self.exit_config, changes)
+
     def reconfigure(self, changes: Any) -> None:
         """Serve with other knobs from the next step on, and with exits again after a failure; raises ConfigError if
         they are not allowed."""

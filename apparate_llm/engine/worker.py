@@ -82,10 +82,14 @@ class EarlyExitWorker(BatchInvariantWorker):
             "batch_invariance": self.coverage.as_dict() if self.coverage is not None else None,
         }
 
-    def early_exit_configure(self, changes: dict[str, Any]) -> str | None:
-        """Change knobs from the next step on; one line on why not, where they are not allowed."""
+    def early_exit_configure(self, changes: dict[str, Any], is_trial: bool = False) -> str | None:
+        """Change knobs from the next step on; one line on why not, where they are not allowed. is_trial: change
+        nothing."""
         try:
-            self.model_runner.reconfigure(changes)
+            if is_trial:
+                self.model_runner.check_change(changes)
+            else:
+                self.model_runner.reconfigure(changes)
         except ConfigError as error:
             return str(error)
         return None
