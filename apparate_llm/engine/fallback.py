@@ -21,7 +21,7 @@ from apparate_llm.engine.live import LivePolicy, changed, learned_of, plain_exit
 from apparate_llm.engine.parallel import Peers
 from apparate_llm.engine.recount import drop_exits
 from apparate_llm.engine.rounds import Rounds, Row
-from apparate_llm.engine.safety import Asides, Safety
+from apparate_llm.engine.safety import Safety
 from apparate_llm.engine.verdicts import PendingVerdict, Verdict, VerdictLedger
 
 logger = init_logger("vllm.apparate")
@@ -36,7 +36,6 @@ class FallbackRunner(CPUModelRunner):
         self.ledger = self._new_ledger()
         self.clock = StepClock(self.peers)
         self.safety = Safety()
-        self.asides = Asides()
         self.rounds: Rounds | None = None  # None: no exits
         self.live: LivePolicy | None = None  # None: started without exits
         self._parked: Rounds | None = None  # after a failure, until exits come back

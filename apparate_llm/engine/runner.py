@@ -5,15 +5,12 @@ Adds to one engine step: verdict rows in the completion pass, their comparison, 
 
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
-from apparate_llm.controller.feedback import FeedbackLog
-from apparate_llm.controller.state import ControllerState, resolve_path
 from apparate_llm.engine.eligibility import custom_processors
 from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.engine.greedy import check, first_rows, is_plain_greedy
@@ -21,13 +18,13 @@ from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.identity import identity_of
 from apparate_llm.engine.judge import best_and_regret, judge_by_sampling, judge_held
 from apparate_llm.engine.live import LivePolicy, exits_of
+from apparate_llm.engine.memory import Memory
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.rounds import Rounds, Row
 from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.settings import forget_knobs
 from apparate_llm.engine.shadow import Shadow
 from apparate_llm.engine.verdicts import PendingVerdict, RequestExits
-from apparate_llm.machine import cache_folder
 from apparate_llm.models.mixin import ramps_of
 
 logger = init_logger("vllm.apparate")
@@ -37,8 +34,7 @@ class EarlyExitRunner(FallbackRunner):
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.custom_processors = custom_processors(self.input_batch.logitsprocs)
-        self.controller_state: ControllerState | None = None  # None: nothing is kept
-        self.feedback: FeedbackLog | None = None
+        self.memory = Memory()
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights)
@@ -64,14 +60,7 @@ class EarlyExitRunner(FallbackRunner):
         )
         self.shadow = Shadow(self.rounds, tuple(sorted(inner_depths)), self.peers)
         if self.peers.is_first:
-            identity = identity_of(self, depths=sorted(ramps))
-            path = resolve_path(config.state, identity, cache_folder)
-            if path is not None:
-                self.controller_state = ControllerState(path, identity, writes=True)
-                self.controller_state.restore(policy)
-            if config.feedback_log is not None:
-                header = {**identity, "num_layers": num_layers}
-                self.feedback = FeedbackLog(Path(config.feedback_log).expanduser(), header)
+            self.memory.begin(config, identity_of(self, depths=sorted(ramps)), policy, num_layers=num_layers)
         learned = self.peers.share_object(policy.state())
         if learned and not self.peers.is_first:  # another rank may have another file, or none
             policy.restore(learned)
@@ -90,8 +79,7 @@ class EarlyExitRunner(FallbackRunner):
         return super()._dummy_sampler_run(hidden_states[:1])
 
     def shutdown(self) -> None:
-        if self.controller_state is not None and self.rounds is not None:
-            self.controller_state.save(self.rounds.policy)
+        self.memory.end(self.rounds.policy if self.rounds is not None else None)
         super().shutdown()
 
     # ---- requests come and go
@@ -326,19 +314,8 @@ class EarlyExitRunner(FallbackRunner):
             if verdict.follows_text:
                 policy.verdict(verdict.exit, verdict.agrees)
         self.clock.tell(policy)
-        learning_ms = (perf_counter() - began_s) * 1e3
-        self.asides.run("A histogram", lambda: self._observe(learning_ms))
-        if self.feedback is not None:
-            self.asides.run("The feedback log", partial(self.feedback.completed, self.clock.last, self._judged))
-        if self.controller_state is not None:
-            self.asides.run("The controller's state", partial(self.controller_state.save_now_and_then, policy))
-
-    def _observe(self, learning_ms: float) -> None:
-        assert self.rounds is not None
-        took, spread = self.clock.last, self.ledger.distributions
-        if took is not None:
-            spread.completion_ms.observe(took.completion_ms)
-        spread.controller_ms.observe(learning_ms + self.rounds.take_deciding_ms())
+        controller_ms = (perf_counter() - began_s) * 1e3 + self.rounds.take_deciding_ms()
+        self.memory.learned(self.clock.last, self._judged, policy, self.ledger.distributions, controller_ms)
 
     def _run_rounds(self, rows: list[Row], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]) -> None:
         assert self.rounds is not None
@@ -349,9 +326,7 @@ class EarlyExitRunner(FallbackRunner):
         shared = self.clock.shared_rounds(spent)
         for num_rows, ms in shared:
             policy.round_took(policy.depth, num_rows, ms)
-            self.asides.run("A histogram", partial(self.ledger.distributions.round_ms.observe, ms))
-        if self.feedback is not None:
-            self.asides.run("The feedback log", partial(self.feedback.rounds, shared))
+        self.memory.rounds(shared, self.ledger.distributions)
 
     def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int]) -> tuple[list[Row], bool]:
         """Count this step's checked tokens; a row for each request that goes on and takes exits, and whether another

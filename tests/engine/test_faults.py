@@ -307,4 +307,4 @@ def test_what_is_no_part_of_exits_does_not_switch_them_off(tiny_llama, lens_ramp
         assert engine.tokens(PROMPTS, params) == expected["prefill"]
         status = engine.status()
         assert status["active"] and status["counts"]["fallbacks"] == 0 and len(calls) > 4
-        assert status["counts"]["accepted"] > 0 and engine.runner.feedback.num_lost > 0
+        assert status["counts"]["accepted"] > 0 and engine.runner.memory.feedback.num_lost > 0

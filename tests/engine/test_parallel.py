@@ -134,7 +134,7 @@ def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llam
 
     def state(worker: Any) -> Any:
         runner = worker.model_runner
-        return json.loads(json.dumps(runner.rounds.policy.state())), runner.controller_state is not None
+        return json.loads(json.dumps(runner.rounds.policy.state())), runner.memory.state is not None
 
     with Engine(tiny_llama, knobs, **ranks) as engine:
         assert engine.llm.collective_rpc(state) == [(document["state"], True), (document["state"], False)]

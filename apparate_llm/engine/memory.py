@@ -1,0 +1,57 @@
+"""What outlives the steps of an engine: histograms, the feedback log, the controller's state. No exit depends on it:
+what fails here is a warning."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from apparate_llm.config import EarlyExitConfig
+from apparate_llm.controller.feedback import FeedbackLog
+from apparate_llm.controller.policy import Policy
+from apparate_llm.controller.state import ControllerState, resolve_path
+from apparate_llm.engine.clock import Took
+from apparate_llm.engine.distributions import Distributions
+from apparate_llm.engine.safety import Asides
+from apparate_llm.engine.verdicts import Verdict
+from apparate_llm.machine import cache_folder
+
+
+class Memory:
+    """Of one runner; with several ranks the first one keeps the files."""
+
+    def __init__(self) -> None:
+        self.state: ControllerState | None = None  # None: nothing is kept
+        self.feedback: FeedbackLog | None = None
+        self.asides = Asides()
+
+    def begin(self, config: EarlyExitConfig, identity: dict[str, Any], policy: Policy, *, num_layers: int) -> None:
+        """Give `policy` what an earlier start has learned."""
+        path = resolve_path(config.state, identity, cache_folder)
+        if path is not None:
+            self.state = ControllerState(path, identity, writes=True)
+            self.state.restore(policy)
+        if config.feedback_log is not None:
+            self.feedback = FeedbackLog(Path(config.feedback_log).expanduser(), {**identity, "num_layers": num_layers})
+
+    def end(self, policy: Policy | None) -> None:
+        if self.state is not None and policy is not None:
+            self.asides.run("The controller's state", partial(self.state.save, policy))
+
+    def learned(
+        self, took: Took | None, judged: list[Verdict], policy: Policy, spread: Distributions, controller_ms: float
+    ) -> None:
+        """Of a step: what it took, if it can be said, and its verdicts."""
+        if took is not None:
+            self.asides.run("A histogram", partial(spread.completion_ms.observe, took.completion_ms))
+        self.asides.run("A histogram", partial(spread.controller_ms.observe, controller_ms))
+        if self.feedback is not None:
+            self.asides.run("The feedback log", partial(self.feedback.completed, took, judged))
+        if self.state is not None:
+            self.asides.run("The controller's state", partial(self.state.save_now_and_then, policy))
+
+    def rounds(self, spent: list[tuple[int, float]], spread: Distributions) -> None:
+        """Rows and ms of a step's rounds."""
+        for _, ms in spent:
+            self.asides.run("A histogram", partial(spread.round_ms.observe, ms))
+        if self.feedback is not None:
+            self.asides.run("The feedback log", partial(self.feedback.rounds, spent))
