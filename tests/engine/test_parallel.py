@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.harness import Engine, greedy, token_prompts
+from tests.tiny import build_lens_ramps
 
 PROMPTS = token_prompts(4, shared=20)
 LOSSLESS = {"accuracy_bound": 0.0}
@@ -122,9 +123,10 @@ def test_what_fails_on_one_rank_fails_on_both_and_comes_back_on_both(rank, engin
     assert first == second and first["active"] and first["counts"]["released"] > before["released"]
 
 
-def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llama, lens_ramps, ranks, tmp_path):
+def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llama, ranks, tmp_path):
     path = tmp_path / "state.json"
-    knobs = {"ramps": str(lens_ramps(depth=2)), "policy": "adaptive", "accuracy_bound": 0.2, "state": str(path)}
+    ramps = build_lens_ramps(tmp_path / "ramps", tiny_llama, depth=2, confidence_offset=6.0, others=(1, 3))
+    knobs = {"ramps": str(ramps), "policy": "adaptive", "accuracy_bound": 0.2, "state": str(path)}
     with Engine(tiny_llama, knobs) as engine:
         engine.tokens(PROMPTS, greedy(40))
     document = json.loads(path.read_text())  # as if two ranks had learned it
@@ -136,9 +138,25 @@ def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llam
         runner = worker.model_runner
         return json.loads(json.dumps(runner.rounds.policy.state())), runner.memory.state is not None
 
+    def see_other_tokens(worker: Any) -> None:
+        """Rank 1 alone, in the shadow of the ramp in use."""
+        sets = worker.model_runner.rounds.ramp_sets
+        stock = sets[3].predict
+        if worker.rank == 1:
+            sets[3].predict = lambda *args, **kwargs: (found := stock(*args, **kwargs))._replace(
+                token_ids=(found.token_ids + 1) % 160
+            )
+
+    def shadows(worker: Any) -> Any:
+        choice = worker.model_runner.rounds.policy.depth_choice
+        return {depth: (own.agreement, own.active_agreement, own.num_samples) for depth, own in choice.shadows.items()}
+
     with Engine(tiny_llama, knobs, **ranks) as engine:
         assert engine.llm.collective_rpc(state) == [(document["state"], True), (document["state"], False)]
+        engine.llm.collective_rpc(see_other_tokens)
         engine.tokens(PROMPTS, greedy(100))
         first, second = statuses(engine)
-    assert first["controller"]["completion_ms"] and first["controller"]["calibration"]
-    assert first == second, "rank 0's clock is not everybody's"
+        assert first["controller"]["completion_ms"] and first["controller"]["calibration"]
+        assert first == second, "rank 0's clock is not everybody's"
+        of_first, of_second = engine.llm.collective_rpc(shadows)
+        assert of_first == of_second and {1, 3} <= of_first.keys(), "rank 0's shadow is not everybody's"
