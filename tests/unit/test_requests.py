@@ -55,7 +55,10 @@ def app():
     app.state.args = SimpleNamespace(log_error_stack=False)
     classes = {"batch": RequestClass(early_exit=0)}
     app.state.early_exit = SimpleNamespace(
-        classes_by_key={}, config=EarlyExitConfig(classes=classes), collector=SimpleNamespace(work=asyncio.Event())
+        classes_by_key={},
+        config=EarlyExitConfig(classes=classes),
+        collector=SimpleNamespace(work=asyncio.Event()),
+        neighbours=SimpleNamespace(tell_work=lambda: None),
     )
     app.state.seen = []
 
