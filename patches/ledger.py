@@ -2,6 +2,7 @@
 
 from apparate_llm.patches import (
     aot_load,
+    attention_pieces,
     cpu_expand_kernel,
     drafts_in_output,
     fork_engines,
@@ -92,6 +93,17 @@ LEDGER: tuple[Patch, ...] = (
         upstream="https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/sample/logits_processor/__init__.py",
         delete_when="vLLM builds all processors with drafts",
         apply=score_processors.apply,
+    ),
+    Patch(
+        file="attention_pieces",
+        target="vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.build",
+        mode="wrap",
+        source_sha256="7ff5ab962cb4c30af00eb2d508fcc6162d2f6f3bc51634fd78edea26772847b9",
+        what="a row's attention has the same bits however many rows of its request are computed with it",
+        why="without it a long prompt's text depends on where it was cut, or on what the prefix cache had of it",
+        upstream="none known; vLLM's VLLM_BATCH_INVARIANT is for GPUs",
+        delete_when="vLLM's CPU kernel takes keys in portions that do not depend on the query's rows",
+        apply=attention_pieces.apply,
     ),
 )
 

@@ -1,8 +1,8 @@
 """Batch invariance on a CPU: the bits of a token do not depend on what else is in its batch.
 
-Three things of vLLM's CPU backend depend on it: some linear layers round a lone row in another order than one of
-several, attention splits a request's keys over threads as the batch leaves it room, and a compiler may take a batch of
-one for a constant. Here each is found by trying, and computed so that it does not.
+vLLM's CPU backend depends on it in three places: some linear layers round a lone row in another order than one of
+several, attention splits a request's keys over threads as the batch leaves it room, and it takes keys in portions whose
+size depends on how many rows of the request are computed together. Here each is computed so that it does not.
 """
 
 import os
@@ -23,6 +23,7 @@ logger = init_logger("vllm.apparate")
 SPLIT_KEYS = "VLLM_CPU_ATTN_SPLIT_KV"  # vLLM's switch, on by default
 LEAST_ROWS = (1, 2, 4, 8, 16)  # tried in turn: what fewer rows are filled up to
 BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48)  # rows, compared with all at once
+ROWS_PER_PIECE = 8  # of a query, see patches/attention_pieces.py
 TRIED_ROWS = 64
 TRIED_ROWS_OF_HEAD = 16  # a row of it takes milliseconds
 MANY = 1 << 14  # outputs, from which a layer is tried as a head is
@@ -70,7 +71,8 @@ class Coverage:
         linear = f"{self.num_kinds} kinds of linear layers" + (f" ({padded})" if padded else "")
         tried = "whole passes not compared" if self.passes_compared is None else f"{self.passes_compared} passes alike"
         if self.holds:
-            return f"a token's bits do not depend on its batch: {linear}, keys not split, {tried}"
+            attention = f"attention in pieces of {ROWS_PER_PIECE} rows"
+            return f"a token's bits do not depend on its batch: {linear}, {attention}, {tried}"
         return f"a token's bits still depend on its batch: {'; '.join(self.not_covered)}"
 
 
@@ -81,6 +83,14 @@ def before_loading(vllm_config: Any) -> None:
     if shapes.type is DynamicShapesType.BACKED:
         # By that a compiled pass were right for two rows and more, and what is done for a lone one left out.
         shapes.type = DynamicShapesType.BACKED_SIZE_OBLIVIOUS
+
+
+def before_serving(attention_groups: Any) -> None:
+    """Once vLLM has made its metadata builders: long queries are computed in pieces."""
+    for groups in attention_groups:
+        for group in groups:
+            for builder in group.metadata_builders:
+                builder.rows_per_piece = ROWS_PER_PIECE
 
 
 def cover(model: nn.Module, dtype: torch.dtype) -> Coverage:

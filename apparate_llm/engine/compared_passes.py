@@ -41,15 +41,20 @@ def different_passes(runner: Any) -> tuple[int, int]:
     """(passes compared, of them those whose final states or scores differ from the same tokens' alone). Writes into
     the KV cache, which nobody uses yet. Raises ValueError for a model or cache that it cannot try this on."""
     requests = _requests(runner)
-    for request in requests:  # each context at once, and its new tokens one by one
-        _pass(runner, [(request, 0, request.context)])
-    alone = [[_pass(runner, [(request, request.context + i, 1)]) for i in range(NEW_TOKENS)] for request in requests]
     different = 0
+    for request in requests:
+        whole = _pass(runner, [(request, 0, request.context)])
+        cut = request.context // 2
+        halves = [
+            _pass(runner, [(request, first, number)]) for first, number in ((0, cut), (cut, request.context - cut))
+        ]
+        different += not all(torch.equal(torch.cat(parts), one) for *parts, one in zip(*halves, whole, strict=True))
+    alone = [[_pass(runner, [(request, request.context + i, 1)]) for i in range(NEW_TOKENS)] for request in requests]
     for chosen, count in BATCHES:
         together = _pass(runner, [(requests[i], requests[i].context, count) for i in chosen])
         apart = [torch.cat([alone[i][j][part] for i in chosen for j in range(count)]) for part in (0, 1)]
         different += not all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
-    return len(BATCHES), different
+    return len(requests) + len(BATCHES), different
 
 
 def _requests(runner: Any) -> list[Request]:

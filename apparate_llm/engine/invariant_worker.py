@@ -10,7 +10,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from apparate_llm.config import config_from_vllm
 from apparate_llm.coverage import keep
-from apparate_llm.engine.batch_invariance import Coverage, before_loading, cover
+from apparate_llm.engine.batch_invariance import Coverage, before_loading, before_serving, cover
 from apparate_llm.engine.compared_passes import different_passes
 from apparate_llm.machine import cache_folder
 from apparate_llm.patches.ledger import apply_all
@@ -39,6 +39,8 @@ class BatchInvariantWorker(CPUWorker):
             self.vllm_config.additional_config = additional | {COVERED: self.coverage.least_rows}
 
     def compile_or_warm_up_model(self) -> Any:
+        if self.coverage is not None:
+            before_serving(self.model_runner.attn_groups)
         times = super().compile_or_warm_up_model()
         if self.coverage is not None:
             self._compare_passes(self.coverage)

@@ -51,7 +51,7 @@ def test_a_start_compares_whole_passes_and_says_what_it_found(knobs, tiny_llama,
     knobs = knobs | {"ramps": str(lens_ramps(depth=3))}
     with logged() as said, Engine(tiny_llama, knobs) as engine:
         coverage = engine.core.model_executor.driver_worker.worker.coverage
-        assert coverage.holds and coverage.passes_compared == 6
+        assert coverage.holds and coverage.passes_compared == 10
     assert not any("batch" in line for line in said)
 
     def cover_badly(model, dtype):
