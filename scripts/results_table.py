@@ -2,6 +2,7 @@
 """Prints the results of an evaluation as a table of docs/tables.md, or as rows of the README's:
 
 python -m scripts.results_table RESULTS.json [NAME OF THE ROWS]
+python -m scripts.results_table --texts RESULTS.json MODEL     # the rows of docs/operate.md: whose text an answer has
 """
 
 import sys
@@ -72,6 +73,22 @@ def summary(path: Path, name: str) -> str:
     return "\n".join(lines)
 
 
+def texts(path: Path, model: str) -> str:
+    """A row for each load and system that was started for it: answers, and the share with plain vLLM's text, with that
+    of `off`, and with the system's own under the first load."""
+    results = load_results(path)
+    runs = [run for run in results.runs if not results.systems[run.system].startswith("at ")]
+    lines = []
+    for run in sorted(runs, key=lambda run: [other.load for other in runs].index(run.load)):
+        shares = (run.identical_frac, run.same_as_off_frac, run.same_as_first_load_frac)
+        cells = [f"[{model}](results/{path.name})", run.load, run.system, str(run.requests), *map(percent, shares)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    print(summary(path, sys.argv[2]) if len(sys.argv) > 2 else table(path))
+    if sys.argv[1] == "--texts":
+        print(texts(Path(sys.argv[2]), sys.argv[3]))
+    else:
+        path = Path(sys.argv[1])
+        print(summary(path, sys.argv[2]) if len(sys.argv) > 2 else table(path))

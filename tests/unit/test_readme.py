@@ -84,6 +84,20 @@ def test_the_ratios_are_those_of_the_committed_results():
         assert summary(RESULTS / file, name) in README
 
 
+def test_whose_texts_answers_have_is_that_of_the_committed_results():
+    from scripts.results_table import texts
+
+    page = (RESULTS.parent / "operate.md").read_text()
+    rows = re.findall(r"^\| \[(.*?)\]\(results/(texts-.*?)\) \|", page, re.M)
+    assert len(set(rows)) >= 2
+    for name, file in dict.fromkeys(rows):
+        assert texts(RESULTS / file, name) in page
+    runs = [run for _, file in dict.fromkeys(rows) for run in load_results(RESULTS / file).runs]
+    lossless = [run for run in runs if run.system == "lossless"]
+    assert all(run.same_as_off_frac == 1.0 for run in lossless)
+    assert f"all of {sum(run.requests for run in lossless)} answers" in " ".join(README.split())
+
+
 def test_the_cost_of_exits_that_are_off_is_that_of_the_committed_results():
     text = " ".join(README.split())
     for item in json.loads((RESULTS / "quick-off.json").read_text())["ratios"]:
