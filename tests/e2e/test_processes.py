@@ -68,11 +68,12 @@ class Started:
             time.sleep(0.01)
 
     def listen_and_stream(self, model: Path) -> None:
-        """A dashboard, and clients that never stop asking."""
-        body = {"model": str(model), "prompt": "w1 w2 w3", "max_tokens": 230, "ignore_eos": True, "stream": True}
+        """A dashboard, and clients that never stop asking, for answers of different lengths: they do not all end at
+        once."""
+        body = {"model": str(model), "prompt": "w1 w2 w3", "ignore_eos": True, "stream": True}
         self.listen("events", "GET", "/early_exit/events")
-        for number in range(4):
-            self.listen(f"answer {number}", "POST", "/v1/completions", json=body)
+        for number, length in enumerate((230, 190, 150, 110)):
+            self.listen(f"answer {number}", "POST", "/v1/completions", json={**body, "max_tokens": length})
 
     def wait_until_gone(self, *, within_s: float = END_TIMEOUT_S) -> int:
         """The exit code; every process has ended and every stream with it."""
