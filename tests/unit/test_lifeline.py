@@ -92,6 +92,46 @@ thread.start(); thread.join(); time.sleep(60)
     process.kill()
 
 
+SPAWNED = (
+    HEAD
+    + """
+from apparate_llm.lifeline import tie_to_parent
+def child():
+    tie_to_parent()
+    say(child=os.getpid())
+    time.sleep(60)
+if __name__ == "__main__":
+    tie_forks()
+    multiprocessing.get_context("spawn").Process(target=child).start()
+    time.sleep(60)
+"""
+)
+
+
+def test_a_process_that_was_started_anew_ends_with_a_killed_parent_too(tmp_path):
+    """Where the user wants engines spawned, and API processes, which always are."""
+    script = tmp_path / "script.py"
+    script.write_text(SPAWNED)
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = json.loads(process.stdout.readline())["child"]
+    process.kill()
+    process.wait()
+    assert gone(child)
+
+
+def test_other_processes_that_load_our_plugin_are_left_alone():
+    """A vLLM that merely has our package installed, or one in a program of the user's."""
+    code = """
+from apparate_llm.lifeline import TOGETHER, tie_to_parent
+tie_to_parent()
+child = context.Process(target=lambda: (tie_to_parent(), time.sleep(0.5), say(alive=TOGETHER not in os.environ)))
+child.start()
+os._exit(0)
+"""
+    assert heard(run(code)) == {"alive": True}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_start_ends_by_its_signal_with_one_line_whoever_catches_exceptions(number):
     code = """
