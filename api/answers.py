@@ -10,10 +10,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from apparate_llm.api.access import bearer_key
 from starlette.datastructures import Headers
 
 from apparate_llm.admin import digest_of
+from apparate_llm.api.access import bearer_key
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.sse import Event, EventReader
 

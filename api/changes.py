@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from apparate_llm.api.engines import num_engines
 from fastapi import HTTPException
 from vllm.logger import init_logger
 
+from apparate_llm.api.engines import num_engines
 from apparate_llm.config import ConfigError, EarlyExitConfig, parse_live
 
 logger = init_logger("vllm.apparate")

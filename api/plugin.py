@@ -10,6 +10,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
+from prometheus_client.core import REGISTRY
+from vllm.logger import init_logger
+
+from apparate_llm.admin import admin_digests, digest_of
 from apparate_llm.api import metrics
 from apparate_llm.api.access import Access, Visitor, read_object
 from apparate_llm.api.answers import CALLER, AnswerMiddleware, classes_by_key
@@ -22,12 +28,6 @@ from apparate_llm.api.reports import reporting
 from apparate_llm.api.requests import check_requests
 from apparate_llm.api.turns import Turns
 from apparate_llm.api.views import class_seen, config_view, status_view
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
-from prometheus_client.core import REGISTRY
-from vllm.logger import init_logger
-
-from apparate_llm.admin import admin_digests, digest_of
 from apparate_llm.config import (
     KEY_CLASS_PROOF,
     LIVE_KNOBS,

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
-from apparate_llm.api.answers import Caller
 from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 
+from apparate_llm.api.answers import Caller
 from apparate_llm.engine.origins import REPORT_KEY, Origin
 
 logger = init_logger("vllm.apparate")

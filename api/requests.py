@@ -7,11 +7,11 @@ streams as well, and on one whose request never reaches the engine as it came (b
 
 from typing import Any
 
-from apparate_llm.api.answers import CALLER
 from fastapi import FastAPI, HTTPException, Request
 from pydantic import TypeAdapter, ValidationError
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from apparate_llm.api.answers import CALLER
 from apparate_llm.config import ConfigError, RequestKnobs, parse_request_knobs
 
 NO_TEXT = (  # routes that answer with no text of the model

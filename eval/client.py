@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import httpx
-from apparate_llm.eval.prompts import Messages
 
+from apparate_llm.eval.prompts import Messages
 from apparate_llm.sse import event_data_async
 
 TIMEOUT_S = 600.0

@@ -4,6 +4,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+from rich.table import Table
+
 from apparate_llm.eval.schema import SCHEMA_VERSION, Results, Run
 from apparate_llm.eval.tables import (
     DASH,
@@ -19,8 +22,6 @@ from apparate_llm.eval.tables import (
     ratio_cell,
     ratios_by_run,
 )
-from pydantic import ValidationError
-from rich.table import Table
 
 RESULTS_NAME = "results.json"
 MAX_TOLD = 60  # characters of a value that differs

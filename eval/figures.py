@@ -6,10 +6,10 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from apparate_llm.eval.schema import Moment, Results, Run
-from apparate_llm.eval.tables import bounds_of, load_name, loads_of, systems_of
 
 from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
+from apparate_llm.eval.schema import Moment, Results, Run
+from apparate_llm.eval.tables import bounds_of, load_name, loads_of, systems_of
 
 MAX_STEPS = 400  # of a CDF; more cannot be seen
 SHORTEST_GAP_MS = 0.1  # chunks that came at once have none, which a logarithmic axis cannot show

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from apparate_llm.eval.client import Completion
 from apparate_llm.eval.schema import Distribution
 

@@ -25,7 +25,6 @@ from apparate_llm.eval.tables import (
     small,
     with_interval,
 )
-
 from apparate_llm.files import write_atomically
 
 REPORT_NAME = "report.html"

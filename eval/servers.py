@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import httpx
 import psutil
-from apparate_llm.eval.systems import System
 
 from apparate_llm.address import authorization
+from apparate_llm.eval.systems import System
 from apparate_llm.launch import server_environment
 
 STOP_TIMEOUT_S = 30.0

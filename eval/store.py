@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apparate_llm.eval.client import Completion
-
 from apparate_llm.files import write_atomically
 
 

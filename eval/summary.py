@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+
 from apparate_llm.eval.client import Completion
 from apparate_llm.eval.code_check import code_passes
 from apparate_llm.eval.loads import Load

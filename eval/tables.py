@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from apparate_llm.eval.schema import Ratio, Results, Run
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+
+from apparate_llm.eval.schema import Ratio, Results, Run
 
 DASH = "\N{EN DASH}"  # unknown; never 0
 LEFT = ("load", "system", "what")

@@ -6,6 +6,7 @@ through vLLM's own interface for kernel overrides.
 """
 
 import torch
+
 from apparate_llm.patches.guard import Patch, check_target
 
 KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"

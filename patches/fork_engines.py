@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+
 from apparate_llm.patches.guard import Patch, check_target
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"

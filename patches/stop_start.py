@@ -7,9 +7,8 @@ signals end the start at once. vLLM's own handlers take their place when it serv
 from functools import wraps
 from typing import Any
 
-from apparate_llm.patches.guard import Patch, check_target
-
 from apparate_llm.lifeline import end_at_once_on_signals
+from apparate_llm.patches.guard import Patch, check_target
 
 
 def wrapped(stock: Any) -> Any:

@@ -23,7 +23,6 @@ from apparate_llm.eval.measures import distribution
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, plain_vllm
-
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 

@@ -20,10 +20,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+
 from apparate_llm.eval.prompts import load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, early_exits
-
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 from scripts.check_load import Clients, in_window, ratio_of

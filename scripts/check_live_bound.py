@@ -18,12 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from apparate_llm.controller.budget import REQUEST_ALLOWANCE
 from apparate_llm.eval.client import Ask, run_block
 from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, early_exits
-
-from apparate_llm.controller.budget import REQUEST_ALLOWANCE
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 

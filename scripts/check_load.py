@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
 from apparate_llm.eval.client import TIMEOUT_S, Ask, Completion, complete
 from apparate_llm.eval.loads import lengths_of
 from apparate_llm.eval.measures import bootstrap, mean_of, p99_of
@@ -33,8 +35,6 @@ from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, systems_of
 from apparate_llm.eval.tables import with_interval
-from prometheus_client.parser import text_string_to_metric_families
-
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 from scripts.tpt_parts import SAME_STEP_S

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from apparate_llm.eval.servers import Server, free_port
-from apparate_llm.eval.systems import Choice, systems_of
 
 from apparate_llm import api
+from apparate_llm.eval.servers import Server, free_port
+from apparate_llm.eval.systems import Choice, systems_of
 from apparate_llm.serve import memory_flags, model_folder
 
 SETTLE_S = 8.0  # the API asks the engine every second, Prometheus the API as often

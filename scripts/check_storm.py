@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
 from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, early_exits, plain_vllm
-from prometheus_client.parser import text_string_to_metric_families
-
 from apparate_llm.machine import machine
 from apparate_llm.serve import model_folder
 from apparate_llm.sse import event_data_async

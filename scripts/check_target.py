@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import openai
+
 from apparate_llm.eval.measures import bootstrap
 from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, early_exits
-
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 

@@ -44,11 +44,11 @@ def main() -> None:
 
 
 def record(args: argparse.Namespace, log: Path) -> None:
-    from apparate_llm.eval.prompts import load_prompts
     from vllm import LLM, SamplingParams
 
     from apparate_llm.config import parse_config
     from apparate_llm.engine.settings import vllm_settings
+    from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.models.architectures import architecture_of
     from apparate_llm.ramps.prepare.engine import runner_of
     from apparate_llm.serve import model_folder

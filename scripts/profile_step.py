@@ -140,7 +140,6 @@ def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> No
     """In a process of its own: put what was measured on the queue."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # a server's worker has one core for itself, too
     from apparate_llm.eval.prompts import load_prompts
-
     from tests import conftest  # noqa: F401 - sets vLLM's environment before it is imported
     from tests.harness import Engine, greedy
 

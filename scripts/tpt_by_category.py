@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+
 from apparate_llm.eval.prompts import load_prompts
 from apparate_llm.eval.store import Store
 from apparate_llm.eval.systems import BASELINE

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+
 from apparate_llm.eval.client import Completion
 from apparate_llm.eval.store import Store
 from apparate_llm.eval.systems import BASELINE

@@ -1,8 +1,9 @@
 """Results of an evaluation with known values, for the tests of what shows them."""
 
+from rich.console import Console
+
 from apparate_llm.eval.figures import Points
 from apparate_llm.eval.schema import Distribution, Exits, Moment, Quality, Ratio, Results, Run
-from rich.console import Console
 
 
 def spread(mean, ci=None):

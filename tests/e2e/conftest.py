@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from apparate_llm.eval.servers import free_port
 
 START_TIMEOUT_S = 300

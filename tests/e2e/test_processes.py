@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from apparate_llm.eval.servers import free_port
 
+from apparate_llm.eval.servers import free_port
 from tests.e2e.conftest import START_TIMEOUT_S, TINY_FLAGS, group_alive
 
 END_TIMEOUT_S = 10

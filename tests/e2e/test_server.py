@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+
 from apparate_llm.api.access import BODY_TIMEOUT_S
 from apparate_llm.eval.servers import free_port
-
 from apparate_llm.sse import event_data
 from tests.e2e.conftest import TINY_FLAGS
 

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI, Request
+
+from apparate_llm.admin import digest_of
 from apparate_llm.api import metrics, plugin
 from apparate_llm.api.access import PROXY_HEADERS, Access, is_local
 from apparate_llm.api.answers import AnswerMiddleware, Caller, classes_by_key
 from apparate_llm.api.plugin import ExitServer, page, router, watch_requests
-from fastapi import FastAPI, Request
-
-from apparate_llm.admin import digest_of
 from apparate_llm.config import (
     KEY_CLASS_PROOF,
     ConfigError,

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from fastapi import FastAPI
+
 from apparate_llm.api import access, metrics
 from apparate_llm.api.access import MAX_BODY_BYTES, Access
 from apparate_llm.api.engines import ask_all
 from apparate_llm.api.metrics import LISTENERS_AT_ONCE
 from apparate_llm.api.plugin import MAX_STREAMS, ExitServer, page, router, stream, watch_requests
-from fastapi import FastAPI
-
 from apparate_llm.config import ConfigError, EarlyExitConfig, parse_live
 
 KEY = {"Authorization": "Bearer right"}

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from apparate_llm.api.answers import CALLER, AnswerMiddleware
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 
+from apparate_llm.api.answers import CALLER, AnswerMiddleware
 from apparate_llm.sse import event_data
 from tests.fake_server import SPLITTERS
 

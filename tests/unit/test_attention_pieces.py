@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from apparate_llm.patches.attention_pieces import in_pieces, wrapped
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from apparate_llm.engine.batch_invariance import ROWS_PER_PIECE
+from apparate_llm.patches.attention_pieces import in_pieces, wrapped
 
 HEADS, KV_HEADS, SIZE, BLOCK = 16, 8, 128, 128
 LENGTH = 1100

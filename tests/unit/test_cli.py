@@ -4,10 +4,10 @@ import errno
 import os
 
 import pytest
-from apparate_llm.eval import tpt
 
 from apparate_llm import chat, doctor, launch, replay, serve
 from apparate_llm.cli import main
+from apparate_llm.eval import tpt
 from apparate_llm.ramps.prepare import command as prepare
 
 COMMANDS = {

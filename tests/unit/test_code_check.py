@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from apparate_llm.eval import code_check
 from apparate_llm.eval.code_check import check_tests, code_in, code_passes
 

@@ -6,9 +6,9 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 
 import aiohttp
 import pytest
+
 from apparate_llm.eval.client import Ask, Completion, run_block
 from apparate_llm.eval.measures import distribution, goodput_frac, shared_chunk_frac
-
 from tests.fake_server import SPLITTERS, FakeTransport, fake_server, in_virtual_time
 
 

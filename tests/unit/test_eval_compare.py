@@ -3,10 +3,10 @@
 import json
 
 import pytest
+
 from apparate_llm.eval.compare import compare, load_results
 from apparate_llm.eval.schema import SCHEMA_VERSION
 from apparate_llm.eval.tables import DASH
-
 from tests.eval_results import a_ratio, a_result, a_run, cells_of, full_result, text_of, with_exits
 
 

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from apparate_llm.eval.prompts import BUILT_IN, FOLDER, load_prompts
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+
+from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.eval import tpt
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.loads import closed, poisson, traced
@@ -16,9 +19,6 @@ from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import Choice, System, plain_vllm, systems_of
-from rich.console import Console
-
-from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.redact import redacted
 from tests.fake_server import fake_server
 
@@ -328,9 +328,8 @@ def test_systems_by_name(tiny_llama):
     ],
 )
 def test_a_flag_that_would_be_ignored_is_refused(flags, says):
-    from apparate_llm.eval.tpt import _loads
-
     from apparate_llm.cli import build_parser
+    from apparate_llm.eval.tpt import _loads
 
     args = build_parser().parse_args(["eval", "tpt", "--out", "x", *flags.split()])
     with pytest.raises(ValueError, match=says):
@@ -338,9 +337,8 @@ def test_a_flag_that_would_be_ignored_is_refused(flags, says):
 
 
 def test_a_load_that_is_asked_for_again_is_another_one():
-    from apparate_llm.eval.tpt import _loads
-
     from apparate_llm.cli import build_parser
+    from apparate_llm.eval.tpt import _loads
 
     args = build_parser().parse_args(["eval", "tpt", "--out", "x", "--concurrency", "1,16,1", "--length", "both"])
     free = ["1 client", "16 clients", "1 client, time 2"]

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CollectorRegistry, generate_latest
+
 from apparate_llm.api import ending, metrics
 from apparate_llm.api.access import Access
 from apparate_llm.api.ending import EngineGoneError
 from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware, poll
 from apparate_llm.api.neighbours import KNOBS, WORK, Neighbours
 from apparate_llm.api.plugin import ExitServer, page, router, stream, watch_requests
-from fastapi import FastAPI
-from fastapi.responses import PlainTextResponse
-from prometheus_client import CollectorRegistry, generate_latest
-
 from apparate_llm.config import EarlyExitConfig, parse_live
 from tests.logged import logged
 

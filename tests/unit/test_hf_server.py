@@ -9,9 +9,9 @@ import httpx
 import pytest
 import torch
 import uvicorn
-from apparate_llm.eval.hf_server import Detokenizer, Generator, create_app, main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from apparate_llm.eval.hf_server import Detokenizer, Generator, create_app, main
 from apparate_llm.sse import event_data
 from tests.tiny import MODEL_TYPES
 

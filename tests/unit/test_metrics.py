@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import yaml
-from apparate_llm.api.engines import merged
-from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, generate_latest
 
 from apparate_llm import api
+from apparate_llm.api.engines import merged
+from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware
 from apparate_llm.config import parse_config, shown
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome

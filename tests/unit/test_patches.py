@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from apparate_llm import patches
 from apparate_llm.patches import guard
 from apparate_llm.patches.cpu_expand_kernel import expand
 from apparate_llm.patches.ledger import LEDGER, apply_all
-
-from apparate_llm import patches
 from tests.logged import logged
 
 FOLDER = Path(next(iter(patches.__path__)))
@@ -156,9 +156,8 @@ def test_a_server_without_exits_starts_where_a_patch_does_not_fit(monkeypatch):
 def test_signals_end_a_start_from_the_step_on_where_vllm_made_an_exception_of_them(monkeypatch):
     import signal
 
-    from apparate_llm.patches.stop_start import wrapped
-
     from apparate_llm.lifeline import end_at_once
+    from apparate_llm.patches.stop_start import wrapped
 
     found = []
     monkeypatch.setattr(signal, "signal", lambda number, handler: found.append((number, handler)))

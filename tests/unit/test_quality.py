@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from apparate_llm.eval import quality
 from apparate_llm.eval.quality import final_number, first_difference, is_maths, rouge_l
 

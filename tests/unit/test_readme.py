@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from apparate_llm.eval.compare import load_results
 
 from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.eval.compare import load_results
 from apparate_llm.flags import given_value
 from apparate_llm.knobs import knobs_from
 

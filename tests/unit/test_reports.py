@@ -5,8 +5,6 @@ from copy import copy
 from types import SimpleNamespace
 
 import pytest
-from apparate_llm.api.answers import Caller
-from apparate_llm.api.reports import TOKENS_AT_ONCE, Choice, reporting, texts_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -15,6 +13,8 @@ from vllm.v1.engine import detokenizer as vllm_detokenizer
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from apparate_llm.api.answers import Caller
+from apparate_llm.api.reports import TOKENS_AT_ONCE, Choice, reporting, texts_of
 from apparate_llm.engine.origins import REPORT_KEY
 
 EOS, BOS = 256, 257

@@ -5,9 +5,6 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from apparate_llm.api.answers import CALLER, AnswerMiddleware
-from apparate_llm.api.plugin import watch_requests
-from apparate_llm.api.requests import check_requests
 from fastapi import FastAPI
 from vllm.entrypoints.anthropic import api_router as messages
 from vllm.entrypoints.openai.chat_completion import api_router as chat
@@ -18,6 +15,9 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.entrypoints.serve.tokenize import api_router as tokenize
 from vllm.sampling_params import SamplingParams
 
+from apparate_llm.api.answers import CALLER, AnswerMiddleware
+from apparate_llm.api.plugin import watch_requests
+from apparate_llm.api.requests import check_requests
 from apparate_llm.config import EarlyExitConfig, RequestClass
 
 HELLO = [{"role": "user", "content": "hi"}]

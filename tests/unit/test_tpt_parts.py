@@ -1,5 +1,4 @@
 from apparate_llm.eval.client import Chunk, Completion
-
 from scripts.tpt_parts import parts
 
 
