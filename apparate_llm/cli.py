@@ -16,7 +16,7 @@ def build_parser() -> OneLineParser:
     from apparate_llm.chat import add_chat
     from apparate_llm.doctor import add_doctor
     from apparate_llm.eval.command import add_eval
-    from apparate_llm.ramps.prepare.command import add_prepare, add_ramps
+    from apparate_llm.prepare.command import add_prepare, add_ramps
     from apparate_llm.replay import add_replay
     from apparate_llm.serve import add_serve
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
 from apparate_llm.eval.client import Ask
 from apparate_llm.eval.prompts import Prompt
 

@@ -50,7 +50,7 @@ def record(args: argparse.Namespace, log: Path) -> None:
     from apparate_llm.engine.settings import vllm_settings
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.models.architectures import architecture_of
-    from apparate_llm.ramps.prepare.engine import runner_of
+    from apparate_llm.prepare.engine import runner_of
     from apparate_llm.serve import model_folder
 
     model = model_folder(args.model)

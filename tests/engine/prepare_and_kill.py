@@ -15,9 +15,9 @@ import time
 import traceback
 from pathlib import Path
 
+from apparate_llm.prepare.pipeline import prepare
+from apparate_llm.prepare.plan import Plan
 from apparate_llm.ramps.checkpoint import RampError, read_manifest
-from apparate_llm.ramps.prepare.pipeline import prepare
-from apparate_llm.ramps.prepare.plan import Plan
 from tests.harness import hurry_vllm
 
 TOKENS = 1500

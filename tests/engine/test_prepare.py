@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from apparate_llm.prepare.capture import Capture
+from apparate_llm.prepare.engine import environment
+from apparate_llm.prepare.plan import disk_bytes
+from apparate_llm.prepare.rows import rows_of
+from apparate_llm.prepare.synthesise import generate_rows, group_files, kinds_of, texts_of
 from apparate_llm.ramps.checkpoint import read_manifest
-from apparate_llm.ramps.prepare.capture import Capture
-from apparate_llm.ramps.prepare.engine import environment
-from apparate_llm.ramps.prepare.plan import disk_bytes
-from apparate_llm.ramps.prepare.rows import rows_of
-from apparate_llm.ramps.prepare.synthesise import generate_rows, group_files, kinds_of, texts_of
 from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for
 from tests.harness import Engine, greedy, token_prompts
 from tests.tiny import MODEL_TYPES
@@ -164,7 +164,7 @@ def test_other_settings_in_the_same_folder_are_refused(prepared, tiny_llama):
     folders, _ = prepared
     from dataclasses import replace
 
-    from apparate_llm.ramps.prepare.pipeline import prepare
+    from apparate_llm.prepare.pipeline import prepare
 
     with pytest.raises(ValueError, match=r"holds a preparation with other settings \(seed\)"):
         prepare(replace(plan_for(tiny_llama, folders["llama"]), seed=7))

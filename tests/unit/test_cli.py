@@ -8,7 +8,7 @@ import pytest
 from apparate_llm import chat, doctor, launch, replay, serve
 from apparate_llm.cli import main
 from apparate_llm.eval import tpt
-from apparate_llm.ramps.prepare import command as prepare
+from apparate_llm.prepare import command as prepare
 
 COMMANDS = {
     "serve": (serve, "check_files", ["serve"]),

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from apparate_llm.ramps.prepare.calibrate import calibrate_rounds, coverage_curve, fit
-from apparate_llm.ramps.prepare.capture import top_tokens
-from apparate_llm.ramps.prepare.command import duration, parse_depths
-from apparate_llm.ramps.prepare.evaluate import calibration_error, ceiling
-from apparate_llm.ramps.prepare.predict import completion_cost, tpt_ratio
-from apparate_llm.ramps.prepare.rows import HELD_OUT_EVERY, LEAD, TOP, Conversation, load_rows, rows_of, save_rows
-from apparate_llm.ramps.prepare.synthesise import user_turn_affixes
-from apparate_llm.ramps.prepare.train import (
+from apparate_llm.prepare.calibrate import calibrate_rounds, coverage_curve, fit
+from apparate_llm.prepare.capture import top_tokens
+from apparate_llm.prepare.command import duration, parse_depths
+from apparate_llm.prepare.evaluate import calibration_error, ceiling
+from apparate_llm.prepare.predict import completion_cost, tpt_ratio
+from apparate_llm.prepare.rows import HELD_OUT_EVERY, LEAD, TOP, Conversation, load_rows, rows_of, save_rows
+from apparate_llm.prepare.synthesise import user_turn_affixes
+from apparate_llm.prepare.train import (
     BaseParts,
     RoundData,
     TrainSettings,
@@ -25,7 +25,7 @@ from apparate_llm.ramps.prepare.train import (
     starts,
     train_head,
 )
-from apparate_llm.ramps.prepare.workspace import Workspace
+from apparate_llm.prepare.workspace import Workspace
 
 VOCAB, H = 50, 16
 
@@ -174,7 +174,7 @@ def test_later_rounds_count_only_where_the_earlier_ones_agreed_and_the_text_went
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(base, rows, tmp_path, monkeypatch):
     vocabulary = ramp_vocabulary(rows, VOCAB)
     whole, _ = train_head(rows, base, vocabulary, settings(epochs=4.0))
-    from apparate_llm.ramps.prepare import train
+    from apparate_llm.prepare import train
 
     monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
     checkpoint = tmp_path / "train.pt"

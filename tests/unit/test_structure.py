@@ -65,8 +65,6 @@ def test_arrows_point_down():
 
     def level(name: str) -> int:
         parts = name.split(".")
-        if parts[1:3] == ["ramps", "prepare"]:
-            return 4
         return rank.get(parts[1], 4) if len(parts) > 1 else 0
 
     for name, path in modules().items():

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from apparate_llm.models.architectures import UnsupportedModelError, architecture_of
+from apparate_llm.prepare.train import BaseParts
 from apparate_llm.ramps.checkpoint import BaseModelInfo, RampError
 from apparate_llm.ramps.fingerprint import WeightsError, checkpoint_tensors, fingerprint_of, weight_files
-from apparate_llm.ramps.prepare.train import BaseParts
 from tests.harness import Engine, greedy, token_prompts
 from tests.tiny import NUM_LAYERS, build_lens_ramps
 

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from apparate_llm.ramps.checkpoint import RampManifest
-from apparate_llm.ramps.load import calibrated_all
-from apparate_llm.ramps.prepare.evaluate import (
+from apparate_llm.prepare.evaluate import (
     answer,
     calibration_error,
     mean,
@@ -20,7 +18,9 @@ from apparate_llm.ramps.prepare.evaluate import (
     pooled_calibration,
     served_ramps,
 )
-from apparate_llm.ramps.prepare.synthesise import KINDS
+from apparate_llm.prepare.synthesise import KINDS
+from apparate_llm.ramps.checkpoint import RampManifest
+from apparate_llm.ramps.load import calibrated_all
 
 CURVE_POINTS = 50
 BINS = 15

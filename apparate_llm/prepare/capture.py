@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from apparate_llm.ramps.prepare.engine import runner_of
-from apparate_llm.ramps.prepare.rows import TOP, Conversation
+from apparate_llm.prepare.engine import runner_of
+from apparate_llm.prepare.rows import TOP, Conversation
 
 SEGMENT = 64
 

@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from apparate_llm.prepare.engine import ELEMENT_SIZE
+from apparate_llm.prepare.rows import bytes_per_row
+from apparate_llm.prepare.synthesise import Messages
+from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.ramps.checkpoint import BaseModelInfo
-from apparate_llm.ramps.prepare.engine import ELEMENT_SIZE
-from apparate_llm.ramps.prepare.rows import bytes_per_row
-from apparate_llm.ramps.prepare.synthesise import Messages
-from apparate_llm.ramps.prepare.workspace import Workspace
 
 GROUP_SIZE = 320  # conversations; what a kill can cost
 MAX_ROWS_GIB = 6.0  # of training rows in memory; what is more stays unused

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from apparate_llm.ramps.prepare.capture import Capture
-from apparate_llm.ramps.prepare.rows import Conversation, is_held_out, rows_of, save_rows
-from apparate_llm.ramps.prepare.topics import CODE_OPENINGS, OPENINGS, PASSAGE_TASKS, SYSTEM_PROMPTS
+from apparate_llm.prepare.capture import Capture
+from apparate_llm.prepare.rows import Conversation, is_held_out, rows_of, save_rows
+from apparate_llm.prepare.topics import CODE_OPENINGS, OPENINGS, PASSAGE_TASKS, SYSTEM_PROMPTS
 
 Messages = list[dict[str, str]]
 KINDS = ("open", "code", "passage", "user")  # of a prompt; the last are the user's own

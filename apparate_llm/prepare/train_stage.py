@@ -8,13 +8,12 @@ import torch
 
 from apparate_llm.files import replacing
 from apparate_llm.models.packing import for_serving
-from apparate_llm.ramps.checkpoint import VOCABULARY
-from apparate_llm.ramps.prepare.engine import ELEMENT_SIZE
-from apparate_llm.ramps.prepare.evaluate import ceiling
-from apparate_llm.ramps.prepare.plan import MAX_ROWS_GIB, Run, epochs_for
-from apparate_llm.ramps.prepare.rows import Rows, bytes_per_row, load_rows
-from apparate_llm.ramps.prepare.synthesise import KINDS, answer_tokens, group_files, kinds_of
-from apparate_llm.ramps.prepare.train import (
+from apparate_llm.prepare.engine import ELEMENT_SIZE
+from apparate_llm.prepare.evaluate import ceiling
+from apparate_llm.prepare.plan import MAX_ROWS_GIB, Run, epochs_for
+from apparate_llm.prepare.rows import Rows, bytes_per_row, load_rows
+from apparate_llm.prepare.synthesise import KINDS, answer_tokens, group_files, kinds_of
+from apparate_llm.prepare.train import (
     BaseParts,
     Measured,
     RoundData,
@@ -24,7 +23,8 @@ from apparate_llm.ramps.prepare.train import (
     starts,
     train_head,
 )
-from apparate_llm.ramps.prepare.workspace import Workspace
+from apparate_llm.prepare.workspace import Workspace
+from apparate_llm.ramps.checkpoint import VOCABULARY
 
 TRAINING_SHARE = 0.38  # of the time budget
 

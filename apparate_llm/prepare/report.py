@@ -8,9 +8,9 @@ from typing import Any
 
 from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
 from apparate_llm.files import write_atomically
+from apparate_llm.prepare.plan import Made
+from apparate_llm.prepare.predict import tpt_ratio
 from apparate_llm.ramps.checkpoint import BaseModelInfo
-from apparate_llm.ramps.prepare.plan import Made
-from apparate_llm.ramps.prepare.predict import tpt_ratio
 
 KIND_NAMES = {"open": "open chat", "code": "code", "passage": "texts to work on", "user": "your prompts"}
 

@@ -90,7 +90,7 @@ def duration(text: str) -> float:
 
 
 def parse_depths(text: str, num_layers: int) -> tuple[int, ...]:
-    from apparate_llm.ramps.prepare.plan import automatic_depths
+    from apparate_llm.prepare.plan import automatic_depths
 
     if text == "auto":
         return automatic_depths(num_layers)
@@ -105,8 +105,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.launch import check_build, reexec_with_libraries
     from apparate_llm.models.architectures import architecture_of, early_exit_architecture
+    from apparate_llm.prepare.engine import environment
     from apparate_llm.ramps.checkpoint import BaseModelInfo
-    from apparate_llm.ramps.prepare.engine import environment
     from apparate_llm.serve import model_folder, resolve_model
 
     user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
@@ -117,8 +117,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     check_build()
     reexec_with_libraries(environment())
 
-    from apparate_llm.ramps.prepare.pipeline import prepare
-    from apparate_llm.ramps.prepare.plan import Plan, automatic_inner, automatic_intermediate_size
+    from apparate_llm.prepare.pipeline import prepare
+    from apparate_llm.prepare.plan import Plan, automatic_inner, automatic_intermediate_size
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model = model_folder(args.model)
@@ -180,7 +180,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"folder of --json not found: {args.json.parent}")
     manifest, model = ramps_and_model(args)
 
-    from apparate_llm.ramps.prepare.evaluate import evaluate
+    from apparate_llm.prepare.evaluate import evaluate
 
     result = evaluate(args.folder, manifest, model, prompts, categories, max_tokens=args.max_tokens)
     print_evaluation(result)
@@ -204,7 +204,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     prompts = [prompt.messages for file in args.prompts for prompt in load_prompts(file)]
     manifest, model = ramps_and_model(args)
 
-    from apparate_llm.ramps.prepare.calibrate import recalibrate
+    from apparate_llm.prepare.calibrate import recalibrate
 
     manifest, errors = recalibrate(args.folder, manifest, model, prompts, max_tokens=args.max_tokens)
     write_atomically(args.folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
@@ -216,8 +216,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
 def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:
     """The checked manifest and the model folder it is for; in a process with the performance libraries."""
     from apparate_llm.launch import check_build, reexec_with_libraries
+    from apparate_llm.prepare.engine import environment
     from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
-    from apparate_llm.ramps.prepare.engine import environment
     from apparate_llm.serve import model_folder
 
     manifest = read_manifest(args.folder)

@@ -92,7 +92,7 @@ def _measure(model: Path, ramps: Path, depths: list[int], *, eager: bool) -> dic
     from apparate_llm.config import parse_config
     from apparate_llm.engine.settings import vllm_settings
     from apparate_llm.models.architectures import architecture_of
-    from apparate_llm.ramps.prepare.engine import context_length, runner_of
+    from apparate_llm.prepare.engine import context_length, runner_of
 
     config = parse_config({"ramps": str(ramps), "policy": "static", "state": "none"})
     llm = LLM(

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from apparate_llm.prepare.calibrate import calibrate_rounds
+from apparate_llm.prepare.engine import context_length, generation_engine
+from apparate_llm.prepare.plan import Made, Plan, Run, group_size, progress_bars, say_needs
+from apparate_llm.prepare.profile import profile
+from apparate_llm.prepare.report import write_report
+from apparate_llm.prepare.synthesise import Synthesiser, answer_tokens, group_files, synthesise
+from apparate_llm.prepare.train_stage import head_tensors, train_depth
+from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
-from apparate_llm.ramps.prepare.calibrate import calibrate_rounds
-from apparate_llm.ramps.prepare.engine import context_length, generation_engine
-from apparate_llm.ramps.prepare.plan import Made, Plan, Run, group_size, progress_bars, say_needs
-from apparate_llm.ramps.prepare.profile import profile
-from apparate_llm.ramps.prepare.report import write_report
-from apparate_llm.ramps.prepare.synthesise import Synthesiser, answer_tokens, group_files, synthesise
-from apparate_llm.ramps.prepare.train_stage import head_tensors, train_depth
-from apparate_llm.ramps.prepare.workspace import Workspace
 
 MAX_PROMPT_TOKENS = 96
 MAX_ANSWER_TOKENS = 320

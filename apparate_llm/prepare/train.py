@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from apparate_llm.files import replacing
+from apparate_llm.prepare.rows import LEAD, Rows
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.heads import Copies, FusedHead, Head
-from apparate_llm.ramps.prepare.rows import LEAD, Rows
 
 NUM_ROUNDS = 4  # measured and calibrated
 WRONG_ROUND_WEIGHT = 0.2

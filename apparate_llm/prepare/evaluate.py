@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from apparate_llm.prepare.rows import LEAD, Rows
+from apparate_llm.prepare.train import BaseParts, Measured, RoundData, measure_head, tokens_per_cycle
 from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import RampSet, calibrated_all, load_ramps
-from apparate_llm.ramps.prepare.rows import LEAD, Rows
-from apparate_llm.ramps.prepare.train import BaseParts, Measured, RoundData, measure_head, tokens_per_cycle
 
 CERTAIN = (0.5, 0.7, 0.9, 0.99)
 CALIBRATION_BINS = 15
@@ -101,10 +101,10 @@ class Answered(NamedTuple):
 
 def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_tokens: int) -> Answered:
     """Generate greedily with the model, in this process, at most `max_tokens` tokens for each prompt."""
-    from apparate_llm.ramps.prepare.capture import Capture
-    from apparate_llm.ramps.prepare.engine import generation_engine
-    from apparate_llm.ramps.prepare.rows import rows_of
-    from apparate_llm.ramps.prepare.synthesise import generate_rows
+    from apparate_llm.prepare.capture import Capture
+    from apparate_llm.prepare.engine import generation_engine
+    from apparate_llm.prepare.rows import rows_of
+    from apparate_llm.prepare.synthesise import generate_rows
 
     depths = tuple(sorted({depth for depth in (*manifest.depths, *manifest.inner) if depth > 0}))
     with generation_engine(model) as llm:
