@@ -149,9 +149,10 @@ class Progress:
                 self._print(f"{name}  {stage.ended(stopped=stopped)}")
 
     def say(self, text: str) -> None:
-        """One line, above the bars."""
+        """A line, or several, above the bars."""
         with self._lock:
-            self._print(" ".join(text.splitlines()))
+            for line in text.splitlines():
+                self._print(line)
 
     def tick(self) -> None:
         """The last known state as a line, if it is time for one."""
@@ -173,7 +174,8 @@ class Progress:
             for name, left_s in (("stage", stage.left_s), ("whole", self.left_s()))
             if left_s is not None
         ]
-        parts = [stage.amount(), stage.rate(), stage.facts, *lefts]
+        so_far = "" if begins or stage.left_s is not None else f"{time_span(stage.took_s)} so far"
+        parts = [stage.amount(), stage.rate(), stage.facts, so_far, *lefts]
         return f"{stage.name}  " + (", ".join(part for part in parts if part) or "begins")
 
     def _print(self, text: str) -> None:
@@ -181,6 +183,8 @@ class Progress:
         self._lines += 1
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
+            return
+        if self.console.quiet:
             return
         with suppress(OSError):  # a full disk or a closed pipe takes the lines, not the work
             self.console.file.write(f"{time.strftime('%H:%M:%S')}  {text}\n")

@@ -1,24 +1,15 @@
 """One evaluation: servers started and warmed, loads measured with the systems taking turns, everything kept on disk."""
 
 import asyncio
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from apparate_llm.eval.client import Ask, Completion, run_block
 from apparate_llm.eval.loads import Load
@@ -27,6 +18,7 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.surroundings import energy_j, probe_ms, processor_times, stolen_frac
 from apparate_llm.eval.systems import BASELINE, System
+from apparate_llm.progress import Progress, Stage
 
 WARM_UP = (2, 32)  # prompts at once, tokens
 WAKING_TOKENS = 8
@@ -59,19 +51,27 @@ def is_served(system: System, load: Load) -> bool:
     return system.max_concurrency is None or load.concurrency == system.max_concurrency
 
 
-def evaluate(evaluation: Evaluation, console: Console) -> None:
+def evaluate(evaluation: Evaluation, progress: Progress) -> None:
     """Fills `evaluation.store`; raises RuntimeError if the baseline cannot run."""
-    with progress_bar(console) as progress, ExitStack() as stack:
+    with ExitStack() as stack:
         servers = _start(evaluation, stack, progress)
-        total = done = 0
-        for server in servers:
-            for key, _, asks in evaluation.keys(server.system):
-                total += len(asks)
-                done += len(asks) * evaluation.store.has(key)
-        task = progress.add_task("measuring", total=total, completed=done)
-        for number, load in enumerate(evaluation.loads):
-            taking_part = [server for server in servers if is_served(server.system, load)]
-            _measure(evaluation, number, load, taking_part, progress, task)
+        total, done = _requests(evaluation, servers)
+        with progress.stage("measure", total=total, unit="requests") as stage:
+            stage.update(done)
+            for number, load in enumerate(evaluation.loads):
+                taking_part = [server for server in servers if is_served(server.system, load)]
+                _measure(evaluation, number, load, taking_part, progress, stage)
+
+
+def _requests(evaluation: Evaluation, servers: list[Server]) -> tuple[int, int]:
+    """How many there are in all, those that nobody will answer any more left out, and how many are measured."""
+    total = done = 0
+    for server in servers:
+        for key, _, asks in evaluation.keys(server.system):
+            measured = evaluation.store.has(key)
+            total += len(asks) * (measured or server.system.name not in evaluation.dead)
+            done += len(asks) * measured
+    return total, done
 
 
 def _start(evaluation: Evaluation, stack: ExitStack, progress: Progress) -> list[Server]:
@@ -86,26 +86,24 @@ def _start(evaluation: Evaluation, stack: ExitStack, progress: Progress) -> list
             continue
         log = evaluation.store.logs / f"{system.name.replace(' ', '-')}.log"
         server = stack.enter_context(Server(system, log=log, start_timeout_s=evaluation.start_timeout_s))
-        waiting = progress.add_task(f"starting {system.name}", total=None)
         try:
-            server.wait_ready()
-            _ask(server, evaluation, [Ask(index, WARM_UP[1]) for index in range(WARM_UP[0])], WARM_UP[0])
+            with progress.stage(f"start {system.name}", total=math.inf, facts=f"log {log}"):
+                server.wait_ready()
+                _ask(server, evaluation, [Ask(index, WARM_UP[1]) for index in range(WARM_UP[0])], WARM_UP[0])
         except (RuntimeError, httpx.HTTPError) as error:
             if system.name == BASELINE:
                 raise RuntimeError(f"the baseline does not run: {error}") from None
-            progress.console.print(f"skipped {system.name}: {error}", markup=False)
+            progress.say(f"skipped {system.name}: {error}")
             evaluation.dead[system.name] = str(error)
             server.__exit__()
             continue
-        finally:
-            progress.remove_task(waiting)
         server.pause()
         servers.append(server)
     return servers
 
 
 def _measure(
-    evaluation: Evaluation, number: int, load: Load, servers: list[Server], progress: Progress, task: Any
+    evaluation: Evaluation, number: int, load: Load, servers: list[Server], progress: Progress, stage: Stage
 ) -> None:
     """The systems take turns block by block (A B, B A, A B, ...), so that a machine that is slower for some minutes is
     slower for all. The waiting ones are off the processors; the first request after that is not counted, as nobody
@@ -119,29 +117,43 @@ def _measure(
                 key = BlockKey(number, repeat, block, name)
                 if evaluation.store.has(key) or name in evaluation.dead:
                     continue
-                progress.update(task, description=f"{name}, {load.name}, {repeat + 1}/{evaluation.repeat}")
+                before = stage.done
+                stage.update(before, f"{name}, {load.name}, pass {repeat + 1} of {evaluation.repeat}")
                 try:
                     with _running(server):
                         if name not in settled and load.concurrency is not None:
                             settling = list(asks[: max(2, load.concurrency)])
                             _ask(server, evaluation, settling, load.concurrency)
                         settled.add(name)
-                        found = _measure_block(server, evaluation, key, load, asks)
+                        found = _measure_block(server, evaluation, key, load, asks, stage)
                 except (httpx.HTTPError, RuntimeError) as error:
                     evaluation.dead[name] = f"stopped answering under {load.name}: {error}"
-                    progress.console.print(f"{name} {evaluation.dead[name]}", markup=False)
+                    progress.say(f"{name} {evaluation.dead[name]}")
+                    stage.total, _ = _requests(evaluation, servers)
+                    stage.update(before)
                     continue
                 evaluation.store.add(found)
-                progress.advance(task, len(asks))
+                stage.update(before + len(asks), stage.facts)
             order.reverse()
 
 
-def _measure_block(server: Server, evaluation: Evaluation, key: BlockKey, load: Load, asks: tuple[Ask, ...]) -> Block:
+def _measure_block(
+    server: Server,
+    evaluation: Evaluation,
+    key: BlockKey,
+    load: Load,
+    asks: tuple[Ask, ...],
+    stage: Stage,
+) -> Block:
     probe = probe_ms()
     counts, usage = server.counts(), server.usage()
     energy, processors = energy_j(), processor_times()
     began_s = time.time()
-    completions, wall_s = _ask(server, evaluation, list(asks), load.concurrency, load.fixed_length)
+
+    def on_done(completion: Completion) -> None:
+        stage.update(stage.done + 1, stage.facts)
+
+    completions, wall_s = _ask(server, evaluation, list(asks), load.concurrency, load.fixed_length, on_done)
     energy_after, stolen = energy_j(), stolen_frac(processors, processor_times())
     if server.process is not None and server.process.poll() is not None:
         raise RuntimeError(f"ended with exit code {server.process.returncode}; its log: {server.log}")
@@ -173,7 +185,12 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask(
-    server: Server, evaluation: Evaluation, asks: list[Ask], concurrency: int | None, fixed_length: bool = False
+    server: Server,
+    evaluation: Evaluation,
+    asks: list[Ask],
+    concurrency: int | None,
+    fixed_length: bool = False,
+    on_done: Callable[[Completion], None] = lambda completion: None,
 ) -> tuple[list[Completion], float]:
     asks = [ask for ask in asks if ask.prompt_index < len(evaluation.prompts)]
     messages = [prompt.messages for prompt in evaluation.prompts]
@@ -184,6 +201,7 @@ def _ask(
         asks,
         concurrency=concurrency,
         fixed_length=fixed_length,
+        on_done=on_done,
         headers=server.headers,
     )
     return asyncio.run(call)
@@ -201,16 +219,3 @@ def _running(server: Server) -> Iterator[None]:
         yield
     finally:
         server.pause()
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )

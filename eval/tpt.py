@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from apparate_llm.knobs import knobs_from
 from apparate_llm.launch import check_build
 from apparate_llm.machine import machine
 from apparate_llm.models.architectures import architecture_of, layers_of
+from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
 from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
 
@@ -76,7 +78,7 @@ def run_quick(args: argparse.Namespace) -> int:
     )
     if args.json:
         write_atomically(args.json, (results.model_dump_json(indent=1) + "\n").encode())
-        Console(stderr=True).print(f"written: {args.json}")
+        Console(stderr=True).print(f"written: {args.json}", soft_wrap=True)
     return _exit_code(results, folder / "run")
 
 
@@ -118,7 +120,7 @@ def _run_and_report(
     )
     results = _run(job, args.out, args)
     console = Console(stderr=True)
-    console.print(f"report: {args.out / 'report.html'}  figures: {args.out / 'results.json'}")
+    console.print(f"report: {args.out / 'report.html'}  figures: {args.out / 'results.json'}", soft_wrap=True)
     return _exit_code(results, args.out)
 
 
@@ -135,7 +137,7 @@ def _run(job: Job, folder: Path, args: argparse.Namespace) -> Results:
     console = Console(stderr=True)
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     if kept := store.open(job.settings, fresh=getattr(args, "fresh", True)):
-        console.print(f"going on: {kept} blocks are measured already")
+        console.print(f"going on: {kept} blocks are measured already", soft_wrap=True)
     evaluation = Evaluation(
         model=job.choice.model,
         systems=job.systems,
@@ -145,10 +147,12 @@ def _run(job: Job, folder: Path, args: argparse.Namespace) -> Results:
         store=store,
         start_timeout_s=args.start_timeout_s,
     )
-    evaluate(evaluation, console)
-    results = summarise(job, list(store.blocks()), evaluation.dead, started)
-    write_atomically(folder / "results.json", (results.model_dump_json(indent=1) + "\n").encode())
-    write_page(folder, results)
+    with Progress(console) as progress:
+        evaluate(evaluation, progress)
+        with progress.stage("report", total=math.inf, facts="texts compared, figures drawn"):
+            results = summarise(job, list(store.blocks()), evaluation.dead, started)
+            write_atomically(folder / "results.json", (results.model_dump_json(indent=1) + "\n").encode())
+            write_page(folder, results)
     Console(width=max(Console().width, TABLE_WIDTH)).print(*tables(results))
     return results
 
@@ -197,7 +201,7 @@ def run_report(args: argparse.Namespace) -> int:
     results = load_results(args.folder)
     write_page(args.folder, results)
     Console(width=max(Console().width, TABLE_WIDTH)).print(*tables(results))
-    Console(stderr=True).print(f"report: {args.folder / 'report.html'}")
+    Console(stderr=True).print(f"report: {args.folder / 'report.html'}", soft_wrap=True)
     return 0
 
 
@@ -313,5 +317,7 @@ def _exit_code(results: Results, folder: Path) -> int:
     failed = sum(run.failed for run in results.runs)
     stopped = {run.system for run in results.runs} & results.skipped.keys()
     if failed:
-        Console(stderr=True).print(f"{failed} requests failed; what each said is in {folder / 'blocks'}")
+        Console(stderr=True).print(
+            f"{failed} requests failed; what each said is in {folder / 'blocks'}", soft_wrap=True
+        )
     return 1 if failed or stopped else 0

@@ -1,5 +1,6 @@
 """An evaluation from its plan to its results, over fake servers."""
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import Choice, System, plain_vllm, systems_of
+from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
 from tests.fake_server import fake_server
 
@@ -52,7 +54,7 @@ def results_of(evaluation: Evaluation, phases: tuple[tuple[str, int], ...] = ())
 def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
     systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
     evaluation = evaluation_of(tmp_path / "out", systems, prompts("steady", "bursts", "refused"))
-    evaluate(evaluation, Console(quiet=True))
+    evaluate(evaluation, Progress(Console(quiet=True)))
     runs, ratios, blocks = results_of(evaluation)
     assert [(run.system, run.load) for run in runs] == [
         ("vllm", "1 client"), ("same", "1 client"), ("vllm", "2 clients"), ("same", "2 clients")
@@ -81,7 +83,7 @@ def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
 def test_texts_are_held_against_those_of_policy_off_and_of_the_first_load(base_url, tmp_path):
     systems = [System(name, base_url=base_url) for name in ("off", "lossless")]
     evaluation = evaluation_of(tmp_path / "out", systems, prompts("steady", "bursts"))
-    evaluate(evaluation, Console(quiet=True))
+    evaluate(evaluation, Progress(Console(quiet=True)))
     blocks = list(evaluation.store.blocks())
     last = next(b for b in blocks if evaluation.loads[b.key.load].concurrency == 2 and b.key.system == "lossless")
     last.completions[0] = replace(last.completions[0], text="another")
@@ -108,12 +110,12 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(base_url, tmp_path, monk
     plain = module._measure_block
     monkeypatch.setattr(module, "_measure_block", until_interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(evaluation_of(tmp_path / "out", systems, asked), Console(quiet=True))
+        evaluate(evaluation_of(tmp_path / "out", systems, asked), Progress(Console(quiet=True)))
     kept = {path: path.read_bytes() for path in (tmp_path / "out" / "blocks").iterdir()}
     assert len(kept) == 3
     monkeypatch.setattr(module, "_measure_block", lambda *a: measured.append(a[2]) or plain(*a))
     evaluation = evaluation_of(tmp_path / "out", systems, asked)
-    evaluate(evaluation, Console(quiet=True))
+    evaluate(evaluation, Progress(Console(quiet=True)))
     assert len(measured) == len(set(measured)) == 8  # 2 loads x 2 repeats x 2 systems, none twice
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert all(evaluation.is_done(system) for system in systems)
@@ -137,7 +139,7 @@ def test_what_a_server_answers_first_after_it_was_frozen_does_not_count(tmp_path
     monkeypatch.setattr(module, "run_block", asked)
     command = (sys.executable, "-m", "uvicorn", "tests.fake_server:app", "--log-level", "warning")
     evaluation = evaluation_of(tmp_path / "out", [System("vllm", command=command)], prompts("single", "single"))
-    evaluate(replace(evaluation, start_timeout_s=60.0), Console(quiet=True))
+    evaluate(replace(evaluation, start_timeout_s=60.0), Progress(Console(quiet=True)))
     turns = " ".join(events[2:]).split("resumed ")[1:]  # the first two warm the server up, once and for all
     assert [turn.split()[0] for turn in turns[:4]] == ["Hello"] * 4  # 2 loads x 2 repeats
     answers = [done for block in evaluation.store.blocks() for done in block.completions]
@@ -160,18 +162,51 @@ def test_a_system_that_does_not_answer_is_skipped_and_said_so(base_url, tmp_path
     gone = System("gone", base_url=f"http://127.0.0.1:{free_port()}")
     broken = System("broken", problem="a package is missing")
     evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url), gone, broken], prompts("single"))
-    evaluate(evaluation, Console(quiet=True))
+    evaluate(evaluation, Progress(Console(quiet=True)))
     assert "does not answer" in evaluation.dead["gone"] and evaluation.dead["broken"] == "a package is missing"
     assert {run.system for run in results_of(evaluation)[0]} == {"vllm"}
     with pytest.raises(RuntimeError, match="the baseline does not run"):
         bad = replace(gone, name="vllm")
-        evaluate(evaluation_of(tmp_path / "other", [bad], prompts("single")), Console(quiet=True))
+        evaluate(evaluation_of(tmp_path / "other", [bad], prompts("single")), Progress(Console(quiet=True)))
+
+
+def test_a_log_tells_what_an_evaluation_does(base_url, tmp_path, monkeypatch):
+    monkeypatch.setattr("apparate_llm.progress.FIRST_EVERY_S", 0.05)
+    evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url)], prompts("steady", "single"))
+    file = io.StringIO()
+    with Progress(Console(file=file), poll_s=0.02) as progress:
+        evaluate(evaluation, progress)
+    said = [line[10:] for line in file.getvalue().splitlines()]  # behind the time of day
+    assert said[0].startswith("start vllm  log ")
+    measuring = [line for line in said if line.startswith("measure  ")]
+    assert measuring[0] == "measure  0/8 requests (0 %)" and "measure  8/8 requests (100 %)" in measuring[-1]
+    under_way = [line for line in measuring[1:-1] if "vllm, 2 clients, pass 1 of 2, stage left " in line]
+    assert any(line.startswith("measure  5/8 requests") for line in under_way)  # within a block, too
+
+
+def test_requests_of_a_system_that_stopped_answering_are_not_waited_for(base_url, tmp_path, monkeypatch):
+    from apparate_llm.eval import evaluate as module
+
+    plain = module._measure_block
+
+    def until_it_stops(server, evaluation, key, *rest):
+        if server.system.name == "same" and key.load == 1:
+            raise RuntimeError("ended\nwith two lines")
+        return plain(server, evaluation, key, *rest)
+
+    monkeypatch.setattr(module, "_measure_block", until_it_stops)
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    file = io.StringIO()
+    evaluate(evaluation_of(tmp_path / "out", systems, prompts("single")), Progress(Console(file=file)))
+    said = [line[10:] for line in file.getvalue().splitlines()]
+    assert "same stopped answering under 2 clients: ended" in said
+    assert said[-1].startswith("measure  6/6 requests (100 %)")
 
 
 def test_a_system_for_one_request_at_a_time_is_measured_with_one_client(base_url, tmp_path):
     serial = System("serial", base_url=base_url, max_concurrency=1)
     evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url), serial], prompts("single"))
-    evaluate(evaluation, Console(quiet=True))
+    evaluate(evaluation, Progress(Console(quiet=True)))
     runs, _, blocks = results_of(evaluation)
     assert [run.load for run in runs if run.system == "serial"] == ["1 client"]
     assert any("serial works on one request" in n for n in notes_of(blocks, evaluation.systems, evaluation.loads))
@@ -351,7 +386,7 @@ def test_a_server_that_wants_a_key_gets_it_and_one_that_wants_another_is_said_at
         (system,) = systems_of([], [f"vllm={url}/v1/"], choice)
         assert (system.base_url, system.api_key) == (url, "sk-mine") and "sk-mine" not in repr((system, choice))
         evaluation = evaluation_of(tmp_path / "out", [system], prompts("single"))
-        evaluate(evaluation, Console(quiet=True))
+        evaluate(evaluation, Progress(Console(quiet=True)))
         assert all(not done.error for block in evaluation.store.blocks() for done in block.completions)
         (system,) = systems_of([], [f"vllm={url}"], Choice(tmp_path, api_key="sk-other"))
         with (

@@ -66,7 +66,7 @@ def test_lines_are_not_wrapped_and_not_coloured_even_where_variables_ask_for_it(
     file, progress = log(Clock())
     with progress:
         progress.say("1,234 tokens [bold]need[/bold] " + "much " * 40 + "\nspace")
-    assert len(lines(file)) == 1 and "[bold]" in file.getvalue() and "\x1b" not in file.getvalue()
+    assert len(lines(file)) == 2 and "[bold]" in file.getvalue() and "\x1b" not in file.getvalue()
 
 
 def test_a_line_comes_every_half_minute_at_first_and_every_minute_later():
@@ -105,7 +105,7 @@ def test_a_silent_stage_still_shows_life_from_a_thread_of_its_own(monkeypatch):
         deadline = time.monotonic() + 10
         while len(lines(file)) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert lines(file)[2] == "synthesise  0/10 tokens (0 %), starting the model"
+    assert lines(file)[2] == "synthesise  0/10 tokens (0 %), starting the model, 0s so far"
     assert "progress" not in [thread.name for thread in threading.enumerate()]
 
 
