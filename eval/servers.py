@@ -15,6 +15,7 @@ import psutil
 
 from apparate_llm.address import authorization
 from apparate_llm.eval.systems import System
+from apparate_llm.files import private_opener
 from apparate_llm.launch import server_environment
 
 STOP_TIMEOUT_S = 30.0
@@ -44,7 +45,7 @@ class Server:
             return self
         port = free_port()
         self.base_url = f"http://127.0.0.1:{port}"
-        with self.log.open("wb") as log:
+        with open(self.log, "wb", opener=private_opener) as log:
             self.process = subprocess.Popen(
                 [*self.system.command, "--host", "127.0.0.1", "--port", str(port)],
                 stdin=subprocess.DEVNULL,

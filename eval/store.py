@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apparate_llm.eval.client import Completion
-from apparate_llm.files import write_atomically
+from apparate_llm.files import private_folder, write_atomically
 
 
 class BlockKey(NamedTuple):
@@ -35,7 +35,8 @@ class Block:
 
 
 class Store:
-    """`plan.json`: the settings that all blocks share; `blocks/`: one file each; `logs/`: the servers' own."""
+    """`plan.json`: the settings that all blocks share; `blocks/`: one file each; `logs/`: the servers' own. Answers are
+    in these two, and maybe prompts, so only their owner can read them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,8 +60,8 @@ class Store:
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no evaluation: choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "blocks").mkdir(exist_ok=True)
-        self.logs.mkdir(exist_ok=True)
+        private_folder(self.folder / "blocks")
+        private_folder(self.logs)
         write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
         return sum(1 for _ in self.blocks())
 
@@ -78,7 +79,7 @@ class Store:
         record = {name: getattr(block, name) for name in Block.__slots__}
         record["key"] = block.key._asdict()
         record["completions"] = [done.as_record() for done in block.completions]
-        write_atomically(self._path(block.key), json.dumps(record).encode())
+        write_atomically(self._path(block.key), json.dumps(record).encode(), private=True)
 
     def blocks(self) -> Iterator[Block]:
         """In the order of their keys."""

@@ -4,6 +4,7 @@ Stage calibrate fits on held-out conversations: the reported error is of fits on
 other; the parameters kept are fitted on all. `ramps calibrate` then moves them towards what given prompts say.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,20 @@ def calibrate_rounds(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def recalibrate(
-    folder: Path, manifest: RampManifest, model: Path, prompts: list[Any], *, max_tokens: int
+    folder: Path,
+    manifest: RampManifest,
+    model: Path,
+    prompts: list[Any],
+    *,
+    max_tokens: int,
+    say: Callable[[str], None],
 ) -> tuple[RampManifest, dict[int, tuple[float, float]]]:
     """The manifest with its calibration moved half-way to what the model's greedy answers say, and the calibration
     error of each depth on them (before, after).
 
     Half-way: for every row, whether the ramp agreed counts as much as the probability it had.
     """
-    answered = answer(model, manifest, prompts, max_tokens=max_tokens)
+    answered = answer(model, manifest, prompts, max_tokens=max_tokens, say=say)
     calibration, errors = dict(manifest.calibration), {}
     for depth in manifest.depths:
         ramps = served_ramps(folder, manifest, answered, depth)

@@ -182,13 +182,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     from apparate_llm.prepare.evaluate import evaluate
 
-    result = evaluate(args.folder, manifest, model, prompts, categories, max_tokens=args.max_tokens)
+    result = evaluate(args.folder, manifest, model, prompts, categories, max_tokens=args.max_tokens, say=say)
     print_evaluation(result)
-    if result.prompts < len(prompts):
-        left_out = len(prompts) - result.prompts
-        print(
-            f"{left_out} of {len(prompts)} prompts left out: too long for the context, or not answered", file=sys.stderr
-        )
     if args.json:
         document = {"command": shlex.join(["apparate-llm", *redacted(sys.argv[1:])]), **result.model_dump()}
         write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
@@ -206,11 +201,15 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
     from apparate_llm.prepare.calibrate import recalibrate
 
-    manifest, errors = recalibrate(args.folder, manifest, model, prompts, max_tokens=args.max_tokens)
+    manifest, errors = recalibrate(args.folder, manifest, model, prompts, max_tokens=args.max_tokens, say=say)
     write_atomically(args.folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     for depth, (before, after) in errors.items():
         print(f"depth {depth}: calibration error on these prompts {before:.3f} -> {after:.3f}")
     return 0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:

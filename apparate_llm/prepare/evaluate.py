@@ -1,6 +1,7 @@
 """`ramps evaluate`: how often ramps agree with the full model on text that it generates greedily."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Evaluation(BaseModel):
     schema_version: int = 1
     model: str
     prompts: int
+    left_out: dict[str, int] = {}  # reason -> prompts that could not be asked or got no answer
     answer_tokens: int
     depths: list[DepthResult]
     ceiling: dict[str, Any]
@@ -92,16 +94,21 @@ def pooled_calibration(
 class Answered(NamedTuple):
     """What the model answered, in rows."""
 
-    prompts: list[int]  # which of those given were answered: all but those too long for the context
+    prompts: list[int]  # which of those given were answered
+    left_out: dict[str, int]  # how many of the others for which reason
     answer_tokens: int
     rows: Rows
     base: BaseParts
     dtype: torch.dtype
 
 
-def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_tokens: int) -> Answered:
-    """Generate greedily with the model, in this process, at most `max_tokens` tokens for each prompt."""
+def answer(
+    model: Path, manifest: RampManifest, prompts: list[Any], *, max_tokens: int, say: Callable[[str], None]
+) -> Answered:
+    """Generate greedily with the model, in this process, at most `max_tokens` tokens for each prompt. `say` gets a line
+    on prompts that are left out; raises ValueError if these are all."""
     from apparate_llm.prepare.capture import Capture
+    from apparate_llm.prepare.chat import NOT_ANSWERED, ChatFormat, LeftOut
     from apparate_llm.prepare.engine import generation_engine
     from apparate_llm.prepare.rows import rows_of
     from apparate_llm.prepare.synthesise import generate_rows
@@ -109,32 +116,27 @@ def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_token
     depths = tuple(sorted({depth for depth in (*manifest.depths, *manifest.inner) if depth > 0}))
     with generation_engine(model) as llm:
         capture = Capture(llm, depths=depths)
-        tokenizer = llm.get_tokenizer()
-        ids = [
-            tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
-            for messages in prompts
-        ]
-        longest = llm.llm_engine.model_config.max_model_len - max_tokens
-        fitting = [number for number, prompt in enumerate(ids) if 2 <= len(prompt) <= longest]
-        if not fitting:
-            raise ValueError(f"no prompt leaves room for {max_tokens} tokens of answer (at most {longest} tokens fit)")
-        answers = generate_rows(
-            llm,
-            capture,
-            [ids[number] for number in fitting],
-            temperature=0.0,
-            max_tokens=max_tokens,
-            show_progress=True,
+        config = llm.llm_engine.model_config
+        chat = ChatFormat(
+            llm.get_tokenizer(), max_model_len=config.max_model_len, max_answer_tokens=max_tokens, say=say
         )
-        dtype = llm.llm_engine.model_config.dtype
-    fitting = [number for number, answer in zip(fitting, answers, strict=True) if answer is not None]
-    conversations = [answer for answer in answers if answer is not None]
+        asked, left_out = chat.render_all(prompts)
+        answers = generate_rows(
+            llm, capture, [ids for _, ids in asked], temperature=0.0, max_tokens=max_tokens, show_progress=True
+        )
+    for found in answers:
+        if found is None:
+            left_out.add(LeftOut(NOT_ANSWERED))
+    conversations = [found for found in answers if found is not None]
+    if left_out.counts[NOT_ANSWERED]:
+        left_out.tell(say)
     return Answered(
-        prompts=fitting,
+        prompts=[number for (number, _), found in zip(asked, answers, strict=True) if found is not None],
+        left_out=dict(left_out.counts),
         answer_tokens=sum(len(item.answer) for item in conversations),
         rows=rows_of(conversations),
         base=BaseParts.of(model),
-        dtype=dtype,
+        dtype=config.dtype,
     )
 
 
@@ -187,9 +189,10 @@ def evaluate(
     categories: list[str | None],
     *,
     max_tokens: int,
+    say: Callable[[str], None],
 ) -> Evaluation:
-    """Measure every ramp of the folder on the model's greedy answers."""
-    answered = answer(model, manifest, prompts, max_tokens=max_tokens)
+    """Measure every ramp of the folder on the model's greedy answers; of prompts and `say` see `answer`."""
+    answered = answer(model, manifest, prompts, max_tokens=max_tokens, say=say)
     results = [
         evaluate_depth(
             answered,
@@ -202,6 +205,7 @@ def evaluate(
     return Evaluation(
         model=model.name,
         prompts=len(answered.prompts),
+        left_out=answered.left_out,
         answer_tokens=answered.answer_tokens,
         depths=results,
         ceiling=ceiling(answered.rows),

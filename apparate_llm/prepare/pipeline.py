@@ -93,6 +93,7 @@ def _synthesise(run: Run) -> dict[str, Any]:
                 max_prompt_tokens=MAX_PROMPT_TOKENS,
                 max_answer_tokens=min(MAX_ANSWER_TOKENS, context_length(plan.model) // 2),
                 seed=plan.seed,
+                say=run.say,
             )
             synthesise(synthesiser, num_tokens=target, deadline=lambda: spent_s() >= limit_s, on_tokens=on_tokens)
     run.progress.remove_task(task)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from apparate_llm.prepare.capture import Capture
+from apparate_llm.prepare.chat import MIN_PROMPT_TOKENS, ChatFormat
 from apparate_llm.prepare.rows import Conversation, is_held_out, rows_of, save_rows
 from apparate_llm.prepare.topics import CODE_OPENINGS, OPENINGS, PASSAGE_TASKS, SYSTEM_PROMPTS
 
 Messages = list[dict[str, str]]
 KINDS = ("open", "code", "passage", "user")  # of a prompt; the last are the user's own
 
-MARKER = "@@apparate-user-text@@"
 # Decoding temperature of each group's answers in turn: mostly greedy, which is also how agreement is measured.
 TEMPERATURES = (0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.8, 0.0)
 PASSAGE_SHARE = 0.3  # of the prompts ask about a text that the model wrote earlier
@@ -29,18 +29,6 @@ USER_SHARE = 1 / 3  # of a group, while prompts given by the user last
 SYSTEM_SHARE = 0.3  # have another system prompt than the chat template's own
 MIN_PASSAGE_TOKENS = 96
 MIN_PROMPT_CHARACTERS = 8
-
-
-def user_turn_affixes(tokenizer: Any, system: str | None = None) -> tuple[str, str]:
-    """Text before and after the user's words in a one-turn chat, the latter up to where the answer starts."""
-    messages = [{"role": "user", "content": MARKER}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, found, after = text.partition(MARKER)
-    if not found:
-        raise ValueError("the model's chat template does not contain the user's message")
-    return before, after
 
 
 class Synthesiser:
@@ -55,6 +43,7 @@ class Synthesiser:
         max_prompt_tokens: int,
         max_answer_tokens: int,
         seed: int,
+        say: Callable[[str], None],
     ) -> None:
         self.llm = llm
         self.folder = folder
@@ -64,11 +53,13 @@ class Synthesiser:
         self.max_answer_tokens = max_answer_tokens
         self.seed = seed
         self.tokenizer = llm.get_tokenizer()
-        self.user_texts = [
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            for messages in user_prompts
-        ]
-        self.max_model_len = llm.llm_engine.model_config.max_model_len
+        self.chat = ChatFormat(
+            self.tokenizer,
+            max_model_len=llm.llm_engine.model_config.max_model_len,
+            max_answer_tokens=max_answer_tokens,
+            say=say,
+        )
+        self.user_prompts = [ids for _, ids in self.chat.render_all(user_prompts)[0]]
         self.seen: set[str] = set()
         self.passages: list[str] = []
         self.num_answers = self.num_answer_tokens = 0
@@ -117,30 +108,27 @@ class Synthesiser:
 
     def _prompts(self, rng: random.Random, size: int) -> tuple[list[str], list[list[int]]]:
         """Kinds and token ids of up to `size` different prompts, chat template included."""
-        mine = (("user", text) for text in self.user_texts if self._is_new(text))
-        texts = list(islice(mine, max(1, int(USER_SHARE * size))))
+        mine = (("user", ids) for ids in self.user_prompts if self._is_new(ids))
+        found = list(islice(mine, max(1, int(USER_SHARE * size))))
+        texts = []
         if self.passages:
-            for _ in range(int(PASSAGE_SHARE * (size - len(texts)))):
+            for _ in range(int(PASSAGE_SHARE * (size - len(found)))):
                 before, after = self._affixes(rng)
                 task = rng.choice(PASSAGE_TASKS).replace("{}", rng.choice(self.passages))
                 texts.append(("passage", before + task + after))
-        texts += self._written_prompts(rng, size - len(texts))
+        texts += self._written_prompts(rng, size - len(found) - len(texts))
+        found += [(kind, self.chat.encode(text)) for kind, text in texts]
         kinds, prompts = [], []
-        for kind, text in texts:
-            if self._is_new(text):
-                ids = self._ids(text)
+        for kind, ids in found:
+            if self._is_new(ids):
                 self.seen.add(self.tokenizer.decode(ids))
                 kinds.append(kind)
                 prompts.append(ids)
         return kinds, prompts
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _is_new(self, text: str) -> bool:
+    def _is_new(self, ids: list[int]) -> bool:
         """Whether a prompt fits in the context and was not answered yet."""
-        ids = self._ids(text)
-        fits = 2 <= len(ids) <= self.max_model_len - self.max_answer_tokens
+        fits = MIN_PROMPT_TOKENS <= len(ids) <= self.chat.longest
         return fits and self.tokenizer.decode(ids) not in self.seen
 
     def _written_prompts(self, rng: random.Random, count: int) -> list[tuple[str, str]]:
@@ -155,12 +143,12 @@ class Synthesiser:
             SamplingParams(
                 temperature=1.0,
                 max_tokens=self.max_prompt_tokens,
-                stop_token_ids=self._ids(after)[:1],
+                **self.chat.stops(after),
             )
             for _, after in affixes
         ]
         heads = [
-            {"prompt_token_ids": self._head(before + opening)}
+            {"prompt_token_ids": self.chat.start(before + opening)}
             for (before, _), opening in zip(affixes, openings, strict=True)
         ]
         torch.manual_seed(rng.getrandbits(32))
@@ -173,19 +161,8 @@ class Synthesiser:
                 texts.append((kind, before + text + after))
         return texts
 
-    def _head(self, text: str) -> list[int]:
-        ids = self._ids(text)
-        if not ids and self.tokenizer.bos_token_id is None:
-            raise ValueError("the model's chat template and tokenizer leave nothing for a prompt to start with")
-        return ids or [self.tokenizer.bos_token_id]
-
     def _affixes(self, rng: random.Random) -> tuple[str, str]:
-        if rng.random() < SYSTEM_SHARE:
-            try:
-                return user_turn_affixes(self.tokenizer, rng.choice(SYSTEM_PROMPTS))
-            except Exception:  # some chat templates refuse a system prompt, each in its own way
-                pass
-        return user_turn_affixes(self.tokenizer)
+        return self.chat.affixes(rng.choice(SYSTEM_PROMPTS) if rng.random() < SYSTEM_SHARE else None)
 
 
 def generate_rows(

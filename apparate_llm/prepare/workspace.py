@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apparate_llm.files import PART, write_atomically
+from apparate_llm.files import PART, private_folder, write_atomically
 
 
 class Workspace:
     """`out/work`. A stage's result is one JSON file that also says what it was made from (`inputs`): it is used again
-    only where those are the same."""
+    only where those are the same. Prompts and answers are in it, so only its owner can read it."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / "work"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -37,7 +37,9 @@ class Workspace:
         return None if record is None else record["inputs"]
 
     def write(self, stage: str, inputs: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-        write_atomically(self.path(f"{stage}.json"), json.dumps({"inputs": inputs, "result": result}).encode())
+        write_atomically(
+            self.path(f"{stage}.json"), json.dumps({"inputs": inputs, "result": result}).encode(), private=True
+        )
         return result
 
     def _record(self, stage: str) -> dict[str, Any] | None:
@@ -54,4 +56,7 @@ class Workspace:
                 raise RuntimeError(f"another preparation is at work in {self.out}") from None
             for leftover in self.folder.glob(f".*{PART}"):  # of a run that was killed while it wrote
                 leftover.unlink()
-            yield
+            try:
+                yield
+            finally:
+                private_folder(self.folder)  # files that stages made in ways of their own

@@ -13,7 +13,6 @@ from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
 from apparate_llm.prepare.predict import completion_cost, tpt_ratio
 from apparate_llm.prepare.rows import HELD_OUT_EVERY, LEAD, TOP, Conversation, load_rows, rows_of, save_rows
-from apparate_llm.prepare.synthesise import user_turn_affixes
 from apparate_llm.prepare.train import (
     BaseParts,
     RoundData,
@@ -297,17 +296,6 @@ def test_two_preparations_cannot_share_a_folder(tmp_path):
         Workspace(tmp_path).locked(),
     ):
         pass
-
-
-def test_the_chat_template_is_split_around_the_users_words(tiny_llama):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    assert user_turn_affixes(tokenizer) == ("<user> ", " <assistant> ")
-    assert user_turn_affixes(tokenizer, "w1") == ("<user> w1 <user> ", " <assistant> ")
-    tokenizer.chat_template = "nothing of it"
-    with pytest.raises(ValueError, match="does not contain the user's message"):
-        user_turn_affixes(tokenizer)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("45m", 2700), ("1.5h", 5400)])
