@@ -1,7 +1,7 @@
 """A ramp's confidence -> probability of agreeing with the full model, per round, fitted by Platt scaling.
 
-Stage calibrate fits on held-out conversations: the reported error is of fits on one half of them, measured on the
-other; the parameters kept are fitted on all. `ramps calibrate` then moves them towards what given prompts say.
+Stage calibrate fits on validation conversations and reports what it gives on test conversations.
+`ramps calibrate` then moves them towards what given prompts say.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from apparate_llm.prepare.evaluate import (
     pooled_calibration,
     served_ramps,
 )
-from apparate_llm.prepare.synthesise import KINDS
+from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import calibrated_all
 
@@ -69,29 +69,27 @@ def reliability(probability: torch.Tensor, agrees: torch.Tensor) -> list[tuple[f
     return points
 
 
-def calibrate_rounds(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """`tensors`: per round number N, `N.confidence`, `N.agrees`, `N.conversation` and `N.kind`, each [rows]."""
-    num_rounds = len(tensors) // 4
-    calibration, agreement, rows, crossed = [], [], [], []
-    for number in range(num_rounds):
-        confidence, agrees = tensors[f"{number}.confidence"], tensors[f"{number}.agrees"]
-        calibration.append(fit(confidence, agrees))
+def calibrate_rounds(fitted_on: dict[str, torch.Tensor], measured: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Calibration fitted on validation conversations; everything else is measured on test conversations.
+
+    Both: per round number N, `N.confidence`, `N.agrees`, `N.conversation` and `N.kind`, each [rows].
+    """
+    calibration, agreement, rows, tested = [], [], [], []
+    for number in range(len(measured) // 4):
+        calibration.append(fit(fitted_on[f"{number}.confidence"], fitted_on[f"{number}.agrees"]))
+        confidence, agrees = measured[f"{number}.confidence"], measured[f"{number}.agrees"]
         agreement.append(mean(agrees))
         rows.append(len(agrees))
-        half = torch.unique(tensors[f"{number}.conversation"], return_inverse=True)[1] % 2 == 0
-        probability = torch.empty(len(agrees), dtype=torch.float64)
-        for fitted, measured in ((half, ~half), (~half, half)):
-            probability[measured] = calibrated_all(confidence[measured], *fit(confidence[fitted], agrees[fitted]))
-        crossed.append((probability, agrees))
-    probability, agrees = (torch.cat(part) for part in zip(*crossed, strict=True))
-    first, kinds = tensors["0.agrees"], tensors["0.kind"]
+        tested.append((calibrated_all(confidence, *calibration[-1]), agrees))
+    probability, agrees = (torch.cat(part) for part in zip(*tested, strict=True))
+    first, kinds = measured["0.agrees"], measured["0.kind"]
     return {
         "calibration": calibration,
         "agreement": agreement,
         "rows": rows,
         "calibration_error": calibration_error(probability, agrees),
         "reliability": reliability(probability, agrees),
-        "coverage": coverage_curve(*crossed[0]),
+        "coverage": coverage_curve(*tested[0]),
         "by_kind": {
             kind: value for number, kind in enumerate(KINDS) if (value := mean(first[kinds == number])) is not None
         },

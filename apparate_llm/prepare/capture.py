@@ -1,6 +1,6 @@
 """Takes training rows out of vLLM while it generates, so that no second forward pass is needed."""
 
-from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,16 @@ from apparate_llm.prepare.engine import runner_of
 from apparate_llm.prepare.rows import TOP, Conversation
 
 SEGMENT = 64
+MOST_STEPS = 32  # kept whole before their rows go to their requests
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A request's rows so far: places in the kept steps, and what was taken out of earlier ones."""
+
+    next_position: int
+    places: list[tuple[int, int]] = field(default_factory=list)  # (step, row)
+    parts: list[dict[int | str, torch.Tensor]] = field(default_factory=list)
 
 
 class Capture:
@@ -25,15 +35,22 @@ class Capture:
         if bad := [depth for depth in depths if not 0 < depth < num_layers]:
             raise ValueError(f"cannot record depth {bad[0]} (allowed: 1 to {num_layers - 1})")
         self.depths = depths
+        self.keys: tuple[int | str, ...] = (*depths, "final", "top_ids", "top_logprobs")
+        self._watched: dict[str, _Watched] = {}
         self._seen: dict[int, torch.Tensor] = {}  # residual streams of the pass under way
         self._steps: list[dict[int | str, torch.Tensor]] = []
-        self._where: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)  # request -> position -> (step, row)
-        self._keep: list[int] = []
         self._top_rows: list[tuple[int, int]] = []  # (row of the logits, row of the step)
         for depth in depths:
             model.model.layers[depth].register_forward_pre_hook(self._layer_hook(depth))
         self._forward, self.runner._model_forward = self.runner._model_forward, self._watched_forward
         self._compute_logits, model.compute_logits = model.compute_logits, self._watched_logits
+
+    def watch(self, request_id: str, num_prompt: int) -> None:
+        """Keep the rows of this request from the last but one of its prompt's `num_prompt` tokens on."""
+        self._watched[request_id] = _Watched(next_position=num_prompt - 2)
+
+    def forget(self, request_id: str) -> None:
+        self._watched.pop(request_id, None)
 
     def _layer_hook(self, depth: int) -> Any:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -44,18 +61,24 @@ class Capture:
 
     def _watched_forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self._forward(*args, **kwargs)
+        if len(self._steps) >= MOST_STEPS:
+            self._hand_out()
         batch, starts = self.runner.input_batch, self.runner.query_start_loc.np
         keep: list[int] = []
         self._top_rows = []
         for index, request_id in enumerate(batch.req_ids):
+            # vLLM appends random characters to the caller's id.
+            if (watched := self._watched.get(request_id.rpartition("-")[0])) is None:
+                continue
             first, end = int(starts[index]), int(starts[index + 1])
             position = int(batch.num_computed_tokens_cpu[index])
-            lead = int(batch.num_prompt_tokens[index]) - 2
-            request_id = request_id.rpartition("-")[0]  # vLLM appends random characters to the caller's id
-            for row in range(first + max(0, lead - position), end):
-                self._where[request_id][position + row - first] = (len(self._steps), len(keep))
+            # A request that was preempted computes again what it has rows of: those are left out.
+            skipped = max(0, watched.next_position - position)
+            for row in range(first + skipped, end):
+                watched.places.append((len(self._steps), len(keep)))
                 keep.append(row)
-            if position + end - first > lead + 1:  # past the prompt: this request's logits are its next token's
+            if first + skipped < end:
+                watched.next_position = position + end - first
                 self._top_rows.append((index, len(keep) - 1))
         rows = torch.tensor(keep, dtype=torch.int64)
         self._steps.append({"final": out[rows], **{depth: value[rows] for depth, value in self._seen.items()}})
@@ -63,7 +86,7 @@ class Capture:
         return out
 
     def _watched_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = self._compute_logits(hidden_states)
+        logits: torch.Tensor = self._compute_logits(hidden_states)
         step = self._steps[-1]
         ids = torch.zeros(len(step["final"]), TOP, dtype=torch.int32)
         logprobs = torch.zeros(len(step["final"]), TOP, dtype=torch.float16)
@@ -74,27 +97,46 @@ class Capture:
         step["top_ids"], step["top_logprobs"] = ids, logprobs
         return logits
 
+    def _hand_out(self) -> None:
+        """Move the rows of the kept steps to the requests they belong to."""
+        for watched in self._watched.values():
+            if watched.places:
+                watched.parts.append(
+                    {
+                        key: torch.stack([self._steps[step][key][row] for step, row in watched.places])
+                        for key in self.keys
+                    }
+                )
+                watched.places = []
+        self._steps.clear()
+
+    def rows_so_far(self, request_id: str) -> dict[int | str, torch.Tensor]:
+        """Name or depth -> the rows that a request has; it goes on."""
+        self._hand_out()
+        watched = self._watched[request_id]
+        if not watched.parts:
+            return {}
+        watched.parts = [{key: torch.cat([part[key] for part in watched.parts]) for key in watched.parts[0]}]
+        return watched.parts[0]
+
     def take(self, request_id: str, prompt: list[int], answer: list[int]) -> Conversation:
         """The rows of a finished request. vLLM's last sampled token has none: nothing came after it."""
-        where = self._where.pop(request_id)
-        places = [where[position] for position in range(len(prompt) - 2, len(prompt) + len(answer) - 1)]
+        rows = self.rows_so_far(request_id)
+        self.forget(request_id)
+        return conversation_of(prompt, answer, rows)
 
-        def gather(key: int | str) -> torch.Tensor:
-            return torch.stack([self._steps[step][key][row] for step, row in places])
 
-        return Conversation(
-            prompt=prompt,
-            answer=answer,
-            states={depth: gather(depth) for depth in self.depths},
-            final=gather("final"),
-            top_ids=gather("top_ids"),
-            top_logprobs=gather("top_logprobs"),
-        )
-
-    def clear(self) -> None:
-        """Forget everything recorded; only between requests."""
-        self._steps.clear()
-        self._where.clear()
+def conversation_of(prompt: list[int], answer: list[int], rows: dict[int | str, torch.Tensor]) -> Conversation:
+    """`rows`: at least one for each token of the answer, and the lead row."""
+    kept = {key: value[: len(answer) + 1] for key, value in rows.items()}
+    return Conversation(
+        prompt=prompt,
+        answer=answer,
+        states={key: value for key, value in kept.items() if isinstance(key, int)},
+        final=kept["final"],
+        top_ids=kept["top_ids"],
+        top_logprobs=kept["top_logprobs"],
+    )
 
 
 def top_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 128
+MAX_NUM_BATCHED_TOKENS = 2048
 KV_CACHE_GIB = 2
 ELEMENT_SIZE = 2  # bytes of a state's value: vLLM by itself runs models in bfloat16 or float16
 
@@ -36,6 +37,7 @@ def generation_engine(model: Path, *, seed: int = 0, **settings: Any) -> Iterato
         **{
             "max_model_len": context_length(model),
             "max_num_seqs": MAX_NUM_SEQS,
+            "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
             "kv_cache_memory_bytes": KV_CACHE_GIB << 30,
             "enforce_eager": True,
             "enable_prefix_caching": False,

@@ -121,9 +121,7 @@ def answer(
             llm.get_tokenizer(), max_model_len=config.max_model_len, max_answer_tokens=max_tokens, say=say
         )
         asked, left_out = chat.render_all(prompts)
-        answers = generate_rows(
-            llm, capture, [ids for _, ids in asked], temperature=0.0, max_tokens=max_tokens, show_progress=True
-        )
+        answers = generate_rows(llm, capture, [ids for _, ids in asked], temperature=0.0, max_tokens=max_tokens)
     for found in answers:
         if found is None:
             left_out.add(LeftOut(NOT_ANSWERED))

@@ -1,7 +1,7 @@
 """`apparate-llm prepare`: the stages one after another, each left on disk and used again by the next run."""
 
-import math
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,45 +9,70 @@ import torch
 from rich.console import Console
 
 from apparate_llm.prepare.calibrate import calibrate_rounds
-from apparate_llm.prepare.engine import context_length, generation_engine
-from apparate_llm.prepare.plan import Made, Plan, Run, group_size, progress_bars, say_needs
+from apparate_llm.prepare.needs import gib, peak_bytes, say_needs
+from apparate_llm.prepare.plan import Made, Plan, Run
 from apparate_llm.prepare.profile import profile
 from apparate_llm.prepare.report import write_report
-from apparate_llm.prepare.synthesise import Synthesiser, answer_tokens, group_files, synthesise
-from apparate_llm.prepare.train_stage import head_tensors, train_depth
+from apparate_llm.prepare.schedule import (
+    LAPS,
+    STOP_BELOW,
+    Lap,
+    WorkClock,
+    next_doubling,
+    outlook,
+    point,
+    shifted,
+    tpt_saved,
+    what_is_short,
+)
+from apparate_llm.prepare.store import RowStore
+from apparate_llm.prepare.synthesise_stage import synthesise_lap
+from apparate_llm.prepare.train_stage import epochs_of_lap, head_tensors, measure_depth, train_depth
 from apparate_llm.prepare.workspace import Workspace
+from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
 
-MAX_PROMPT_TOKENS = 96
-MAX_ANSWER_TOKENS = 320
-SYNTHESIS_SHARE = 0.55  # of the time budget
 
-
-def prepare(plan: Plan) -> None:
-    """Leaves a ramp folder with its report in `plan.out`; raises ValueError for bad input, RuntimeError otherwise."""
-    console = Console(stderr=True)
+def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
+    """Leaves a ramp folder with its report in `plan.out`, and returns the report; raises ValueError for bad input,
+    RuntimeError otherwise."""
     workspace = Workspace(plan.out)
-    with workspace.locked(), progress_bars(console) as progress:
-        run = Run(plan, workspace, BaseModelInfo.of(plan.model), console, progress)
+    with workspace.locked(), _run(plan, workspace, console or Console(stderr=True)) as run:
+        check_settings(run)
         say_needs(run)
-        made = Made(_synthesise(run))
+        made = _laps(run)
+        _other_depths(run, made)
         for depth in plan.depths:
-            made.trained[depth] = train_depth(run, made.rows, depth, after=plan.depths[0] if made.trained else None)
-        made.calibration = _calibrate(run, made.trained)
+            made.trained[depth] |= measure_depth(run, made.rows, depth, made.trained[depth])
+            made.calibration[depth] = _calibrate(run, depth)
         draft = workspace.path("ramps")
         _write_ramps(run, draft, made, default_depth=plan.depths[0])
         profiled = _profile(run, draft, made.trained)
         report = write_report(plan.out, run.base, plan.model.name, made, profiled)
         _write_ramps(run, plan.out, made, default_depth=report["advice"]["depth"])
-        console.print(report["advice"]["sentence"], style="bold")
-        console.print(f"ramps: {plan.out}  report: {plan.out / 'report.html'}")
-        console.print(f"{plan.out / 'work'} is only needed to go on with more tokens; delete it to free the space")
+        run.clock.keep()
+        run.say(f"peak memory was {gib(peak_bytes())}")
+        run.say(report["advice"]["sentence"])
+        run.say(made.outlook)
+        return report
 
 
-def _synthesise(run: Run) -> dict[str, Any]:
-    """Stages synthesise and collect: groups of conversations with their rows."""
+@contextmanager
+def _run(plan: Plan, workspace: Workspace, console: Console) -> Iterator[Run]:
+    clock = WorkClock(workspace)
+
+    def left_s() -> float | None:
+        return None if plan.time_budget_s is None else max(0.0, plan.time_budget_s - clock.spent_s)
+
+    with Progress(console, left_s=left_s) as progress:
+        yield Run(plan, workspace, RowStore(workspace.path("rows")), BaseModelInfo.of(plan.model), clock, progress)
+
+
+def check_settings(run: Run) -> None:
+    """A preparation goes on with the settings it began with; raises ValueError otherwise."""
     plan, workspace = run.plan, run.workspace
     fixed = {
+        "format": 2,
         "fingerprint": run.base.fingerprint,
         "states": list(plan.states),
         "seed": plan.seed,
@@ -61,64 +86,89 @@ def _synthesise(run: Run) -> dict[str, Any]:
             f"or choose another --out, or delete {workspace.folder}"
         )
     workspace.write("rows-settings", fixed, {})
-    wanted = {**fixed, "tokens": plan.tokens, "time_budget_s": plan.time_budget_s}
-    if (done := workspace.read("rows", wanted)) is not None and len(group_files(workspace.folder)) >= done["groups"]:
-        run.say(f"synthesise: done, {done['tokens']:,} answer tokens")
-        return done
-    clock = workspace.read("rows-clock", {}) or {"seconds": 0.0}
-    limit_s = math.inf if plan.time_budget_s is None else plan.time_budget_s * SYNTHESIS_SHARE
-    have = sum(answer_tokens(path) for path in group_files(workspace.folder))
-    target = plan.tokens if plan.tokens is not None else math.inf
-    task = run.progress.add_task("synthesise", total=plan.tokens or limit_s, facts="starting the model")
-    began = time.monotonic()
-
-    def spent_s() -> float:
-        return clock["seconds"] + time.monotonic() - began
-
-    def on_tokens(made: int) -> None:
-        nonlocal have
-        have += made
-        workspace.write("rows-clock", {}, {"seconds": spent_s()})
-        run.progress.update(task, completed=have if plan.tokens else spent_s(), facts=f"{have:,} tokens")
-
-    if have < target and spent_s() < limit_s:
-        with generation_engine(plan.model, seed=plan.seed) as llm:
-            on_tokens(0)
-            synthesiser = Synthesiser(
-                llm,
-                workspace.folder,
-                depths=plan.states,
-                user_prompts=plan.user_prompts,
-                group_size=group_size(plan),
-                max_prompt_tokens=MAX_PROMPT_TOKENS,
-                max_answer_tokens=min(MAX_ANSWER_TOKENS, context_length(plan.model) // 2),
-                seed=plan.seed,
-                say=run.say,
-            )
-            synthesise(synthesiser, num_tokens=target, deadline=lambda: spent_s() >= limit_s, on_tokens=on_tokens)
-    run.progress.remove_task(task)
-    files = group_files(workspace.folder)
-    run.say(f"synthesise: {have:,} answer tokens in {len(files)} groups")
-    return workspace.write("rows", wanted, {"tokens": have, "groups": len(files), "seconds": round(spent_s())})
 
 
-def _calibrate(run: Run, trained: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Stage calibrate: confidence -> probability of agreement, fitted and checked on held-out conversations."""
+def _laps(run: Run) -> Made:
+    """Synthesis and the first depth's training in turn, each lap with twice of what the last one had."""
+    plan, schedule = run.plan, run.plan.schedule
+    first = plan.depths[0]
+    laps = schedule.laps()
+    records: list[dict[str, Any]] = []
+    short = "neither"
+    rows: dict[str, Any] = {}
+    for lap in laps:
+        if lap.last:
+            lap = shifted(lap, run.clock.spent_s, schedule.work_s, short)
+        rows = synthesise_lap(run, lap)
+        fraction = LAPS[-len(laps) :][lap.number]
+        record = train_depth(
+            run,
+            rows,
+            first,
+            lap=lap.number,
+            after=first if records else None,
+            epochs=epochs_of_lap(rows["tokens"], fraction, lap.training_share),
+            until_s=lap.train_until_s,
+        )
+        records.append(record)
+        scores = [point(record) for record in records]
+        short = what_is_short(record["train_tokens_per_cycle"], scores[-1])
+        _say_lap(run, lap, len(laps), rows, record, short)
+        if not lap.last and _is_enough(scores):
+            run.say("The next lap would bring next to nothing: this is enough.")
+            break
+    text = outlook([point(record) for record in records], run.clock.spent_s, short)
+    return Made(rows, trained={first: record}, outlook=text)
+
+
+def _is_enough(scores: list[float]) -> bool:
+    added = next_doubling(scores)
+    return added is not None and tpt_saved(scores[-1], added) < STOP_BELOW
+
+
+def _say_lap(run: Run, lap: Lap, num_laps: int, rows: dict[str, Any], record: dict[str, Any], short: str) -> None:
+    shortage = "" if short == "neither" else f"; {short} are short" if short == "tokens" else f"; {short} is short"
+    run.say(
+        f"lap {lap.number + 1} of {num_laps}: {rows['tokens']:,} answer tokens, {record['steps']} steps, "
+        f"{point(record):.3f} exits per cycle on validation rows ({record['train_tokens_per_cycle']:.3f} on training "
+        f"rows){shortage}"
+    )
+
+
+def _other_depths(run: Run, made: Made) -> None:
+    """Each starts from the first one's head and takes half as long."""
+    first, *others = run.plan.depths
+    for number, depth in enumerate(others):
+        left_s = run.plan.schedule.work_s - run.clock.spent_s
+        made.trained[depth] = train_depth(
+            run,
+            made.rows,
+            depth,
+            after=first,
+            epochs=epochs_of_lap(made.rows["tokens"], 1.0, 0.5),
+            until_s=run.clock.spent_s + left_s / (len(others) - number),
+        )
+
+
+def _calibrate(run: Run, depth: int) -> dict[str, Any]:
+    """Stage calibrate: confidence -> probability of agreement."""
     from safetensors.torch import load_file
 
-    results = {}
-    for depth, record in trained.items():
-        results[depth] = calibrate_rounds(load_file(run.workspace.path(f"measured-{depth}.safetensors")))
-        run.workspace.write(f"calibrate-{depth}", record, results[depth])
-    return results
+    validation, measured = (
+        load_file(run.workspace.path(f"{name}-{depth}.safetensors")) for name in ("validation", "measured")
+    )
+    result = calibrate_rounds(validation, measured)
+    rounds = " ".join("-" if value is None else f"{value:.3f}" for value in result["agreement"])
+    run.say(
+        f"depth {depth}: agreement on test conversations {rounds}, calibration error {result['calibration_error']:.3f}"
+    )
+    return result
 
 
 def _write_ramps(run: Run, folder: Path, made: Made, *, default_depth: int) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for depth in run.plan.depths:
-        head, vocabulary = head_tensors(run.workspace, depth)
-        assert VOCABULARY not in tensors or torch.equal(tensors[VOCABULARY], vocabulary), "vocabularies differ"
-        tensors[VOCABULARY] = vocabulary
+        head, tensors[VOCABULARY] = head_tensors(run.workspace, depth)
         tensors |= {f"{depth}.{name}": value for name, value in head.items()}
     save_ramps(
         folder,
@@ -131,23 +181,27 @@ def _write_ramps(run: Run, folder: Path, made: Made, *, default_depth: int) -> N
         intermediate_size=run.plan.intermediate_size,
         inner=list(run.plan.inner),
         calibration={depth: item["calibration"] for depth, item in made.calibration.items()},
-        training={
-            "data": "prompts and answers written by the model itself"
-            + (", and the user's prompts" if run.plan.user_prompts else ""),
-            "answer_tokens": made.rows["tokens"],
-            "seed": run.plan.seed,
-            "depths": {
-                str(depth): {
-                    "rows": record["rows"],
-                    "steps": record["steps"],
-                    "vocabulary_coverage": record["vocabulary_coverage"],
-                    "held_out_agreement": made.calibration[depth]["agreement"],
-                    "held_out_calibration_error": made.calibration[depth]["calibration_error"],
-                }
-                for depth, record in made.trained.items()
-            },
-        },
+        training=_training_facts(run, made),
     )
+
+
+def _training_facts(run: Run, made: Made) -> dict[str, Any]:
+    return {
+        "data": "prompts and answers written by the model itself"
+        + (", and the user's prompts" if run.plan.user_prompts else ""),
+        "answer_tokens": made.rows["tokens"],
+        "seed": run.plan.seed,
+        "depths": {
+            str(depth): {
+                "rows": record["rows"],
+                "steps": record["steps"],
+                "vocabulary_coverage": record["vocabulary_coverage"],
+                "held_out_agreement": made.calibration[depth]["agreement"],
+                "held_out_calibration_error": made.calibration[depth]["calibration_error"],
+            }
+            for depth, record in made.trained.items()
+        },
+    }
 
 
 def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
@@ -160,14 +214,13 @@ def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
     if (done := workspace.read("profile", inputs)) is not None:
         run.say("profile: done")
         return done
-    task = run.progress.add_task("profile", total=1.0, facts="starting the model as it is served")
-    result = profile(
-        plan.model,
-        folder,
-        plan.depths,
-        enforce_eager=plan.enforce_eager,
-        on_progress=lambda done, text: run.progress.update(task, completed=done, facts=text),
-    )
-    run.progress.remove_task(task)
-    run.say("profile: done")
+    with run.progress.stage("profile", total=1.0) as bar:
+        bar.update(0.0, "starting the model as it is served")
+        result = profile(
+            plan.model,
+            folder,
+            plan.depths,
+            enforce_eager=plan.enforce_eager,
+            on_progress=lambda done, text: bar.update(done, text),
+        )
     return workspace.write("profile", inputs, {**result, "machine": here})

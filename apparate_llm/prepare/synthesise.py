@@ -1,168 +1,249 @@
-"""Stages synthesise and collect: the model writes its own prompts and answers them while its inner states are recorded.
+"""Stage synthesise: the model writes its own prompts and answers them while its hidden states are recorded.
 
-Work goes by groups of conversations. Group g depends on (seed, g), its size and the groups before it only; its rows are
-one file, so a run that was killed goes on with the first missing group.
+Conversations flow through the engine all the time. What is finished goes to the store every half minute; answers that
+take longer are kept beside it as far as they are, so that a run that was killed goes on with them.
 """
 
 import math
 import random
+import time
 from collections.abc import Callable
-from itertools import islice
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from apparate_llm.prepare.capture import Capture
-from apparate_llm.prepare.chat import MIN_PROMPT_TOKENS, ChatFormat
-from apparate_llm.prepare.rows import Conversation, is_held_out, rows_of, save_rows
-from apparate_llm.prepare.topics import CODE_OPENINGS, OPENINGS, PASSAGE_TASKS, SYSTEM_PROMPTS
+from apparate_llm.files import replacing
+from apparate_llm.prepare.capture import Capture, conversation_of
+from apparate_llm.prepare.prompts import Opening, Prompt, PromptSource
+from apparate_llm.prepare.rows import Conversation
+from apparate_llm.prepare.store import RowStore
 
-Messages = list[dict[str, str]]
-KINDS = ("open", "code", "passage", "user")  # of a prompt; the last are the user's own
-
-# Decoding temperature of each group's answers in turn: mostly greedy, which is also how agreement is measured.
+UNDER_WAY = "under-way.pt"
+KEEP_EVERY_S = 30.0
+LONG_ANSWER_S = 45.0  # an answer that takes longer is kept unfinished
+STEP_TARGET_S = 0.5  # of a step with all slots in use: more requests at once would only make each take longer
+FEWEST_SLOTS = 16
+STEPS_JUDGED = 20
+MOST_FAILURES = 500  # prompts in a row that lead to nothing
+PRIOR_ANSWERS = 32
+CUT_ANSWER_TOKENS = 16  # an unfinished answer is used from there on
+# Decoding temperature of one conversation after another: mostly greedy, which is also how agreement is measured.
 TEMPERATURES = (0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.8, 0.0)
-PASSAGE_SHARE = 0.3  # of the prompts ask about a text that the model wrote earlier
-CODE_SHARE = 0.3  # of the other prompts open like a programmer's
-USER_SHARE = 1 / 3  # of a group, while prompts given by the user last
-SYSTEM_SHARE = 0.3  # have another system prompt than the chat template's own
-MIN_PASSAGE_TOKENS = 96
-MIN_PROMPT_CHARACTERS = 8
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A conversation under way."""
+
+    prompt: Prompt
+    temperature: float
+    tokens: list[int] = field(default_factory=list)
+    earlier: dict[int | str, torch.Tensor] = field(default_factory=dict)  # rows from before this start
+    began_s: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A prompt that is being written."""
+
+    number: int
+    opening: Opening
+    text: str = ""
 
 
 class Synthesiser:
     def __init__(
         self,
         llm: Any,
-        folder: Path,
+        store: RowStore,
+        prompts: PromptSource,
         *,
         depths: tuple[int, ...],
-        user_prompts: list[Messages],
-        group_size: int,
         max_prompt_tokens: int,
         max_answer_tokens: int,
+        slots: int,
         seed: int,
-        say: Callable[[str], None],
     ) -> None:
-        self.llm = llm
-        self.folder = folder
+        self.engine = llm.llm_engine
+        self.store, self.prompts = store, prompts
         self.capture = Capture(llm, depths=depths)
-        self.group_size = group_size
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_answer_tokens = max_answer_tokens
-        self.seed = seed
-        self.tokenizer = llm.get_tokenizer()
-        self.chat = ChatFormat(
-            self.tokenizer,
-            max_model_len=llm.llm_engine.model_config.max_model_len,
-            max_answer_tokens=max_answer_tokens,
-            say=say,
-        )
-        self.user_prompts = [ids for _, ids in self.chat.render_all(user_prompts)[0]]
-        self.seen: set[str] = set()
-        self.passages: list[str] = []
-        self.num_answers = self.num_answer_tokens = 0
-        for path in group_files(folder):
-            self._remember(texts_of(path))
+        self.max_prompt_tokens, self.max_answer_tokens = max_prompt_tokens, max_answer_tokens
+        self.slots = slots
+        self.number = int(store.facts.get("next_number", 0))  # of the next conversation
+        self.work: dict[str, _Answer | _Draft] = {}  # by request
+        self.finished: list[Conversation] = []  # not in the store yet
+        self.step_s: list[float] = []
+        self.failures = self.requests = 0
+        self.kept_at = time.monotonic()
+        prompts.learn(store)
+        torch.manual_seed(random.Random(f"{seed}/{self.number}").getrandbits(32))
+        self._go_on()
 
-    def write_group(self, number: int, size: int) -> int:
-        """Make group `number` of up to `size` conversations and leave it on disk; returns its answer tokens."""
-        rng = random.Random(f"{self.seed}/{number}")
-        kinds, prompts = self._prompts(rng, size)
-        torch.manual_seed(rng.getrandbits(32))
-        temperature = TEMPERATURES[number % len(TEMPERATURES)]
-        found = generate_rows(
-            self.llm, self.capture, prompts, temperature=temperature, max_tokens=self.max_answer_tokens
-        )
-        self.capture.clear()
-        kinds = [kind for kind, answer in zip(kinds, found, strict=True) if answer is not None]
-        answers = [answer for answer in found if answer is not None]
-        if not answers:
-            raise RuntimeError(f"the model answered none of {len(prompts)} prompts")
-        self._remember([(item.prompt, item.answer) for item in answers])
-        flat = {
-            "kinds": torch.tensor([KINDS.index(kind) for kind in kinds], dtype=torch.int8),
-            "prompt_ids": torch.tensor([token for item in answers for token in item.prompt], dtype=torch.int32),
-            "prompt_lengths": torch.tensor([len(item.prompt) for item in answers], dtype=torch.int32),
-            "answer_ids": torch.tensor([token for item in answers for token in item.answer], dtype=torch.int32),
-            "answer_lengths": torch.tensor([len(item.answer) for item in answers], dtype=torch.int32),
-        }
-        save_rows(group_file(self.folder, number), rows_of(answers), flat)
-        return len(flat["answer_ids"])
+    @property
+    def answer_tokens(self) -> int:
+        return self.store.counts["answer_tokens"] + sum(len(item.answer) for item in self.finished)
 
-    def group_size_for(self, num_tokens: float) -> int:
-        """Conversations likely to hold `num_tokens` answer tokens, at most a whole group."""
-        mean_answer = self.num_answer_tokens / self.num_answers if self.num_answers else self.max_answer_tokens / 2
-        return math.ceil(min(self.group_size, num_tokens / mean_answer))
+    def run(
+        self,
+        *,
+        tokens: float,
+        most_tokens: float,
+        enough: Callable[[], bool],
+        on_step: Callable[[], None] = lambda: None,
+        on_kept: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Work until there are `tokens` answer tokens or `enough()` says so; what is under way then is kept too.
 
-    def _remember(self, group: list[tuple[list[int], list[int]]]) -> None:
-        for number, (prompt, answer) in enumerate(group):
-            self.num_answers += 1
-            self.num_answer_tokens += len(answer)
-            self.seen.add(self.tokenizer.decode(prompt))
-            if len(answer) >= MIN_PASSAGE_TOKENS and not is_held_out(number):
-                self.passages.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
+        most_tokens: what is wanted in the end; no more is begun than may lead there. on_kept: after each time that
+        work was kept.
+        """
+        while self.answer_tokens < tokens and not enough():
+            self._fill(most_tokens)
+            began = time.monotonic()
+            outputs = self.engine.step()
+            self._judge_step(time.monotonic() - began)
+            for output in outputs:
+                self._take(output)
+            on_step()
+            if time.monotonic() - self.kept_at >= KEEP_EVERY_S:
+                self.keep()
+                on_kept()
+        self.keep(all_under_way=True)
+        on_kept()
 
-    # ---- prompts
+    def cut(self) -> None:
+        """End here: what is under way is used as far as it is."""
+        for request, work in list(self.work.items()):
+            if isinstance(work, _Answer) and len(work.tokens) >= CUT_ANSWER_TOKENS:
+                self._finish(request, work)
+        self.engine.abort_request(list(self.work))
+        self.work.clear()
+        self.keep()
 
-    def _prompts(self, rng: random.Random, size: int) -> tuple[list[str], list[list[int]]]:
-        """Kinds and token ids of up to `size` different prompts, chat template included."""
-        mine = (("user", ids) for ids in self.user_prompts if self._is_new(ids))
-        found = list(islice(mine, max(1, int(USER_SHARE * size))))
-        texts = []
-        if self.passages:
-            for _ in range(int(PASSAGE_SHARE * (size - len(found)))):
-                before, after = self._affixes(rng)
-                task = rng.choice(PASSAGE_TASKS).replace("{}", rng.choice(self.passages))
-                texts.append(("passage", before + task + after))
-        texts += self._written_prompts(rng, size - len(found) - len(texts))
-        found += [(kind, self.chat.encode(text)) for kind, text in texts]
-        kinds, prompts = [], []
-        for kind, ids in found:
-            if self._is_new(ids):
-                self.seen.add(self.tokenizer.decode(ids))
-                kinds.append(kind)
-                prompts.append(ids)
-        return kinds, prompts
+    # ---- requests
 
-    def _is_new(self, ids: list[int]) -> bool:
-        """Whether a prompt fits in the context and was not answered yet."""
-        fits = MIN_PROMPT_TOKENS <= len(ids) <= self.chat.longest
-        return fits and self.tokenizer.decode(ids) not in self.seen
+    def _fill(self, most_tokens: float) -> None:
+        mean_answer = self._mean_answer()
+        while len(self.work) < min(self.slots, math.ceil((most_tokens - self.answer_tokens) / mean_answer)):
+            drawn = self.prompts.draw(self.number)
+            if isinstance(drawn, Opening):
+                self._write(_Draft(self.number, drawn))
+            elif drawn is not None:
+                self._answer(_Answer(drawn, TEMPERATURES[self.number % len(TEMPERATURES)]))
+            else:
+                self._failed()
+            self.number += 1
 
-    def _written_prompts(self, rng: random.Random, count: int) -> list[tuple[str, str]]:
+    def _mean_answer(self) -> float:
+        """Tokens of an answer, by those there are; the first to finish are short ones."""
+        number = self.store.counts["conversations"] + len(self.finished)
+        return (self.answer_tokens + PRIOR_ANSWERS * self.max_answer_tokens / 2) / (number + PRIOR_ANSWERS)
+
+    def _write(self, draft: _Draft) -> None:
         from vllm import SamplingParams
 
-        if not count:
-            return []
-        affixes = [self._affixes(rng) for _ in range(count)]
-        kinds = ["code" if rng.random() < CODE_SHARE else "open" for _ in range(count)]
-        openings = [rng.choice(CODE_OPENINGS if kind == "code" else OPENINGS) for kind in kinds]
-        params = [
-            SamplingParams(
-                temperature=1.0,
-                max_tokens=self.max_prompt_tokens,
-                **self.chat.stops(after),
-            )
-            for _, after in affixes
-        ]
-        heads = [
-            {"prompt_token_ids": self.chat.start(before + opening)}
-            for (before, _), opening in zip(affixes, openings, strict=True)
-        ]
-        torch.manual_seed(rng.getrandbits(32))
-        written = self.llm.generate(heads, params, use_tqdm=False)
-        self.capture.clear()
-        texts = []
-        for kind, (before, after), opening, result in zip(kinds, affixes, openings, written, strict=True):
-            text = (opening + result.outputs[0].text).strip()
-            if len(text) >= MIN_PROMPT_CHARACTERS:
-                texts.append((kind, before + text + after))
-        return texts
+        ends = self.prompts.chat.stops(draft.opening.after)
+        params = SamplingParams(temperature=1.0, max_tokens=self.max_prompt_tokens, **ends)
+        self._add(draft, self.prompts.start(draft.opening), params)
 
-    def _affixes(self, rng: random.Random) -> tuple[str, str]:
-        return self.chat.affixes(rng.choice(SYSTEM_PROMPTS) if rng.random() < SYSTEM_SHARE else None)
+    def _answer(self, answer: _Answer) -> None:
+        from vllm import SamplingParams
+
+        self.prompts.asked(answer.prompt.ids)
+        left = self.max_answer_tokens - len(answer.tokens)
+        context = answer.prompt.ids + answer.tokens
+        params = SamplingParams(temperature=answer.temperature, max_tokens=left, detokenize=False)
+        self.capture.watch(self._add(answer, context, params), len(context))
+
+    def _add(self, work: _Answer | _Draft, ids: list[int], params: Any) -> str:
+        from vllm.sampling_params import RequestOutputKind
+
+        params.output_kind = RequestOutputKind.DELTA
+        request = f"{self.requests}"
+        self.requests += 1
+        self.engine.add_request(request, {"prompt_token_ids": ids}, params)
+        self.work[request] = work
+        return request
+
+    def _take(self, output: Any) -> None:
+        work, news = self.work[output.request_id], output.outputs[0]
+        if isinstance(work, _Answer):
+            work.tokens += news.token_ids
+            if output.finished:
+                self._finish(output.request_id, work)
+            return
+        work.text += news.text
+        if output.finished:
+            del self.work[output.request_id]
+            prompt = self.prompts.written(work.opening, work.text)
+            if prompt is None:
+                self._failed()
+            else:
+                self._answer(_Answer(prompt, TEMPERATURES[work.number % len(TEMPERATURES)]))
+
+    def _finish(self, request: str, work: _Answer) -> None:
+        del self.work[request]
+        if not work.tokens:
+            self.capture.forget(request)
+            return self._failed()
+        rows = _joined(work.earlier, self.capture.rows_so_far(request))
+        self.capture.forget(request)
+        made = conversation_of(work.prompt.ids, work.tokens, rows)
+        self.finished.append(made._replace(split=work.prompt.split, kind=work.prompt.kind))
+        self.prompts.answered(made.answer, made.split)
+        self.failures = 0
+
+    def _failed(self) -> None:
+        self.failures += 1
+        if self.failures >= MOST_FAILURES:
+            raise RuntimeError(f"the last {self.failures} prompts were empty, too long, known or without an answer")
+
+    def _judge_step(self, step_s: float) -> None:
+        """Fewer slots where a step takes long; the fastest of several steps counts, as others may use the machine."""
+        self.step_s.append(step_s)
+        if len(self.step_s) >= STEPS_JUDGED:
+            fastest = min(self.step_s)
+            if len(self.work) >= self.slots and fastest > STEP_TARGET_S:
+                self.slots = max(FEWEST_SLOTS, int(self.slots * STEP_TARGET_S / fastest))
+            self.step_s.clear()
+
+    # ---- on disk
+
+    def keep(self, *, all_under_way: bool = False) -> None:
+        """Put what is finished into the store, and what has been under way for long beside it."""
+        self.store.append(self.finished, next_number=self.number)
+        self.finished.clear()
+        self.kept_at = now = time.monotonic()
+        unfinished = []
+        for request, work in self.work.items():
+            if isinstance(work, _Answer) and work.tokens and (all_under_way or now - work.began_s > LONG_ANSWER_S):
+                rows = _joined(work.earlier, self.capture.rows_so_far(request))
+                kept = len(rows["final"]) - 1 if rows else 0  # the last token's row is not computed yet
+                if kept > 0:
+                    rows = {key: value[: kept + 1] for key, value in rows.items()}
+                    unfinished.append((tuple(work.prompt), work.temperature, work.tokens[:kept], rows))
+        with replacing(self.store.folder / UNDER_WAY, private=True) as temporary:
+            torch.save(unfinished, temporary)
+
+    def _go_on(self) -> None:
+        """With the answers that an earlier start left unfinished."""
+        path = self.store.folder / UNDER_WAY
+        if not path.is_file():
+            return
+        for prompt, temperature, tokens, rows in torch.load(path, weights_only=True):
+            asked = Prompt(*prompt)
+            if self.prompts.is_new(asked.ids) and 0 < len(tokens) < self.max_answer_tokens:
+                self._answer(_Answer(asked, temperature, list(tokens), rows))
+
+
+def _joined(
+    earlier: dict[int | str, torch.Tensor], rows: dict[int | str, torch.Tensor]
+) -> dict[int | str, torch.Tensor]:
+    """Rows of one conversation: the later ones begin with the last of the earlier ones."""
+    if not earlier or not rows:
+        return earlier or rows
+    return {key: torch.cat([value, rows[key][1:]]) for key, value in earlier.items()}
 
 
 def generate_rows(
@@ -172,74 +253,29 @@ def generate_rows(
     *,
     temperature: float,
     max_tokens: int,
-    show_progress: bool = False,
+    on_answers: Callable[[int], None] = lambda done: None,
 ) -> list[Conversation | None]:
-    """Answer every prompt (token ids): the conversations with what the capture recorded, None for an empty answer."""
+    """Answer every prompt (token ids): the conversations with what the capture recorded, None for an empty answer.
+    on_answers: called with how many there are."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    capture.clear()
-    results = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(temperature=temperature, max_tokens=max_tokens),
-        use_tqdm=show_progress,
+    engine = llm.llm_engine
+    params = SamplingParams(
+        temperature=temperature, max_tokens=max_tokens, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False
     )
-    return [
-        capture.take(result.request_id, prompt, list(result.outputs[0].token_ids))
-        if result.outputs[0].token_ids
-        else None
-        for prompt, result in zip(prompts, results, strict=True)
-    ]
-
-
-def group_file(folder: Path, number: int) -> Path:
-    return folder / f"group-{number:05d}.safetensors"
-
-
-def group_files(folder: Path) -> list[Path]:
-    """Finished groups, without a gap."""
-    files: list[Path] = []
-    while (path := group_file(folder, len(files))).is_file():
-        files.append(path)
-    return files
-
-
-def texts_of(path: Path) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) token ids of a group's conversations."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        parts = []
-        for kind in ("prompt", "answer"):
-            lengths = file.get_tensor(f"{kind}_lengths").tolist()
-            parts.append([part.tolist() for part in file.get_tensor(f"{kind}_ids").split(lengths)])
-    return list(zip(*parts, strict=True))
-
-
-def answer_tokens(path: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return int(file.get_slice("answer_ids").get_shape()[0])
-
-
-def synthesise(
-    synthesiser: Synthesiser, *, num_tokens: float, deadline: Callable[[], bool], on_tokens: Callable[[int], None]
-) -> int:
-    """Groups until there are `num_tokens` answer tokens or `deadline()` says it is time; returns the tokens there are.
-    `on_tokens` gets each finished group's."""
-    files = group_files(synthesiser.folder)
-    total = sum(answer_tokens(path) for path in files)
-    number = len(files)
-    while total < num_tokens and not (number and deadline()):
-        made = synthesiser.write_group(number, synthesiser.group_size_for(num_tokens - total))
-        total, number = total + made, number + 1
-        on_tokens(made)
-    return total
-
-
-def kinds_of(path: Path) -> list[str]:
-    """What kind of prompt each of a group's conversations has."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return [KINDS[number] for number in file.get_tensor("kinds").tolist()]
+    for number, prompt in enumerate(prompts):
+        capture.watch(f"{number}", len(prompt))
+        engine.add_request(f"{number}", {"prompt_token_ids": prompt}, params)
+    answers: list[Conversation | None] = [None] * len(prompts)
+    done = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            number, tokens = int(output.request_id), list(output.outputs[0].token_ids)
+            if tokens:
+                answers[number] = capture.take(output.request_id, prompts[number], tokens)
+            else:
+                capture.forget(output.request_id)
+            done += 1
+            on_answers(done)
+    return answers

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from apparate_llm.files import replacing
-from apparate_llm.prepare.rows import LEAD, Rows
+from apparate_llm.prepare.rows import LEAD, TRAIN, VALIDATION, Rows
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.heads import Copies, FusedHead, Head
 
@@ -25,9 +25,12 @@ NUM_ROUNDS = 4  # measured and calibrated
 WRONG_ROUND_WEIGHT = 0.2
 FINAL_LEARNING_RATE = 0.02  # of the highest one
 WARM_UP_STEPS = 100
-CHECKPOINT_EVERY_S = 30.0
+BATCH_ROWS = 1024
+CHECKPOINT_EVERY_S = 60.0
 EVALUATE_EVERY = 0.1  # of the training
-MAX_EVALUATED_ROWS = 20_000
+MAX_EVALUATED_ROWS = 12_000
+RELEASE_EVERY = 20  # steps, after which mapped rows are given back
+VOCABULARY_CHUNK = 1 << 18  # rows looked at together
 
 
 class BaseParts(NamedTuple):
@@ -57,7 +60,7 @@ class TrainSettings:
     depth: int
     inner: tuple[int, ...] = ()  # depths of the inner states that the first round's state joins
     intermediate_size: int = 1536
-    batch_rows: int = 1024
+    batch_rows: int = BATCH_ROWS
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     dropout: float = 0.1
@@ -69,15 +72,23 @@ class TrainSettings:
 
 def ramp_vocabulary(rows: Rows, size: int) -> torch.Tensor:
     """The `size` tokens with the most probability under the full model in training rows, sorted by id."""
-    chosen = (rows.answer_index > LEAD) & ~rows.held_out
-    tokens, probabilities = rows.top_ids[chosen].long().flatten(), rows.top_logprobs[chosen].float().exp().flatten()
-    wanted = torch.bincount(tokens, weights=probabilities)
+    wanted = torch.zeros(0, dtype=torch.float64)
+    for index in starts(rows, split=TRAIN).split(VOCABULARY_CHUNK):
+        tokens, probabilities = rows.top_ids[index].long().flatten(), rows.top_logprobs[index].double().exp().flatten()
+        counted = torch.bincount(tokens, weights=probabilities, minlength=len(wanted))
+        counted[: len(wanted)] += wanted
+        wanted = counted
     return wanted.topk(min(size, len(wanted))).indices.sort().values
 
 
-def starts(rows: Rows, *, held_out: bool) -> torch.Tensor:
+def starts(rows: Rows, *, split: int) -> torch.Tensor:
     """Rows in which a first round can run: those of answers."""
-    return torch.nonzero((rows.answer_index > LEAD) & (rows.held_out == held_out))[:, 0]
+    return torch.nonzero((rows.answer_index > LEAD) & (rows.split == split))[:, 0]
+
+
+def thinned(index: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` of the rows, evenly spread."""
+    return index[:: max(1, math.ceil(len(index) / most))]
 
 
 class RoundData:
@@ -192,7 +203,7 @@ def batch_loss(head: FusedHead, data: RoundData, index: torch.Tensor, round_weig
 
 
 class Measured(NamedTuple):
-    """One round on held-out rows; n rows whose earlier rounds all agreed."""
+    """One round on rows of one split; n rows whose earlier rounds all agreed."""
 
     rows: torch.Tensor  # [n] index of the row the round ran in
     confidence: torch.Tensor  # [n] highest probability of the ramp
@@ -248,12 +259,13 @@ def train_head(
     initial: dict[str, torch.Tensor] | None = None,
     checkpoint: Path | None = None,
     on_progress: Callable[[float, dict[str, float]], None] = lambda done, facts: None,
+    release: Callable[[], None] = lambda: None,
 ) -> tuple[FusedHead, dict[str, Any]]:
     """Train until `epochs` or the time budget is used up; the learning rate follows whichever ends first.
 
-    Returns the state that was best on held-out rows, and the training record. `initial` weights, of another depth's
+    Returns the state that was best on validation rows, and the training record. `initial` weights, of another depth's
     head, save a good part of the way: only what reads the hidden state differs. With `checkpoint` the training goes on
-    from that file after an interruption; time spent before counts.
+    from that file after an interruption; time spent before counts. `release` gives memory of mapped rows back.
     """
     run = _Training(rows, base, vocabulary, settings)
     if initial is not None:
@@ -263,7 +275,9 @@ def train_head(
     saved_at = time.monotonic()
     while not run.finished:
         run.step()
-        on_progress(run.done_frac, {"loss": run.recent_loss, "held_out_tokens_per_cycle": run.best_score})
+        on_progress(run.done_frac, {"loss": run.recent_loss, "tokens_per_cycle": run.best_score})
+        if run.steps % RELEASE_EVERY == 0:
+            release()
         if checkpoint is not None and time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
             run.save(checkpoint)
             saved_at = time.monotonic()
@@ -285,9 +299,8 @@ class _Training:
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
         )
-        self.index = starts(rows, held_out=False)
-        held_out = starts(rows, held_out=True)
-        self.held_out = held_out[:: math.ceil(len(held_out) / MAX_EVALUATED_ROWS)] if len(held_out) else held_out
+        self.index = starts(rows, split=TRAIN)
+        self.validation = thinned(starts(rows, split=VALIDATION), MAX_EVALUATED_ROWS)
         self.total = max(1, int(settings.epochs * len(self.index) / settings.batch_rows))
         self.order = torch.randperm(len(self.index), generator=self.generator)
         self.offset = self.steps = 0
@@ -323,17 +336,17 @@ class _Training:
         value = loss.item()
         self.recent_loss = value if math.isnan(self.recent_loss) else 0.98 * self.recent_loss + 0.02 * value
         self.steps += 1
-        self.spent_s += time.monotonic() - began
         if self.done_frac >= self.next_evaluation:
             self.evaluate()
             self.next_evaluation += EVALUATE_EVERY
+        self.spent_s += time.monotonic() - began
 
     def evaluate(self) -> None:
-        """Keep the head if it is the best so far on held-out rows."""
-        if not len(self.held_out):
+        """Keep the head if it is the best so far on validation rows."""
+        if not len(self.validation):
             score = self.best_score
         else:
-            score = tokens_per_cycle(measure_head(working_copy(self.head, self.dtype), self.data, self.held_out))
+            score = tokens_per_cycle(measure_head(working_copy(self.head, self.dtype), self.data, self.validation))
         if score >= self.best_score:
             self.best_score = score
             self.best = {
@@ -349,7 +362,7 @@ class _Training:
             "rows": len(self.index),
             "steps": self.steps,
             "seconds": round(self.spent_s),
-            "held_out_tokens_per_cycle": round(self.best_score, 4),
+            "validation_tokens_per_cycle": round(self.best_score, 4),
         }
 
     PLAIN = ("offset", "steps", "spent_s", "next_evaluation", "recent_loss", "best_score")

@@ -1,6 +1,7 @@
-"""Stage train, as part of a preparation: from the rows on disk to a head with its held-out measurements on disk."""
+"""Stage train, as part of a preparation: from the rows on disk to a head with its measurements on disk."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,102 +9,148 @@ import torch
 
 from apparate_llm.files import replacing
 from apparate_llm.models.packing import for_serving
-from apparate_llm.prepare.engine import ELEMENT_SIZE
 from apparate_llm.prepare.evaluate import ceiling
-from apparate_llm.prepare.plan import MAX_ROWS_GIB, Run, epochs_for
-from apparate_llm.prepare.rows import Rows, bytes_per_row, load_rows
-from apparate_llm.prepare.synthesise import KINDS, answer_tokens, group_files, kinds_of
+from apparate_llm.prepare.plan import Plan, Run
+from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, Rows
+from apparate_llm.prepare.schedule import epochs_for
 from apparate_llm.prepare.train import (
+    MAX_EVALUATED_ROWS,
     BaseParts,
     Measured,
     RoundData,
     TrainSettings,
     measure_head,
+    new_head,
     ramp_vocabulary,
     starts,
+    thinned,
+    tokens_per_cycle,
     train_head,
+    working_copy,
 )
 from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.ramps.checkpoint import VOCABULARY
+from apparate_llm.ramps.heads import FusedHead
 
-TRAINING_SHARE = 0.38  # of the time budget
+MOST_MEASURED_ROWS = 24_000  # of each split
 
 
-def train_depth(run: Run, rows_record: dict[str, Any], depth: int, *, after: int | None) -> dict[str, Any]:
-    """Leaves head-DEPTH.safetensors, measured-DEPTH.safetensors and the training record, which it returns. Starts from
-    the head of depth `after`, if given."""
+def train_depth(
+    run: Run,
+    rows_record: dict[str, Any],
+    depth: int,
+    *,
+    lap: int = 0,
+    after: int | None,
+    epochs: float,
+    until_s: float = math.inf,
+) -> dict[str, Any]:
+    """Leaves head-DEPTH.safetensors and the training record, which it returns; all depths train on the same rows.
+
+    Starts from the head of depth `after`, if given, and ends after `epochs` of these rows or at `until_s` of the work
+    clock.
+    """
     plan, workspace, stage = run.plan, run.workspace, f"train-{depth}"
-    settings = _settings(run, rows_record, depth, first=after is None)
+    settings = TrainSettings(
+        depth=depth, inner=plan.inner, intermediate_size=plan.intermediate_size, epochs=epochs, seed=plan.seed + lap
+    )
     inputs = {
-        "groups": rows_record["groups"],
+        "rows": rows_record["rows"],
         "fingerprint": run.base.fingerprint,
         "ramp_vocab": plan.ramp_vocab,
         "settings": repr(settings),
         "after": after,
+        "lap": lap,
     }
     if (done := workspace.read(stage, inputs)) is not None:
         run.say(f"train depth {depth}: done")
         return done
-    if not workspace.made_from(f"{stage}-started", inputs):
-        workspace.path(f"{stage}.pt").unlink(missing_ok=True)  # of a training on other rows
-        workspace.write(f"{stage}-started", inputs, {})
-    rows, kinds = _load(run, rows_record["groups"], tuple(sorted({d for d in (depth, *plan.inner) if d > 0})))
-    base, vocabulary = BaseParts.of(plan.model), ramp_vocabulary(rows, plan.ramp_vocab)
-    task = run.progress.add_task(f"train depth {depth}", total=1.0, facts="")
-
-    def on_progress(done_frac: float, facts: dict[str, float]) -> None:
-        text = f"loss {facts['loss']:.3f}, {max(facts['held_out_tokens_per_cycle'], 0):.3f} exits per cycle held out"
-        run.progress.update(task, completed=done_frac, facts=text)
-
-    initial = None if after is None else head_tensors(workspace, after)[0]
     checkpoint = workspace.path(f"{stage}.pt")
-    head, record = train_head(
-        rows, base, vocabulary, settings, initial=initial, checkpoint=checkpoint, on_progress=on_progress
-    )
-    run.progress.remove_task(task)
-    held_out = starts(rows, held_out=True)
-    data = RoundData(rows, base, depth=depth, inner=plan.inner, vocabulary=vocabulary)
-    measured = measure_head(for_serving(head, rows.final.dtype), data, held_out)
+    if (begun := workspace.read(f"{stage}-begun", inputs)) is None:
+        checkpoint.unlink(missing_ok=True)  # of a training on other rows
+        budget_s = max(1.0, until_s - run.clock.spent_s)
+        begun = workspace.write(f"{stage}-begun", inputs, {"budget_s": None if math.isinf(budget_s) else budget_s})
+    settings = replace(settings, time_budget_s=math.inf if begun["budget_s"] is None else begun["budget_s"])
+    with run.progress.stage(f"train depth {depth}", total=1.0) as bar:
+        rows = run.store.rows(depths=_depths(depth, plan.inner), num_rows=rows_record["rows"])
+        base, vocabulary = BaseParts.of(plan.model), ramp_vocabulary(rows, plan.ramp_vocab)
+
+        def on_progress(done_frac: float, facts: dict[str, float]) -> None:
+            exits = max(facts["tokens_per_cycle"], 0.0)
+            bar.update(min(1.0, done_frac), f"loss {facts['loss']:.3f}, {exits:.3f} exits per cycle on validation rows")
+            run.clock.keep_now_and_then()
+
+        head, record = train_head(
+            rows,
+            base,
+            vocabulary,
+            settings,
+            initial=None if after is None else head_tensors(workspace, after)[0],
+            checkpoint=checkpoint,
+            on_progress=on_progress,
+            release=run.store.release,
+        )
     tensors = {name: value.contiguous() for name, value in head.state_dict().items() if name != "head"}
     _save_tensors(workspace.path(f"head-{depth}.safetensors"), tensors | {VOCABULARY: vocabulary.int()})
-    _save_measured(workspace.path(f"measured-{depth}.safetensors"), measured, rows, kinds)
-    agreement = [float(part.agrees.float().mean()) if len(part.agrees) else 0.0 for part in measured]
-    rounds = " ".join(f"{value:.3f}" for value in agreement)
-    run.say(f"train depth {depth}: {record['steps']} steps, held-out agreement {rounds}")
-    covered = torch.isin(rows.top_ids[held_out, 0].long(), vocabulary).float().mean()
-    record |= {"vocabulary_coverage": round(float(covered), 4), "ceiling": ceiling(rows), "settings": repr(settings)}
+    data = RoundData(rows, base, depth=depth, inner=plan.inner, vocabulary=vocabulary)
+    known = measure_head(head, data, thinned(starts(rows, split=TRAIN), MAX_EVALUATED_ROWS))
+    record |= {"train_tokens_per_cycle": round(tokens_per_cycle(known), 4), "settings": repr(settings)}
+    run.store.release()
+    run.clock.keep()
     return workspace.write(stage, inputs, record)
 
 
-def _settings(run: Run, rows_record: dict[str, Any], depth: int, *, first: bool) -> TrainSettings:
-    """Every depth after the first takes half as long: it starts from the first one's head."""
-    plan, part = run.plan, 1.0 if first else 0.5
-    budget_s = math.inf if plan.time_budget_s is None else plan.time_budget_s * TRAINING_SHARE
-    return TrainSettings(
-        depth=depth,
-        inner=plan.inner,
-        intermediate_size=plan.intermediate_size,
-        epochs=epochs_for(rows_record["tokens"]) * part,
-        time_budget_s=budget_s * part / (0.5 + 0.5 * len(plan.depths)),
-        seed=plan.seed,
-    )
+def measure_depth(run: Run, rows_record: dict[str, Any], depth: int, trained: dict[str, Any]) -> dict[str, Any]:
+    """Leaves what calibration (validation-DEPTH.safetensors) and the report (measured-DEPTH.safetensors) are made
+    from; returns the report's facts."""
+    plan, workspace = run.plan, run.workspace
+    inputs = {"trained": trained, "rows": rows_record["rows"]}
+    if (done := workspace.read(f"measure-{depth}", inputs)) is not None:
+        return done
+    head, vocabulary = head_tensors(workspace, depth)
+    rows = run.store.rows(depths=_depths(depth, plan.inner), num_rows=rows_record["rows"])
+    base, kinds = BaseParts.of(plan.model), run.store.kinds()
+    data = RoundData(rows, base, depth=depth, inner=plan.inner, vocabulary=vocabulary.long())
+    dtype = rows.final.dtype
+    served = for_serving(_restored(head, base, vocabulary.long(), plan, dtype), dtype)
+    for name, split in (("validation", VALIDATION), ("measured", TEST)):
+        index = thinned(starts(rows, split=split), MOST_MEASURED_ROWS)
+        measured = measure_head(served, data, index)
+        _save_measured(workspace.path(f"{name}-{depth}.safetensors"), measured, rows, kinds)
+    covered = torch.isin(rows.top_ids[index, 0].long(), vocabulary.long()).float()
+    result = {
+        "held_out_tokens_per_cycle": round(tokens_per_cycle(measured), 4),
+        "agreement": [float(part.agrees.float().mean()) if len(part.agrees) else 0.0 for part in measured],
+        "vocabulary_coverage": round(float(covered.mean()), 4) if len(covered) else 0.0,
+        "ceiling": ceiling(_part(rows, index)),
+    }
+    run.store.release()
+    return workspace.write(f"measure-{depth}", inputs, result)
 
 
-def _load(run: Run, groups: int, depths: tuple[int, ...]) -> tuple[Rows, list[str]]:
-    """Rows of as many groups as fit in memory, and the kind of each conversation's prompt."""
-    files = group_files(run.workspace.folder)[:groups]
-    row = bytes_per_row(run.base.hidden_size, len(depths), ELEMENT_SIZE)
-    limit = int(MAX_ROWS_GIB * 2**30 / row)
-    tokens = kept = 0
-    for path in files:
-        tokens += answer_tokens(path)
-        if kept and tokens > limit:
-            run.say(
-                f"only {kept} of {len(files)} groups fit in {MAX_ROWS_GIB:.0f} GiB of memory; the rest stays unused"
-            )
-            break
-        kept += 1
-    return load_rows(files[:kept], depths=depths), [kind for path in files[:kept] for kind in kinds_of(path)]
+def _restored(
+    head: dict[str, torch.Tensor], base: BaseParts, vocabulary: torch.Tensor, plan: Plan, dtype: torch.dtype
+) -> FusedHead:
+    """A trained head from its tensors, as it is served."""
+    settings = TrainSettings(depth=0, inner=plan.inner, intermediate_size=plan.intermediate_size)
+    made = new_head(base, vocabulary, settings)
+    made.load_state_dict({name: value.float() for name, value in head.items()}, strict=False)
+    return working_copy(made, dtype)
+
+
+def epochs_of_lap(tokens: float, fraction: float, share: float) -> float:
+    """Epochs over a lap's `tokens`, which are `fraction` of those at the end, for `share` of the whole training."""
+    return round(epochs_for(tokens / fraction) * share / fraction, 2)
+
+
+def _part(rows: Rows, index: torch.Tensor) -> Rows:
+    """Some of the rows, without their states."""
+    few = {name: getattr(rows, name)[index] for name in Rows._fields if name not in ("states", "final")}
+    return Rows(**few, states={}, final=torch.empty(0))
+
+
+def _depths(depth: int, inner: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted({number for number in (depth, *inner) if number > 0}))
 
 
 def head_tensors(workspace: Workspace, depth: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -122,8 +169,7 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, temporary)
 
 
-def _save_measured(path: Path, measured: list[Measured], rows: Rows, kinds: list[str]) -> None:
-    kind_of = torch.tensor([KINDS.index(kind) for kind in kinds], dtype=torch.int8)
+def _save_measured(path: Path, measured: list[Measured], rows: Rows, kinds: torch.Tensor) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for number, part in enumerate(measured):
         conversations = rows.conversations[part.rows]
@@ -131,6 +177,6 @@ def _save_measured(path: Path, measured: list[Measured], rows: Rows, kinds: list
             f"{number}.confidence": part.confidence,
             f"{number}.agrees": part.agrees,
             f"{number}.conversation": conversations,
-            f"{number}.kind": kind_of[conversations.long()],
+            f"{number}.kind": kinds[conversations.long()],
         }
     _save_tensors(path, tensors)

@@ -12,9 +12,11 @@ import torch
 
 from apparate_llm.prepare.capture import Capture
 from apparate_llm.prepare.engine import environment
-from apparate_llm.prepare.plan import disk_bytes
-from apparate_llm.prepare.rows import rows_of
-from apparate_llm.prepare.synthesise import generate_rows, group_files, kinds_of, texts_of
+from apparate_llm.prepare.needs import disk_bytes
+from apparate_llm.prepare.prompts import KINDS
+from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, rows_of
+from apparate_llm.prepare.store import RowStore
+from apparate_llm.prepare.synthesise import generate_rows
 from apparate_llm.ramps.checkpoint import read_manifest
 from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for
 from tests.harness import Engine, greedy, token_prompts
@@ -49,15 +51,30 @@ def test_no_prompt_is_answered_twice_and_the_users_are_among_them(prepared, tiny
     folders, _ = prepared
     for model_type, folder in folders.items():
         tokenizer = AutoTokenizer.from_pretrained(tiny_models[model_type])
-        files = group_files(folder / "work")
-        prompts = [tuple(prompt) for path in files for prompt, _ in texts_of(path)]
-        kinds = [kind for path in files for kind in kinds_of(path)]
-        assert len(set(prompts)) == len(prompts) == len(kinds)
-        mine = [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind == "user"]
+        texts = list(RowStore(folder / "work" / "rows").texts())
+        assert len({tuple(text.prompt) for text in texts}) == len(texts)
+        mine = sorted(text.prompt for text in texts if KINDS[text.kind] == "user")
         expected = [tokenizer(f"<user> {text} <assistant> ")["input_ids"] for text in USER_PROMPTS]
-        # A third of each group of 8 prompts at most; the users' come in their order.
-        assert mine == list(map(tuple, expected))[: 2 * len(files)] and len(mine) >= 2
-        assert {"open", "code"} <= set(kinds)
+        assert mine == sorted(expected)
+        assert {"open", "code"} <= {KINDS[text.kind] for text in texts}
+
+
+def test_the_three_splits_share_no_conversation_and_no_passage(prepared, tiny_models):
+    from transformers import AutoTokenizer
+
+    folders, _ = prepared
+    for model_type, folder in folders.items():
+        tokenizer = AutoTokenizer.from_pretrained(tiny_models[model_type])
+        store = RowStore(folder / "work" / "rows")
+        rows, texts = store.rows(depths=()), list(store.texts())
+        of_split = {split: set(rows.conversations[rows.split == split].tolist()) for split in (TRAIN, VALIDATION, TEST)}
+        assert all(of_split.values()) and sum(map(len, of_split.values())) == len(texts)
+        answers = [tokenizer.decode(text.answer, skip_special_tokens=True).strip() for text in texts]
+        asked = [(number, text) for number, text in enumerate(texts) if KINDS[text.kind] == "passage"]
+        for number, text in asked:
+            prompt = tokenizer.decode(text.prompt)
+            origins = {texts[i].split for i in range(number) if len(texts[i].answer) >= 96 and answers[i] in prompt}
+            assert origins == {text.split}, model_type
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -96,8 +113,8 @@ def test_disk_use_is_stated_within_a_fifth(prepared, tiny_models):
     folders, _ = prepared
     for model_type in MODEL_TYPES:
         work, model = folders[model_type] / "work", tiny_models[model_type]
-        used = sum(path.stat().st_size for path in work.iterdir() if path.is_file())
-        tokens = json.loads((work / "rows.json").read_text())["result"]["tokens"]
+        used = sum(path.stat().st_size for path in work.rglob("*") if path.is_file() and "ramps" not in path.parts)
+        tokens = RowStore(work / "rows").counts["answer_tokens"]
         stated = disk_bytes(plan_for(model, folders[model_type]), BaseModelInfo.of(model), tokens)
         assert stated == pytest.approx(used, rel=0.2), model_type
 

@@ -12,7 +12,9 @@ from apparate_llm.prepare.capture import top_tokens
 from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
 from apparate_llm.prepare.predict import completion_cost, tpt_ratio
-from apparate_llm.prepare.rows import HELD_OUT_EVERY, LEAD, TOP, Conversation, load_rows, rows_of, save_rows
+from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
+from apparate_llm.prepare.splits import BLOCK, sources, split_of, splits_of_prompts
+from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.train import (
     BaseParts,
     RoundData,
@@ -54,7 +56,7 @@ def conversation(base, generator):
 @pytest.fixture(scope="module")
 def conversations(base):
     generator = torch.Generator().manual_seed(1)
-    return [conversation(base, generator) for _ in range(200)]
+    return [conversation(base, generator)._replace(split=split_of(i, "0")) for i in range(200)]
 
 
 @pytest.fixture(scope="module")
@@ -72,33 +74,87 @@ def test_rows_start_with_the_lead_and_the_prompts_last_token(conversations, rows
     assert first == one.prompt[-2:] + one.answer[:-1]
     assert rows.answer_index[:3].tolist() == [LEAD, 0, 1]
     assert rows.top_ids[1 : len(first), 0].tolist() == one.answer
-    assert set(rows.conversations[rows.held_out].tolist()) == set(range(0, 200, HELD_OUT_EVERY))
+    assert set(rows.conversations[rows.split == TEST].tolist()) == {i for i in range(200) if split_of(i, "0") == TEST}
 
 
-def test_rows_survive_the_disk_and_conversations_are_numbered_on(tmp_path, rows):
-    for name in ("a", "b"):
-        save_rows(tmp_path / name, rows, {"texts": torch.arange(3)})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    both = load_rows([tmp_path / "a", tmp_path / "b"], depths=(2,))
-    n = len(rows.tokens)
-    for name in ("tokens", "final", "top_ids", "copied", "held_out"):
-        assert torch.equal(getattr(both, name)[n:], getattr(rows, name))
-    assert torch.equal(both.states[2][:n], rows.states[2])
-    assert torch.equal(both.conversations[n:], rows.conversations + 200)
-    assert load_rows([tmp_path / "a"], depths=()).states == {}
+def test_rows_survive_the_disk_and_conversations_are_numbered_on(tmp_path, conversations, rows):
+    store = RowStore(tmp_path)
+    store.append(conversations, next_number=7)
+    RowStore(tmp_path).append(conversations, next_number=8)
+    both = RowStore(tmp_path)
+    assert both.facts == {"next_number": 8} and both.counts["conversations"] == 400
+    n, read = len(rows.tokens), both.rows(depths=(2,))
+    for name in ("tokens", "final", "top_ids", "copied", "split"):
+        assert torch.equal(getattr(read, name)[n:], getattr(rows, name))
+    assert torch.equal(read.states[2][:n], rows.states[2])
+    assert torch.equal(read.conversations[n:], rows.conversations + 200)
+    both.release()
+    assert torch.equal(read.final[:n], rows.final)
+    assert both.rows(depths=(), num_rows=n).states == {} and len(both.rows(depths=(), num_rows=n).tokens) == n
+    texts = list(both.texts())
+    assert [(text.prompt, text.answer, text.split) for text in texts[200:]] == [
+        (one.prompt, one.answer, one.split) for one in conversations
+    ]
 
 
-def test_training_rows_are_answers_and_never_held_out(rows):
-    train, held_out = starts(rows, held_out=False), starts(rows, held_out=True)
-    assert set(train.tolist()).isdisjoint(held_out.tolist())
-    assert len(train) + len(held_out) == int((rows.answer_index > LEAD).sum())
-    assert not rows.held_out[train].any() and rows.held_out[held_out].all()
+def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path, conversations, monkeypatch):
+    store = RowStore(tmp_path)
+    store.append(conversations[:3])
+    before = {name: tensor.clone() for name, tensor in store.rows(depths=(2,))._asdict().items() if name != "states"}
+    writes, write = [], RowStore._write
+
+    def full_disk(self, name, count, tensor):
+        writes.append(name)
+        if len(writes) > 4:
+            raise OSError(28, "No space left on device")
+        write(self, name, count, tensor)
+
+    monkeypatch.setattr(RowStore, "_write", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        RowStore(tmp_path).append(conversations[3:9])
+    monkeypatch.undo()
+    again = RowStore(tmp_path)
+    assert again.counts["conversations"] == 3
+    again.append(conversations[3:5])
+    rows = again.rows(depths=(2,))
+    for name, tensor in before.items():
+        assert torch.equal(getattr(rows, name)[: len(tensor)], tensor)
+    assert [text.prompt for text in again.texts()] == [one.prompt for one in conversations[:5]]
+
+
+def test_every_block_of_conversations_has_one_to_choose_with_and_one_to_report_from():
+    splits = [split_of(number, "0") for number in range(50 * BLOCK)]
+    for block in range(50):
+        part = splits[block * BLOCK : (block + 1) * BLOCK]
+        assert part.count(VALIDATION) == part.count(TEST) == 1
+    assert len({splits[block * BLOCK : (block + 1) * BLOCK].index(TEST) for block in range(50)}) > 8  # no fixed place
+    assert splits != [split_of(number, "1") for number in range(50 * BLOCK)]
+
+
+def test_prompts_about_one_passage_are_one_source():
+    passage = " ".join(f"word{i}" for i in range(40))
+    form = " ".join(f"form{i}" for i in range(20))
+    others = [f"{form} question {i} {i * 7}" for i in range(20)]
+    texts = [f"Summarize: {passage}", *others, f"What is the third word of this? {passage}", "short", "short", "other"]
+    found = sources(texts)
+    assert found[0] == found[21] and found[22] == found[23] != found[24]
+    assert len(set(found[1:21])) == 20  # a form that many share makes no source
+    prompts = [[{"role": "system", "content": passage}, {"role": "user", "content": text}] for text in texts]
+    splits = splits_of_prompts(prompts, "0")
+    assert splits[0] == splits[21] and len(set(splits)) > 1
+
+
+def test_training_rows_are_answers_of_their_split(rows):
+    parts = [starts(rows, split=split) for split in (TRAIN, VALIDATION, TEST)]
+    together = torch.cat(parts)
+    assert len(together.unique()) == len(together) == int((rows.answer_index > LEAD).sum())
+    assert all((rows.split[part] == split).all() and len(part) for split, part in enumerate(parts))
 
 
 def test_the_vocabulary_holds_what_the_model_wants_most_in_training_rows(rows):
     vocabulary = ramp_vocabulary(rows, 20)
     assert len(vocabulary) == 20 and torch.equal(vocabulary, vocabulary.sort().values)
-    train = starts(rows, held_out=False)
+    train = starts(rows, split=TRAIN)
     wanted = torch.zeros(VOCAB).index_add_(
         0, rows.top_ids[train].flatten().long(), rows.top_logprobs[train].float().exp().flatten()
     )
@@ -114,14 +170,14 @@ def test_training_learns_the_rows_in_every_round(base, rows, depth, inner):
     def agreement(head):
         return [
             float(part.agrees.float().mean())
-            for part in measure_head(head, data, starts(rows, held_out=True), num_rounds=2)
+            for part in measure_head(head, data, starts(rows, split=TEST), num_rounds=2)
         ]
 
     before = agreement(new_head(base, vocabulary, chosen))
     head, record = train_head(rows, base, vocabulary, chosen)
     after = agreement(head)
     assert after[0] > before[0] + 0.3 and after[1] > 0.3
-    assert record["steps"] == int(30 * len(starts(rows, held_out=False)) / 256)
+    assert record["steps"] == int(30 * len(starts(rows, split=TRAIN)) / 256)
 
 
 def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
@@ -129,7 +185,7 @@ def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
     vocabulary = ramp_vocabulary(rows, 30)  # some targets are outside
     head = new_head(base, vocabulary, settings(dropout=0.0))
     data = RoundData(rows, base, depth=0, inner=(), vocabulary=vocabulary)
-    index = starts(rows, held_out=False)[:64]
+    index = starts(rows, split=TRAIN)[:64]
     columns, probability = data.targets(index)
     hidden, copies = data.inputs(index)
 
@@ -150,7 +206,7 @@ def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
 def test_a_token_outside_the_vocabulary_has_a_column_only_where_it_is_copied(base, rows):
     vocabulary = ramp_vocabulary(rows, 30)
     data = RoundData(rows, base, depth=0, inner=(), vocabulary=vocabulary)
-    index = starts(rows, held_out=False)
+    index = starts(rows, split=TRAIN)
     tokens = rows.top_ids[index, :1].long()
     columns = data.columns(index, tokens)[:, 0]
     inside = torch.isin(tokens[:, 0], vocabulary)
@@ -164,7 +220,7 @@ def test_later_rounds_count_only_where_the_earlier_ones_agreed_and_the_text_went
     vocabulary = ramp_vocabulary(rows, VOCAB)
     data = RoundData(rows, base, depth=0, inner=(), vocabulary=vocabulary)
     head, _ = train_head(rows, base, vocabulary, settings(epochs=10.0))
-    first, second, *_ = measure_head(head, data, starts(rows, held_out=True))
+    first, second, *_ = measure_head(head, data, starts(rows, split=TEST))
     agreed = first.rows[first.agrees]
     going_on = agreed[rows.conversations[agreed + 1] == rows.conversations[agreed]] + 1
     assert second.rows.tolist() == going_on.tolist()
@@ -229,23 +285,21 @@ def test_the_calibration_error_is_the_weighted_gap_of_the_bins():
     assert calibration_error(torch.empty(0), torch.empty(0, dtype=torch.bool)) == 0.0
 
 
-def test_calibration_is_checked_on_conversations_it_was_not_fitted_on():
-    """Confidence that means the opposite in the two halves: only the honest error is large."""
+def test_calibration_is_reported_from_conversations_it_was_not_fitted_on():
+    """Confidence that means the opposite in the two sets: only the honest error is large."""
     torch.manual_seed(0)
-    conversation = torch.arange(2000) % 2 * 20  # held-out conversations have a stride
     confidence = torch.where(torch.rand(2000) < 0.5, 0.2, 0.8)
-    agrees = (confidence > 0.5) ^ (conversation == 20)
-    tensors = {
-        "0.confidence": confidence,
-        "0.agrees": agrees,
-        "0.conversation": conversation,
-        "0.kind": torch.zeros(2000, dtype=torch.int8),
-    }
-    result = calibrate_rounds(tensors)
+    sure = confidence > 0.5
+
+    def tensors(agrees):
+        kind = torch.zeros(2000, dtype=torch.int8)
+        return {"0.confidence": confidence, "0.agrees": agrees, "0.conversation": torch.arange(2000), "0.kind": kind}
+
+    assert calibrate_rounds(tensors(sure), tensors(sure))["calibration_error"] < 0.05
+    result = calibrate_rounds(tensors(sure), tensors(~sure))
     assert result["calibration_error"] > 0.7
-    assert result["agreement"] == [pytest.approx(0.5, abs=0.05)] and result["by_kind"] == {
-        "open": result["agreement"][0]
-    }
+    assert result["agreement"] == [pytest.approx(float((~sure).float().mean()))]
+    assert result["by_kind"] == {"open": result["agreement"][0]} and result["rows"] == [2000]
 
 
 def test_the_coverage_curve_counts_from_the_most_confident_row_on():

@@ -1,0 +1,168 @@
+"""Memory and disk that a preparation needs, said before it begins, and what is done with less."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from apparate_llm.machine import available_memory_bytes
+from apparate_llm.prepare.engine import ELEMENT_SIZE, MAX_NUM_BATCHED_TOKENS, context_length
+from apparate_llm.prepare.plan import Plan, Run
+from apparate_llm.prepare.rows import bytes_per_row
+from apparate_llm.prepare.train import BATCH_ROWS
+from apparate_llm.ramps.checkpoint import BaseModelInfo
+
+MAX_ANSWER_TOKENS = 320
+MOST_SLOTS, FEWEST_SLOTS = 128, 8  # conversations at once
+MOST_KV_BYTES = 2 << 30
+TOKENS_PER_SLOT = 512  # of the KV cache, for a prompt and its answer
+TYPICAL_ANSWER_TOKENS = 150
+PROCESS_BYTES = 850 << 20  # Python, torch, vLLM
+ROWS_UNDER_WAY = 96  # of a slot: what is not in the store yet
+ROUNDS_IN_MEMORY = 3  # of a training batch
+SPARE_FRAC = 0.1  # of free memory and disk stays free
+SPARE_DISK_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the synthesis may take."""
+
+    slots: int
+    kv_cache_bytes: int
+    disk_is_full: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a model, in bytes unless said otherwise."""
+
+    weights: int
+    kv_per_token: int
+    embedding: int  # and the head where it has its own
+    vocab: int  # tokens
+    hidden: int
+    intermediate: int
+
+    @classmethod
+    def of(cls, model: Path, base: BaseModelInfo) -> "Sizes":
+        config = json.loads((model / "config.json").read_text())
+        files = [path for pattern in ("*.safetensors", "*.bin") for path in model.glob(pattern)]
+        stored = 4 if str(config.get("dtype") or config.get("torch_dtype")).endswith("float32") else ELEMENT_SIZE
+        heads = config.get("num_attention_heads") or 1
+        head_dim = config.get("head_dim") or base.hidden_size // heads
+        kv_heads = config.get("num_key_value_heads") or heads
+        tables = 1 if config.get("tie_word_embeddings", False) else 2
+        return cls(
+            weights=sum(path.stat().st_size for path in files) * ELEMENT_SIZE // stored,
+            kv_per_token=2 * base.num_hidden_layers * kv_heads * head_dim * ELEMENT_SIZE,
+            embedding=tables * base.vocab_size * base.hidden_size * ELEMENT_SIZE,
+            vocab=base.vocab_size,
+            hidden=base.hidden_size,
+            intermediate=config.get("intermediate_size") or 4 * base.hidden_size,
+        )
+
+
+def answer_limit(context: int) -> int:
+    return min(MAX_ANSWER_TOKENS, context // 2)
+
+
+def kv_cache_bytes(sizes: Sizes, slots: int, context: int) -> int:
+    """For all slots, and for one conversation as long as the context at least."""
+    return min(
+        max(MOST_KV_BYTES, context * sizes.kv_per_token), max(slots * TOKENS_PER_SLOT, context) * sizes.kv_per_token
+    )
+
+
+def synthesis_bytes(plan: Plan, sizes: Sizes, slots: int) -> int:
+    """Peak of the process while the model writes."""
+    batch = MAX_NUM_BATCHED_TOKENS * (4 * sizes.hidden + 2 * sizes.intermediate) * ELEMENT_SIZE
+    logits = slots * sizes.vocab * 4 * 3
+    row = bytes_per_row(sizes.hidden, len(plan.states), ELEMENT_SIZE)
+    kv = kv_cache_bytes(sizes, slots, context_length(plan.model))
+    return PROCESS_BYTES + sizes.weights + kv + batch + logits + slots * ROWS_UNDER_WAY * row
+
+
+def head_parameters(plan: Plan, sizes: Sizes) -> int:
+    """Of one ramp that are trained."""
+    hidden = sizes.hidden
+    return (4 + len(plan.inner)) * hidden**2 + 3 * hidden * plan.intermediate_size
+
+
+def training_bytes(plan: Plan, sizes: Sizes) -> int:
+    """Peak of the process while it trains: weights, gradient, two moments, the best ones, a copy to measure with, and
+    a batch; rows stay on disk."""
+    parameters = head_parameters(plan, sizes)
+    scores = ROUNDS_IN_MEMORY * BATCH_ROWS * plan.ramp_vocab * 6
+    return PROCESS_BYTES + 2 * sizes.embedding + parameters * (5 * 4 + 2) + plan.ramp_vocab * sizes.hidden * 6 + scores
+
+
+def disk_bytes(plan: Plan, base: BaseModelInfo, tokens: float) -> int:
+    """Expected size of `out/work` with `tokens` answer tokens: rows, and a checkpoint of each depth's training."""
+    sizes = Sizes.of(plan.model, base)
+    rows = tokens * (1 + 1 / TYPICAL_ANSWER_TOKENS)
+    text = tokens * 4 * 2
+    checkpoints = len(plan.depths) * (head_parameters(plan, sizes) * 4 * 5 + rows * 8)  # order of the rows
+    return int(rows * bytes_per_row(sizes.hidden, len(plan.states), ELEMENT_SIZE) + text + checkpoints)
+
+
+def room_for_synthesis(run: Run) -> Room:
+    """As many conversations at once as memory is free for; raises ValueError if there is not enough for a few."""
+    sizes, free = Sizes.of(run.plan.model, run.base), available_memory_bytes() * (1 - SPARE_FRAC)
+    slots = MOST_SLOTS
+    while slots > FEWEST_SLOTS and synthesis_bytes(run.plan, sizes, slots) > free:
+        slots //= 2
+    _check_memory(synthesis_bytes(run.plan, sizes, slots))
+    context = context_length(run.plan.model)
+    return Room(slots, kv_cache_bytes(sizes, slots, context), lambda: disk_left(run) <= 0)
+
+
+def disk_left(run: Run) -> int:
+    """Bytes for more rows: what training still has to write, and some to spare, stays free."""
+    sizes = Sizes.of(run.plan.model, run.base)
+    training = len(run.plan.depths) * (head_parameters(run.plan, sizes) * 4 * 7 + run.store.counts["rows"] * 8)
+    return shutil.disk_usage(run.plan.out).free - training - SPARE_DISK_BYTES
+
+
+def say_needs(run: Run) -> None:
+    """Raises ValueError if memory or disk cannot do."""
+    plan, sizes = run.plan, Sizes.of(run.plan.model, run.base)
+    room = room_for_synthesis(run)
+    peak = max(synthesis_bytes(plan, sizes, room.slots), training_bytes(plan, sizes))
+    _check_memory(peak)
+    run.say(f"peak memory about {gib(peak)}; {gib(available_memory_bytes())} are free")
+    if plan.tokens is not None:
+        need, work = disk_bytes(plan, run.base, plan.tokens), plan.out / "work"
+        run.say(f"{plan.tokens:,} answer tokens need {gib(need)} of disk in {work}")
+        free = shutil.disk_usage(plan.out).free + run.store.size()
+        if need > free:
+            raise ValueError(f"not enough disk space in {plan.out}: {gib(need)} needed, {gib(free)} free")
+        return
+    least = disk_bytes(plan, run.base, 0)
+    million = disk_bytes(plan, run.base, 1_000_000) - least
+    left = disk_left(run)
+    if left <= 0 and not run.store.counts["rows"]:
+        raise ValueError(
+            f"not enough disk space in {plan.out}: {gib(shutil.disk_usage(plan.out).free)} free, at least "
+            f"{gib(shutil.disk_usage(plan.out).free - left)} needed"
+        )
+    run.say(
+        f"each million answer tokens needs {gib(million)} of disk in {plan.out / 'work'}; there is room for "
+        f"{max(0.0, left / million):.1f} million"
+    )
+
+
+def _check_memory(need: int) -> None:
+    if need > (free := available_memory_bytes()):
+        raise ValueError(f"not enough memory: about {gib(need)} needed, {gib(free)} free")
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had, children left out."""
+    text = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM:"))) << 10

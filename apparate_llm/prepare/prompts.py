@@ -1,0 +1,115 @@
+"""The prompts of a preparation: the user's, questions about texts that the model wrote, and openings for the model to
+go on with."""
+
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from apparate_llm.prepare.chat import MIN_PROMPT_TOKENS, ChatFormat, LeftOut
+from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
+from apparate_llm.prepare.splits import split_of, splits_of_prompts
+from apparate_llm.prepare.store import RowStore
+from apparate_llm.prepare.topics import CODE_OPENINGS, OPENINGS, PASSAGE_TASKS, SYSTEM_PROMPTS
+
+Messages = list[dict[str, str]]
+KINDS = ("open", "code", "passage", "user")  # of a prompt; the last are the user's own
+
+PASSAGE_SHARE = 0.3  # of the prompts ask about a text that the model wrote earlier
+CODE_SHARE = 0.3  # of the other prompts open like a programmer's
+USER_SHARE = 1 / 3  # of the prompts, while those given by the user last
+SYSTEM_SHARE = 0.3  # have another system prompt than the chat template's own
+MIN_PASSAGE_TOKENS = 96
+MIN_PROMPT_CHARACTERS = 8
+MOST_PASSAGES = 2000  # of each split that are remembered: the newest
+
+
+class Prompt(NamedTuple):
+    ids: list[int]
+    kind: int
+    split: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The beginning of a prompt that the model is to write."""
+
+    before: str
+    text: str
+    after: str
+    kind: int
+    split: int
+
+
+class PromptSource:
+    """Draws the prompt of conversation 0, 1, 2, ...; what it draws depends on the seed, the number and what was
+    answered before."""
+
+    def __init__(self, chat: ChatFormat, *, user_prompts: list[Messages], seed: int) -> None:
+        self.chat = chat
+        self.seed = str(seed)
+        asked, _ = chat.render_all(user_prompts)
+        splits = splits_of_prompts(user_prompts, self.seed)
+        self._user = deque(Prompt(ids, KINDS.index("user"), splits[number]) for number, ids in asked)
+        self._seen: set[int] = set()
+        self._passages: dict[int, deque[list[int]]] = {
+            split: deque(maxlen=MOST_PASSAGES) for split in (TRAIN, VALIDATION, TEST)
+        }
+
+    def learn(self, store: RowStore) -> None:
+        """Know what was asked and answered before this start."""
+        for text in store.texts():
+            self.asked(text.prompt)
+            self.answered(text.answer, text.split)
+        self._user = deque(prompt for prompt in self._user if self.is_new(prompt.ids))
+
+    def asked(self, ids: list[int]) -> None:
+        self._seen.add(hash(tuple(ids)))
+
+    def answered(self, answer: list[int], split: int) -> None:
+        if len(answer) >= MIN_PASSAGE_TOKENS:
+            self._passages[split].append(answer)
+
+    def is_new(self, ids: list[int]) -> bool:
+        """Whether a prompt fits in the context and was not asked yet."""
+        return MIN_PROMPT_TOKENS <= len(ids) <= self.chat.longest and hash(tuple(ids)) not in self._seen
+
+    def draw(self, number: int) -> Prompt | Opening | None:
+        """None where what came up was asked before."""
+        rng = random.Random(f"{self.seed}/{number}")
+        if self._user and rng.random() < USER_SHARE:
+            prompt = self._user.popleft()
+            return prompt if self.is_new(prompt.ids) else None
+        split = split_of(number, self.seed)
+        if self._passages[split] and rng.random() < PASSAGE_SHARE:
+            passage = self.chat.tokenizer.decode(rng.choice(self._passages[split]), skip_special_tokens=True).strip()
+            before, after = self._affixes(rng)
+            ids = self._encode(before + rng.choice(PASSAGE_TASKS).replace("{}", passage) + after)
+            return Prompt(ids, KINDS.index("passage"), split) if self.is_new(ids) else None
+        kind = "code" if rng.random() < CODE_SHARE else "open"
+        before, after = self._affixes(rng)
+        text = rng.choice(CODE_OPENINGS if kind == "code" else OPENINGS)
+        return Opening(before, text, after, KINDS.index(kind), split)
+
+    def written(self, opening: Opening, text: str) -> Prompt | None:
+        """The prompt that the model made of an opening; None if it is no good."""
+        text = (opening.text + text).strip()
+        ids = self._encode(opening.before + text + opening.after)
+        if len(text) < MIN_PROMPT_CHARACTERS or not self.is_new(ids):
+            return None
+        return Prompt(ids, opening.kind, opening.split)
+
+    def start(self, opening: Opening) -> list[int]:
+        """Token ids that the model goes on from when it writes a prompt."""
+        return self.chat.start(opening.before + opening.text)
+
+    def _encode(self, text: str) -> list[int]:
+        """None of it where the tokenizer refuses."""
+        try:
+            return self.chat.encode(text)
+        except LeftOut:
+            return []
+
+    def _affixes(self, rng: random.Random) -> tuple[str, str]:
+        system = rng.choice(SYSTEM_PROMPTS) if rng.random() < SYSTEM_SHARE else None
+        return self.chat.affixes(system)

@@ -1,0 +1,159 @@
+"""How a preparation's time is spent: laps of synthesis and training, then the other depths, then measuring.
+
+Each lap doubles what there is, and its score is a point of the learning curve: what another doubling would bring, and
+whether tokens or training are short.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from apparate_llm.prepare.workspace import Workspace
+
+SYNTHESIS_SHARE = 0.5  # of the time; training has the rest
+RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.1, 60.0, 0.4  # of the budget, for measuring and the report
+LAPS = (0.25, 0.5, 1.0)  # of the tokens, after each
+TRAINING_OF_LAP = (0.2, 0.3, 0.5)  # of the first depth's training
+ENOUGH_S, ENOUGH_TOKENS = 900.0, 200_000  # for more than one lap
+MOST_EPOCHS, FEWEST_EPOCHS = 3.0, 1.5  # of the first depth; the others start from it and take half as many
+ENOUGH_ROWS = 1_280_000  # seen by then, more epochs overfit few rows and only cost time with many
+SHIFT = 0.12  # of the time left, to what is short
+OVERFITTED, UNDERFITTED = 0.05, 0.02  # TPT on training rows lower by that than on others
+KEEP_CLOCK_EVERY_S = 15.0
+STOP_BELOW = 0.005  # of TPT: what the next doubling must bring
+FIRST_FADING, MOST_FADING = 0.7, 0.9  # gain of a doubling over that of the one before
+
+
+class WorkClock:
+    """Seconds of work, those of earlier starts included."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.before_s = float((workspace.read("clock", {}) or {"seconds": 0.0})["seconds"])
+        self.began_s = self.kept_s = time.monotonic()
+
+    @property
+    def spent_s(self) -> float:
+        return self.before_s + time.monotonic() - self.began_s
+
+    def keep(self) -> None:
+        self.kept_s = time.monotonic()
+        self.workspace.write("clock", {}, {"seconds": self.spent_s})
+
+    def keep_now_and_then(self) -> None:
+        if time.monotonic() - self.kept_s > KEEP_CLOCK_EVERY_S:
+            self.keep()
+
+
+@dataclass(frozen=True, slots=True)
+class Lap:
+    number: int
+    last: bool
+    tokens: float  # answer tokens that there are to be
+    synthesise_until_s: float  # of the work clock
+    train_until_s: float
+    training_share: float  # of the first depth's training
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Of a preparation with a number of tokens, or with a time budget; the other one is None."""
+
+    tokens: int | None
+    time_budget_s: float | None
+    num_depths: int
+
+    @property
+    def num_laps(self) -> int:
+        several = (
+            self.tokens >= ENOUGH_TOKENS
+            if self.tokens is not None
+            else self.time_budget_s is not None and self.time_budget_s >= ENOUGH_S
+        )
+        return len(LAPS) if several else 1
+
+    @property
+    def work_s(self) -> float:
+        """For synthesis and training of all depths."""
+        if self.time_budget_s is None:
+            return math.inf
+        reserve_s = max(LEAST_RESERVE_S, RESERVE_SHARE * self.time_budget_s)
+        return self.time_budget_s - min(reserve_s, MOST_RESERVE_SHARE * self.time_budget_s)
+
+    def laps(self) -> list[Lap]:
+        """As planned at the beginning."""
+        first_depth_s = self.work_s * (1 - SYNTHESIS_SHARE) / (0.5 + 0.5 * self.num_depths)
+        fractions = LAPS[-self.num_laps :]
+        shares = TRAINING_OF_LAP if self.num_laps > 1 else (1.0,)
+        laps, until_s, before = [], 0.0, 0.0
+        for number, (fraction, share) in enumerate(zip(fractions, shares, strict=True)):
+            synthesise_until_s = until_s + self.work_s * SYNTHESIS_SHARE * (fraction - before)
+            until_s, before = synthesise_until_s + first_depth_s * share, fraction
+            tokens = math.inf if self.tokens is None else math.ceil(self.tokens * fraction)
+            last = number == self.num_laps - 1
+            laps.append(Lap(number, last, tokens, synthesise_until_s, until_s, share))
+        return laps
+
+
+def shifted(lap: Lap, spent_s: float, work_s: float, short: str) -> Lap:
+    """The lap with more of the time that is left for what is `short`: tokens, training, or neither."""
+    if math.isinf(work_s) or short == "neither":
+        return lap
+    change_s = (SHIFT if short == "tokens" else -SHIFT) * max(0.0, work_s - spent_s)
+    until_s = min(max(lap.synthesise_until_s + change_s, spent_s), work_s)
+    # Training of the first depth and of the others gives, or gets, in proportion.
+    factor = (work_s - until_s) / max(1e-9, work_s - lap.synthesise_until_s)
+    train_s = (lap.train_until_s - lap.synthesise_until_s) * factor
+    return Lap(lap.number, lap.last, lap.tokens, until_s, until_s + train_s, lap.training_share)
+
+
+def what_is_short(train_score: float, validation_score: float) -> str:
+    """From exits per cycle on rows trained on and on others: far apart, more rows would help."""
+    gap = 1 - (1 + validation_score) / (1 + train_score)
+    return "tokens" if gap > OVERFITTED else "training" if gap < UNDERFITTED else "neither"
+
+
+def next_doubling(scores: list[float]) -> float | None:
+    """Exits per cycle that doubling tokens and training would add, by what the last doublings did; None where one
+    lap tells nothing."""
+    gains = [after - before for before, after in pairwise(scores)]
+    if not gains:
+        return None
+    last = max(0.0, gains[-1])
+    fading = FIRST_FADING if len(gains) < 2 or gains[-2] <= 0 else min(MOST_FADING, last / gains[-2])
+    return last * max(0.0, fading)
+
+
+def tpt_saved(score: float, added: float) -> float:
+    """Share of TPT that `added` exits per cycle save, costs of a cycle as they are."""
+    return 1 - (1 + score) / (1 + score + added)
+
+
+def another_hour(scores: list[float], spent_s: float) -> float | None:
+    """Share of TPT that an hour more would save."""
+    added = next_doubling(scores)
+    if added is None or spent_s <= 0:
+        return None
+    return tpt_saved(scores[-1], added * math.log2((spent_s + 3600.0) / spent_s))
+
+
+def epochs_for(tokens: float) -> float:
+    return round(min(MOST_EPOCHS, max(FEWEST_EPOCHS, ENOUGH_ROWS / max(1.0, tokens))), 2)
+
+
+def outlook(scores: list[float], spent_s: float, short: str) -> str:
+    """The learning curve in one sentence."""
+    saved = another_hour(scores, spent_s)
+    if saved is None:
+        return "Too short a preparation to tell what more time would bring; from 15 minutes on it can be told."
+    if saved < STOP_BELOW:
+        return "Another hour would bring next to nothing."
+    more = {"tokens": "; tokens are short", "training": "; training is short"}.get(short, "")
+    return f"Another hour would bring about {100 * saved:.0f} % TPT{more}.".replace("about 0 %", "less than 1 %")
+
+
+def point(record: dict[str, Any]) -> float:
+    """Score of a lap's training record."""
+    return float(record["validation_tokens_per_cycle"])

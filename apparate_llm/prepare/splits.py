@@ -1,0 +1,54 @@
+"""Which conversations are trained on, which choose and calibrate, and which the report is made from.
+
+Split by conversation and by what it is about: a passage is asked about in the split it comes from only, and prompts of
+the user that share a passage are in one split.
+"""
+
+import random
+from collections import defaultdict
+
+from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
+
+BLOCK = 16  # conversations, of which one is for validation and one for testing
+SHARED_WORDS = 13  # in a row make two prompts one source (the n-gram of Brown et al. 2020, appendix C)
+COMMON_FRAC = 0.2  # of all prompts: words that so many share are a form, not a passage
+
+
+def split_of(number: int, seed: str) -> int:
+    """Split of conversation `number`: at random, and the same share in every block."""
+    block, place = divmod(number, BLOCK)
+    splits = [VALIDATION, TEST] + [TRAIN] * (BLOCK - 2)
+    random.Random(f"{seed}/splits/{block}").shuffle(splits)
+    return splits[place]
+
+
+def sources(texts: list[str]) -> list[int]:
+    """Number of the source of each text; texts that share a passage, or are the same, have the same one."""
+    shared: dict[int, list[int]] = defaultdict(list)
+    for number, text in enumerate(texts):
+        words = text.split()
+        pieces = {hash(tuple(words[i : i + SHARED_WORDS])) for i in range(max(1, len(words) - SHARED_WORDS + 1))}
+        for piece in pieces:
+            shared[piece].append(number)
+    leader = list(range(len(texts)))
+
+    def first_of(number: int) -> int:
+        while leader[number] != number:
+            leader[number] = leader[leader[number]]
+            number = leader[number]
+        return number
+
+    most = max(2, int(COMMON_FRAC * len(texts)))
+    for numbers in shared.values():
+        if len(numbers) <= most:
+            for other in numbers[1:]:
+                low, high = sorted((first_of(numbers[0]), first_of(other)))
+                leader[high] = low
+    names: dict[int, int] = {}
+    return [names.setdefault(first_of(number), len(names)) for number in range(len(texts))]
+
+
+def splits_of_prompts(prompts: list[list[dict[str, str]]], seed: str) -> list[int]:
+    """Split of each of the user's prompts; what a system prompt says does not make two of them alike."""
+    texts = ["\n".join(turn["content"] for turn in prompt if turn["role"] != "system") for prompt in prompts]
+    return [split_of(source, f"{seed}/user") for source in sources(texts)]

@@ -1,0 +1,79 @@
+"""Stage synthesise, as part of a preparation: what a lap adds to the store."""
+
+from typing import Any
+
+from apparate_llm.prepare.chat import ChatFormat
+from apparate_llm.prepare.engine import generation_engine
+from apparate_llm.prepare.needs import Room, answer_limit, room_for_synthesis
+from apparate_llm.prepare.plan import Run
+from apparate_llm.prepare.prompts import PromptSource
+from apparate_llm.prepare.schedule import Lap
+from apparate_llm.prepare.synthesise import Synthesiser
+from apparate_llm.progress import SECONDS, number
+
+MAX_PROMPT_TOKENS = 96  # of one that the model writes
+
+
+def synthesise_lap(run: Run, lap: Lap) -> dict[str, Any]:
+    """`rows` and `tokens` (of answers) that there are at the end of the lap."""
+    plan, workspace, store = run.plan, run.workspace, run.store
+    stage, wanted = f"lap-{lap.number}", {"tokens": plan.tokens, "time_budget_s": plan.time_budget_s}
+    if (done := workspace.read(stage, wanted)) is not None:
+        run.say(f"synthesise: done, {done['tokens']:,} answer tokens")
+        return done
+    is_time = run.clock.spent_s < lap.synthesise_until_s or not store.counts["rows"]
+    if is_time and store.counts["answer_tokens"] < lap.tokens:
+        _synthesise(run, lap, room_for_synthesis(run))
+    counts = store.counts
+    result = {"rows": counts["rows"], "tokens": counts["answer_tokens"], "seconds": round(run.clock.spent_s)}
+    return workspace.write(stage, wanted, result)
+
+
+def _synthesise(run: Run, lap: Lap, room: Room) -> None:
+    plan, clock = run.plan, run.clock
+    timed = plan.tokens is None
+    with run.progress.stage(
+        f"synthesise, lap {lap.number + 1}",
+        total=lap.synthesise_until_s if timed else lap.tokens,
+        unit=SECONDS if timed else "tokens",
+    ) as bar:
+        bar.update(clock.spent_s if timed else run.store.counts["answer_tokens"], "starting the model")
+        with generation_engine(
+            plan.model, seed=plan.seed, max_num_seqs=room.slots, kv_cache_memory_bytes=room.kv_cache_bytes
+        ) as llm:
+            synthesiser = _synthesiser(run, llm, room)
+
+            def on_step() -> None:
+                tokens = synthesiser.answer_tokens
+                facts = f"{number(tokens)} answer tokens" if timed else f"{len(synthesiser.work)} under way"
+                bar.update(min(clock.spent_s, lap.synthesise_until_s) if timed else min(tokens, lap.tokens), facts)
+
+            def enough() -> bool:
+                late = clock.spent_s >= lap.synthesise_until_s and synthesiser.answer_tokens > 0
+                return late or room.disk_is_full()
+
+            synthesiser.run(
+                tokens=lap.tokens,
+                most_tokens=float("inf") if timed else float(plan.tokens or 0),
+                enough=enough,
+                on_step=on_step,
+                on_kept=clock.keep,
+            )
+            if lap.last and timed:
+                synthesiser.cut()
+
+
+def _synthesiser(run: Run, llm: Any, room: Room) -> Synthesiser:
+    plan = run.plan
+    length = llm.llm_engine.model_config.max_model_len
+    chat = ChatFormat(llm.get_tokenizer(), max_model_len=length, max_answer_tokens=answer_limit(length), say=run.say)
+    return Synthesiser(
+        llm,
+        run.store,
+        PromptSource(chat, user_prompts=plan.user_prompts, seed=plan.seed),
+        depths=plan.states,
+        max_prompt_tokens=MAX_PROMPT_TOKENS,
+        max_answer_tokens=answer_limit(length),
+        slots=room.slots,
+        seed=plan.seed,
+    )
