@@ -4,7 +4,6 @@ Conversations flow through the engine all the time. What is finished goes to the
 take longer are kept beside it as far as they are, so that a run that was killed goes on with them.
 """
 
-import math
 import random
 import time
 from collections.abc import Callable
@@ -124,8 +123,8 @@ class Synthesiser:
     # ---- requests
 
     def _fill(self, most_tokens: float) -> None:
-        mean_answer = self._mean_answer()
-        while len(self.work) < min(self.slots, math.ceil((most_tokens - self.answer_tokens) / mean_answer)):
+        most = min(self.slots, (most_tokens - self.answer_tokens) / self._mean_answer())
+        while len(self.work) < most:
             drawn = self.prompts.draw(self.number)
             if isinstance(drawn, Opening):
                 self._write(_Draft(self.number, drawn))
