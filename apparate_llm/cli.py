@@ -1,5 +1,6 @@
 """The `apparate-llm` command."""
 
+import argparse
 import gc
 import os
 import sys
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from apparate_llm import __version__
 from apparate_llm.knobs import OneLineParser
+from apparate_llm.lifeline import Terminated
 from apparate_llm.redact import without_secrets
 
 
@@ -57,13 +59,11 @@ def one_line(error: Exception) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 fine, 1 something failed, 2 bad input (one line says what)."""
-    parser = build_parser()
+    """Exit code: 0 fine, 1 something failed, 2 bad input (one line says what), 130 and 143 stopped by a signal."""
     argv = sys.argv[1:] if argv is None else argv
+    args = argparse.Namespace()
     try:
-        args, rest = parser.parse_known_args(spelt_out(argv))
-        if rest and args.command != "serve":
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args, rest = parsed(argv)
         return args.run(args, rest) if args.command == "serve" else args.run(args)
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so at its end
@@ -71,15 +71,26 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
             traceback.print_exc()
-        gc.unfreeze()  # or a library of vLLM's tells at the end of all that was never given back
         print(f"apparate-llm: error: {without_secrets(one_line(error), argv)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        gc.unfreeze()
         print(f"apparate-llm: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except (KeyboardInterrupt, Terminated) as stop:
+        name, code = ("SIGTERM", 143) if isinstance(stop, Terminated) else ("SIGINT", 130)
+        again = "; the same command goes on where it stopped" if getattr(args, "goes_on", False) else ""
+        print(f"apparate-llm: stopped by {name}{again}", file=sys.stderr)
+        return code
+    finally:
+        gc.unfreeze()  # or a library of vLLM's tells at the end of all that was never given back
+
+
+def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(spelt_out(argv))
+    if rest and args.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args, rest
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {without_secrets(message, sys.argv[1:])}\n")
 
 
+class Paragraphs(argparse.HelpFormatter):
+    """Text with lines of its own stays as it is; other text is filled."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 def add_knobs(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
     group = parser.add_argument_group("early exits")
     for name, field in EarlyExitConfig.model_fields.items():

@@ -111,8 +111,19 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Terminated(BaseException):
-    pass
+class Terminated(SystemExit):
+    """SIGTERM has come to a command that undoes or keeps something before it ends."""
+
+    # A SystemExit, as event loops let no other exception through that a signal's handler raises.
+
+
+def exit_on_sigterm() -> None:
+    """From here on SIGTERM unwinds this process like an error, so that what it started is stopped."""
+    signal.signal(signal.SIGTERM, _unwind)
+
+
+def _unwind(number: int, frame: Any) -> None:
+    raise Terminated(128 + number)
 
 
 @contextmanager
@@ -123,13 +134,10 @@ def undone_by_sigterm() -> Iterator[None]:
         yield
         return
 
-    def unwind(number: int, frame: Any) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, unwind)
+    before = signal.signal(signal.SIGTERM, _unwind)
     try:
         yield
-    except _Terminated:
+    except Terminated:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     finally:

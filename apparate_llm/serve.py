@@ -183,8 +183,12 @@ def resolve_model(name: str) -> Path:
 
 
 def model_folder(name: str | Path | None) -> Path:
-    """The folder named, or the embedded default model's."""
-    return default_model() if name is None else resolve_model(str(name))
+    """The folder named, or the embedded default model's, which takes a while the first time: said on stderr."""
+    if name is not None:
+        return resolve_model(str(name))
+    if not (cache_folder() / NAME).is_dir():
+        print(f"Default model {NAME}: {cache_state()}", file=sys.stderr, flush=True)
+    return default_model()
 
 
 def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str, load_format: str = "auto") -> None:

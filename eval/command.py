@@ -1,13 +1,13 @@
 """The `eval` part of the command line."""
 
 import argparse
-import signal
 from pathlib import Path
 from typing import Any
 
 from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.knobs import OneLineParser, add_knobs, positive
+from apparate_llm.knobs import OneLineParser, Paragraphs, add_knobs, positive
+from apparate_llm.lifeline import exit_on_sigterm
 
 DEFAULT_SYSTEMS = "vllm,lossless,bounded,ngram,hf-early-exit"
 NOT_SHARED = (
@@ -18,6 +18,13 @@ NOT_SHARED = (
     "classes",
 )  # a system's own, or a file that only one may write
 OBJECTIVES = ("ttft", "tpt", "e2e")
+TPT_COSTS = """
+
+what it costs:
+  Each server starts once, in half a minute to several. Then each system answers every prompt, once for each load and
+  pass (--repeat), one system at a time: halve any of these and the time halves. More prompts and passes make the
+  intervals narrower: four times as many, half as wide. For the SmolLM2 model, four systems, 12 prompts of 48 tokens,
+  three loads and two passes take five minutes (`make bench`)."""
 
 
 def add_eval(subparsers: Any) -> None:
@@ -61,8 +68,8 @@ def _add_tpt(kinds: Any) -> None:
         description="Serves the model by several systems, each a server process of its own, and asks them the same "
         "prompts over HTTP with streaming, the systems taking turns block by block. Leaves raw timestamps, "
         "results.json and report.html in --out; the same command goes on after an interruption.",
-        epilog=_systems_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_systems_help() + TPT_COSTS,
+        formatter_class=Paragraphs,
         allow_abbrev=False,
     )
     _add_common(tpt, repeat=1)
@@ -86,7 +93,7 @@ def _add_tpt(kinds: Any) -> None:
         help="answers end by themselves or at --max-tokens (free, the default), always at --max-tokens (fixed), or by "
         "themselves or at a length of their own up to --max-tokens (varied), lest many clients go in step",
     )
-    tpt.set_defaults(run=_later("run_tpt"))
+    tpt.set_defaults(run=_later("run_tpt"), goes_on=True)
 
 
 def _add_drift(kinds: Any) -> None:
@@ -95,14 +102,14 @@ def _add_drift(kinds: Any) -> None:
         help="quality over time while the workload changes: A, B, A",
         description="Like `eval tpt`, with one workload, another and the first again in the life of one server.",
         epilog=_systems_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Paragraphs,
         allow_abbrev=False,
     )
     _add_common(drift, repeat=1)
     _add_systems(drift, "vllm,bounded")
     drift.add_argument("--workloads", type=paths, default=[Path("chat"), Path("code")], help="A,B (default: chat,code)")
     drift.add_argument("--clients", type=positive, default=2, help="clients of the closed loop (default: 2)")
-    drift.set_defaults(run=_later("run_drift"))
+    drift.set_defaults(run=_later("run_drift"), goes_on=True)
 
 
 def _add_common(parser: OneLineParser, *, repeat: int) -> None:
@@ -205,10 +212,7 @@ def _later(name: str) -> Any:
     def run(args: argparse.Namespace) -> int:
         from apparate_llm.eval import tpt
 
-        def stop(*_: object) -> None:
-            raise SystemExit(143)
-
-        signal.signal(signal.SIGTERM, stop)
+        exit_on_sigterm()
         return getattr(tpt, name)(args)
 
     return run

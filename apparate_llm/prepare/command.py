@@ -4,16 +4,35 @@ import argparse
 import json
 import re
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from apparate_llm.knobs import OneLineParser, positive
+from apparate_llm.knobs import OneLineParser, Paragraphs, positive
+from apparate_llm.lifeline import exit_on_sigterm
+from apparate_llm.quiet_log import log_of_engines
 from apparate_llm.redact import redacted
 
 DEFAULT_TIME_BUDGET = "60m"
 UNITS = {"s": 1, "m": 60, "h": 3600}
+COSTS = """\
+what it costs, and what that brings:
+  --time-budget  All stages are within it, half of it writes text. Two cores write a million answer
+                 tokens of a model with 135 million parameters in about 25 minutes; a larger model
+                 takes as much longer as it is larger.
+  --tokens       Text is what limits ramps; each doubling brings less than the one before. The shipped
+                 ones began with 600,000 and 664,000 tokens. On disk a token takes about 8 bytes times
+                 the model's hidden size (with two depths), until OUT/work is deleted.
+  --depths       Each depth but the first adds half of the first one's training time, and no text.
+                 `serve` takes the depth that pays most. A deeper ramp agrees more often, and each of
+                 its rounds runs more blocks.
+  --ramp-vocab   A ramp predicts no other tokens. Each round reads hidden size times vocabulary weights,
+                 8192 of SmolLM2's are 9.4 MB in bfloat16.
+  --prompts      Cost nothing: they are a third of the prompts for as long as they last. Ramps are worth
+                 most on text like what they were trained on.
+What memory and disk a run takes is said before it begins."""
+EVALUATION_COSTS = """\
+The model loads and answers all prompts, many at once; measuring takes seconds. The rate is shown meanwhile."""
 
 
 def add_prepare(subparsers: Any) -> None:
@@ -23,6 +42,8 @@ def add_prepare(subparsers: Any) -> None:
         description="Makes ramps for a model without any data. The model writes and answers its own prompts; ramps are "
         "trained on what it computes meanwhile and calibrated, and their cost is measured on this machine. An "
         "interrupted run goes on where it stopped when the same command is given again.",
+        epilog=COSTS,
+        formatter_class=Paragraphs,
         allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", help="model folder (default: the embedded one)")
@@ -39,19 +60,23 @@ def add_prepare(subparsers: Any) -> None:
     parser.add_argument("--ramp-vocab", type=positive, default=8192, help="tokens a ramp can predict (default: 8192)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
-    parser.set_defaults(run=run_prepare)
+    parser.set_defaults(run=run_prepare, goes_on=True)
 
 
 def add_ramps(subparsers: Any) -> None:
     parser = subparsers.add_parser("ramps", help="look at ramps")
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=OneLineParser)
-    show = kinds.add_parser("show", help="what a ramp folder holds")
+    show = kinds.add_parser(
+        "show", help="what a ramp folder holds", description="Reads the folder and loads no model.", allow_abbrev=False
+    )
     show.add_argument("folder", type=Path)
     show.set_defaults(run=run_show)
     evaluate = kinds.add_parser(
         "evaluate",
         help="agreement with the full model on your prompts",
         description="Lets the model answer the prompts greedily and measures how often each ramp agrees with it.",
+        epilog=EVALUATION_COSTS,
+        formatter_class=Paragraphs,
         allow_abbrev=False,
     )
     add_answering(evaluate, several=False)
@@ -62,6 +87,8 @@ def add_ramps(subparsers: Any) -> None:
         help="fit the confidence of ramps to your prompts",
         description="Lets the model answer the prompts greedily and moves each ramp's calibration half-way to what "
         "that says. Only ramps.json of the folder changes.",
+        epilog=EVALUATION_COSTS,
+        formatter_class=Paragraphs,
         allow_abbrev=False,
     )
     add_answering(calibrate, several=True)
@@ -117,28 +144,42 @@ def run_prepare(args: argparse.Namespace) -> int:
     check_build()
     reexec_with_libraries(environment())
 
-    from apparate_llm.prepare.pipeline import prepare
     from apparate_llm.prepare.plan import Plan, automatic_inner, automatic_intermediate_size
+    from apparate_llm.prepare.workspace import Workspace
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_on_sigterm()
     model = model_folder(args.model)
     info = BaseModelInfo.of(model)
-    prepare(
-        Plan(
-            model=model,
-            out=args.out,
-            depths=parse_depths(args.depths, info.num_hidden_layers),
-            inner=automatic_inner(info.num_hidden_layers),
-            tokens=args.tokens,
-            time_budget_s=None if args.tokens else args.time_budget or duration(DEFAULT_TIME_BUDGET),
-            seed=args.seed,
-            ramp_vocab=min(args.ramp_vocab, info.vocab_size),
-            intermediate_size=automatic_intermediate_size(info.hidden_size),
-            user_prompts=user_prompts,
-            enforce_eager=args.enforce_eager,
-        )
+    plan = Plan(
+        model=model,
+        out=args.out,
+        depths=parse_depths(args.depths, info.num_hidden_layers),
+        inner=automatic_inner(info.num_hidden_layers),
+        tokens=args.tokens,
+        time_budget_s=None if args.tokens else args.time_budget or duration(DEFAULT_TIME_BUDGET),
+        seed=args.seed,
+        ramp_vocab=min(args.ramp_vocab, info.vocab_size),
+        intermediate_size=automatic_intermediate_size(info.hidden_size),
+        user_prompts=user_prompts,
+        enforce_eager=args.enforce_eager,
     )
+    with log_of_engines(Workspace(args.out).path("vllm.log")) as console:
+        from apparate_llm.prepare.pipeline import prepare
+
+        prepare(plan, console)
+        for line in what_next(args.model, args.out):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def what_next(model: str | None, out: Path) -> list[str]:
+    """The last lines of a preparation."""
+    named = [] if model is None else [model]
+    return [
+        f"report: {out / 'report.html'}",
+        f"{out / 'work'} is only needed to go on with more tokens or time; delete it to free the space",
+        f"next: {shlex.join(['apparate-llm', 'serve', *named, '--ramps', str(out)])}",
+    ]
 
 
 def run_show(args: argparse.Namespace) -> int:

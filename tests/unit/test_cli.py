@@ -2,11 +2,13 @@
 
 import errno
 import os
+import shlex
+from pathlib import Path
 
 import pytest
 
 from apparate_llm import chat, doctor, launch, replay, serve
-from apparate_llm.cli import main
+from apparate_llm.cli import build_parser, main
 from apparate_llm.eval import tpt
 from apparate_llm.prepare import command as prepare
 
@@ -84,3 +86,26 @@ def test_errors_of_vllms_settings_are_one_line(monkeypatch, capsys):
     assert main(["doctor"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "valid string" in said
+
+
+def test_help_names_what_a_long_command_costs(capsys):
+    told = {}
+    for argv in (["prepare"], ["ramps", "evaluate"], ["ramps", "calibrate"], ["eval", "tpt"]):
+        with pytest.raises(SystemExit):
+            main([*argv, "--help"])
+        told[" ".join(argv)] = help_ = capsys.readouterr().out
+        assert all(len(line) <= 120 for line in help_.splitlines())
+    for flag in ("--time-budget", "--tokens", "--depths", "--ramp-vocab", "--prompts"):
+        assert f"\n  {flag}  " in told["prepare"].partition("what it costs")[2]
+    assert "five minutes" in told["eval tpt"].partition("what it costs")[2]
+    assert "answers all prompts" in told["ramps evaluate"] and "answers all prompts" in told["ramps calibrate"]
+
+
+def test_a_preparation_ends_with_the_command_that_serves_it():
+    from apparate_llm.prepare.command import what_next
+
+    assert what_next(None, Path("ramps"))[-1] == "next: apparate-llm serve --ramps ramps"
+    last = what_next("/models/my model", Path("/tmp/my ramps"))[-1]
+    assert last == "next: apparate-llm serve '/models/my model' --ramps '/tmp/my ramps'"
+    args, rest = build_parser().parse_known_args(shlex.split(last)[2:])
+    assert args.ramps == "/tmp/my ramps" and rest == ["/models/my model"]
