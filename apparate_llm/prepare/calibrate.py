@@ -4,7 +4,6 @@ Stage calibrate fits on validation conversations and reports what it gives on te
 `ramps calibrate` then moves them towards what given prompts say.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from apparate_llm.prepare.evaluate import (
     measure,
     pooled_calibration,
     served_ramps,
+    told,
 )
 from apparate_llm.prepare.prompts import KINDS
+from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import calibrated_all
 
@@ -103,16 +104,16 @@ def recalibrate(
     prompts: list[Any],
     *,
     max_tokens: int,
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[RampManifest, dict[int, tuple[float, float]]]:
     """The manifest with its calibration moved half-way to what the model's greedy answers say, and the calibration
     error of each depth on them (before, after).
 
     Half-way: for every row, whether the ramp agreed counts as much as the probability it had.
     """
-    answered = answer(model, manifest, prompts, max_tokens=max_tokens, say=say)
+    answered = answer(model, manifest, prompts, max_tokens=max_tokens, progress=progress)
     calibration, errors = dict(manifest.calibration), {}
-    for depth in manifest.depths:
+    for depth in told(progress, manifest.depths):
         ramps = served_ramps(folder, manifest, answered, depth)
         measured = measure(answered, ramps)
         fitted = []

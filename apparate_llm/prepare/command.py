@@ -10,6 +10,7 @@ from typing import Any
 
 from apparate_llm.knobs import OneLineParser, Paragraphs, positive
 from apparate_llm.lifeline import exit_on_sigterm
+from apparate_llm.progress import Progress
 from apparate_llm.quiet_log import log_of_engines
 from apparate_llm.redact import redacted
 
@@ -221,9 +222,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"folder of --json not found: {args.json.parent}")
     manifest, model = ramps_and_model(args)
 
-    from apparate_llm.prepare.evaluate import evaluate
+    with log_of_engines() as console, Progress(console) as progress:
+        from apparate_llm.prepare.evaluate import evaluate
 
-    result = evaluate(args.folder, manifest, model, prompts, categories, max_tokens=args.max_tokens, say=say)
+        most = args.max_tokens
+        result = evaluate(args.folder, manifest, model, prompts, categories, max_tokens=most, progress=progress)
     print_evaluation(result)
     if args.json:
         document = {"command": shlex.join(["apparate-llm", *redacted(sys.argv[1:])]), **result.model_dump()}
@@ -240,17 +243,15 @@ def run_calibrate(args: argparse.Namespace) -> int:
     prompts = [prompt.messages for file in args.prompts for prompt in load_prompts(file)]
     manifest, model = ramps_and_model(args)
 
-    from apparate_llm.prepare.calibrate import recalibrate
+    with log_of_engines() as console, Progress(console) as progress:
+        from apparate_llm.prepare.calibrate import recalibrate
 
-    manifest, errors = recalibrate(args.folder, manifest, model, prompts, max_tokens=args.max_tokens, say=say)
+        most = args.max_tokens
+        manifest, errors = recalibrate(args.folder, manifest, model, prompts, max_tokens=most, progress=progress)
     write_atomically(args.folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     for depth, (before, after) in errors.items():
         print(f"depth {depth}: calibration error on these prompts {before:.3f} -> {after:.3f}")
     return 0
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:
@@ -263,6 +264,7 @@ def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:
     manifest = read_manifest(args.folder)
     check_build()
     reexec_with_libraries(environment())
+    exit_on_sigterm()
     model = model_folder(args.model)
     check_fits(manifest, args.folder, fingerprint=BaseModelInfo.of(model).fingerprint)
     return manifest, model
@@ -294,6 +296,7 @@ def print_evaluation(result: Any) -> None:
     console.print(table)
     for item in result.depths:
         gain = f"{item.tokens_per_cycle:.2f} exits per cycle"
-        console.print(f"depth {item.depth}: {gain}, calibration error {item.calibration_error:.3f}")
+        said = f"depth {item.depth}: {gain}, calibration error {item.calibration_error:.3f}"
+        console.print(said, soft_wrap=True)
     ceiling = ", ".join(f"{name} {value:.2f}" for name, value in result.ceiling.items())
-    console.print(f"{result.prompts} prompts, {result.answer_tokens} answer tokens; ceiling: {ceiling}")
+    console.print(f"{result.prompts} prompts, {result.answer_tokens} answer tokens; ceiling: {ceiling}", soft_wrap=True)

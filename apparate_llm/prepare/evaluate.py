@@ -1,7 +1,7 @@
 """`ramps evaluate`: how often ramps agree with the full model on text that it generates greedily."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from apparate_llm.prepare.rows import LEAD, Rows
 from apparate_llm.prepare.train import BaseParts, Measured, RoundData, measure_head, tokens_per_cycle
+from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import RampSet, calibrated_all, load_ramps
 
@@ -102,11 +103,9 @@ class Answered(NamedTuple):
     dtype: torch.dtype
 
 
-def answer(
-    model: Path, manifest: RampManifest, prompts: list[Any], *, max_tokens: int, say: Callable[[str], None]
-) -> Answered:
-    """Generate greedily with the model, in this process, at most `max_tokens` tokens for each prompt. `say` gets a line
-    on prompts that are left out; raises ValueError if these are all."""
+def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_tokens: int, progress: Progress) -> Answered:
+    """Generate greedily with the model, in this process, at most `max_tokens` tokens for each prompt. `progress` says
+    which prompts are left out; raises ValueError if these are all."""
     from apparate_llm.prepare.capture import Capture
     from apparate_llm.prepare.chat import NOT_ANSWERED, ChatFormat, LeftOut
     from apparate_llm.prepare.engine import generation_engine
@@ -114,20 +113,25 @@ def answer(
     from apparate_llm.prepare.synthesise import generate_rows
 
     depths = tuple(sorted({depth for depth in (*manifest.depths, *manifest.inner) if depth > 0}))
-    with generation_engine(model) as llm:
+    stage_of_answers = progress.stage("answer", total=len(prompts), unit="prompts", facts="loading the model")
+    with stage_of_answers as stage, generation_engine(model) as llm:
         capture = Capture(llm, depths=depths)
         config = llm.llm_engine.model_config
         chat = ChatFormat(
-            llm.get_tokenizer(), max_model_len=config.max_model_len, max_answer_tokens=max_tokens, say=say
+            llm.get_tokenizer(), max_model_len=config.max_model_len, max_answer_tokens=max_tokens, say=progress.say
         )
         asked, left_out = chat.render_all(prompts)
-        answers = generate_rows(llm, capture, [ids for _, ids in asked], temperature=0.0, max_tokens=max_tokens)
+        stage.total = len(asked)
+        stage.update(0)
+        answers = generate_rows(
+            llm, capture, [ids for _, ids in asked], temperature=0.0, max_tokens=max_tokens, on_answers=stage.update
+        )
     for found in answers:
         if found is None:
             left_out.add(LeftOut(NOT_ANSWERED))
     conversations = [found for found in answers if found is not None]
     if left_out.counts[NOT_ANSWERED]:
-        left_out.tell(say)
+        left_out.tell(progress.say)
     return Answered(
         prompts=[number for (number, _), found in zip(asked, answers, strict=True) if found is not None],
         left_out=dict(left_out.counts),
@@ -143,6 +147,16 @@ def measure(answered: Answered, ramps: RampSet) -> list[Measured]:
     rows = answered.rows
     data = RoundData(rows, answered.base, depth=ramps.depth, inner=ramps.inner, vocabulary=ramps.vocabulary)
     return measure_head(ramps.head, data, torch.nonzero(rows.answer_index > LEAD)[:, 0])
+
+
+def told(progress: Progress, depths: Iterable[int]) -> Iterator[int]:
+    """The depths one by one, as a stage of its own."""
+    depths = list(depths)
+    with progress.stage("measure", total=len(depths), unit="depths") as stage:
+        for done, depth in enumerate(depths):
+            stage.update(done, f"depth {depth}")
+            yield depth
+        stage.update(len(depths))
 
 
 def served_ramps(folder: Path, manifest: RampManifest, answered: Answered, depth: int) -> RampSet:
@@ -187,17 +201,14 @@ def evaluate(
     categories: list[str | None],
     *,
     max_tokens: int,
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> Evaluation:
-    """Measure every ramp of the folder on the model's greedy answers; of prompts and `say` see `answer`."""
-    answered = answer(model, manifest, prompts, max_tokens=max_tokens, say=say)
+    """Measure every ramp of the folder on the model's greedy answers; of prompts and `progress` see `answer`."""
+    answered = answer(model, manifest, prompts, max_tokens=max_tokens, progress=progress)
+    asked = [categories[number] for number in answered.prompts]
     results = [
-        evaluate_depth(
-            answered,
-            served_ramps(folder, manifest, answered, depth),
-            categories=[categories[number] for number in answered.prompts],
-        )
-        for depth in manifest.depths
+        evaluate_depth(answered, served_ramps(folder, manifest, answered, depth), categories=asked)
+        for depth in told(progress, manifest.depths)
     ]
     default = next(result for result in results if result.depth == manifest.default_depth)
     return Evaluation(

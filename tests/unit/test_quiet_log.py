@@ -24,7 +24,7 @@ subprocess.run([sys.executable, "-c", "print('printed by a child')"])
 """
 
 
-def start(code: str, log: Path, **options) -> subprocess.Popen:
+def start(code: str, log: Path | str, **options) -> subprocess.Popen:
     command = [sys.executable, "-c", BEGIN + textwrap.dedent(code), str(log)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
@@ -178,3 +178,26 @@ def test_a_signal_ends_it_with_one_line_and_its_exit_code(tmp_path):
     assert stopped_by(signal.SIGTERM, tmp_path) == (143, f"apparate-llm: stopped by SIGTERM; {again}")
     (tmp_path / "ready").unlink()
     assert stopped_by(signal.SIGINT, tmp_path) == (130, f"apparate-llm: stopped by SIGINT; {again}")
+
+
+def test_a_preparation_keeps_its_log_beside_its_work_and_ends_with_what_to_do_next(tiny_llama, tmp_path):
+    code = """
+        from apparate_llm import cli
+        from apparate_llm.prepare import pipeline
+
+        def prepare(plan, console):
+            os.write(2, b"of vLLM's\\n")
+            console.print("said")
+
+        pipeline.prepare = prepare
+        model, out = sys.argv[1].split(":")
+        sys.exit(cli.main(["prepare", model, "--out", out]))
+        """
+    out = tmp_path / "my ramps"
+    process = start(code, f"{tiny_llama}:{out}")
+    told, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and told == ""
+    lines = err.splitlines()
+    assert lines[:2] == [f"vLLM's log: {out}/work/vllm.log", "said"]
+    assert lines[-1] == f"next: apparate-llm serve {tiny_llama} --ramps '{out}'"
+    assert (out / "work" / "vllm.log").read_text() == "of vLLM's\n"
