@@ -188,9 +188,7 @@ class ChatFormat:
 
     def _with_content(self, message: Message) -> Message:
         """Its content as the template takes it; raises LeftOut for an image and the like."""
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [] if content is None else [content]
-        found = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        found = _parts(message)
         texts = [text for text in found if isinstance(text, str)]
         if len(texts) < len(found):
             raise LeftOut(NO_TEXT)
@@ -212,6 +210,18 @@ class ChatFormat:
         text = self.tokenizer.encode("a", add_special_tokens=False)
         whole = self.tokenizer.encode("a", add_special_tokens=True)
         return next((whole[:i] for i in range(len(whole)) if text and whole[i : i + len(text)] == text), [])
+
+
+def text_of(message: Message) -> str:
+    """Its words, of whatever kind its content is."""
+    return "\n".join(part for part in _parts(message) if isinstance(part, str))
+
+
+def _parts(message: Message) -> list[Any]:
+    """The texts of a content, which is a text, a list of parts or nothing; as it is what has no text."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [] if content is None else [content]
+    return [part.get("text") if isinstance(part, dict) else part for part in parts]
 
 
 def template_of(tokenizer: Any) -> str | None:

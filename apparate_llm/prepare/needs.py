@@ -1,6 +1,7 @@
 """Memory and disk that a preparation needs, said before it begins, and what is done with less."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from apparate_llm.prepare.rows import bytes_per_row
 from apparate_llm.prepare.train import BATCH_ROWS
 from apparate_llm.ramps.checkpoint import BaseModelInfo
 
+TABLES = ("embed_tokens.weight", "lm_head.weight", "tok_embeddings.weight", "output.weight")
 MAX_ANSWER_TOKENS = 320
 MOST_SLOTS, FEWEST_SLOTS = 128, 8  # conversations at once
 MOST_KV_BYTES = 2 << 30
 TOKENS_PER_SLOT = 512  # of the KV cache, for a prompt and its answer
 TYPICAL_ANSWER_TOKENS = 150
-PROCESS_BYTES = 850 << 20  # Python, torch, vLLM
+PROCESS_BYTES = 700 << 20  # Python, torch, vLLM
 ROWS_UNDER_WAY = 96  # of a slot: what is not in the store yet
 ROUNDS_IN_MEMORY = 3  # of a training batch
 SPARE_FRAC = 0.1  # of free memory and disk stays free
@@ -38,9 +40,10 @@ class Room:
 class Sizes:
     """Of a model, in bytes unless said otherwise."""
 
-    weights: int
+    layers: int
+    table: int  # embedding or head
+    tables: int  # that the model has in memory: 1 where the head is the embedding
     kv_per_token: int
-    embedding: int  # and the head where it has its own
     vocab: int  # tokens
     hidden: int
     intermediate: int
@@ -48,20 +51,32 @@ class Sizes:
     @classmethod
     def of(cls, model: Path, base: BaseModelInfo) -> "Sizes":
         config = json.loads((model / "config.json").read_text())
-        files = [path for pattern in ("*.safetensors", "*.bin") for path in model.glob(pattern)]
-        stored = 4 if str(config.get("dtype") or config.get("torch_dtype")).endswith("float32") else ELEMENT_SIZE
         heads = config.get("num_attention_heads") or 1
         head_dim = config.get("head_dim") or base.hidden_size // heads
         kv_heads = config.get("num_key_value_heads") or heads
-        tables = 1 if config.get("tie_word_embeddings", False) else 2
         return cls(
-            weights=sum(path.stat().st_size for path in files) * ELEMENT_SIZE // stored,
+            layers=_layer_parameters(model) * ELEMENT_SIZE,
+            table=base.vocab_size * base.hidden_size * ELEMENT_SIZE,
+            tables=1 if config.get("tie_word_embeddings", False) else 2,
             kv_per_token=2 * base.num_hidden_layers * kv_heads * head_dim * ELEMENT_SIZE,
-            embedding=tables * base.vocab_size * base.hidden_size * ELEMENT_SIZE,
             vocab=base.vocab_size,
             hidden=base.hidden_size,
             intermediate=config.get("intermediate_size") or 4 * base.hidden_size,
         )
+
+
+def _layer_parameters(model: Path) -> int:
+    """All but embedding and head."""
+    from safetensors import safe_open
+
+    from apparate_llm.ramps.fingerprint import weight_files
+
+    number = 0
+    for file in weight_files(model):
+        with safe_open(file, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if not name.endswith(TABLES)]  # noqa: SIM118 - it is no mapping
+            number += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    return number
 
 
 def answer_limit(context: int) -> int:
@@ -81,7 +96,9 @@ def synthesis_bytes(plan: Plan, sizes: Sizes, slots: int) -> int:
     logits = slots * sizes.vocab * 4 * 3
     row = bytes_per_row(sizes.hidden, len(plan.states), ELEMENT_SIZE)
     kv = kv_cache_bytes(sizes, slots, context_length(plan.model))
-    return PROCESS_BYTES + sizes.weights + kv + batch + logits + slots * ROWS_UNDER_WAY * row
+    # On a CPU vLLM keeps what it multiplies with twice: as it was loaded and packed for the kernels.
+    weights = 2 * sizes.layers + (sizes.tables + 1) * sizes.table
+    return PROCESS_BYTES + weights + kv + batch + logits + slots * ROWS_UNDER_WAY * row
 
 
 def head_parameters(plan: Plan, sizes: Sizes) -> int:
@@ -95,7 +112,13 @@ def training_bytes(plan: Plan, sizes: Sizes) -> int:
     a batch; rows stay on disk."""
     parameters = head_parameters(plan, sizes)
     scores = ROUNDS_IN_MEMORY * BATCH_ROWS * plan.ramp_vocab * 6
-    return PROCESS_BYTES + 2 * sizes.embedding + parameters * (5 * 4 + 2) + plan.ramp_vocab * sizes.hidden * 6 + scores
+    return (
+        PROCESS_BYTES
+        + sizes.tables * sizes.table
+        + parameters * (5 * 4 + 2)
+        + plan.ramp_vocab * sizes.hidden * 6
+        + scores
+    )
 
 
 def disk_bytes(plan: Plan, base: BaseModelInfo, tokens: float) -> int:

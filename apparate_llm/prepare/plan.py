@@ -40,11 +40,11 @@ class Plan:
 
 def automatic_depths(num_layers: int) -> tuple[int, ...]:
     """Right after the embedding, and a tenth of the model's depth: deeper rounds cost more than they bring."""
-    return (0, max(1, round(num_layers / 12)))
+    return (0, max(1, round(num_layers / 12)))[:num_layers]
 
 
 def automatic_inner(num_layers: int) -> tuple[int, ...]:
-    return (num_layers // 2, num_layers * 3 // 4)
+    return tuple(sorted({num_layers // 2, num_layers * 3 // 4} - {0}))
 
 
 def automatic_intermediate_size(hidden_size: int) -> int:

@@ -6,7 +6,9 @@ the user that share a passage are in one split.
 
 import random
 from collections import defaultdict
+from typing import Any
 
+from apparate_llm.prepare.chat import text_of
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
 
 BLOCK = 16  # conversations, of which one is for validation and one for testing
@@ -48,7 +50,7 @@ def sources(texts: list[str]) -> list[int]:
     return [names.setdefault(first_of(number), len(names)) for number in range(len(texts))]
 
 
-def splits_of_prompts(prompts: list[list[dict[str, str]]], seed: str) -> list[int]:
+def splits_of_prompts(prompts: list[list[dict[str, Any]]], seed: str) -> list[int]:
     """Split of each of the user's prompts; what a system prompt says does not make two of them alike."""
-    texts = ["\n".join(turn["content"] for turn in prompt if turn["role"] != "system") for prompt in prompts]
+    texts = ["\n".join(text_of(turn) for turn in prompt if turn["role"] != "system") for prompt in prompts]
     return [split_of(source, f"{seed}/user") for source in sources(texts)]

@@ -1,5 +1,6 @@
 """Stage synthesise, as part of a preparation: what a lap adds to the store."""
 
+import gc
 from typing import Any
 
 from apparate_llm.prepare.chat import ChatFormat
@@ -24,6 +25,7 @@ def synthesise_lap(run: Run, lap: Lap) -> dict[str, Any]:
     is_time = run.clock.spent_s < lap.synthesise_until_s or not store.counts["rows"]
     if is_time and store.counts["answer_tokens"] < lap.tokens:
         _synthesise(run, lap, room_for_synthesis(run))
+        gc.collect()  # the engine and what listens in on it refer to each other
     counts = store.counts
     result = {"rows": counts["rows"], "tokens": counts["answer_tokens"], "seconds": round(run.clock.spent_s)}
     return workspace.write(stage, wanted, result)

@@ -11,6 +11,7 @@ from apparate_llm.prepare.calibrate import calibrate_rounds, coverage_curve, fit
 from apparate_llm.prepare.capture import top_tokens
 from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
+from apparate_llm.prepare.plan import automatic_depths, automatic_inner
 from apparate_llm.prepare.predict import completion_cost, tpt_ratio
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
 from apparate_llm.prepare.splits import BLOCK, sources, split_of, splits_of_prompts
@@ -367,6 +368,13 @@ def test_bad_depths_and_durations_say_what_is_allowed():
     for text in ("24", "0,0", "a", "", "-1"):
         with pytest.raises(ValueError, match="numbers from 0 to 23"):
             parse_depths(text, 24)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 28, 80])
+def test_depths_chosen_for_a_model_are_different_blocks_of_it(num_layers):
+    depths, inner = automatic_depths(num_layers), automatic_inner(num_layers)
+    assert list(depths) == sorted({depth for depth in depths if 0 <= depth < num_layers}) and depths[0] == 0
+    assert list(inner) == sorted({depth for depth in inner if 0 < depth < num_layers})
 
 
 def test_numbers_in_a_report_are_plain(base, rows):

@@ -139,6 +139,15 @@ def test_a_template_that_wants_parts_gets_parts():
     assert ChatFormat(tokenizer, max_model_len=99).affixes() == ("<|im_start|>user\n", "<|im_end|>\n")
 
 
+def test_prompts_of_the_user_are_split_whatever_their_content_is():
+    from apparate_llm.prepare.splits import splits_of_prompts
+
+    parts = [{"type": "text", "text": "one"}, {"type": "image_url"}]
+    prompts = [[user("one")], [user(parts)], [user(None)], [user(7)]]
+    first, second, *_ = splits_of_prompts(prompts, "0")
+    assert first == second  # the same words
+
+
 def test_no_content_is_an_empty_one():
     assert "None" not in said(letters(CHATML), [user("a"), {"role": "assistant", "content": None}, user("b")])
 
