@@ -15,7 +15,7 @@ from apparate_llm.prepare.train import BATCH_ROWS
 from apparate_llm.ramps.checkpoint import BaseModelInfo
 
 TABLES = ("embed_tokens.weight", "lm_head.weight", "tok_embeddings.weight", "output.weight")
-MAX_ANSWER_TOKENS = 320
+MAX_ANSWER_TOKENS = 256
 MOST_SLOTS, FEWEST_SLOTS = 128, 8  # conversations at once
 MOST_KV_BYTES = 2 << 30
 TOKENS_PER_SLOT = 512  # of the KV cache, for a prompt and its answer
