@@ -83,6 +83,10 @@ class Synthesiser:
     def answer_tokens(self) -> int:
         return self.store.counts["answer_tokens"] + sum(len(item.answer) for item in self.finished)
 
+    @property
+    def tokens_under_way(self) -> int:
+        return sum(len(work.tokens) for work in self.work.values() if isinstance(work, _Answer))
+
     def run(
         self,
         *,

@@ -47,7 +47,8 @@ def _synthesise(run: Run, lap: Lap, room: Room) -> None:
 
             def on_step() -> None:
                 tokens = synthesiser.answer_tokens
-                facts = f"{number(tokens)} answer tokens" if timed else f"{len(synthesiser.work)} under way"
+                written = f"{number(tokens + synthesiser.tokens_under_way)} answer tokens"
+                facts = written if timed else f"{len(synthesiser.work)} conversations under way"
                 bar.update(min(clock.spent_s, lap.synthesise_until_s) if timed else min(tokens, lap.tokens), facts)
 
             def enough() -> bool:
