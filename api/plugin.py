@@ -145,7 +145,7 @@ def class_seen_by(request: Request, server: ExitServer) -> str | None:
 
 
 def server_of(request: Request) -> ExitServer:
-    server = request.app.state.early_exit
+    server: ExitServer | None = request.app.state.early_exit
     if server is None:
         raise HTTPException(503, "this server runs without early exits (policy off)")
     return server

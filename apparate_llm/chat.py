@@ -123,7 +123,7 @@ class ChatClient:
             ) from None
         self._check(answer)
         try:
-            return answer.json()["data"][0]["id"]
+            return str(answer.json()["data"][0]["id"])
         except (ValueError, KeyError, IndexError, TypeError):
             raise RuntimeError(f"{self.url} is no OpenAI-compatible server: {answer.text[:100]}") from None
 

@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     args = argparse.Namespace()
     try:
         args, rest = parsed(argv)
-        return args.run(args, rest) if args.command == "serve" else args.run(args)
+        code: int = args.run(args, rest) if args.command == "serve" else args.run(args)
+        return code
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so at its end
         return 1

@@ -2,13 +2,15 @@
 
 import hashlib
 import reprlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ADDITIONAL_CONFIG_KEY = "early_exit"
 DEFAULT_CLASS = "default"  # of requests that name none
 KEY_CLASS_PROOF = "apparate_class_proof"  # field of vLLM's `extra_args`: that the API has seen a key of the class
+PolicyName = Literal["adaptive", "apparate", "static", "off"]
+BoundKind = Literal["agreement", "regret"]
 LONGEST_NAME = 100  # characters of what a caller sent that a message repeats
 
 
@@ -42,7 +44,7 @@ ClassName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
 class EarlyExitConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    policy: Literal["adaptive", "apparate", "static", "off"] = Field(
+    policy: PolicyName = Field(
         "adaptive",
         description="adaptive: as many exits as pay; apparate: the paper's algorithm; static: fixed confidence "
         "thresholds; off: no exits at all, plain vLLM",
@@ -54,7 +56,7 @@ class EarlyExitConfig(BaseModel):
         allow_inf_nan=False,
         description="largest share of emitted tokens that may differ from the full model's; 0 is lossless",
     )
-    bound_kind: Literal["agreement", "regret"] = Field(
+    bound_kind: BoundKind = Field(
         "agreement",
         description="what the bound counts per token: agreement: divergences; regret: nats between the full model's "
         "best token and the emitted one",
@@ -157,7 +159,7 @@ class RequestKnobs(BaseModel):
     early_exit_report: Literal[0, 1] = Field(0, description="1: the answer says where its tokens came from")
 
 
-def parse_config(raw: Any) -> EarlyExitConfig:
+def parse_config(raw: object) -> EarlyExitConfig:
     """Validate what came from a flag, a file or a caller; raises ConfigError with one readable line."""
     if not isinstance(raw, dict):
         raise ConfigError(f"early_exit must be an object of knobs, got {type(raw).__name__}")
@@ -187,7 +189,7 @@ def check_classes(config: EarlyExitConfig) -> None:
             keys[digest] = name
 
 
-def parse_live(changes: Any, config: EarlyExitConfig) -> EarlyExitConfig:
+def parse_live(changes: object, config: EarlyExitConfig) -> EarlyExitConfig:
     """The knobs of a running server with some of them changed; raises ConfigError."""
     if not isinstance(changes, dict):
         raise ConfigError(f"early_exit must be an object of knobs, got {type(changes).__name__}")
@@ -265,10 +267,11 @@ def _proven_class(extra_args: dict[str, Any] | None, config: EarlyExitConfig) ->
     return next((name for name in keyed if key_class_proof(config, name) == given), None)
 
 
-def _name(name: Any) -> str:
+def _name(name: object) -> str:
     """What a caller sent as a name, fit to be repeated in one line."""
-    is_plain = isinstance(name, str) and name.isprintable() and len(name) <= LONGEST_NAME
-    return name if is_plain else _SHORT.repr(name)
+    if isinstance(name, str) and name.isprintable() and len(name) <= LONGEST_NAME:
+        return name
+    return _SHORT.repr(name)
 
 
 _SHORT = reprlib.Repr()
@@ -299,7 +302,14 @@ def shown(config: EarlyExitConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"classes": {"__all__": {"api_keys_sha256"}}})
 
 
-def config_from_vllm(vllm_config: Any) -> EarlyExitConfig:
+class WithAdditionalConfig(Protocol):
+    """What we read of vLLM's settings; the file knows nothing else of it."""
+
+    @property
+    def additional_config(self) -> object: ...
+
+
+def config_from_vllm(vllm_config: WithAdditionalConfig) -> EarlyExitConfig:
     """The knobs of a server, out of vLLM's `--additional-config '{"early_exit": {...}}'`."""
     additional = vllm_config.additional_config
     raw = additional.get(ADDITIONAL_CONFIG_KEY, {}) if isinstance(additional, dict) else {}

@@ -182,8 +182,9 @@ def _apart(flags: list[str]) -> tuple[list[str], dict[str, str], dict[str, list[
 
 def nested(path: str, text: str) -> dict[str, Any]:
     """{"a": {"b": value}} for the path `a.b`; `a.b+` takes a list of comma-separated items."""
-    value: Any = text.split(",") if path.endswith("+") else value_of(text)
-    for key in reversed(path.removesuffix("+").split(".")):
+    *outer, last = path.removesuffix("+").split(".")
+    value: dict[str, Any] = {last: text.split(",") if path.endswith("+") else value_of(text)}
+    for key in reversed(outer):
         value = {key: value}
     return value
 

@@ -51,15 +51,16 @@ def total_memory_bytes(root: Path = Path("/")) -> int:
     """Of the machine, or as much of it as a control group leaves us. root: where /proc and /sys are."""
     import psutil
 
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_limits(root))])
+    whole: int = psutil.virtual_memory().total
+    return min([whole, *(limit for limit, _ in _group_limits(root))])
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
     """What can be taken now without swapping, within the limits of the control groups that we are in."""
     import psutil
 
-    left = [limit - used for limit, used in _group_limits(root)]
-    return max(0, min([psutil.virtual_memory().available, *left]))
+    left: list[int] = [psutil.virtual_memory().available]
+    return max(0, min(left + [limit - used for limit, used in _group_limits(root)]))
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:

@@ -153,7 +153,7 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
         def error(self, message: str) -> NoReturn:
             raise ConfigError(message)
 
-    parser = Parser(prog="apparate-llm")
+    parser = Parser(prog="apparate-llm")  # type: ignore[no-untyped-call]  # vLLM's constructor
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers())
     args = parser.parse_args(["serve", *flags])

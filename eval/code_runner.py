@@ -40,7 +40,7 @@ def main() -> None:
     os._exit(0)  # waits for no thread of the answer
 
 
-def _any_defined(defined: list[Callable], check: Callable[[Callable], object]) -> bool:
+def _any_defined(defined: list[Callable[..., object]], check: Callable[[Callable[..., object]], object]) -> bool:
     for value in defined:
         with contextlib.suppress(Exception, SystemExit):
             check(value)

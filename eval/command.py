@@ -1,6 +1,7 @@
 """The `eval` part of the command line."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +207,14 @@ def objectives(text: str) -> dict[str, float]:
     return found
 
 
-def _later(name: str) -> Any:
+def _later(name: str) -> Callable[[argparse.Namespace], int]:
     """A command of `eval/tpt.py`, imported when it runs; leaves by the way that stops the servers, too."""
 
     def run(args: argparse.Namespace) -> int:
         from apparate_llm.eval import tpt
 
         exit_on_sigterm()
-        return getattr(tpt, name)(args)
+        command: Callable[[argparse.Namespace], int] = getattr(tpt, name)
+        return command(args)
 
     return run

@@ -8,7 +8,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from apparate_llm.knobs import OneLineParser, positive
 
 Step = tuple[str, int, str | None]  # text, tokens of the answer so far (an end token is one), finish reason
+Chunk = dict[str, object]  # JSON
 
 
 class Message(BaseModel):
@@ -50,7 +51,9 @@ class Detokenizer:
     """Text of a growing list of tokens. Keeps back what ends in the middle of a character."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.decode: Callable[[list[int]], str] = partial(
+            tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         self.ids: list[int] = []
         self.start = self.sent = 0  # the tokens between are sent, but decoded again: some tokenizers join with blanks
 
@@ -119,7 +122,8 @@ class Generator:
         self.name = model_dir.resolve().name
         self.early_exit = early_exit
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+        self.model.eval()
         self.num_layers: int = self.model.config.num_hidden_layers
         self.max_model_len: int = self.model.config.max_position_embeddings
         config = self.model.generation_config
@@ -167,10 +171,10 @@ class Generator:
             answer.push(error)
 
 
-async def events(answer: Answer, steps: AsyncIterator[Step], head: dict, body: ChatRequest) -> AsyncIterator[str]:
+async def events(answer: Answer, steps: AsyncIterator[Step], head: Chunk, body: ChatRequest) -> AsyncIterator[str]:
     """The answer as server-sent events."""
 
-    def event(num_tokens: int, choices: list[dict], *, with_usage: bool = body.continuous_usage_stats) -> str:
+    def event(num_tokens: int, choices: list[Chunk], *, with_usage: bool = body.continuous_usage_stats) -> str:
         chunk = head | {"object": "chat.completion.chunk", "choices": choices}
         return f"data: {json.dumps(chunk | {'usage': answer.usage(num_tokens)} if with_usage else chunk)}\n\n"
 
@@ -186,7 +190,7 @@ async def events(answer: Answer, steps: AsyncIterator[Step], head: dict, body: C
     yield "data: [DONE]\n\n"
 
 
-async def whole(answer: Answer, steps: AsyncIterator[Step], head: dict) -> Response:
+async def whole(answer: Answer, steps: AsyncIterator[Step], head: Chunk) -> Response:
     """The answer in one piece."""
     try:
         done = [step async for step in steps]

@@ -61,7 +61,8 @@ def lengths_of(num_prompts: int, max_tokens: int, length: Length, seed: int) -> 
     if length != "varied":
         return [max_tokens] * num_prompts
     shortest = math.ceil(SHORTEST_FRAC * max_tokens)
-    return np.random.default_rng(seed).integers(shortest, max_tokens, num_prompts, endpoint=True).tolist()
+    drawn = np.random.default_rng(seed).integers(shortest, max_tokens, num_prompts, endpoint=True)
+    return [int(number) for number in drawn]
 
 
 def _name(load: str, length: Length) -> str:

@@ -4,12 +4,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from apparate_llm.eval.client import Completion
 from apparate_llm.eval.schema import Distribution
 
 RESAMPLES = 2000
 SEED = 0
+Samples = NDArray[np.float64]
+Statistic = Callable[[Samples], Samples]
 
 
 def distribution(values: Sequence[float | None], *, interval: bool = False) -> Distribution:
@@ -24,7 +27,7 @@ def distribution(values: Sequence[float | None], *, interval: bool = False) -> D
     return Distribution(mean=float(np.mean(known)), p50=float(p50), p95=float(p95), p99=float(p99), mean_ci95=bounds)
 
 
-def bootstrap(columns: np.ndarray, statistic) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def bootstrap(columns: Samples, statistic: Statistic) -> tuple[float, float]:
     """95 % percentile interval over paired samples [variables, n]; statistic: of [variables, resamples, n]."""
     n = columns.shape[1]
     drawn = np.random.default_rng(SEED).integers(0, n, (RESAMPLES, n))
@@ -43,7 +46,7 @@ def ratio_interval(ours: list[Completion], baseline: list[Completion]) -> tuple[
 
 
 def apart_interval(
-    ours: Sequence[float | None], baseline: Sequence[float | None], statistic: Callable[[np.ndarray], np.ndarray]
+    ours: Sequence[float | None], baseline: Sequence[float | None], statistic: Statistic
 ) -> tuple[float, float] | None:
     """95 % interval of the ratio of a statistic of two samples, each drawn from anew by itself.
     statistic: of [resamples, n], over the last axis."""
@@ -56,12 +59,14 @@ def apart_interval(
     return float(low), float(high)
 
 
-def mean_of(values: np.ndarray) -> np.ndarray:
-    return values.mean(-1)
+def mean_of(values: Samples) -> Samples:
+    means: Samples = np.mean(values, axis=-1)
+    return means
 
 
-def p99_of(values: np.ndarray) -> np.ndarray:
-    return np.percentile(values, 99, axis=-1)
+def p99_of(values: Samples) -> Samples:
+    highest: Samples = np.percentile(values, 99, axis=-1)
+    return highest
 
 
 def tpt_by_prompt(completions: list[Completion]) -> dict[int, float]:

@@ -90,7 +90,7 @@ def _of_line(line: str, where: str) -> Prompt:
 
 def _messages(record: dict[str, Any], where: str) -> Messages:
     if "messages" in record:
-        messages = record["messages"]
+        messages: Messages = record["messages"]
         ok = isinstance(messages, list) and messages
         if not ok or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
             raise ValueError(f"{where}: `messages` must be a list of objects with role and content")

@@ -80,12 +80,13 @@ class Server:
 
     def model_name(self) -> str:
         response = httpx.get(f"{self.base_url}/v1/models", headers=self.headers, timeout=10.0)
-        return response.raise_for_status().json()["data"][0]["id"]
+        return str(response.raise_for_status().json()["data"][0]["id"])
 
     def status(self) -> dict[str, Any]:
         """Of its exits; for a system that has them."""
         response = httpx.get(f"{self.base_url}/early_exit/status", headers=self.headers, timeout=10.0)
-        return response.raise_for_status().json()
+        status: dict[str, Any] = response.raise_for_status().json()
+        return status
 
     def counts(self) -> dict[str, Any] | None:
         """Running totals of its exits, None for a system without."""

@@ -68,7 +68,8 @@ class Store:
     def plan(self) -> dict[str, Any]:
         """Raises ValueError where there is no evaluation."""
         try:
-            return json.loads((self.folder / "plan.json").read_text())
+            plan: dict[str, Any] = json.loads((self.folder / "plan.json").read_text())
+            return plan
         except FileNotFoundError:
             raise ValueError(f"{self.folder} holds no evaluation (no plan.json)") from None
 

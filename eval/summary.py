@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -54,9 +53,9 @@ class Cell:
     def wall_s(self) -> float:
         return sum(block.wall_s for block in self.blocks)
 
-    def total(self, name: str) -> Any:
+    def total(self, name: str) -> float | None:
         """Of a count of exits; None for a system without."""
-        values = [block.counts[name] for block in self.blocks if block.counts is not None]
+        values: list[float] = [block.counts[name] for block in self.blocks if block.counts is not None]
         return sum(values) if values else None
 
     def per_token(self, seconds_or_joules: Sequence[float | None]) -> float | None:
@@ -175,11 +174,10 @@ def _blocks_per_token(cell: Cell, num_layers: int) -> float | None:
     rounds their shallow blocks."""
     if cell.system.name == BASELINE:
         return float(num_layers)
-    emitted = cell.total("emitted")
-    if not emitted:
+    emitted, held, accepted, blocks = map(cell.total, ("emitted", "held", "accepted", "shallow_blocks"))
+    if not emitted or held is None or accepted is None or blocks is None:
         return None
-    rows = emitted + cell.total("held") - cell.total("accepted")
-    return (rows * num_layers + cell.total("shallow_blocks")) / emitted
+    return ((emitted + held - accepted) * num_layers + blocks) / emitted
 
 
 def _timeline(cell: Cell, summary: Summary) -> list[Moment]:

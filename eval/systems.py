@@ -34,7 +34,7 @@ NAMES = {
     "hf": "Hugging Face generate",
     "hf-early-exit": "Hugging Face generate with assistant_early_exit",
     **{
-        name: f"early exits with policy {name}, once for each bound"
+        str(name): f"early exits with policy {name}, once for each bound"
         for name in POLICIES
         if name not in ("off", "adaptive")
     },

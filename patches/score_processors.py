@@ -27,9 +27,9 @@ def wrapped(stock: Any) -> Any:
 def apply(patch: Patch) -> bool:
     from vllm.v1.worker import gpu_model_runner
 
-    stock = gpu_model_runner.build_logitsprocs
+    stock = vars(gpu_model_runner)["build_logitsprocs"]  # that module's own name for it
     if hasattr(stock, "__wrapped__"):
         return False
     check_target(patch, stock)
-    gpu_model_runner.build_logitsprocs = wrapped(stock)
+    vars(gpu_model_runner)["build_logitsprocs"] = wrapped(stock)
     return True

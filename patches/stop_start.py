@@ -25,11 +25,11 @@ def wrapped(stock: Any) -> Any:
 def apply(patch: Patch) -> bool:
     from vllm.entrypoints.launchers.api_server import entry
 
-    stock = entry.setup_server
+    stock = vars(entry)["setup_server"]  # that module's own name for it
     if getattr(stock, "ends_at_once", False):
         return False
     check_target(patch, entry.run_server)
     ours = wrapped(stock)
     ours.ends_at_once = True
-    entry.setup_server = ours
+    vars(entry)["setup_server"] = ours
     return True

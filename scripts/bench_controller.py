@@ -10,9 +10,10 @@ import sys
 from statistics import median
 from time import perf_counter
 
-from apparate_llm.config import EarlyExitConfig
+from apparate_llm.config import EarlyExitConfig, PolicyName
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policies import make_policy
+from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Exit, Verb
 
 ROUNDS = 3
@@ -20,7 +21,7 @@ STEPS = 2000
 LIMITS_MS = {1: 0.2, 16: 0.5}
 
 
-def step_ms(policy, budget: AccuracyBudget, buckets: list[Bucket], rng: random.Random) -> float:
+def step_ms(policy: Policy, budget: AccuracyBudget, buckets: list[Bucket], rng: random.Random) -> float:
     """Time of one step's decisions; the exits are made before it begins."""
     batch = len(buckets)
     offered = [[Exit(0, 0, 0, number, rng.random() ** 0.3) for _ in buckets] for number in range(ROUNDS)]
@@ -52,7 +53,8 @@ def step_ms(policy, budget: AccuracyBudget, buckets: list[Bucket], rng: random.R
 
 def main() -> int:
     exceeded = False
-    for name in ("adaptive", "apparate", "static"):
+    names: tuple[PolicyName, ...] = ("adaptive", "apparate", "static")
+    for name in names:
         for batch, limit in LIMITS_MS.items():
             config = EarlyExitConfig(policy=name, accuracy_bound=0.05, max_rows=10**6)
             policy = make_policy(config, depth=0, depths=(0,), num_layers=30)

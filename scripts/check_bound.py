@@ -12,10 +12,12 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from apparate_llm.config import EarlyExitConfig
+from apparate_llm.config import EarlyExitConfig, PolicyName
 from apparate_llm.controller.feedback import Cycle
 from apparate_llm.controller.policies import make_policy
+from apparate_llm.controller.policy import Policy
 from apparate_llm.controller.replay import LogCosts, replay
+from apparate_llm.core import Exit
 from tests import logs
 
 RIGHT, WRONG = 90, 60  # cycles
@@ -31,19 +33,16 @@ def adversary(confidence: float, cycle: int, rng: random.Random) -> bool:
     return cycle % (RIGHT + WRONG) < RIGHT or rng.random() < 0.1
 
 
-def check_bound(name: str, *, num_verdicts: int, accuracy_bound: float) -> Checked:
+def check_bound(name: PolicyName, *, num_verdicts: int, accuracy_bound: float) -> Checked:
     """Until there were so many verdicts."""
-    config = EarlyExitConfig(policy=name, accuracy_bound=accuracy_bound, max_exits=3)  # type: ignore[arg-type]
+    config = EarlyExitConfig(policy=name, accuracy_bound=accuracy_bound, max_exits=3)
     policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
     verdicts, stock = 0, policy.verdict
 
-    class Counted(type(policy)):  # type: ignore[misc]
-        __slots__ = ()
-
-        def verdict(self, exit_, agrees):
-            nonlocal verdicts
-            verdicts += 1
-            stock(exit_, agrees)
+    def verdict(self: Policy, exit_: Exit, agrees: bool) -> None:
+        nonlocal verdicts
+        verdicts += 1
+        stock(exit_, agrees)
 
     def until_enough() -> Iterator[Cycle]:
         for cycle in logs.cycles(10**9, agrees=adversary, length=600):
@@ -52,7 +51,7 @@ def check_bound(name: str, *, num_verdicts: int, accuracy_bound: float) -> Check
             yield cycle
 
     costs = LogCosts(list(logs.cycles(100)))
-    policy.__class__ = Counted
+    policy.__class__ = type("Counted", (type(policy),), {"__slots__": (), "verdict": verdict})
     result = replay(until_enough(), costs, policy, accuracy_bound=accuracy_bound, kind="agreement")
     return Checked(verdicts, result.worst_share, result.divergence_frac)
 
@@ -63,7 +62,8 @@ def main() -> int:
     parser.add_argument("--bound", type=float, default=0.05)
     args = parser.parse_args()
     broken = False
-    for name in ("adaptive", "apparate", "static"):
+    names: tuple[PolicyName, ...] = ("adaptive", "apparate", "static")
+    for name in names:
         checked = check_bound(name, num_verdicts=args.verdicts, accuracy_bound=args.bound)
         broken |= checked.worst_share > args.bound
         print(

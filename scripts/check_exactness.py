@@ -18,9 +18,20 @@ import json
 import multiprocessing
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from apparate_llm.eval.prompts import Messages
 from tests import conftest  # noqa: F401 - sets vLLM's environment before it is imported
+
+if TYPE_CHECKING:
+    from multiprocessing import Queue
+
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from tests.harness import Engine
 
 SYSTEM = (
     "You are a careful assistant. Answer the question that is asked, in the language it is asked in. Give the answer "
@@ -45,7 +56,9 @@ RUNS: dict[str, tuple[bool, bool, dict[str, Any], bool, str | None]] = {
 }
 
 
-def run(name: str, args: Any, prompts: list[list[dict[str, str]]], knobs: dict[str, Any], queue: Any) -> None:
+def run(
+    name: str, args: argparse.Namespace, prompts: list[Messages], knobs: dict[str, Any], queue: "Queue[dict[str, Any]]"
+) -> None:
     from tests.harness import Engine, greedy
 
     exits, one_by_one, vllm, aborts, _ = RUNS[name]
@@ -53,30 +66,26 @@ def run(name: str, args: Any, prompts: list[list[dict[str, str]]], knobs: dict[s
     compiled = {"enforce_eager": args.dtype == "float32"}
     own = knobs if exits else {"policy": "off"} if name.startswith("off") else None
     with Engine(args.model, own, **{**defaults, **compiled, **vllm}) as engine:
-        tokenizer = engine.llm.get_tokenizer()
-        token_prompts = [
-            {"prompt_token_ids": tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)}
-            for chat in prompts
-        ]
+        token_prompts = [engine.chat_prompt(chat) for chat in prompts]
         preempted = 0
         stock = engine.scheduler._preempt_request
 
-        def count(request, *args, **kwargs):
+        def count(request: "Request", *args: Any, **kwargs: Any) -> None:
             nonlocal preempted
             preempted += 1
             stock(request, *args, **kwargs)
 
-        engine.scheduler._preempt_request = count
+        vars(engine.scheduler)["_preempt_request"] = count
         rows: list[int] = []  # of each step
         schedule = engine.scheduler.schedule
 
-        def counted(*args, **kwargs):
-            scheduled = schedule(*args, **kwargs)
+        def counted(*args: Any, **kwargs: Any) -> "SchedulerOutput":
+            scheduled: SchedulerOutput = schedule(*args, **kwargs)
             if scheduled.total_num_scheduled_tokens:
                 rows.append(scheduled.total_num_scheduled_tokens)
             return scheduled
 
-        engine.scheduler.schedule = counted
+        vars(engine.scheduler)["schedule"] = counted
         cached = 0
         if aborts:
             tokens = with_aborts(engine, token_prompts, greedy(128))
@@ -96,7 +105,7 @@ def run(name: str, args: Any, prompts: list[list[dict[str, str]]], knobs: dict[s
         )
 
 
-def with_aborts(engine: Any, prompts: list[dict[str, list[int]]], params: Any) -> list[list[int]]:
+def with_aborts(engine: "Engine", prompts: "list[TokensPrompt]", params: "SamplingParams") -> list[list[int]]:
     """Every fourth step another request joins; it is aborted five steps later."""
     for index, prompt in enumerate(prompts):
         engine.add(f"keep-{index}", prompt, params)

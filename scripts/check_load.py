@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from apparate_llm.eval.client import TIMEOUT_S, Ask, Completion, complete
 from apparate_llm.eval.loads import lengths_of
-from apparate_llm.eval.measures import bootstrap, mean_of, p99_of
+from apparate_llm.eval.measures import Samples, Statistic, bootstrap, mean_of, p99_of
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, systems_of
@@ -320,11 +321,14 @@ def ratios_of_answers(
         pairs = np.array([[one[key][i] for key in both] for one in (answers, others)])
         pairs = pairs[:, ~np.isnan(pairs).any(0)]
         for name, statistic in {"mean": mean_of, "p99": p99_of}.items():
-            found[f"{measure}_{name}_ratio"] = float(statistic(pairs[0]) / statistic(pairs[1]))
-            found[f"{measure}_{name}_ratio_ci95"] = bootstrap(
-                pairs, lambda sample, statistic=statistic: statistic(sample[0]) / statistic(sample[1])
-            )
+            ratio = partial(ratio_of_pairs, statistic)
+            found[f"{measure}_{name}_ratio"] = float(ratio(pairs))
+            found[f"{measure}_{name}_ratio_ci95"] = bootstrap(pairs, ratio)
     return found
+
+
+def ratio_of_pairs(statistic: Statistic, pairs: Samples) -> Samples:
+    return statistic(pairs[0]) / statistic(pairs[1])
 
 
 def said(row: dict[str, Any]) -> str:

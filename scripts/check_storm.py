@@ -202,7 +202,9 @@ class Storm:
         return Request(kind, request.prompt, request.route, body)
 
 
-async def raise_storm(server: Server, pool: list[Request], references: list[Answers], args: Any) -> Storm:
+async def raise_storm(
+    server: Server, pool: list[Request], references: list[Answers], args: argparse.Namespace
+) -> Storm:
     limits = httpx.Limits(max_connections=args.clients)
     async with httpx.AsyncClient(base_url=server.base_url, timeout=600.0, limits=limits) as http:
         ends_s = time.monotonic() + args.minutes * 60
@@ -298,7 +300,7 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     args, flags = parsed()
     model, folder = model_folder(args.model), Path(tempfile.mkdtemp(prefix="check-storm-"))
-    common = ("--dtype", "float32", "--max-model-len", "1024", "--block-size", "32")
+    common: tuple[str, ...] = ("--dtype", "float32", "--max-model-len", "1024", "--block-size", "32")
     common += ("--kv-cache-memory-bytes", str(1 << 30), *flags)
     pool = pool_of([prompt.messages for prompt in load_prompts(args.prompts)[: args.num_prompts]])
     references = references_of(Choice(model, common), pool, args.references, folder / "plain.log")

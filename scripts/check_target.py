@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import openai
+from openai.types.chat import ChatCompletionChunk
 
 from apparate_llm.eval.measures import bootstrap
 from apparate_llm.eval.prompts import Messages, load_prompts
@@ -91,6 +92,7 @@ def ask(
     )
     times, report = [], None
     for chunk in stream:
+        assert isinstance(chunk, ChatCompletionChunk), f"got {chunk}"
         if chunk.choices and chunk.choices[0].delta.content:
             times.append(time.monotonic())
         report = (chunk.model_extra or {}).get("early_exit", report)

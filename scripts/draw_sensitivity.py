@@ -7,18 +7,21 @@ Each line varies one constant, in multiples of its default; the accuracy bound i
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from apparate_llm.config import EarlyExitConfig
-from apparate_llm.controller.feedback import read_cycles, read_header
+from apparate_llm.config import EarlyExitConfig, PolicyName
+from apparate_llm.controller.feedback import Cycle, read_cycles, read_header
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.replay import LogCosts, replay
 from apparate_llm.replay import shipped_logs
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 BOUND = 0.05
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 # policy, constant, default
-CONSTANTS = (
+CONSTANTS: tuple[tuple[PolicyName, str, float], ...] = (
     ("apparate", "window", 16),
     ("apparate", "adjust_every", 128),
     ("adaptive", "max_regret_nats", 1.0),
@@ -26,12 +29,12 @@ CONSTANTS = (
 )
 
 
-def sweep(cycles: list[Any], costs: LogCosts, num_layers: int) -> dict[str, list[tuple[float, float, float]]]:
+def sweep(cycles: list[Cycle], costs: LogCosts, num_layers: int) -> dict[str, list[tuple[float, float, float]]]:
     """Line -> (factor, TPT ratio, divergence share) of each point."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     depths = tuple(sorted(costs.rounds))
     for name, constant, default in CONSTANTS:
-        config = EarlyExitConfig(policy=name, accuracy_bound=BOUND, max_rows=64)  # type: ignore[arg-type]
+        config = EarlyExitConfig(policy=name, accuracy_bound=BOUND, max_rows=64)
         points = []
         for factor in FACTORS:
             value = type(default)(default * factor)
@@ -42,7 +45,7 @@ def sweep(cycles: list[Any], costs: LogCosts, num_layers: int) -> dict[str, list
     return lines
 
 
-def draw_line(ax: Any, points: list[tuple[float, float]], label: str) -> None:
+def draw_line(ax: "Axes", points: list[tuple[float, float]], label: str) -> None:
     ax.plot([x for x, _ in points], [y for _, y in points], marker="o", label=label)
 
 

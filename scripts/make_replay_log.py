@@ -15,7 +15,8 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from apparate_llm.controller.policy import Policy
 
 MAX_EXITS = 4
 PROBING_STEPS = 40
@@ -45,6 +46,7 @@ def main() -> None:
 
 def record(args: argparse.Namespace, log: Path) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.renderers.chat_utils import ChatCompletionMessageParam
 
     from apparate_llm.config import parse_config
     from apparate_llm.engine.settings import vllm_settings
@@ -72,7 +74,7 @@ def record(args: argparse.Namespace, log: Path) -> None:
         kv_cache_memory_bytes=2 << 30,
         enable_prefix_caching=False,
     )
-    policy: Any = runner_of(llm).rounds.policy
+    policy: Policy = runner_of(llm).rounds.policy
     sets = [[prompt.messages for prompt in load_prompts(path)] for path in args.prompts or [None]]
     for prompts in sets:
         random.Random(0).shuffle(prompts)
@@ -80,13 +82,13 @@ def record(args: argparse.Namespace, log: Path) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     for size in batches:
         probe(policy)
-        prompts = list(itertools.islice(turns, args.num_prompts))
-        for start in range(0, len(prompts), size):
-            llm.chat(prompts[start : start + size], params, use_tqdm=False)
+        chats: list[list[ChatCompletionMessageParam]] = [[*chat] for chat in itertools.islice(turns, args.num_prompts)]
+        for start in range(0, len(chats), size):
+            llm.chat(chats[start : start + size], params, use_tqdm=False)
         print(f"batch {size} done", file=sys.stderr, flush=True)
 
 
-def probe(policy: Any) -> None:
+def probe(policy: Policy) -> None:
     """Let the next steps run 0, 1, 2, ... rounds, and all the ones after them the most there may be."""
     numbers = itertools.chain(
         itertools.islice(itertools.cycle(range(MAX_EXITS)), PROBING_STEPS), itertools.repeat(MAX_EXITS)

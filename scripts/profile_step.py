@@ -150,12 +150,9 @@ def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> No
             knobs |= {"policy": "static", "depth": args.depth, "threshold": THRESHOLD}
     vllm: dict[str, Any] = {"dtype": args.dtype, "enforce_eager": False, "max_model_len": 2048, "max_num_seqs": 64}
     with Engine(args.model, knobs, kv_cache_memory_bytes=1 << 30, **vllm) as engine:
-        tokenizer = engine.llm.get_tokenizer()
-        texts = [
-            tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=False)
-            for prompt in load_prompts(args.prompts)
-        ]
-        prompts = [{"prompt_token_ids": ids} for ids in texts if len(ids) < MAX_PROMPT_TOKENS][: args.num_prompts]
+        texts = [engine.chat_prompt(prompt.messages) for prompt in load_prompts(args.prompts)]
+        fitting = [text for text in texts if len(text["prompt_token_ids"]) < MAX_PROMPT_TOKENS]
+        prompts = fitting[: args.num_prompts]
         engine.generate(prompts[:batch], greedy(WARM_TOKENS))
         profile = Profile()
         instrument(engine, profile)

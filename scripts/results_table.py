@@ -65,8 +65,8 @@ def summary(path: Path, name: str) -> str:
                 for system in SUMMED_UP
             ),
             *(
-                ", ".join(number(value(item)) for item in ours)
-                for value in (lambda i: i.tpt_p99, lambda i: i.ttft_mean, lambda i: i.throughput)
+                ", ".join(number(value) for value in values)
+                for values in zip(*((item.tpt_p99, item.ttft_mean, item.throughput) for item in ours), strict=True)
             ),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,13 @@ os.environ.update(
 )
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest first, or one worker waits for it in the end."""
     items.sort(key=lambda item: item.path.name != "test_prepare.py" or item.path.parent.name != "engine")
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory) -> dict[str, Path]:
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Model type -> folder of a tiny random model."""
     from tests.tiny import MODEL_TYPES, build_tiny_model
 
@@ -28,12 +29,12 @@ def tiny_models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tiny_models) -> Path:
+def tiny_llama(tiny_models: dict[str, Path]) -> Path:
     return tiny_models["llama"]
 
 
 @pytest.fixture(scope="session")
-def lens_ramps(tiny_models, tmp_path_factory):
+def lens_ramps(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(model type, depth) -> lens ramp folder; depth 4 is a perfect ramp, 3 agrees now and then."""
     from tests.tiny import build_lens_ramps
 
@@ -52,7 +53,7 @@ def lens_ramps(tiny_models, tmp_path_factory):
 
 
 @pytest.fixture
-def homeless(monkeypatch) -> None:
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without a home, as in a container that was given a number for one."""
     for name in ("HOME", "XDG_CACHE_HOME", "APPARATE_CACHE"):
         monkeypatch.delenv(name, raising=False)

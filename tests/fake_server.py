@@ -4,14 +4,14 @@ however busy the machine is."""
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 # Characters at which str.splitlines splits and a line of an event stream does not end.
 SPLITTERS = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"
@@ -28,6 +28,7 @@ SHAPES: dict[str, list[tuple[float, str, int]]] = {
     "cut": [(0.05, "a", 1)],
     "error": [(0.05, "a", 1)],
 }
+T = TypeVar("T")
 END_DELAY_S = 0.05  # before the token that ends an answer, which has no text
 
 app = FastAPI()
@@ -35,7 +36,7 @@ app.state.api_key = None
 
 
 @app.middleware("http")
-async def check_key(request: Request, call_next: Any) -> Any:
+async def check_key(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
     key = app.state.api_key
     if key and request.url.path.startswith("/v1/") and request.headers.get("authorization") != f"Bearer {key}":
         return JSONResponse({"error": "Unauthorized"}, status_code=401)
@@ -53,7 +54,7 @@ async def models() -> dict[str, Any]:
 
 
 @app.post("/v1/chat/completions")
-async def chat(request: Request) -> Any:
+async def chat(request: Request) -> Response:
     answer = _answer(await request.json())
     if answer is None:
         return JSONResponse({"error": "no"}, status_code=429)
@@ -137,6 +138,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     """Nothing takes any time but sleeping, which is over at once."""
 
     now_s = 0.0
+    _ready: Sized  # asyncio's own: callbacks to call now, and those of later by their time
+    _scheduled: list[asyncio.TimerHandle]
 
     def time(self) -> float:
         return self.now_s
@@ -144,9 +147,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def _run_once(self) -> None:
         if not self._ready and self._scheduled:
             self.now_s = max(self.now_s, self._scheduled[0].when())
-        super()._run_once()
+        super()._run_once()  # type: ignore[misc]  # no public place between two turns of the loop
 
 
-def in_virtual_time(work: Coroutine[Any, Any, Any]) -> Any:
+def in_virtual_time(work: Coroutine[object, object, T]) -> T:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(work)

@@ -2,16 +2,24 @@
 
 import gc
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apparate_llm.config import parse_config
 from apparate_llm.engine.settings import vllm_settings
 from apparate_llm.models.architectures import architecture_of
 
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.inputs import PromptType, TokensPrompt
+    from vllm.v1.engine.core import EngineCore
 
-def token_prompts(count: int, *, length: int = 6, shared: int = 0) -> list[dict[str, Any]]:
+    from apparate_llm.engine.runner import EarlyExitRunner
+
+
+def token_prompts(count: int, *, length: int = 6, shared: int = 0) -> "list[PromptType]":
     """Different prompts of `length`, `length` + 1, ... tokens after `shared` tokens common to all."""
     common = [5 + (j * 11) % 150 for j in range(shared)]
     return [
@@ -29,7 +37,7 @@ def hurry_vllm() -> None:
     gc.collect()
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None
-    registry._run_in_subprocess = lambda function: function()
+    registry._run_in_subprocess = lambda fn: fn()
 
 
 class Engine:
@@ -57,7 +65,7 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, error_type: Any, *exc: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *exc: object) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         if self.has_exits and error_type is None:
@@ -67,39 +75,55 @@ class Engine:
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    def generate(self, prompts: list[Any], params: Any) -> list[Any]:
+    def chat_prompt(self, messages: list[dict[str, str]]) -> "TokensPrompt":
+        """A conversation up to where the answer begins."""
+        ids = self.llm.get_tokenizer().apply_chat_template([*messages], add_generation_prompt=True, return_dict=False)
+        assert isinstance(ids, list), f"got {ids!r}"
+        return {"prompt_token_ids": ids}
+
+    def generate(self, prompts: "Sequence[PromptType]", params: "SamplingParams") -> "list[RequestOutput]":
         """vLLM's request outputs, all prompts at once."""
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         self.idle()
         return outputs
 
-    def tokens(self, prompts: list[Any], params: Any, *, one_by_one: bool = False) -> list[list[int]]:
+    def tokens(
+        self, prompts: "Sequence[PromptType]", params: "SamplingParams", *, one_by_one: bool = False
+    ) -> list[list[int]]:
         groups = [[prompt] for prompt in prompts] if one_by_one else [prompts]
         return [list(out.outputs[0].token_ids) for group in groups for out in self.generate(group, params)]
 
     def status(self) -> dict[str, Any]:
-        return self.llm.collective_rpc("early_exit_status")[0]
+        (status,) = self.llm.collective_rpc("early_exit_status")
+        assert isinstance(status, dict), f"got {status!r}"
+        return status
 
     def counts(self) -> dict[str, Any]:
-        return self.status()["counts"]
+        counts: dict[str, Any] = self.status()["counts"]
+        return counts
 
     def check_integrity(self) -> None:
         self.llm.collective_rpc("early_exit_check_integrity")
         assert self.scheduler.num_failures == 0
 
     @property
-    def core(self) -> Any:
-        return self.llm.llm_engine.engine_core.engine_core
+    def core(self) -> "EngineCore":
+        from vllm.v1.engine.core_client import InprocClient
+
+        client = self.llm.llm_engine.engine_core
+        assert isinstance(client, InprocClient), "the engine is in a process of its own"
+        return client.engine_core
 
     @property
     def scheduler(self) -> Any:
         return self.core.scheduler
 
     @property
-    def runner(self) -> Any:
-        return self.core.model_executor.driver_worker.worker.model_runner
+    def runner(self) -> "EarlyExitRunner":
+        runner: EarlyExitRunner = self.core.model_executor.driver_worker.worker.model_runner
+        return runner
 
-    def add(self, request_id: str, prompt: Any, params: Any) -> None:
+    def add(self, request_id: str, prompt: "PromptType", params: "SamplingParams") -> None:
         self.llm.llm_engine.add_request(request_id, prompt, params)
 
     def abort(self, request_id: str) -> None:
@@ -107,7 +131,10 @@ class Engine:
 
     def step(self) -> dict[str, list[int]]:
         """One engine step; all tokens so far of the requests that got new ones."""
-        return {out.request_id: list(out.outputs[0].token_ids) for out in self.llm.llm_engine.step()}
+        from vllm import RequestOutput
+
+        outputs = [out for out in self.llm.llm_engine.step() if isinstance(out, RequestOutput)]
+        return {out.request_id: list(out.outputs[0].token_ids) for out in outputs}
 
     def run(self) -> dict[str, list[int]]:
         """Steps until nothing is left; tokens per request."""
@@ -122,7 +149,7 @@ class Engine:
         self.llm.llm_engine.step()
 
 
-def greedy(max_tokens: int = 40, **kwargs: Any) -> Any:
+def greedy(max_tokens: int = 40, **kwargs: Any) -> "SamplingParams":
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **kwargs)

@@ -1,11 +1,16 @@
 """Tiny random models and ramp folders for them, built in a second, used all over the tests."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
 from apparate_llm.ramps.copying import LONGEST_MATCH
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 160
 HIDDEN_SIZE = 64
@@ -36,7 +41,7 @@ def build_tiny_model(folder: Path, *, model_type: str = "llama", seed: int = 0, 
         eos_token_id=2,
         tie_word_embeddings=False,
     )
-    model = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # large enough weights for a peaked, history-dependent next token
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -62,7 +67,7 @@ def make_forgetful(folder: Path) -> Path:
     return folder
 
 
-def _word_tokenizer(vocab_size: int):
+def _word_tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -82,7 +87,9 @@ def _word_tokenizer(vocab_size: int):
     )
 
 
-def build_lens_ramps(folder: Path, model_dir: Path, *, depth: int, confidence_offset: float = 0.0, others=()) -> Path:
+def build_lens_ramps(
+    folder: Path, model_dir: Path, *, depth: int, confidence_offset: float = 0.0, others: Sequence[int] = ()
+) -> Path:
     """A lens at `depth`, the default, and one at each of `others`. At depth NUM_LAYERS it is a perfect ramp; below, it
     agrees now and then."""
     return _save(folder, model_dir, kind="lens", depth=depth, tensors={}, offset=confidence_offset, others=others)
@@ -115,7 +122,18 @@ def build_fused_ramps(folder: Path, model_dir: Path, *, depth: int, seed: int = 
     )
 
 
-def _save(folder, model_dir, *, kind, depth, tensors, offset, intermediate_size=0, inner=(), others=()) -> Path:
+def _save(
+    folder: Path,
+    model_dir: Path,
+    *,
+    kind: str,
+    depth: int,
+    tensors: dict[str, torch.Tensor],
+    offset: float,
+    intermediate_size: int = 0,
+    inner: Sequence[int] = (),
+    others: Sequence[int] = (),
+) -> Path:
     info = BaseModelInfo.of(model_dir)
     tensors = {VOCABULARY: torch.arange(info.vocab_size), **tensors}
     save_ramps(

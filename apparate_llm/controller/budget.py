@@ -39,7 +39,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
+
+from apparate_llm.config import BoundKind
 
 REQUEST_ALLOWANCE = 1.0  # divergences (or nats) a request may have before it has earned them; 0 where its bound is 0
 HORIZON_TOKENS = 2000  # what the server saves up is capped at what this many tokens earn: no burst after a long calm
@@ -167,7 +168,7 @@ class Groups:
 class AccuracyBudget:
     """What is shared, and what is paid from it and from a request's own."""
 
-    def __init__(self, accuracy_bound: float, kind: Literal["agreement", "regret"] = "agreement") -> None:
+    def __init__(self, accuracy_bound: float, kind: BoundKind = "agreement") -> None:
         self.server = Bucket.of_server(accuracy_bound)
         self.groups = Groups()
         self.kind = kind

@@ -141,14 +141,14 @@ def record_of(took: Any, spent: list[tuple[int, float]], verdicts: Iterable[Any]
 
 
 def _open(path: Path) -> TextIO:
-    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open()  # type: ignore[return-value]
+    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """Raises FeedbackError with the file and what is wrong."""
     try:
         with _open(path) as file:
-            header = json.loads(file.readline())
+            header: dict[str, Any] = json.loads(file.readline())
         if header["schema_version"] != SCHEMA_VERSION:
             raise FeedbackError(f"{path}: schema version {header['schema_version']}, this is for {SCHEMA_VERSION}")
         return header

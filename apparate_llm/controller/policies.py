@@ -3,14 +3,15 @@
 from dataclasses import fields
 from typing import Any
 
-from apparate_llm.config import EarlyExitConfig
+from apparate_llm.config import EarlyExitConfig, PolicyName
 from apparate_llm.controller.adaptive import AdaptivePolicy
 from apparate_llm.controller.apparate import ApparatePolicy
 from apparate_llm.controller.off import OffPolicy
 from apparate_llm.controller.policy import Policy
 from apparate_llm.controller.static import StaticPolicy
 
-POLICIES: dict[str, Any] = {
+PolicyClass = type[AdaptivePolicy] | type[ApparatePolicy] | type[StaticPolicy] | type[OffPolicy]
+POLICIES: dict[PolicyName, PolicyClass] = {
     "adaptive": AdaptivePolicy,
     "apparate": ApparatePolicy,
     "static": StaticPolicy,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from apparate_llm.config import BoundKind
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.costs import ROWS, CostCurve
 from apparate_llm.controller.feedback import Cycle, LoggedExit
@@ -100,9 +101,10 @@ class _Answer:
         return bool(self.taken) and self.taken[-1].verb is Verb.HOLD
 
 
-def replay(cycles: Iterable[Cycle], costs: LogCosts, policy: Policy, *, accuracy_bound: float, kind: str) -> Replayed:
-    """`kind`: as the knob bound_kind."""
-    result, budget = Replayed(), AccuracyBudget(accuracy_bound, kind)  # type: ignore[arg-type]
+def replay(
+    cycles: Iterable[Cycle], costs: LogCosts, policy: Policy, *, accuracy_bound: float, kind: BoundKind
+) -> Replayed:
+    result, budget = Replayed(), AccuracyBudget(accuracy_bound, kind)
     for cycle in cycles:
         answers = _answers(cycle, policy.depth, result.buckets, accuracy_bound)
         num_rows, ms = _rounds(cycle, answers, costs, policy, budget, result)

@@ -59,8 +59,9 @@ class ControllerState:
         if document["identity"] != self.identity:
             theirs = {key: value for key, value in document["identity"].items() if self.identity.get(key) != value}
             raise ValueError(f"it is of another server: {theirs}")
-        check_numbers(document["state"])
-        return document["state"]
+        state: dict[str, Any] = document["state"]
+        check_numbers(state)
+        return state
 
     def _check_file(self) -> None:
         if self.path.exists() and not self.path.is_file():  # to be read for ever, or to be replaced by a file

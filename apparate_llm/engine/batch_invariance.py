@@ -137,12 +137,13 @@ def least_rows(layer: Any, kind: LinearKind, dtype: torch.dtype) -> int | None:
     bias = getattr(layer, "bias", None)
 
     def compute(part: torch.Tensor) -> torch.Tensor:
-        return layer.quant_method.apply(layer, part.contiguous(), bias)
+        product: torch.Tensor = layer.quant_method.apply(layer, part.contiguous(), bias)
+        return product
 
     whole = compute(rows)
     for least in LEAST_ROWS:
         filled = filled_up(compute, least)
-        if all(torch.equal(torch.cat([filled(part) for part in rows.split(size)]), whole) for size in BATCHES):
+        if all(torch.equal(torch.cat([filled(part) for part in torch.split(rows, size)]), whole) for size in BATCHES):
             return least
     return None
 

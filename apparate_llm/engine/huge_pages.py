@@ -59,7 +59,8 @@ def move(ranges: list[tuple[int, int]], advise: Callable[[int, int, int], bool])
 
 def advise(first: int, size: int, advice: int) -> bool:
     """Ask the kernel; whether it did it. It may be short of memory that hangs together."""
-    return ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice) == 0
+    failed: int = ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
+    return failed == 0
 
 
 def _run(ranges: list[tuple[int, int]]) -> None:

@@ -28,7 +28,7 @@ class BatchInvariantWorker(CPUWorker):
             before_loading(self.vllm_config)
         for target in apply_all():  # before vLLM's worker builds a runner, which builds the logits processors
             logger.info("Patched %s", target)
-        super().init_device()
+        super().init_device()  # type: ignore[no-untyped-call]  # vLLM's
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)

@@ -11,9 +11,11 @@ ranks meet, and say whether they are still with it. Who fails says so at the nex
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+from vllm.distributed.parallel_state import GroupCoordinator
 
 from apparate_llm.ramps.load import Prediction
 
@@ -27,8 +29,7 @@ class PeerFailed(Exception):
 class Peers:
     """The ranks of one model, a single one without tensor parallelism."""
 
-    def __init__(self, group: Any) -> None:
-        """group: vLLM's group coordinator."""
+    def __init__(self, group: GroupCoordinator) -> None:
         self.group = group
         self.alone = group.world_size == 1
 
@@ -68,7 +69,7 @@ class Peers:
             return
         self.meet()
         stock = self.group.device_communicator
-        self.group.device_communicator = _Meeting(stock, self)
+        self.group.device_communicator = cast(DeviceCommunicatorBase, _Meeting(stock, self))
         try:
             yield
         finally:
@@ -105,11 +106,11 @@ class Peers:
 class _Meeting:
     """vLLM's device communicator, with a meeting before each of its exchanges."""
 
-    def __init__(self, stock: Any, peers: Peers) -> None:
+    def __init__(self, stock: object, peers: Peers) -> None:
         self.stock = stock
         self.peers = peers
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         found = getattr(self.stock, name)
         if name not in ("all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "gather", "broadcast"):
             return found

@@ -16,7 +16,7 @@ from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Exit, Verb
 from apparate_llm.engine.parallel import Peers
-from apparate_llm.ramps.copying import NOTHING_REPEATED, Repeated, copied_confidence, look_back
+from apparate_llm.ramps.copying import NOTHING_REPEATED, Repeated, TokenIds, copied_confidence, look_back
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
 
 logger = init_logger("vllm.apparate")
@@ -154,9 +154,9 @@ class Rounds:
             start, match = start + 1, match + 1
         return True
 
-    def _text(self, row: Row) -> np.ndarray:
+    def _text(self, row: Row) -> TokenIds:
         """Tokens of a row's request, its exits included."""
-        text = self.runner.input_batch.token_ids_cpu[row.request_index, : row.newest_position + 1]
+        text: TokenIds = self.runner.input_batch.token_ids_cpu[row.request_index, : row.newest_position + 1]
         exits = [exit_.token_id for exit_ in (*row.released, *row.held)]
         return np.append(text, exits) if exits else text
 
@@ -205,24 +205,30 @@ class Rounds:
         """[num_rows, hidden_size] residual stream of each row's newest token after `depth` blocks."""
         depth = self.ramps.depth
         positions = torch.tensor([row.newest_position + number for row in live])
+        hidden: torch.Tensor
         if depth == 0:
             with self.peers.meeting_in_model():
-                return self.runner.model.forward_shallow(0, tokens, positions)
+                hidden = self.runner.model.forward_shallow(0, tokens, positions)
+            return hidden
         attention, slots = self._attention_metadata([row.request_index for row in live], positions)
         config = self.runner.vllm_config
         with (
             set_forward_context(attention, config, num_tokens=len(live), slot_mapping=slots),
             self.peers.meeting_in_model(),
         ):
-            return self.runner.model.forward_shallow(depth, tokens, positions)
+            hidden = self.runner.model.forward_shallow(depth, tokens, positions)
+        return hidden
 
-    def _attention_metadata(self, request_indices: list[int], positions: torch.Tensor) -> tuple[dict, dict]:
+    def _attention_metadata(
+        self, request_indices: list[int], positions: torch.Tensor
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Per-layer attention metadata and slot mappings of one query row per request."""
         runner = self.runner
         num_rows = len(request_indices)
         seq_lens = (positions + 1).int()
         query_start = torch.arange(num_rows + 1, dtype=torch.int32)
-        attention, slots = {}, {}
+        attention: dict[str, Any] = {}
+        slots: dict[str, torch.Tensor] = {}
         for group_id, groups in enumerate(runner.attn_groups):
             table = runner.input_batch.block_table[group_id]
             blocks = table.get_device_tensor(runner.input_batch.num_reqs)[request_indices]

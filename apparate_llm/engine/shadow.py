@@ -7,7 +7,7 @@ import torch
 
 from apparate_llm.engine.parallel import Peers
 from apparate_llm.engine.rounds import Rounds
-from apparate_llm.ramps.copying import copy_of
+from apparate_llm.ramps.copying import TokenIds, copy_of
 from apparate_llm.ramps.load import Proposals
 
 COST_FRAC = 0.01  # of the time that goes by
@@ -51,7 +51,14 @@ class Shadow:
         (took_s,) = self.peers.share_floats([perf_counter() - began_s])
         self._due_s = runner.clock.now_s + took_s / COST_FRAC
 
-    def _compare(self, rows: list[int], texts: list, targets: list[int], final: torch.Tensor, inner: list) -> None:
+    def _compare(
+        self,
+        rows: list[int],
+        texts: list[TokenIds],
+        targets: list[int],
+        final: torch.Tensor,
+        inner: list[torch.Tensor],
+    ) -> None:
         policy, before = self.rounds.policy, [row - 1 for row in rows]
         embed = self.rounds.runner.model.model.embed_input_ids
         newest = torch.tensor([int(text[-1]) for text in texts])

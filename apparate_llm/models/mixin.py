@@ -67,7 +67,8 @@ class EarlyExitMixin(_Base):
         hidden, residual = self.model.embed_input_ids(input_ids), None
         for layer in self.model.layers[:depth]:
             hidden, residual = layer(positions, hidden, residual)
-        return hidden if residual is None else hidden + residual
+        states: torch.Tensor = hidden if residual is None else hidden + residual
+        return states
 
     def set_inner_state_depths(self, depths: tuple[int, ...]) -> None:
         """Make the full pass return (final states, [residual stream after d blocks for d in depths])."""

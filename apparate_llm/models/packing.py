@@ -48,7 +48,8 @@ class HalfLinear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
+        product: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
+        return product.to(x.dtype)
 
 
 class PlainLinear(nn.Module):
@@ -115,7 +116,8 @@ class PackedHead(nn.Module):
         self.ones = nn.Parameter(torch.ones_like(head.norm), requires_grad=False)
 
     def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
-        return self.enter_linear(self._normed(final, *inner))
+        entered: torch.Tensor = self.enter_linear(self._normed(final, *inner))
+        return entered
 
     def forward(self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:
         copied = copies.embedding * (copies.lengths > 0)[:, None]

@@ -7,10 +7,12 @@ feature; after a long one the text itself is followed and no ramp asked.
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 LONGEST_MATCH = 6  # tokens; longer matches count as this long to the ramp
 LONG_MATCH = 12  # tokens that a text must repeat to be followed
 MOST_COUNTED = 32  # of them
+TokenIds = NDArray[np.integer]
 
 
 class Repeated(NamedTuple):
@@ -25,7 +27,7 @@ class Repeated(NamedTuple):
 NOTHING_REPEATED = Repeated(0, 0, 0, 0)
 
 
-def look_back(context: np.ndarray, most: int = MOST_COUNTED) -> Repeated:
+def look_back(context: TokenIds, most: int = MOST_COUNTED) -> Repeated:
     """Matches of up to `most` of the last tokens with earlier ones, of equally long ones the latest.
 
     context [n] integers, the newest token last.
@@ -46,7 +48,7 @@ def look_back(context: np.ndarray, most: int = MOST_COUNTED) -> Repeated:
     return Repeated(token, length, start, match)
 
 
-def copy_of(context: np.ndarray) -> tuple[int, int]:
+def copy_of(context: TokenIds) -> tuple[int, int]:
     """(token that followed the longest match of the last tokens, length of the match); length 0: no match."""
     found = look_back(context, LONGEST_MATCH)
     return found.token, found.length

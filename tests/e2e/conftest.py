@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -58,10 +58,10 @@ def group_alive(group: int) -> bool:
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory) -> Callable:
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractContextManager[str]]:
     """serve(model, *flags) -> context manager around `apparate-llm serve`."""
 
-    def start(*flags: str, **environment: str):
+    def start(*flags: str, **environment: str) -> AbstractContextManager[str]:
         port = free_port()
         log = tmp_path_factory.mktemp("logs") / "server.log"
         command = [sys.executable, "-m", "apparate_llm.cli", "serve", *flags, "--state", "none"]
