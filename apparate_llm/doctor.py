@@ -12,8 +12,8 @@ from apparate_llm.config import ConfigError
 from apparate_llm.coverage import kept
 from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
 from apparate_llm.machine import available_memory_bytes, cache_folder, total_memory_bytes, writable_cache
+from apparate_llm.patches.guard import VLLM_VERSION
 
-VLLM_VERSION = "0.32.0"
 TORCH_EXTRAS = ("torchvision", "torchaudio", "torchcodec")
 LIBRARY_FIX = {
     "libiomp5.so": "pip install intel-openmp",

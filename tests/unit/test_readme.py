@@ -29,6 +29,16 @@ def test_a_command_is_understood_as_it_stands(command):
         knobs_from(args)
 
 
+def test_what_contributors_are_told_to_run_is_there():
+    text, makefile = (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)(?:`|  |\n| ARGS)", text):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    for script in re.findall(r"scripts\.(\w+)", text):
+        assert (ROOT / "scripts" / f"{script}.py").is_file(), script
+    for path in re.findall(r"`([\w/]+\.\w+)`", text):
+        assert (ROOT / path).exists() or (ROOT / "apparate_llm" / "engine" / path).exists(), path
+
+
 def test_there_are_commands_of_every_kind():
     assert {command.split()[1] for command in COMMANDS} == {
         "serve",
