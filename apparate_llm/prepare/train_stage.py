@@ -50,7 +50,7 @@ def train_depth(
     Starts from the head of depth `after`, if given, and ends after `epochs` of these rows or at `until_s` of the work
     clock.
     """
-    plan, workspace, stage = run.plan, run.workspace, f"train-{depth}"
+    plan, workspace, stage = run.plan, run.workspace, f"train-{depth}-lap-{lap}"
     settings = TrainSettings(
         depth=depth, inner=plan.inner, intermediate_size=plan.intermediate_size, epochs=epochs, seed=plan.seed + lap
     )
@@ -65,7 +65,7 @@ def train_depth(
     if (done := workspace.read(stage, inputs)) is not None:
         run.say(f"train depth {depth}: done")
         return done
-    checkpoint = workspace.path(f"{stage}.pt")
+    checkpoint = workspace.path(f"train-{depth}.pt")
     if (begun := workspace.read(f"{stage}-begun", inputs)) is None:
         checkpoint.unlink(missing_ok=True)  # of a training on other rows
         budget_s = max(1.0, until_s - run.clock.spent_s)
