@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from apparate_llm.prepare import synthesise
+from apparate_llm.prepare import schedule, synthesise
 from apparate_llm.prepare.pipeline import prepare
 from apparate_llm.prepare.plan import Plan
 from apparate_llm.prepare.store import INDEX, RowStore
@@ -60,8 +60,8 @@ def start(plan: Plan) -> int:
 
 
 def finished_work(out: Path) -> dict[str, bytes]:
-    """What nothing may change any more: the rows that count, and the heads."""
-    kept = {path.name: path.read_bytes() for path in (out / "work").glob("head-*.safetensors")}
+    """What nothing may change any more: the rows that count, and the heads but the first, which each lap trains on."""
+    kept = {path.name: path.read_bytes() for path in (out / "work").glob("head-[1-9]*.safetensors")}
     rows = out / "work" / "rows"
     if (rows / INDEX).is_file():
         store = RowStore(rows)
@@ -126,6 +126,7 @@ def main() -> None:
     import vllm.v1.engine.llm_engine  # noqa: F401 - once, for all forks
 
     hurry_vllm()
+    schedule.ENOUGH_TOKENS = TOKENS  # for laps
     synthesise.KEEP_EVERY_S = 0.5  # much to lose, and often kept
     synthesise.LONG_ANSWER_S = 0.1
     kills, seed, out, *models = sys.argv[1:]

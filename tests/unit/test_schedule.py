@@ -1,0 +1,76 @@
+"""How a preparation spends its time, and what its learning curve says."""
+
+import math
+
+import pytest
+
+from apparate_llm.prepare.schedule import (
+    Schedule,
+    another_hour,
+    next_doubling,
+    outlook,
+    shifted,
+    tpt_saved,
+    what_is_short,
+)
+
+
+@pytest.mark.parametrize("budget_s", [120.0, 600.0, 1200.0, 2700.0, 36000.0])
+@pytest.mark.parametrize("num_depths", [1, 2, 3])
+def test_laps_fill_the_budget_and_leave_time_to_measure(budget_s, num_depths):
+    schedule = Schedule(None, budget_s, num_depths)
+    laps = schedule.laps()
+    assert len(laps) == (3 if budget_s >= 900 else 1) and [lap.last for lap in laps] == [False] * (len(laps) - 1) + [
+        True
+    ]
+    times = [time for lap in laps for time in (lap.synthesise_until_s, lap.train_until_s)]
+    assert times == sorted(times) and times[0] > 0
+    assert schedule.work_s <= budget_s - min(60, 0.4 * budget_s)
+    first_depth_s = sum(lap.train_until_s - lap.synthesise_until_s for lap in laps)
+    # Each further depth takes half of what the first one took.
+    assert schedule.work_s - times[-1] == pytest.approx(first_depth_s / 2 * (num_depths - 1), rel=1e-6, abs=1e-6)
+
+
+def test_tokens_come_in_laps_that_double():
+    assert [lap.tokens for lap in Schedule(1_000_000, None, 2).laps()] == [250_000, 500_000, 1_000_000]
+    only = Schedule(1000, None, 2).laps()
+    assert [lap.tokens for lap in only] == [1000] and math.isinf(only[0].train_until_s)
+
+
+def test_what_is_short_gets_more_of_the_time_left():
+    schedule = Schedule(None, 2700.0, 2)
+    lap, spent_s = schedule.laps()[-1], schedule.laps()[1].train_until_s
+    more_tokens = shifted(lap, spent_s, schedule.work_s, "tokens")
+    more_training = shifted(lap, spent_s, schedule.work_s, "training")
+    assert shifted(lap, spent_s, schedule.work_s, "neither") == lap
+    for changed, sign in ((more_tokens, 1), (more_training, -1)):
+        assert sign * (changed.synthesise_until_s - lap.synthesise_until_s) > 60
+        assert spent_s < changed.synthesise_until_s < changed.train_until_s < schedule.work_s
+        # The other depths give their part.
+        before = (lap.train_until_s - lap.synthesise_until_s) / (schedule.work_s - lap.synthesise_until_s)
+        after = (changed.train_until_s - changed.synthesise_until_s) / (schedule.work_s - changed.synthesise_until_s)
+        assert after == pytest.approx(before)
+
+
+def test_the_curve_goes_on_as_it_went():
+    assert next_doubling([1.0]) is None and another_hour([1.0], 100.0) is None
+    assert next_doubling([1.0, 1.2]) == pytest.approx(0.14)  # the first fading is assumed
+    assert next_doubling([1.0, 1.4, 1.6]) == pytest.approx(0.1)  # half of the gain before, as that was
+    assert next_doubling([1.0, 1.2, 1.2]) == 0.0 and next_doubling([1.0, 1.2, 1.1]) == 0.0
+    assert next_doubling([1.0, 1.0, 1.3]) == pytest.approx(0.21)
+    assert tpt_saved(1.0, 0.0) == 0.0 and tpt_saved(1.0, 2.0) == 0.5
+    # An hour more after an hour is one doubling, after three hours less.
+    assert another_hour([1.0, 1.4, 1.6], 3600.0) == pytest.approx(tpt_saved(1.6, 0.1))
+    assert another_hour([1.0, 1.4, 1.6], 10800.0) < another_hour([1.0, 1.4, 1.6], 3600.0)
+
+
+def test_far_better_on_training_rows_means_that_tokens_are_short():
+    assert what_is_short(2.0, 1.5) == "tokens"
+    assert what_is_short(1.51, 1.5) == what_is_short(1.4, 1.5) == "training"
+    assert what_is_short(1.58, 1.5) == "neither"
+
+
+def test_the_outlook_is_one_sentence():
+    assert outlook([1.0], 300.0, "tokens").startswith("Too short a preparation")
+    assert outlook([1.0, 1.2, 1.2], 3600.0, "tokens") == "Another hour would bring next to nothing."
+    assert outlook([1.0, 1.4, 1.6], 3600.0, "tokens") == "Another hour would bring about 4 % TPT; tokens are short."
