@@ -39,6 +39,7 @@ class Server:
         self.base_url = system.base_url or ""
         self.headers = authorization(system.api_key)
         self.process: subprocess.Popen[bytes] | None = None  # None: not ours
+        self.watcher: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Server":
         if self.system.base_url is not None:
@@ -54,6 +55,14 @@ class Server:
                 env=server_environment(),
                 start_new_session=True,
             )
+        # Ends the group once this process is gone, even by kill -9: a server that is paused cannot see that itself.
+        self.watcher = subprocess.Popen(
+            ["/bin/sh", "-c", 'read _; kill -9 "-$0"', str(self.process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         return self
 
     def wait_ready(self) -> None:
@@ -114,8 +123,10 @@ class Server:
         self._signal(signal.SIGCONT)
 
     def __exit__(self, *exc: object) -> None:
-        if self.process is None:
+        if self.process is None or self.watcher is None:
             return
+        self.watcher.kill()  # before the group's number may be another's
+        self.watcher.wait()
         self.resume()
         self._signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,0 +1,48 @@
+"""Servers under evaluation end with the evaluation, however that ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+PROGRAM = """
+import os, pathlib, signal, sys, time
+from apparate_llm.eval.servers import Server
+from apparate_llm.eval.systems import System
+
+child = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+with Server(System("one", (sys.executable, "-c", child)), log=pathlib.Path(sys.argv[1]), start_timeout_s=5) as server:
+    time.sleep(0.5)
+    server.pause()
+    print(server.process.pid, flush=True)
+    if sys.argv[2] == "waits":
+        time.sleep(60)
+"""
+
+
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("ending", ["waits", "ends"])
+def test_no_server_outlives_the_evaluation(ending, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "log"), ending], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    group = int(process.stdout.readline())
+    if ending == "waits":
+        assert group_is_alive(group)
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 20
+    while group_is_alive(group) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not group_is_alive(group)
