@@ -26,10 +26,12 @@ from apparate_llm.ramps.load import calibrated_all
 
 CURVE_POINTS = 50
 BINS = 15
+RIDGE = 1e-3  # keeps a fit finite where agreement can be told from confidence without an error
 
 
 def fit(confidence: torch.Tensor, agrees: torch.Tensor) -> tuple[float, float]:
-    """Platt scaling: (scale, offset) of sigmoid(scale * logit(confidence) + offset), by Newton's method.
+    """Platt scaling: (scale, offset) of sigmoid(scale * logit(confidence) + offset), by Newton's method with steps that
+    are halved until they help: where confidence is far from agreement, a whole one leads away for good.
 
     agrees: [rows] bool, or the probability of it.
     """
@@ -38,11 +40,18 @@ def fit(confidence: torch.Tensor, agrees: torch.Tensor) -> tuple[float, float]:
         y = agrees.double().clone()
         design = torch.stack([x, torch.ones_like(x)], dim=1)
         weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+        def loss(weights: torch.Tensor) -> float:
+            logits = design @ weights
+            return float((torch.nn.functional.softplus(logits) - y * logits).sum() + RIDGE / 2 * weights @ weights)
+
         for _ in range(50):
             p = torch.sigmoid(design @ weights)
-            gradient = design.T @ (p - y) + 1e-3 * weights
-            hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-3 * torch.eye(2, dtype=torch.float64)
-            step = torch.linalg.solve(hessian, gradient)
+            gradient = design.T @ (p - y) + RIDGE * weights
+            hessian = (design * (p * (1 - p))[:, None]).T @ design + RIDGE * torch.eye(2, dtype=torch.float64)
+            step, before = torch.linalg.solve(hessian, gradient), loss(weights)
+            while loss(weights - step) > before and step.abs().max() >= 1e-9:
+                step = step / 2
             weights = weights - step
             if step.abs().max() < 1e-9:
                 break

@@ -87,7 +87,8 @@ class RampSet(nn.Module):
 def calibrated(log_probability: float, scale: float, offset: float) -> float:
     """sigmoid(scale * logit(p) + offset) for p = exp(log_probability)."""
     p = min(max(math.exp(log_probability), 1e-6), 1.0 - 1e-6)
-    return 1.0 / (1.0 + math.exp(-(scale * math.log(p / (1.0 - p)) + offset)))
+    logit = scale * math.log(p / (1.0 - p)) + offset
+    return 1.0 / (1.0 + math.exp(-logit)) if logit > -700.0 else 0.0  # exp would overflow
 
 
 def calibrated_all(confidence: torch.Tensor, scale: float, offset: float) -> torch.Tensor:

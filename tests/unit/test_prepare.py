@@ -28,6 +28,7 @@ from apparate_llm.prepare.train import (
     train_head,
 )
 from apparate_llm.prepare.workspace import Workspace
+from apparate_llm.ramps.load import calibrated, calibrated_all
 
 VOCAB, H = 50, 16
 
@@ -277,6 +278,27 @@ def test_platt_scaling_recovers_a_known_distortion():
     assert scale == pytest.approx(0.5, abs=0.05) and offset == pytest.approx(-0.7, abs=0.05)
     assert fit(torch.empty(0), torch.empty(0, dtype=torch.bool)) == (0.0, 0.0)
     assert fit(confidence, true) == pytest.approx((scale, offset), abs=0.1)
+
+
+@pytest.mark.parametrize(("low", "agreement"), [(4e-4, 0.34), (5e-4, 0.97), (0.98, 0.02), (1e-9, 0.999)])
+def test_platt_scaling_takes_confidence_that_is_far_from_agreement(low, agreement):
+    """As of a ramp that was hardly trained."""
+    torch.manual_seed(0)
+    confidence = low + 0.008 * torch.rand(5000)
+    agrees = torch.rand(5000) < agreement
+    scale, offset = fit(confidence, agrees)
+    probability = calibrated_all(confidence, scale, offset)
+    assert float(probability.mean()) == pytest.approx(float(agrees.float().mean()), abs=1e-3)
+    assert calibration_error(probability, agrees) < 0.02
+    assert calibrated(math.log(0.004), scale, offset) == pytest.approx(
+        float(calibrated_all(torch.tensor([0.004]), scale, offset)[0])
+    )
+
+
+def test_a_calibration_of_any_size_gives_a_probability():
+    for scale, offset in ((2.4e7, -3.3e6), (-2.4e7, 3.3e6)):
+        for value in (-60.0, -7.0, -1e-9, 0.0):
+            assert 0.0 <= calibrated(value, scale, offset) <= 1.0
 
 
 def test_the_calibration_error_is_the_weighted_gap_of_the_bins():
