@@ -1,5 +1,7 @@
 """`apparate-llm prepare`: the stages one after another, each left on disk and used again by the next run."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from apparate_llm.prepare.needs import gib, peak_bytes, say_needs
 from apparate_llm.prepare.plan import Made, Plan, Run
 from apparate_llm.prepare.profile import profile
 from apparate_llm.prepare.report import write_report
+from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import (
     LAPS,
     STOP_BELOW,
@@ -37,7 +40,7 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     """Leaves a ramp folder with its report in `plan.out`, and returns the report; raises ValueError for bad input,
     RuntimeError otherwise."""
     workspace = Workspace(plan.out)
-    with workspace.locked(), _run(plan, workspace, console or Console(stderr=True)) as run:
+    with workspace.locked(), disk_errors(plan.out), _run(plan, workspace, console or Console(stderr=True)) as run:
         check_settings(run)
         say_needs(run)
         made = _laps(run)
@@ -55,6 +58,21 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
         run.say(report["advice"]["sentence"])
         run.say(made.outlook)
         return report
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """A full disk as one line that says how to go on."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch wrap the system's error in ones of their own.
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise RuntimeError(
+            f"no space left in {out}: make room and give the same command again, what is finished is kept"
+        ) from None
 
 
 @contextmanager
@@ -100,6 +118,7 @@ def _laps(run: Run) -> Made:
         if lap.last:
             lap = shifted(lap, run.clock.spent_s, schedule.work_s, short)
         rows = synthesise_lap(run, lap)
+        _check_splits(run, rows)
         fraction = LAPS[-len(laps) :][lap.number]
         record = train_depth(
             run,
@@ -119,6 +138,14 @@ def _laps(run: Run) -> Made:
             break
     text = outlook([point(record) for record in records], run.clock.spent_s, short)
     return Made(rows, trained={first: record}, outlook=text)
+
+
+def _check_splits(run: Run, rows: dict[str, Any]) -> None:
+    found = set(run.store.column("split", rows["rows"]).unique().tolist())
+    if missing := [name for split, name in enumerate(SPLIT_NAMES) if split not in found]:
+        raise RuntimeError(
+            f"{rows['tokens']:,} answer tokens are too few, there are none for {missing[0]}: give more tokens or time"
+        )
 
 
 def _is_enough(scores: list[float]) -> bool:

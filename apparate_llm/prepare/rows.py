@@ -14,6 +14,7 @@ from apparate_llm.ramps.copying import copies
 TOP = 16  # best next tokens of the full model kept per row
 LEAD = -1  # `answer_index` of a lead row
 TRAIN, VALIDATION, TEST = range(3)  # splits: to train on, to choose and calibrate with, to report from
+SPLIT_NAMES = ("training", "validation", "test")
 
 
 class Rows(NamedTuple):

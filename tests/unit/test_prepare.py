@@ -11,6 +11,7 @@ from apparate_llm.prepare.calibrate import calibrate_rounds, coverage_curve, fit
 from apparate_llm.prepare.capture import top_tokens
 from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
+from apparate_llm.prepare.pipeline import disk_errors
 from apparate_llm.prepare.plan import automatic_depths, automatic_inner
 from apparate_llm.prepare.predict import completion_cost, tpt_ratio
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
@@ -402,3 +403,16 @@ def test_depths_chosen_for_a_model_are_different_blocks_of_it(num_layers):
 def test_numbers_in_a_report_are_plain(base, rows):
     assert json.dumps(ceiling(rows)) and all(math.isfinite(value) for value in ceiling(rows).values())
     assert isinstance(completion_cost({"1": 1.0, "2": 2.0}, np.float64(1.5)), float)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_one_line_that_says_how_to_go_on(error, tmp_path):
+    with pytest.raises(RuntimeError, match="make room and give the same command again"), disk_errors(tmp_path):
+        raise error
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(ValueError, match="other"), disk_errors(tmp_path):
+        raise ValueError("other")
