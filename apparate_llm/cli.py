@@ -1,7 +1,7 @@
 """The `apparate-llm` command."""
 
 import argparse
-import gc
+import atexit
 import os
 import sys
 import traceback
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from apparate_llm import __version__
 from apparate_llm.knobs import OneLineParser
-from apparate_llm.lifeline import Terminated
+from apparate_llm.lifeline import STDERR, Terminated
 from apparate_llm.redact import without_secrets
 
 
@@ -58,9 +58,26 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def hush() -> None:
+    """The last that is called of what is registered so: later only libraries speak, and one of vLLM's then tells at
+    length of all that was never given back."""
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:  # Python's own words on it come too late
+        print(f"apparate-llm: error: cannot write: {error.strerror}", file=sys.stderr)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, STDERR)
+    os.close(nothing)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 fine, 1 something failed, 2 bad input (one line says what), 130 and 143 stopped by a signal."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:  # this process is the command's
+        atexit.register(hush)
+        argv = sys.argv[1:]
     args = argparse.Namespace()
     try:
         args, rest = parsed(argv)
@@ -82,8 +99,6 @@ def main(argv: list[str] | None = None) -> int:
         again = "; the same command goes on where it stopped" if getattr(args, "goes_on", False) else ""
         print(f"apparate-llm: stopped by {name}{again}", file=sys.stderr)
         return code
-    finally:
-        gc.unfreeze()  # or a library of vLLM's tells at the end of all that was never given back
 
 
 def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

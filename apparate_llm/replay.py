@@ -47,8 +47,11 @@ def shipped_logs() -> dict[str, Path]:
 
 
 def run_replay(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from apparate_llm.controller.feedback import read_cycles, read_header
     from apparate_llm.controller.replay import LogCosts
+    from apparate_llm.progress import Progress
 
     config = knobs_from(args)
     path = find_log(args.log)
@@ -61,8 +64,14 @@ def run_replay(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--depth: the log holds exits of depth {', '.join(map(str, costs.rounds))}, got {config.depth}"
         )
-    combinations = parameter_grid(args.param)
-    rows = [one_row(config, parameters, header, cycles, costs) for parameters in combinations]
+    rows = []
+    with Progress(Console(stderr=True)) as progress:
+        combinations = parameter_grid(args.param)
+        with progress.stage("replay", total=len(combinations), unit="combinations", often_brief=True) as stage:
+            for done, parameters in enumerate(combinations):
+                stage.update(done)
+                rows.append(one_row(config, parameters, header, cycles, costs))
+            stage.update(len(combinations))
     rows.append(oracle_row(config, cycles, costs))
     print_rows(
         rows, f"{path.name}: {len(cycles)} passes of {header.get('model', 'a model')} on {header.get('cpu', '?')}"

@@ -84,8 +84,8 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
             if finding.level == "note":
                 print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
     if args.model is None:
-        print(f"Default model {NAME}: {cache_state()}", file=sys.stderr, flush=True)
         model = default_model()
+        print(f"Default model {NAME}: using {model}", file=sys.stderr, flush=True)
         if given_value(rest, "served-model-name") is None:
             rest = [*rest, "--served-model-name", NAME, str(model)]
         preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
@@ -170,11 +170,6 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     return 0
 
 
-def cache_state() -> str:
-    folder = cache_folder() / NAME
-    return f"using {folder}" if folder.is_dir() else f"converting once to {folder}"
-
-
 def resolve_model(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
@@ -183,12 +178,8 @@ def resolve_model(name: str) -> Path:
 
 
 def model_folder(name: str | Path | None) -> Path:
-    """The folder named, or the embedded default model's, which takes a while the first time: said on stderr."""
-    if name is not None:
-        return resolve_model(str(name))
-    if not (cache_folder() / NAME).is_dir():
-        print(f"Default model {NAME}: {cache_state()}", file=sys.stderr, flush=True)
-    return default_model()
+    """The folder named, or the embedded default model's."""
+    return default_model() if name is None else resolve_model(str(name))
 
 
 def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str, load_format: str = "auto") -> None:

@@ -3,6 +3,8 @@
 import errno
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from apparate_llm.cli import build_parser, main
 from apparate_llm.eval import tpt
 from apparate_llm.prepare import command as prepare
 
+SHIPPED = Path(serve.__file__).parent / "assets" / "smollm2-135m-instruct"
 COMMANDS = {
     "serve": (serve, "check_files", ["serve"]),
     "doctor": (doctor, "examine", ["doctor"]),
@@ -109,3 +112,21 @@ def test_a_preparation_ends_with_the_command_that_serves_it():
     assert last == "next: apparate-llm serve '/models/my model' --ramps '/tmp/my ramps'"
     args, rest = build_parser().parse_known_args(shlex.split(last)[2:])
     assert args.ramps == "/tmp/my ramps" and rest == ["/models/my model"]
+
+
+def test_what_a_library_says_at_the_very_end_of_a_command_is_not_heard_and_a_full_disk_is(tmp_path):
+    code = """
+import os, sys
+class Late:
+    def __del__(self, write=os.write): write(2, b"nanobind: leaked 1 instances!")
+sys.late = Late()
+from apparate_llm.cli import main
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, "ramps", "show", str(SHIPPED)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "held-out agreement" in done.stdout and done.stderr == ""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr

@@ -132,10 +132,12 @@ def fake_conversion(monkeypatch, tmp_path):
     return calls
 
 
-def test_the_default_model_is_converted_once(fake_conversion, tmp_path):
+def test_the_default_model_is_converted_once_and_that_is_said(fake_conversion, tmp_path, capsys):
     folder = dm.default_model(tmp_path / "cache")
+    begins, ends = capsys.readouterr().err.splitlines()
+    assert begins.endswith(f"default model  converting once to {folder}") and ", took " in ends
     assert dm.default_model(tmp_path / "cache") == folder
-    assert len(fake_conversion) == 1
+    assert len(fake_conversion) == 1 and capsys.readouterr().err == ""
     assert sorted(path.name for path in folder.iterdir()) == [dm.COMPLETE, "config.json", "model.safetensors"]
 
 

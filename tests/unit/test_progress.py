@@ -141,6 +141,18 @@ def test_slow_work_has_its_rate_per_minute_or_hour():
     assert stage.rate() == "6 blocks/h"
 
 
+def test_of_what_is_often_brief_nothing_is_said_unless_it_takes_long():
+    clock = Clock()
+    file, progress = log(clock)
+    with progress:
+        with progress.stage("replay", total=4, unit="combinations", often_brief=True):
+            run_for(progress, clock, 20)
+        assert lines(file) == []
+        with progress.stage("replay", total=4, unit="combinations", often_brief=True):
+            run_for(progress, clock, 40)
+    assert [line.rpartition(", ")[2] for line in lines(file)] == ["10s so far", "40s so far", "took 40s"]
+
+
 def test_a_stage_that_an_error_ends_says_so():
     clock = Clock()
     file, progress = log(clock)
