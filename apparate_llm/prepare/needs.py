@@ -22,6 +22,7 @@ TOKENS_PER_SLOT = 512  # of the KV cache, for a prompt and its answer
 TYPICAL_ANSWER_TOKENS = 150
 PROCESS_BYTES = 700 << 20  # Python, torch, vLLM
 ROWS_UNDER_WAY = 96  # of a slot: what is not in the store yet
+SCORE_COPIES = 12  # of all slots' scores in float32, while tokens are drawn and the best ones kept
 ROUNDS_IN_MEMORY = 3  # of a training batch
 SPARE_FRAC = 0.1  # of free memory and disk stays free
 SPARE_DISK_BYTES = 256 << 20
@@ -93,7 +94,7 @@ def kv_cache_bytes(sizes: Sizes, slots: int, context: int) -> int:
 def synthesis_bytes(plan: Plan, sizes: Sizes, slots: int) -> int:
     """Peak of the process while the model writes."""
     batch = MAX_NUM_BATCHED_TOKENS * (4 * sizes.hidden + 2 * sizes.intermediate) * ELEMENT_SIZE
-    logits = slots * sizes.vocab * 4 * 3
+    logits = slots * sizes.vocab * 4 * SCORE_COPIES
     row = bytes_per_row(sizes.hidden, len(plan.states), ELEMENT_SIZE)
     kv = kv_cache_bytes(sizes, slots, context_length(plan.model))
     # On a CPU vLLM keeps what it multiplies with twice: as it was loaded and packed for the kernels.

@@ -1,5 +1,7 @@
 """Stage synthesise, as part of a preparation: what a lap adds to the store."""
 
+import contextlib
+import ctypes
 import gc
 from typing import Any
 
@@ -25,10 +27,17 @@ def synthesise_lap(run: Run, lap: Lap) -> dict[str, Any]:
     is_time = run.clock.spent_s < lap.synthesise_until_s or not store.counts["rows"]
     if is_time and store.counts["answer_tokens"] < lap.tokens:
         _synthesise(run, lap, room_for_synthesis(run))
-        gc.collect()  # the engine and what listens in on it refer to each other
+        give_back_memory()
     counts = store.counts
     result = {"rows": counts["rows"], "tokens": counts["answer_tokens"], "seconds": round(run.clock.spent_s)}
     return workspace.write(stage, wanted, result)
+
+
+def give_back_memory() -> None:
+    """Of the engine, which what listens in on it refers to and is referred to by."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # a C library of another kind
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _synthesise(run: Run, lap: Lap, room: Room) -> None:

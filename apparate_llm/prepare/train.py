@@ -29,7 +29,7 @@ BATCH_ROWS = 1024
 CHECKPOINT_EVERY_S = 60.0
 EVALUATE_EVERY = 0.1  # of the training
 MAX_EVALUATED_ROWS = 12_000
-RELEASE_EVERY = 20  # steps, after which mapped rows are given back
+RELEASE_EVERY = 4  # steps, after which mapped rows are given back
 VOCABULARY_CHUNK = 1 << 18  # rows looked at together
 
 
