@@ -21,7 +21,7 @@ from apparate_llm.prepare.schedule import (
     STOP_BELOW,
     Lap,
     WorkClock,
-    next_doubling,
+    after_doublings,
     outlook,
     point,
     shifted,
@@ -149,7 +149,7 @@ def _check_splits(run: Run, rows: dict[str, Any]) -> None:
 
 
 def _is_enough(scores: list[float]) -> bool:
-    added = next_doubling(scores)
+    added = after_doublings(scores, 1.0)
     return added is not None and tpt_saved(scores[-1], added) < STOP_BELOW
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from apparate_llm.prepare.schedule import (
     Schedule,
+    after_doublings,
     another_hour,
-    next_doubling,
     outlook,
     shifted,
     tpt_saved,
@@ -53,15 +53,16 @@ def test_what_is_short_gets_more_of_the_time_left():
 
 
 def test_the_curve_goes_on_as_it_went():
-    assert next_doubling([1.0]) is None and another_hour([1.0], 100.0) is None
-    assert next_doubling([1.0, 1.2]) == pytest.approx(0.14)  # the first fading is assumed
-    assert next_doubling([1.0, 1.4, 1.6]) == pytest.approx(0.1)  # half of the gain before, as that was
-    assert next_doubling([1.0, 1.2, 1.2]) == 0.0 and next_doubling([1.0, 1.2, 1.1]) == 0.0
-    assert next_doubling([1.0, 1.0, 1.3]) == pytest.approx(0.21)
+    assert after_doublings([1.0], 1.0) is None and another_hour([1.0], 100.0) is None
+    assert after_doublings([1.0, 1.2], 1.0) == pytest.approx(0.1)  # the first fading is assumed
+    assert after_doublings([1.0, 1.4, 1.6], 1.0) == pytest.approx(0.1)  # half of the gain before, as that was
+    assert after_doublings([1.0, 1.4, 1.6], 2.0) == pytest.approx(0.15)
+    assert after_doublings([1.0, 1.2, 1.5], 1.0) == pytest.approx(0.18)  # gains that grow fade as well
+    assert after_doublings([1.0, 1.2, 1.2], 1.0) == 0.0 == after_doublings([1.0, 1.2, 1.1], 3.0)
     assert tpt_saved(1.0, 0.0) == 0.0 and tpt_saved(1.0, 2.0) == 0.5
     # An hour more after an hour is one doubling, after three hours less.
     assert another_hour([1.0, 1.4, 1.6], 3600.0) == pytest.approx(tpt_saved(1.6, 0.1))
-    assert another_hour([1.0, 1.4, 1.6], 10800.0) < another_hour([1.0, 1.4, 1.6], 3600.0)
+    assert 0 < another_hour([1.0, 1.4, 1.6], 10800.0) < another_hour([1.0, 1.4, 1.6], 3600.0)
 
 
 def test_far_better_on_training_rows_means_that_tokens_are_short():
