@@ -20,6 +20,7 @@ from apparate_llm.prepare.evaluate import (
     told,
 )
 from apparate_llm.prepare.prompts import KINDS
+from apparate_llm.prepare.recorded import num_rounds
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import calibrated_all
@@ -85,7 +86,7 @@ def calibrate_rounds(fitted_on: dict[str, torch.Tensor], measured: dict[str, tor
     Both: per round number N, `N.confidence`, `N.agrees`, `N.conversation` and `N.kind`, each [rows].
     """
     calibration, agreement, rows, tested = [], [], [], []
-    for number in range(len(measured) // 4):
+    for number in range(num_rounds(measured)):
         calibration.append(fit(fitted_on[f"{number}.confidence"], fitted_on[f"{number}.agrees"]))
         confidence, agrees = measured[f"{number}.confidence"], measured[f"{number}.agrees"]
         agreement.append(mean(agrees))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from apparate_llm.eval.command import positive_list
 from apparate_llm.knobs import OneLineParser, Paragraphs, positive
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.progress import Progress
@@ -61,6 +62,11 @@ def add_prepare(subparsers: Any) -> None:
     parser.add_argument("--ramp-vocab", type=positive, default=8192, help="tokens a ramp can predict (default: 8192)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="at the end measure the gain, on --prompts or on eval's, and put it beside the prediction: minutes more",
+    )
     parser.set_defaults(run=run_prepare, goes_on=True)
 
 
@@ -94,17 +100,31 @@ def add_ramps(subparsers: Any) -> None:
     )
     add_answering(calibrate, several=True)
     calibrate.set_defaults(run=run_calibrate)
+    verify = kinds.add_parser(
+        "verify",
+        help="predicted gain of ramps against measured",
+        description="Predicts TPT with lossless exits / plain vLLM, from agreement on the prompts and "
+        "from costs on this machine. Then it measures: both servers are started and asked in turns. That takes minutes "
+        "and wants the machine to itself.",
+        allow_abbrev=False,
+    )
+    add_answering(verify, several=False, required=False)
+    verify.add_argument(
+        "--concurrency", type=positive_list, default=[1, 4, 16], metavar="N,N", help="clients (default: 1,4,16)"
+    )
+    verify.add_argument("--json", type=Path, help="write the results there")
+    verify.set_defaults(run=run_verify)
 
 
-def add_answering(parser: argparse.ArgumentParser, *, several: bool) -> None:
+def add_answering(parser: argparse.ArgumentParser, *, several: bool, required: bool = True) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", help="model folder (default: the embedded one)")
     parser.add_argument(
         "--prompts",
         type=Path,
-        required=True,
+        required=required,
         nargs="+" if several else None,
-        help="JSONL with `turns`, `prompt` or `messages`, and `category`",
+        help="JSONL with `turns`, `prompt` or `messages`, and `category`" + ("" if required else " (default: eval's)"),
     )
     parser.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: 128)")
 
@@ -163,6 +183,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         intermediate_size=automatic_intermediate_size(info.hidden_size),
         user_prompts=user_prompts,
         enforce_eager=args.enforce_eager,
+        verify=args.verify,
     )
     with log_of_engines(Workspace(args.out).path("vllm.log")) as console:
         from apparate_llm.prepare.pipeline import prepare
@@ -252,6 +273,53 @@ def run_calibrate(args: argparse.Namespace) -> int:
     for depth, (before, after) in errors.items():
         print(f"depth {depth}: calibration error on these prompts {before:.3f} -> {after:.3f}")
     return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from apparate_llm.eval.prompts import load_prompts
+    from apparate_llm.files import write_atomically
+
+    prompts = load_prompts(args.prompts)
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    manifest, model = ramps_and_model(args)
+
+    with log_of_engines() as console, Progress(console) as progress:
+        from apparate_llm.prepare.verify import verify_folder
+
+        clients, most = args.concurrency, args.max_tokens
+        found = verify_folder(
+            args.folder, manifest, model, prompts, progress=progress, clients=clients, max_tokens=most
+        )
+    print_verified(found)
+    if args.json:
+        document = {"command": shlex.join(["apparate-llm", *redacted(sys.argv[1:])]), **found}
+        write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        print(f"written: {args.json}", file=sys.stderr)
+    return 0
+
+
+def print_verified(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="TPT with exits / plain vLLM, with 95 % intervals")
+    for column in ("clients", "predicted", "measured", "measured / predicted", "within the prediction"):
+        table.add_column(column, justify="right")
+
+    def cell(item: dict[str, Any]) -> str:
+        if item["tpt_ratio"] is None:
+            return "-"
+        interval = "" if item["ci95"] is None else f" ({item['ci95'][0]:.2f} to {item['ci95'][1]:.2f})"
+        return f"{item['tpt_ratio']:.2f}{interval}"
+
+    for number, item in found["clients"].items():
+        off = "-" if item["off_frac"] is None else f"{1 + item['off_frac']:.2f}"
+        within = {True: "yes", False: "NO", None: "-"}[item["within"]]
+        table.add_row(number, cell(item["predicted"]), cell(item["measured"]), off, within)
+    console = Console()
+    console.print(table)
+    console.print(found["sentence"], soft_wrap=True)
 
 
 def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:

@@ -101,6 +101,7 @@ class Answered(NamedTuple):
     rows: Rows
     base: BaseParts
     dtype: torch.dtype
+    texts: list[tuple[list[int], list[int]]]  # prompt and answer of each
 
 
 def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_tokens: int, progress: Progress) -> Answered:
@@ -139,6 +140,7 @@ def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_token
         rows=rows_of(conversations),
         base=BaseParts.of(model),
         dtype=config.dtype,
+        texts=[(item.prompt, item.answer) for item in conversations],
     )
 
 

@@ -1,6 +1,7 @@
 """`apparate-llm prepare`: the stages one after another, each left on disk and used again by the next run."""
 
 import errno
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from apparate_llm.eval.prompts import Prompt
 from apparate_llm.prepare.calibrate import calibrate_rounds
 from apparate_llm.prepare.needs import gib, peak_bytes, say_needs
 from apparate_llm.prepare.plan import Made, Plan, Run
-from apparate_llm.prepare.profile import profile
+from apparate_llm.prepare.profile import LIMIT_S, profile
+from apparate_llm.prepare.prompts import KINDS
+from apparate_llm.prepare.recorded import Recorded, recorded
 from apparate_llm.prepare.report import write_report
 from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import (
@@ -31,6 +35,7 @@ from apparate_llm.prepare.schedule import (
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise_stage import synthesise_lap
 from apparate_llm.prepare.train_stage import epochs_of_lap, head_tensors, measure_depth, train_depth
+from apparate_llm.prepare.verify import verify
 from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
@@ -48,6 +53,7 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
         for depth in plan.depths:
             made.trained[depth] |= measure_depth(run, made.rows, depth, made.trained[depth])
             made.calibration[depth] = _calibrate(run, depth)
+            made.conversations[depth] = _conversations(run, depth, made.calibration[depth])
         draft = workspace.path("ramps")
         _write_ramps(run, draft, made, default_depth=plan.depths[0])
         profiled = _profile(run, draft, made.trained)
@@ -57,6 +63,10 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
         run.say(f"peak memory was {gib(peak_bytes())}")
         run.say(report["advice"]["sentence"])
         run.say(made.outlook)
+        if plan.verify:
+            prompts = [Prompt(messages) for messages in plan.user_prompts]
+            report = verify(plan.out, plan.model, report, prompts=prompts, progress=run.progress)
+            run.say(report["verified"]["sentence"])
         return report
 
 
@@ -192,6 +202,19 @@ def _calibrate(run: Run, depth: int) -> dict[str, Any]:
     return result
 
 
+def _conversations(run: Run, depth: int, calibrated: dict[str, Any]) -> list[Recorded]:
+    """The test conversations, with what the ramp said in them."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(run.workspace.path(f"measured-{depth}.safetensors"))
+    return recorded(tensors, calibrated["calibration"], KINDS, _texts(run.store, tensors["0.conversation"].unique()))
+
+
+def _texts(store: RowStore, conversations: torch.Tensor) -> dict[int, tuple[list[int], list[int]]]:
+    wanted = set(conversations.tolist())
+    return {number: (text.prompt, text.answer) for number, text in enumerate(store.texts()) if number in wanted}
+
+
 def _write_ramps(run: Run, folder: Path, made: Made, *, default_depth: int) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for depth in run.plan.depths:
@@ -241,6 +264,7 @@ def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
     if (done := workspace.read("profile", inputs)) is not None:
         run.say("profile: done")
         return done
+    left_s = math.inf if plan.time_budget_s is None else plan.time_budget_s - run.clock.spent_s
     with run.progress.stage("profile", total=1.0) as bar:
         bar.update(0.0, "starting the model as it is served")
         result = profile(
@@ -248,6 +272,8 @@ def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
             folder,
             plan.depths,
             enforce_eager=plan.enforce_eager,
+            limit_s=min(LIMIT_S, left_s),
+            log=workspace.path("vllm.log"),
             on_progress=lambda done, text: bar.update(done, text),
         )
     return workspace.write("profile", inputs, {**result, "machine": here})

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.prepare.prompts import Messages
+from apparate_llm.prepare.recorded import Recorded
 from apparate_llm.prepare.schedule import Schedule, WorkClock
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.workspace import Workspace
@@ -73,4 +74,5 @@ class Made:
     rows: dict[str, Any]
     trained: dict[int, dict[str, Any]] = field(default_factory=dict)  # by depth
     calibration: dict[int, dict[str, Any]] = field(default_factory=dict)
+    conversations: dict[int, list[Recorded]] = field(default_factory=dict)  # of the test split, to predict from
     outlook: str = ""

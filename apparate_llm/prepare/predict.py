@@ -1,36 +1,178 @@
-"""What measured agreement and measured costs promise: time per output token with exits / without."""
+"""What ramps will bring: time per output token (TPT) with exits / without, simulated, with its interval.
+
+Lossless exits, the policy `adaptive`, answers of at most `MAX_TOKENS`, closed loops as `eval` runs them. The interval
+(95 %) holds three things: a bootstrap over conversations, how far measured costs may be off, and how far simulations
+were.
+
+Prompts that a model writes for itself are easier than users'. So there are two figures: on prompts like its own, and
+expected on users' prompts. The second is of the conversations with the user's prompts, where there are enough. Else it
+is of the model's conversations, the harder ones drawn more often, until they agree `USERS_FRAC` as often.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-MAX_EXITS = 4
+from apparate_llm.config import parse_config
+from apparate_llm.controller.adaptive import AdaptivePolicy
+from apparate_llm.eval.loads import block_size
+from apparate_llm.prepare.costs import ProfiledCosts
+from apparate_llm.prepare.recorded import Recorded
+from apparate_llm.prepare.simulate import Simulation
+
+CLIENTS = (1, 4, 16)
+MAX_TOKENS = 128  # of an answer, as in `eval`
+MOST_CONVERSATIONS = 96
+ROUNDS_OF_CLIENTS = 4  # requests of each client at least
+DRAWS = 4  # simulations at costs that may as well be
+RESAMPLES = 2000
+SETTLING = 2  # requests before those that count, at least
+# Agreement in round 1 on users' prompts / on the model's own, of ramps trained on the latter only (docs/ramps.md).
+USERS_FRAC = 0.85
+ENOUGH_USERS = 16  # conversations with the user's prompts
+STEEPEST = 60.0  # e to this is how much more often the hardest conversation may be drawn than one that always agrees
+SIMULATION_SPREAD = 0.05  # standard deviation of measured / predicted ratio
 
 
-def completion_cost(completion_ms: dict[str, float], rows: float) -> float:
-    """ms of a pass over `rows` rows: between measured batch sizes linear, beyond them by the last slope.
-
-    More rows never cost less: where a larger batch measured faster, the smaller one was disturbed.
-    """
-    sizes = np.array(sorted(map(int, completion_ms)), dtype=float)
-    costs = np.array([completion_ms[str(int(size))] for size in sizes])
-    costs = np.minimum.accumulate(costs[::-1])[::-1]
-    if rows <= sizes[-1] or len(sizes) < 2:
-        return float(np.interp(rows, sizes, costs))
-    slope = max(0.0, (costs[-1] - costs[-2]) / (sizes[-1] - sizes[-2]))
-    return float(costs[-1] + slope * (rows - sizes[-1]))
+USERS_KIND = "user"
 
 
-def tpt_ratio(
-    agreement: list[float | None], completion_ms: dict[str, float], round_ms: dict[str, float], batch: int
-) -> tuple[float, int]:
-    """(best predicted TPT ratio, exits per cycle it takes). Rounds are run while the ramp agrees; a ratio of 1 with no
-    exits is always to be had."""
-    plain = completion_cost(completion_ms, batch)
-    best = (1.0, 0)
-    tokens, reach, rounds = 1.0, 1.0, 0.0
-    for exits, agrees in enumerate(agreement[:MAX_EXITS], 1):
-        rounds += reach
-        reach *= agrees or 0.0  # None: no row got that far
-        tokens += reach
-        cycle = completion_cost(completion_ms, batch * (1 + rounds)) + rounds * round_ms[str(batch)]
-        best = min(best, (cycle / plain / tokens, exits))
-    return best
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Times per output token by conversation, each its mean, from one simulation."""
+
+    indices: np.ndarray  # [n] of the conversation
+    plain_ms: np.ndarray  # [n]
+    ours_ms: np.ndarray  # [n]
+
+
+def predict(
+    conversations: Sequence[Recorded],
+    profiled: dict[str, Any],
+    *,
+    depth: int,
+    num_layers: int,
+    clients: Sequence[int] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """By number of clients: `tpt_ratio`, its interval `ci95`, the ms of both and `by_kind` of prompt. Number of clients
+    that were not profiled are predicted between those that were."""
+    if clients is None:
+        clients = sorted({*CLIENTS, *map(int, profiled["completion_ms"])})
+    rng = np.random.default_rng(seed)
+    # The first are the costs as measured.
+    costs = [ProfiledCosts.of(profiled, depth, None if draw == 0 else rng) for draw in range(1 + DRAWS)]
+    served = [_serve(conversations, cost, depth, num_layers, clients, max_tokens) for cost in costs]
+    found: dict[str, Any] = {}
+    for number in clients:
+        asked = [by_clients[number] for by_clients in served]
+        kinds = np.array([conversations[index].kind for index in asked[0].indices])
+        found[str(number)] = {
+            **_with_interval(asked, np.ones(len(kinds), dtype=bool), rng),
+            "plain_ms": round(float(asked[0].plain_ms.mean()), 3),
+            "ours_ms": round(float(asked[0].ours_ms.mean()), 3),
+            "by_kind": {kind: _with_interval(asked, kinds == kind, rng) for kind in dict.fromkeys(kinds.tolist())},
+        }
+    return found
+
+
+def predict_both(
+    conversations: Sequence[Recorded], profiled: dict[str, Any], *, depth: int, num_layers: int, seed: int = 0
+) -> dict[str, Any]:
+    """`predict` on prompts like the model's own, each with `users`: what is expected on users' prompts."""
+    few = thinned(conversations, MOST_CONVERSATIONS, seed=seed)
+    found = predict(few, profiled, depth=depth, num_layers=num_layers, seed=seed)
+    users = predict(as_users_ask(few, seed=seed), profiled, depth=depth, num_layers=num_layers, seed=seed)
+    for number, item in found.items():
+        item["users"] = {name: users[number][name] for name in ("tpt_ratio", "ci95")}
+    return found
+
+
+def thinned(conversations: Sequence[Recorded], most: int, *, seed: int = 0) -> list[Recorded]:
+    """At most so many of them, in a random order, so that clients ask prompts of different kinds at once."""
+    order = np.random.default_rng(seed).permutation(len(conversations))
+    return [conversations[index] for index in order[:most]]
+
+
+def _serve(
+    conversations: Sequence[Recorded],
+    costs: ProfiledCosts,
+    depth: int,
+    num_layers: int,
+    clients: Sequence[int],
+    max_tokens: int,
+) -> dict[int, Asked]:
+    """One server after the other, each under all loads in turn."""
+    config = parse_config({})
+    policy = AdaptivePolicy(
+        depth=depth,
+        depths=(depth,),
+        num_layers=num_layers,
+        max_exits=config.max_exits,
+        waiting_weight=config.waiting_weight,
+    )
+    plain, ours = Simulation(costs), Simulation(costs, policy)
+    found = {}
+    for number in clients:
+        blocks = _blocks(len(conversations), number)
+        ours.serve([blocks[0][: max(SETTLING, number)]], conversations, number, max_tokens=max_tokens)
+        without, with_exits = (
+            server.serve(blocks, conversations, number, max_tokens=max_tokens) for server in (plain, ours)
+        )
+        indices = sorted(without.keys() & with_exits.keys())
+        found[number] = Asked(
+            np.array(indices, dtype=int),
+            np.array([np.mean(without[index]) for index in indices]),
+            np.array([np.mean(with_exits[index]) for index in indices]),
+        )
+    return found
+
+
+def _blocks(num_conversations: int, clients: int) -> list[list[int]]:
+    """Numbers of conversations as `eval` asks for prompts; each of them, and again if clients would have too few."""
+    times = max(1, math.ceil(ROUNDS_OF_CLIENTS * clients / num_conversations))
+    order = list(range(num_conversations)) * times
+    size = block_size(clients, "free")
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _with_interval(asked: Sequence[Asked], chosen: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    plain, ours = (np.array([getattr(part, name)[chosen] for part in asked]) for name in ("plain_ms", "ours_ms"))
+    if not plain.size:
+        return {"tpt_ratio": None, "ci95": None}
+    num = plain.shape[1]
+    drawn = rng.integers(0, num, (RESAMPLES, num))
+    draw = rng.integers(0, len(asked), (RESAMPLES, 1))
+    ratios = ours[draw, drawn].mean(-1) / plain[draw, drawn].mean(-1)
+    ratios *= np.exp(SIMULATION_SPREAD * rng.standard_normal(RESAMPLES))
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    ratio = float(ours[0].mean() / plain[0].mean())
+    return {"tpt_ratio": round(ratio, 4), "ci95": [round(float(low), 4), round(float(high), 4)]}
+
+
+def as_users_ask(conversations: Sequence[Recorded], *, seed: int = 0) -> list[Recorded]:
+    """Conversations that stand for those with users' prompts."""
+    users = [one for one in conversations if one.kind == USERS_KIND]
+    if len(users) >= ENOUGH_USERS:
+        return users
+    return harder([one for one in conversations if one.kind != USERS_KIND] or users, USERS_FRAC, seed=seed)
+
+
+def harder(conversations: Sequence[Recorded], frac: float, *, seed: int = 0) -> list[Recorded]:
+    """As many, drawn so that their tokens agree `frac` as often: with a weight that falls exponentially with a
+    conversation's agreement, the least change of the sample that does it (exponential tilting)."""
+    agreement = np.array([one.agreement for one in conversations])
+    tokens = np.array([one.num_tokens for one in conversations], dtype=float)
+    target = frac * float(np.average(agreement, weights=tokens))
+    low, high = 0.0, STEEPEST
+    for _ in range(50):
+        middle = (low + high) / 2
+        mean = np.average(agreement, weights=tokens * np.exp(-middle * agreement))
+        low, high = (middle, high) if mean > target else (low, middle)
+    weights = np.exp(-low * agreement)
+    chosen = np.random.default_rng(seed).choice(len(agreement), len(agreement), p=weights / weights.sum())
+    return [conversations[index] for index in chosen]

@@ -9,9 +9,11 @@ from typing import Any
 from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
 from apparate_llm.files import write_atomically
 from apparate_llm.prepare.plan import Made
-from apparate_llm.prepare.predict import tpt_ratio
+from apparate_llm.prepare.predict import predict_both
 from apparate_llm.ramps.checkpoint import BaseModelInfo
 
+PAYS = 0.98  # of plain TPT
+SEVERAL = ("4", "16")  # clients that the advice names
 KIND_NAMES = {"open": "open chat", "code": "code", "passage": "texts to work on", "user": "your prompts"}
 
 
@@ -22,15 +24,11 @@ def write_report(
     made: Made,
     profiled: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write both files into `out`; returns what report.json holds."""
+    """Write both files into `out`; returns what report.json holds. The figures are of the conversations that are there
+    to report from, which nothing was trained on or chosen by."""
     depths = []
     for depth, record in made.trained.items():
         item = made.calibration[depth]
-        round_ms = profiled["round_ms"][str(depth)]
-        predicted = {}
-        for batch in profiled["completion_ms"]:
-            ratio, exits = tpt_ratio(item["agreement"], profiled["completion_ms"], round_ms, int(batch))
-            predicted[batch] = {"tpt_ratio": ratio, "exits": exits}
         depths.append(
             {
                 "depth": depth,
@@ -45,11 +43,13 @@ def write_report(
                 "by_kind": item["by_kind"],
                 "vocabulary_coverage": record["vocabulary_coverage"],
                 "training": {key: record[key] for key in ("rows", "steps", "seconds", "settings")},
-                "predicted": predicted,
+                "predicted": predict_both(
+                    made.conversations[depth], profiled, depth=depth, num_layers=base.num_hidden_layers
+                ),
             }
         )
     report = {
-        "schema_version": 1,
+        "schema_version": 2,
         "model": model_name,
         "base_model": base.model_dump(),
         "answer_tokens": made.rows["tokens"],
@@ -59,29 +59,47 @@ def write_report(
         "depths": depths,
         "advice": advice(depths),
     }
-    write_atomically(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_atomically(out / "report.html", render(report).encode())
+    write_pages(out, report)
     return report
 
 
+def write_pages(out: Path, report: dict[str, Any]) -> None:
+    write_atomically(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(out / "report.html", render(report).encode())
+
+
 def advice(depths: list[dict[str, Any]]) -> dict[str, Any]:
-    """The depth with the lowest predicted TPT at batch 1, in one sentence."""
-    best = min(depths, key=lambda item: (item["predicted"]["1"]["tpt_ratio"], item["depth"]))
+    """The depth with the lowest TPT expected with one client on users' prompts, in one sentence."""
+    best = min(depths, key=lambda item: (item["predicted"]["1"]["users"]["tpt_ratio"], item["depth"]))
     predicted = best["predicted"]
-    saved = round(100 * (1 - predicted["1"]["tpt_ratio"]))
-    paying = [int(batch) for batch, item in predicted.items() if item["tpt_ratio"] < 0.98]
+    paying = [number for number, item in predicted.items() if item["users"]["tpt_ratio"] < PAYS]
     if not paying:
-        sentence = "These ramps do not pay on this machine: serve with --policy off, or prepare with more tokens."
-    else:
-        sentence = f"Use depth {best['depth']}; expect about {saved} % lower TPT at batch 1"
-        if max(paying) > 1:
-            last = max(paying)
-            sentence += f" and {round(100 * (1 - predicted[str(last)]['tpt_ratio']))} % at batch {last}"
-        kinds = sorted(best["by_kind"], key=lambda kind: best["by_kind"][kind])
-        if len(kinds) > 1:
-            sentence += f"; the gain is largest for {KIND_NAMES[kinds[-1]]}, smallest for {KIND_NAMES[kinds[0]]}"
-        sentence += "."
-    return {"depth": best["depth"], "sentence": sentence}
+        return {
+            "depth": best["depth"],
+            "sentence": "These ramps do not pay on this machine: serve with --policy off, or prepare with more tokens.",
+        }
+    sentence = (
+        f"Use depth {best['depth']}; on users' prompts expect about {_lower_tpt(predicted['1']['users'])} lower TPT"
+    )
+    sentence += " with 1 client"
+    several = [number for number in SEVERAL if number in predicted]
+    if several:
+        sentence += "".join(f", {_lower_tpt(predicted[number]['users'])} with {number}" for number in several)
+    sentence += f"; on prompts like its own {_lower_tpt(predicted['1'])} with 1 client"
+    kinds = sorted(best["by_kind"], key=lambda kind: best["by_kind"][kind])
+    if len(kinds) > 1:
+        sentence += f". The gain is largest for {KIND_NAMES[kinds[-1]]}, smallest for {KIND_NAMES[kinds[0]]}"
+    return {"depth": best["depth"], "sentence": sentence + "."}
+
+
+def _lower_tpt(predicted: dict[str, Any]) -> str:
+    """`41 % (35 to 46)`."""
+    high, low = predicted["ci95"]
+    return f"{_saved(predicted['tpt_ratio'])} % ({_saved(low)} to {_saved(high)})"
+
+
+def _saved(ratio: float) -> int:
+    return round(100 * (1 - ratio))
 
 
 def render(report: dict[str, Any]) -> str:
@@ -90,7 +108,11 @@ def render(report: dict[str, Any]) -> str:
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("report.html").render(
-        report=report, figures=figures(report), kind_names=KIND_NAMES, batches=list(report["profile"]["completion_ms"])
+        report=report,
+        figures=figures(report),
+        kind_names=KIND_NAMES,
+        batches=list(report["profile"]["completion_ms"]),
+        clients=list(report["depths"][0]["predicted"]),
     )
 
 
@@ -102,7 +124,7 @@ def figures(report: dict[str, Any]) -> list[tuple[str, str]]:
     coverage = [[(100 * wrong, 100 * covered) for covered, wrong in item["coverage"]] for item in depths]
     reliability = [[point[:2] for point in item["reliability"]] for item in depths]
     errors = [f"{name}, error {item['calibration_error']:.3f}" for name, item in zip(names, depths, strict=True)]
-    ratios = [[(batch, value["tpt_ratio"]) for batch, value in item["predicted"].items()] for item in depths]
+    ratios = [[(number, value["users"]["tpt_ratio"]) for number, value in item["predicted"].items()] for item in depths]
     diagonal, level = [(0.0, 0.0), (1.0, 1.0)], [(batch, 1.0) for batch in depths[0]["predicted"]]
     return [
         _figure("Agreement with the full model, round by round", ("round", "agreement"), names, agreement),
@@ -121,8 +143,8 @@ def figures(report: dict[str, Any]) -> list[tuple[str, str]]:
             guide=diagonal,
         ),
         _figure(
-            "Predicted TPT with exits / without, by batch size",
-            ("requests at once", "ratio"),
+            "TPT with exits / without, expected on users' prompts",
+            ("clients", "ratio"),
             names,
             ratios,
             guide=level,

@@ -11,12 +11,12 @@ from apparate_llm.files import replacing
 from apparate_llm.models.packing import for_serving
 from apparate_llm.prepare.evaluate import ceiling
 from apparate_llm.prepare.plan import Plan, Run
+from apparate_llm.prepare.recorded import measured_tensors
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, Rows
 from apparate_llm.prepare.schedule import epochs_for
 from apparate_llm.prepare.train import (
     MAX_EVALUATED_ROWS,
     BaseParts,
-    Measured,
     RoundData,
     TrainSettings,
     measure_head,
@@ -116,7 +116,7 @@ def measure_depth(run: Run, rows_record: dict[str, Any], depth: int, trained: di
     for name, split in (("validation", VALIDATION), ("measured", TEST)):
         index = thinned(starts(rows, split=split), MOST_MEASURED_ROWS)
         measured = measure_head(served, data, index)
-        _save_measured(workspace.path(f"{name}-{depth}.safetensors"), measured, rows, kinds)
+        _save_tensors(workspace.path(f"{name}-{depth}.safetensors"), measured_tensors(measured, rows, kinds))
     covered = torch.isin(rows.top_ids[index, 0].long(), vocabulary.long()).float()
     result = {
         "held_out_tokens_per_cycle": round(tokens_per_cycle(measured), 4),
@@ -167,16 +167,3 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     with replacing(path) as temporary:
         save_file(tensors, temporary)
-
-
-def _save_measured(path: Path, measured: list[Measured], rows: Rows, kinds: torch.Tensor) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for number, part in enumerate(measured):
-        conversations = rows.conversations[part.rows]
-        tensors |= {
-            f"{number}.confidence": part.confidence,
-            f"{number}.agrees": part.agrees,
-            f"{number}.conversation": conversations,
-            f"{number}.kind": kinds[conversations.long()],
-        }
-    _save_tensors(path, tensors)

@@ -100,8 +100,10 @@ def test_the_report_says_what_the_folder_holds(prepared):
         for item in report["depths"]:
             assert [part["round"] for part in item["rounds"]] == [1, 2, 3, 4]
             assert item["rounds"][0]["rows"] > 0
-            assert set(item["predicted"]) == set(report["profile"]["completion_ms"])
-            assert all(0 < predicted["tpt_ratio"] <= 1 for predicted in item["predicted"].values())
+            assert set(item["predicted"]) == {"1", "4", "16", *report["profile"]["completion_ms"]}
+            for predicted in (part for item in item["predicted"].values() for part in (item, item["users"])):
+                low, high = predicted["ci95"]
+                assert 0 < low <= predicted["tpt_ratio"] <= high
         page = (folder / "report.html").read_text()
         assert report["advice"]["sentence"] in page
         assert "http://" not in page and "https://" not in page

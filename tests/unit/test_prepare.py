@@ -3,7 +3,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
 from apparate_llm.prepare.pipeline import disk_errors
 from apparate_llm.prepare.plan import automatic_depths, automatic_inner
-from apparate_llm.prepare.predict import completion_cost, tpt_ratio
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
 from apparate_llm.prepare.splits import BLOCK, sources, split_of, splits_of_prompts
 from apparate_llm.prepare.store import RowStore
@@ -348,17 +346,6 @@ def test_top_tokens_are_those_of_a_sort(vocab):
     assert torch.equal(ids, expected.indices)
 
 
-def test_the_predicted_ratio_weighs_tokens_against_costs():
-    costs = {"1": 10.0, "2": 10.0, "4": 14.0}
-    assert completion_cost(costs, 3) == 12.0 and completion_cost(costs, 6) == 18.0
-    ratio, exits = tpt_ratio([1.0], costs, {"1": 2.0}, 1)
-    assert (ratio, exits) == (pytest.approx(12 / 10 / 2), 1)
-    assert tpt_ratio([0.05], costs, {"1": 2.0}, 1) == (1.0, 0)
-    assert tpt_ratio([None], costs, {"1": 2.0}, 1) == (1.0, 0)  # no row got to that round
-    disturbed = {**costs, "1": 15.0}
-    assert completion_cost(disturbed, 1) == 10.0 and tpt_ratio([0.05], disturbed, {"1": 2.0}, 1) == (1.0, 0)
-
-
 def test_a_stages_result_counts_only_for_what_it_was_made_from(tmp_path):
     workspace = Workspace(tmp_path / "out")
     assert workspace.read("train", {"groups": 1}) is None
@@ -402,7 +389,6 @@ def test_depths_chosen_for_a_model_are_different_blocks_of_it(num_layers):
 
 def test_numbers_in_a_report_are_plain(base, rows):
     assert json.dumps(ceiling(rows)) and all(math.isfinite(value) for value in ceiling(rows).values())
-    assert isinstance(completion_cost({"1": 1.0, "2": 2.0}, np.float64(1.5)), float)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""Conversations of the model with what a ramp said at each of their tokens: what a prediction is made from."""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from apparate_llm.prepare.rows import Rows
+from apparate_llm.prepare.train import Measured
+from apparate_llm.ramps.copying import LONG_MATCH, look_back
+from apparate_llm.ramps.load import calibrated_all
+
+Tensors = Mapping[str, torch.Tensor]
+Texts = Mapping[int, tuple[list[int], list[int]]]  # conversation -> prompt, answer in token ids
+
+
+class Said(NamedTuple):
+    """One round in one row."""
+
+    confidence: float  # calibrated
+    agrees: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """One conversation. Row i is where token i of the answer is proposed."""
+
+    kind: str
+    prompt_tokens: int
+    rounds: tuple[tuple[Said, ...], ...]  # [num_rounds][rows]
+    matches: tuple[
+        int, ...
+    ] = ()  # [rows] tokens that repeat earlier ones, where the text may be followed; 0: it may not
+    repeats: tuple[int, ...] = ()  # [rows] tokens from there on that it does repeat
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rounds[0])
+
+    @property
+    def agreement(self) -> float:
+        """In the first round."""
+        return sum(said.agrees for said in self.rounds[0]) / self.num_tokens
+
+    def said(self, row: int, number: int) -> Said:
+        """Round `number` (from 0) in a row; later ones than were recorded are like the last."""
+        return self.rounds[min(number, len(self.rounds) - 1)][min(row, self.num_tokens - 1)]
+
+
+def measured_tensors(measured: Sequence[Measured], rows: Rows, kinds: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `recorded` and the calibration read, per round N from 0: `N.confidence`, `N.agrees`, `N.conversation`,
+    `N.kind` and `N.row`, the row's place in its answer. kinds: [number of conversations] index of each one's kind."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number, part in enumerate(measured):
+        conversations = rows.conversations[part.rows]
+        tensors |= {
+            f"{number}.confidence": part.confidence,
+            f"{number}.agrees": part.agrees,
+            f"{number}.conversation": conversations,
+            f"{number}.kind": kinds[conversations.long()],
+            f"{number}.row": rows.answer_index[part.rows],
+        }
+    return tensors
+
+
+def num_rounds(tensors: Tensors) -> int:
+    return sum(name.endswith(".confidence") for name in tensors)
+
+
+def recorded(
+    tensors: Tensors, calibration: Sequence[tuple[float, float]], kinds: Sequence[str], texts: Texts
+) -> list[Recorded]:
+    """The conversations that a ramp was measured on. tensors: see `measured_tensors`; calibration: of each round;
+    texts: of these conversations at least.
+
+    Where a round did not run in a row, as one before it disagreed, it is taken to say what the round before it says
+    there. Where even the first did not, as only some rows were measured, the next row that was stands for it.
+    """
+    said = [_said(tensors, number, calibration) for number in range(num_rounds(tensors))]
+    by_conversation: dict[int, list[dict[int, Said]]] = {}
+    for number, of_round in enumerate(said):
+        owners, rows = tensors[f"{number}.conversation"].tolist(), tensors[f"{number}.row"].tolist()
+        for owner, row, one in zip(owners, rows, of_round, strict=True):
+            by_conversation.setdefault(owner, [{} for _ in said])[number][row] = one
+    kind_of = dict(zip(tensors["0.conversation"].tolist(), tensors["0.kind"].tolist(), strict=True))
+    return [
+        _conversation(by_round, kinds[kind_of[owner]], *texts[owner])
+        for owner, by_round in by_conversation.items()
+        if by_round[0]
+    ]
+
+
+def _conversation(by_round: list[dict[int, Said]], kind: str, prompt: list[int], answer: list[int]) -> Recorded:
+    known = sorted(by_round[0])
+    rounds = [[by_round[0][known[min(bisect_left(known, row), len(known) - 1)]] for row in range(len(answer))]]
+    for later in by_round[1:]:
+        before = rounds[-1]
+        rounds.append([later.get(row, before[row]) for row in range(len(answer))])
+    matches, repeats = copies_of(prompt, answer)
+    return Recorded(kind, len(prompt), tuple(map(tuple, rounds)), matches, repeats)
+
+
+def _said(tensors: Tensors, number: int, calibration: Sequence[tuple[float, float]]) -> list[Said]:
+    confidence = calibrated_all(tensors[f"{number}.confidence"], *calibration[min(number, len(calibration) - 1)])
+    return [Said(*pair) for pair in zip(confidence.tolist(), tensors[f"{number}.agrees"].tolist(), strict=True)]
+
+
+def copies_of(prompt: Sequence[int], answer: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`matches` and `repeats` of a conversation: where its text repeats itself at length, a server follows it."""
+    text = np.array([*prompt, *answer], dtype=np.int64)
+    matches, repeats = [], []
+    for place in range(len(prompt), len(text)):
+        found = look_back(text[:place])
+        matches.append(found.match)
+        right = 0
+        if found.match >= LONG_MATCH:
+            while place + right < len(text) and text[place + right] == text[found.start + right]:
+                right += 1
+        repeats.append(right)
+    return tuple(matches), tuple(repeats)

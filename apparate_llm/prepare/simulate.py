@@ -1,0 +1,218 @@
+"""A server and its clients, simulated: the policy of serving decides over recorded rounds at measured costs.
+
+One pass at a time, as in an engine. Clients of a closed loop ask in blocks, as `eval` has them ask: a block begins with
+all of them at once, and whoever has an answer asks the next prompt. Prompts that wait are read in the next pass, which
+all others wait for, with exits or without.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from apparate_llm.controller.adaptive import AdaptivePolicy
+from apparate_llm.core import Exit, Verb
+from apparate_llm.prepare.recorded import Recorded
+from apparate_llm.ramps.copying import copied_confidence
+
+MAX_PASS_TOKENS = 2048  # vLLM's max_num_batched_tokens of a server
+APART_MS = 1.0  # between requests that begin together: the API reads one after another
+CACHED_BLOCK = 128  # tokens of a prompt seen before that are found again together, as vLLM keeps them on a CPU
+TURNAROUND_MS = 3.0  # from an answer's last token until the client's next request is there
+
+
+class Costs(Protocol):
+    """ms on the machine that serves."""
+
+    def pass_ms(self, requests: int, rows: int, prompt_tokens: int) -> float: ...
+
+    def round_ms(self, rows: int) -> float: ...
+
+
+@dataclass(slots=True)
+class Request:
+    recorded: Recorded
+    index: int
+    max_tokens: int
+    arrived_ms: float = 0.0
+    unread: int = field(init=False)  # tokens of the prompt
+    emitted: int = 0
+    first_ms: float = 0.0
+    taken: list[Exit] = field(default_factory=list)  # held, to be checked by the next pass
+    right: list[bool] = field(default_factory=list)  # of each of these
+    not_taken: tuple[Exit, bool] | None = None
+    reach: float = 1.0  # probability that all held exits agree
+
+    def __post_init__(self) -> None:
+        self.unread = self.recorded.prompt_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return min(self.recorded.num_tokens, self.max_tokens)
+
+    @property
+    def row(self) -> int:
+        """Where the next exit is proposed."""
+        return self.emitted + len(self.taken)
+
+    @property
+    def may_hold(self) -> bool:
+        """A held exit in place of the longest answer's last token would save no pass."""
+        return self.row + 1 < self.max_tokens and self.row < self.recorded.num_tokens
+
+
+class Simulation:
+    """One server; `policy` None: without exits. It keeps what it has learned from load to load."""
+
+    def __init__(self, costs: Costs, policy: AdaptivePolicy | None = None) -> None:
+        self.costs = costs
+        self.policy = policy
+        self.now_ms = 0.0
+        self._passed_ms = 0.0  # when the last pass ended: tokens that begin or end an answer leave then
+        self._num_rows = 0  # of the next pass, as of now
+        self._seen: set[int] = set()  # conversations whose prompts are in the prefix cache
+
+    def serve(
+        self, blocks: Sequence[Sequence[int]], conversations: Sequence[Recorded], clients: int, *, max_tokens: int
+    ) -> dict[int, list[float]]:
+        """Ask block by block; returns the times per output token, in ms, by index of the conversation."""
+        found: dict[int, list[float]] = {}
+        for block in blocks:
+            for index, tpt_ms in self._serve([Request(conversations[i], i, max_tokens) for i in block], clients):
+                found.setdefault(index, []).append(tpt_ms)
+        return found
+
+    def _serve(self, queue: list[Request], clients: int) -> Iterator[tuple[int, float]]:
+        """One block, whose requests are asked in order."""
+        waiting, active = deque[Request](), list[Request]()
+
+        def ask(at_ms: float) -> None:
+            if queue:
+                waiting.append(queue.pop(0))
+                waiting[-1].arrived_ms = at_ms
+
+        for client in range(clients):
+            ask(self.now_ms + client * APART_MS)
+        while waiting or active:
+            if not active:
+                self.now_ms = max(self.now_ms, waiting[0].arrived_ms)
+            while waiting and waiting[0].arrived_ms <= self.now_ms:
+                active.append(self._joins(waiting.popleft()))
+                if self.policy is not None:
+                    self.policy.joined()
+            for request, tpt_ms in self._step(active):
+                active.remove(request)
+                ask(self._passed_ms + TURNAROUND_MS)
+                if tpt_ms is not None:
+                    yield request.index, tpt_ms
+
+    def _joins(self, request: Request) -> Request:
+        if request.index in self._seen:
+            request.unread -= (request.unread - 1) // CACHED_BLOCK * CACHED_BLOCK
+        self._seen.add(request.index)
+        return request
+
+    def _step(self, active: list[Request]) -> list[tuple[Request, float | None]]:
+        """One pass and its rounds; the requests that end, with their time per output token."""
+        going = [request for request in active if not request.unread]
+        rows = sum(1 + len(request.taken) for request in going)
+        left, prompt_tokens, began = MAX_PASS_TOKENS - rows, 0, list[Request]()
+        for request in active:
+            if request.unread and left:
+                read = min(request.unread, left)
+                request.unread, left, prompt_tokens = request.unread - read, left - read, prompt_tokens + read
+                if not request.unread:
+                    began.append(request)
+        took_ms = self.costs.pass_ms(len(going), rows, prompt_tokens)
+        self.now_ms += took_ms
+        self._passed_ms = self.now_ms
+        ended: list[tuple[Request, float | None]] = []
+        for request in going:
+            self._check(request)
+        for request in (*going, *began):
+            request.emitted = min(request.emitted + 1, request.num_tokens)
+            if request.emitted == 1:
+                request.first_ms = self.now_ms
+            if request.emitted >= request.num_tokens:
+                more = request.num_tokens - 1
+                ended.append((request, (self.now_ms - request.first_ms) / more if more else None))
+        if self.policy is not None:
+            self.policy.passed(took_ms)
+            if not prompt_tokens:
+                self.policy.completed(len(active), rows, took_ms)
+            over = {id(request) for request, _ in ended}
+            self._rounds([request for request in (*going, *began) if id(request) not in over], len(active))
+        return ended
+
+    def _check(self, request: Request) -> None:
+        """Verdicts on a request's held exits; those that are emitted are counted."""
+        if self.policy is None:
+            return
+        for exit_, right in zip(request.taken, request.right, strict=True):
+            self.policy.verdict(exit_, right)
+            if not right:
+                break
+            request.emitted += 1
+        else:
+            if request.not_taken is not None:
+                self.policy.verdict(*request.not_taken)
+        request.taken, request.right, request.not_taken, request.reach = [], [], None, 1.0
+
+    # ---- as engine/rounds.py does
+
+    def _rounds(self, rows: list[Request], num_requests: int) -> None:
+        policy = self.policy
+        assert policy is not None
+        if not rows:
+            return
+        num_rounds = min(policy.start(num_requests), policy.max_exits)
+        if not num_rounds and not policy.copies:
+            return
+        self._num_rows = num_requests
+        live = [request for request in rows if request.emitted + 1 < request.max_tokens and not self._follows(request)]
+        for number in range(num_rounds if live else 0):
+            took_ms = self.costs.round_ms(len(live))
+            self.now_ms += took_ms
+            policy.round_took(policy.depth, len(live), took_ms)
+            going = [request for request in live if self._proposes(request) and not self._follows(request)]
+            reaches = [request.reach for request in going]
+            if not going or number + 1 == num_rounds or not policy.goes_on(number + 1, reaches, self._num_rows):
+                break
+            live = going
+
+    def _proposes(self, request: Request) -> bool:
+        """Whether a request goes on after a round's exit."""
+        said = request.recorded.said(request.row, len(request.taken))
+        return self._decide(request, said.confidence, said.agrees)
+
+    def _follows(self, request: Request) -> bool:
+        """Whether a request's text repeats itself, so that no ramp is asked."""
+        policy, recorded, row = self.policy, request.recorded, request.row
+        assert policy is not None
+        if not policy.copies or not recorded.matches or row >= recorded.num_tokens or not all(request.right):
+            return False
+        match = recorded.matches[row]
+        if not match or not policy.follows(match, True):
+            return False
+        for place in range(policy.max_exits - len(request.taken)):
+            right = place < recorded.repeats[row]
+            if not self._decide(request, copied_confidence(match + place), right, match=match + place):
+                break
+        return True
+
+    def _decide(self, request: Request, confidence: float, agrees: bool, *, match: int = 0) -> bool:
+        policy = self.policy
+        assert policy is not None
+        right = agrees and all(request.right)
+        depth = 0 if match else policy.depth
+        exit_ = Exit(request.row, 0, depth, len(request.taken), confidence, match=match)
+        verb = policy.decide(exit_, reach=request.reach, may_release=False, num_rows=self._num_rows)
+        if verb is Verb.STOP or not request.may_hold:
+            request.not_taken = (exit_, right)
+            return False
+        exit_.verb = verb
+        request.taken.append(exit_)
+        request.right.append(right)
+        request.reach *= exit_.probability
+        self._num_rows += 1
+        return request.row < request.recorded.num_tokens

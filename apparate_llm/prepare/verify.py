@@ -1,0 +1,233 @@
+"""Prediction against measurement: a short evaluation of plain vLLM and of exits with given ramps, in turns.
+
+`prepare --verify` does it with the ramps it has just made, `apparate-llm ramps verify` with any ramp folder.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from apparate_llm.eval.prompts import Prompt, load_prompts
+from apparate_llm.prepare.engine import context_length, environment
+from apparate_llm.prepare.predict import MAX_TOKENS, predict
+from apparate_llm.prepare.profile import LIMIT_S, profile
+from apparate_llm.prepare.recorded import measured_tensors, recorded
+from apparate_llm.prepare.report import write_pages
+from apparate_llm.progress import Progress
+from apparate_llm.ramps.checkpoint import RampManifest
+
+CLIENTS = (1, 4, 16)
+MOST_PROMPTS = 24
+SYSTEM = "ramps"
+START_TIMEOUT_S = 900.0
+
+
+def verify(
+    out: Path,
+    model: Path,
+    report: dict[str, Any],
+    *,
+    prompts: Sequence[Prompt] = (),
+    progress: Progress,
+    clients: Sequence[int] = CLIENTS,
+    max_tokens: int = MAX_TOKENS,
+) -> dict[str, Any]:
+    """Measure what `report` predicts for users' prompts, with the ramps in `out`; the report with `verified`, also
+    written to `out`. prompts: the user's; without, those that come with `eval`."""
+    depth = report["advice"]["depth"]
+    predicted = next(item["predicted"] for item in report["depths"] if item["depth"] == depth)
+    asked = chosen(prompts or load_prompts(None))
+    measured = measure(model, out, asked, clients, progress=progress, max_tokens=max_tokens)
+    expected = {number: predicted[number]["users"] for number in measured if number in predicted}
+    report = report | {"verified": compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)}
+    write_pages(out, report)
+    return report
+
+
+def verify_folder(
+    folder: Path,
+    manifest: RampManifest,
+    model: Path,
+    prompts: Sequence[Prompt],
+    *,
+    progress: Progress,
+    clients: Sequence[int] = CLIENTS,
+    max_tokens: int = MAX_TOKENS,
+) -> dict[str, Any]:
+    """Agreement on the prompts, costs on this machine, the prediction from both, and the measurement."""
+    asked, depth = chosen(prompts), manifest.default_depth
+    conversations, agreement = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
+    with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
+        profiled = profile(
+            model,
+            folder,
+            (depth,),
+            enforce_eager=False,
+            limit_s=LIMIT_S,
+            log=Path(logs, "log"),
+            on_progress=stage.update,
+        )
+    expected = predict(
+        conversations,
+        profiled,
+        depth=depth,
+        num_layers=manifest.base_model.num_hidden_layers,
+        clients=clients,
+        max_tokens=max_tokens,
+    )
+    measured = measure(model, folder, asked, clients, progress=progress, max_tokens=max_tokens)
+    found = compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)
+    return {
+        "schema_version": 1,
+        "model": model.name,
+        "depth": depth,
+        "agreement": agreement,
+        "profile": profiled,
+    } | found
+
+
+def _answered(
+    folder: Path,
+    manifest: RampManifest,
+    model: Path,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    progress: Progress,
+) -> tuple[list[Any], list[float | None]]:
+    import torch
+
+    from apparate_llm.prepare.evaluate import answer, mean, served_ramps
+    from apparate_llm.prepare.evaluate import measure as measure_rounds
+
+    messages = [prompt.messages for prompt in prompts]
+    answered = answer(model, manifest, messages, max_tokens=max_tokens, progress=progress)
+    ramps = served_ramps(folder, manifest, answered, manifest.default_depth)
+    measured = measure_rounds(answered, ramps)
+    kinds = sorted({prompt.category or "prompts" for prompt in prompts})
+    of_answer = [kinds.index(prompts[number].category or "prompts") for number in answered.prompts]
+    tensors = measured_tensors(measured, answered.rows, torch.tensor(of_answer))
+    conversations = recorded(tensors, ramps.calibration, kinds, dict(enumerate(answered.texts)))
+    return conversations, [mean(part.agrees) for part in measured]
+
+
+def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """At most MOST_PROMPTS, evenly over all."""
+    few = min(len(prompts), MOST_PROMPTS)
+    return [prompts[number * len(prompts) // few] for number in range(few)]
+
+
+# ---- measurement
+
+
+def measure(
+    model: Path, ramps: Path, prompts: Sequence[Prompt], clients: Sequence[int], *, progress: Progress, max_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """By number of clients: the ratio of mean times per output token, lossless exits / plain vLLM, and its interval.
+    Raises RuntimeError where a server does not run."""
+    from apparate_llm.eval.evaluate import Evaluation, evaluate
+    from apparate_llm.eval.loads import closed
+    from apparate_llm.eval.measures import ratio_interval, ratio_of
+    from apparate_llm.eval.store import Store
+    from apparate_llm.eval.summary import cells_of
+    from apparate_llm.eval.systems import BASELINE, Choice, early_exits, plain_vllm
+    from apparate_llm.serve import memory_flags
+
+    with _servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
+        flags = ["--max-model-len", str(context_length(model))]
+        choice = Choice(model, (*flags, *memory_flags(flags, num_servers=2)))
+        knobs = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
+        systems = [plain_vllm(choice), early_exits(SYSTEM, choice, *knobs)]
+        loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
+        store = Store(Path(folder))
+        store.open({"loads": [[load.name, load.fixed_length] for load in loads]}, fresh=True)
+        evaluation = Evaluation(
+            model=model,
+            systems=systems,
+            prompts=list(prompts),
+            loads=loads,
+            repeat=1,
+            store=store,
+            start_timeout_s=START_TIMEOUT_S,
+        )
+        evaluate(evaluation, progress)
+        if SYSTEM in evaluation.dead:
+            raise RuntimeError(f"nothing measured: {evaluation.dead[SYSTEM]}")
+        found = {}
+        cells = {
+            (cell.system.name, cell.load.concurrency): cell for cell in cells_of(list(store.blocks()), systems, loads)
+        }
+        for number in clients:
+            ours, plain = cells[SYSTEM, number], cells[BASELINE, number]
+            means = [_mean(cell.values("tpt_ms")) for cell in (ours, plain)]
+            found[str(number)] = {
+                "tpt_ratio": ratio_of(*means),
+                "ci95": ratio_interval(ours.completions, plain.completions),
+                "ours_ms": means[0],
+                "plain_ms": means[1],
+            }
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+@contextmanager
+def _servers_environment() -> Iterator[None]:
+    """Without what `prepare` sets for its own engine: servers choose their threads by themselves."""
+    names = environment().keys() - {"VLLM_LOGGING_LEVEL"}
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+# ---- what comes of it
+
+
+def compared(
+    predicted: dict[str, Any], measured: dict[str, Any], *, num_prompts: int, max_tokens: int
+) -> dict[str, Any]:
+    """By number of clients `predicted`, `measured`, `within`: whether the one's interval holds the other's ratio; and
+    `off_frac`, by how much of the prediction the measurement differs from it."""
+    clients = {}
+    for number in measured.keys() & predicted.keys():
+        expected, found = predicted[number], measured[number]
+        ratio, guess = found["tpt_ratio"], expected["tpt_ratio"]
+        known = ratio is not None and guess is not None
+        clients[number] = {
+            "predicted": {name: expected[name] for name in ("tpt_ratio", "ci95")},
+            "measured": found,
+            "within": expected["ci95"][0] <= ratio <= expected["ci95"][1] if known else None,
+            "off_frac": round(ratio / guess - 1.0, 4) if known else None,
+        }
+    ordered = {number: clients[number] for number in sorted(clients, key=int)}
+    found = {"num_prompts": num_prompts, "max_tokens": max_tokens, "clients": ordered}
+    return found | {"sentence": sentence(found)}
+
+
+def sentence(verified: dict[str, Any]) -> str:
+    """One line for whoever waits for it."""
+    parts, outside = [], []
+    for number, item in verified["clients"].items():
+        clients = f"{number} client{'s' * (number != '1')}"
+        if item["within"] is None:
+            parts.append(f"{clients}: nothing measured")
+            continue
+        low, high = item["predicted"]["ci95"]
+        ratio = item["measured"]["tpt_ratio"]
+        parts.append(
+            f"{clients}: {ratio:.2f} (predicted {item['predicted']['tpt_ratio']:.2f}, {low:.2f} to {high:.2f})"
+        )
+        if not item["within"]:
+            outside.append(clients)
+    text = f"Measured TPT with exits / plain vLLM on {verified['num_prompts']} prompts: {'; '.join(parts)}."
+    if outside:
+        text += f" Outside the predicted interval with {' and '.join(outside)}."
+    return text
