@@ -1,0 +1,137 @@
+"""What a report says of predictions and of what was measured afterwards."""
+
+import json
+import os
+
+import pytest
+
+from apparate_llm.prepare import verify as verify_module
+from apparate_llm.prepare.profile import TURNS, Measurements, expected_profile_s
+from apparate_llm.prepare.report import advice, write_pages
+from apparate_llm.prepare.verify import chosen, compared, verify
+
+
+def ratio(value, low, high):
+    return {"tpt_ratio": value, "ci95": [low, high]}
+
+
+def depth(number, own=(0.5, 0.8, 0.9), users=(0.6, 0.95, 1.0)):
+    names = ("1", "4", "16")
+    predicted = {
+        name: {
+            **ratio(mine, mine - 0.1, mine + 0.1),
+            "by_kind": {"open": ratio(mine, mine - 0.1, mine + 0.1)},
+            "users": ratio(theirs, round(theirs - 0.05, 2), round(theirs + 0.05, 2)),
+        }
+        for name, mine, theirs in zip(names, own, users, strict=True)
+    }
+    return {
+        "depth": number,
+        "rounds": [{"round": i, "agreement": 0.7, "rows": 10} for i in range(1, 5)],
+        "tokens_per_cycle": 1.8,
+        "calibration_error": 0.01,
+        "reliability": [(0.5, 0.5, 10)],
+        "coverage": [(0.5, 0.01)],
+        "by_kind": {"open": 0.6, "code": 0.7},
+        "vocabulary_coverage": 0.9,
+        "predicted": predicted,
+    }
+
+
+def report():
+    depths = [depth(0), depth(2, users=(0.7, 0.99, 1.0))]
+    costs = {"1": 10.0, "4": 12.0, "16": 20.0}
+    profiled = {"completion_ms": costs, "round_ms": {"0": costs, "2": costs}, "machine": {"cpu": "cpu", "cores": 2}}
+    names = ("p_over_0.5_frac", "p_over_0.7_frac", "p_over_0.9_frac", "p_over_0.99_frac", "copy_agreement")
+    return {
+        "model": "model",
+        "base_model": {"architecture": "LlamaForCausalLM", "num_hidden_layers": 12},
+        "answer_tokens": 1000,
+        "ceiling": dict.fromkeys(names, 0.5),
+        "profile": profiled,
+        "depths": depths,
+        "advice": advice(depths),
+    }
+
+
+def test_the_advice_is_of_users_prompts_with_intervals_and_names_the_models_own_beside():
+    said = advice([depth(0), depth(2, users=(0.7, 0.99, 1.0))])
+    assert said["depth"] == 0
+    assert said["sentence"] == (
+        "Use depth 0; on users' prompts expect about 40 % (35 to 45) lower TPT with 1 client, 5 % (0 to 10) with 4, "
+        "0 % (-5 to 5) with 16; on prompts like its own 50 % (40 to 60) with 1 client. "
+        "The gain is largest for code, smallest for open chat."
+    )
+
+
+def test_ramps_that_pay_on_the_models_own_prompts_only_do_not_pay():
+    assert "do not pay" in advice([depth(0, users=(0.99, 1.0, 1.0))])["sentence"]
+
+
+def test_a_measurement_outside_the_predicted_interval_is_said_plainly():
+    measured = {"1": ratio(0.62, 0.5, 0.7), "4": ratio(1.1, 1.0, 1.2), "16": ratio(None, None, None)}
+    predicted = {number: ratio(0.6, 0.55, 0.65) for number in measured}
+    found = compared(predicted, measured, num_prompts=24, max_tokens=64)
+    assert [item["within"] for item in found["clients"].values()] == [True, False, None]
+    assert found["clients"]["1"]["off_frac"] == pytest.approx(0.62 / 0.6 - 1, abs=1e-4)
+    assert found["clients"]["1"]["measured"] == measured["1"]
+    assert found["sentence"] == (
+        "Measured TPT with exits / plain vLLM on 24 prompts: 1 client: 0.62 (predicted 0.60, 0.55 to 0.65); "
+        "4 clients: 1.10 (predicted 0.60, 0.55 to 0.65); 16 clients: nothing measured. "
+        "Outside the predicted interval with 4 clients."
+    )
+
+
+def test_the_report_shows_the_measurement_beside_the_prediction(tmp_path, monkeypatch):
+    """With the users' figures of the depth that is advised, in both files."""
+    asked = {}
+
+    def measure(model, ramps, prompts, clients, *, progress, max_tokens):
+        asked.update(ramps=ramps, prompts=prompts, threads=os.environ.get("OMP_NUM_THREADS"))
+        return {str(number): ratio(0.61, 0.5, 0.7) for number in clients}
+
+    monkeypatch.setattr(verify_module, "measure", measure)
+    write_pages(tmp_path, report())
+    assert "measured" not in (tmp_path / "report.html").read_text()
+    found = verify(tmp_path, tmp_path, report(), progress=None, clients=(1, 4))
+    assert asked["ramps"] == tmp_path and len(asked["prompts"]) == 16  # eval's own
+    written = json.loads((tmp_path / "report.json").read_text())["verified"]
+    assert written == json.loads(json.dumps(found["verified"]))
+    assert written["clients"]["1"]["predicted"] == ratio(0.6, 0.55, 0.65) and written["clients"]["1"]["within"]
+    assert not written["clients"]["4"]["within"]
+    page = (tmp_path / "report.html").read_text()
+    assert written["sentence"] in page and "0.61 (0.50 to 0.70)" in page
+    assert "users&#39; prompts" in page or "users' prompts" in page
+
+
+def test_servers_do_not_get_the_threads_of_a_preparation(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with verify_module._servers_environment():
+        assert "OMP_NUM_THREADS" not in os.environ
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_few_prompts_stand_for_all():
+    assert chosen(list(range(100))) == [n * 100 // 24 for n in range(24)]
+    assert chosen(list(range(5))) == list(range(5))
+
+
+def test_a_profile_says_how_far_its_medians_may_be_off():
+    measured = Measurements(until_s=0.0)
+    for turn in range(TURNS):
+        for size in (1, 4):
+            measured.add(("completion", size), [10.0 * size] * 5)
+            measured.add(("round", 0, size), [1.0 + turn] * 5)
+            measured.add(("pass", size, 2 * size), [11.0 * size] * 5)
+    found = measured.result([0])
+    assert found["completion_ms"] == {"1": 10.0, "4": 40.0}
+    assert found["pass_ms"] == {"1": {"2": 11.0}, "4": {"8": 44.0}}
+    assert found["round_ms"] == {"0": {"1": 2.0, "4": 2.0}}
+    assert found["spread_frac"]["completion"] == 0.0 and found["spread_frac"]["round"] > 0.2
+    assert found["prompt_ms"] == {} and found["spread_frac"]["prompt"] > 0
+
+
+def test_a_profile_is_expected_to_take_longer_with_a_larger_model_up_to_its_limit():
+    small, large = expected_profile_s(300 << 20), expected_profile_s(3 << 30)
+    assert 30 < small < large <= expected_profile_s(100 << 30, limit_s=200.0) + 100
+    assert expected_profile_s(100 << 30, limit_s=200.0) == 200.0
