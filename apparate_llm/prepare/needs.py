@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from apparate_llm.machine import available_memory_bytes
 from apparate_llm.prepare.engine import ELEMENT_SIZE, MAX_NUM_BATCHED_TOKENS, context_length
 from apparate_llm.prepare.plan import Plan, Run
+from apparate_llm.prepare.profile import KV_CACHE_BYTES
 from apparate_llm.prepare.rows import bytes_per_row
 from apparate_llm.prepare.train import BATCH_ROWS
 from apparate_llm.ramps.checkpoint import BaseModelInfo
@@ -97,9 +99,17 @@ def synthesis_bytes(plan: Plan, sizes: Sizes, slots: int) -> int:
     logits = slots * sizes.vocab * 4 * SCORE_COPIES
     row = bytes_per_row(sizes.hidden, len(plan.states), ELEMENT_SIZE)
     kv = kv_cache_bytes(sizes, slots, context_length(plan.model))
-    # On a CPU vLLM keeps what it multiplies with twice: as it was loaded and packed for the kernels.
-    weights = 2 * sizes.layers + (sizes.tables + 1) * sizes.table
-    return PROCESS_BYTES + weights + kv + batch + logits + slots * ROWS_UNDER_WAY * row
+    return PROCESS_BYTES + loaded_bytes(sizes) + kv + batch + logits + slots * ROWS_UNDER_WAY * row
+
+
+def loaded_bytes(sizes: Sizes) -> int:
+    """Weights in vLLM. On a CPU it keeps what it multiplies with twice: as it was loaded, and packed for the kernels."""
+    return 2 * sizes.layers + (sizes.tables + 1) * sizes.table
+
+
+def profile_bytes(sizes: Sizes) -> int:
+    """Peak of this process and the one that measures costs."""
+    return 2 * PROCESS_BYTES + sizes.tables * sizes.table + loaded_bytes(sizes) + KV_CACHE_BYTES
 
 
 def head_parameters(plan: Plan, sizes: Sizes) -> int:
@@ -153,7 +163,7 @@ def say_needs(run: Run) -> None:
     """Raises ValueError if memory or disk cannot do."""
     plan, sizes = run.plan, Sizes.of(run.plan.model, run.base)
     room = room_for_synthesis(run)
-    peak = max(synthesis_bytes(plan, sizes, room.slots), training_bytes(plan, sizes))
+    peak = max(synthesis_bytes(plan, sizes, room.slots), training_bytes(plan, sizes), profile_bytes(sizes))
     _check_memory(peak)
     run.say(f"peak memory about {gib(peak)}; {gib(available_memory_bytes())} are free")
     if plan.tokens is not None:
@@ -187,6 +197,8 @@ def gib(size: float) -> str:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has had, children left out."""
-    text = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM:"))) << 10
+    """Most memory that this process has had, or has now with the largest child there was."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    own = {line[0]: int(line[1]) << 10 for line in lines if line[0] in ("VmHWM:", "VmRSS:")}
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+    return max(own["VmHWM:"], own["VmRSS:"] + child)

@@ -40,6 +40,8 @@ from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
 
+LEAST_PROFILE_S = 30.0
+
 
 def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     """Leaves a ramp folder with its report in `plan.out`, and returns the report; raises ValueError for bad input,
@@ -272,7 +274,7 @@ def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
             folder,
             plan.depths,
             enforce_eager=plan.enforce_eager,
-            limit_s=min(LIMIT_S, left_s),
+            limit_s=max(LEAST_PROFILE_S, min(LIMIT_S, left_s)),
             log=workspace.path("vllm.log"),
             on_progress=lambda done, text: bar.update(done, text),
         )

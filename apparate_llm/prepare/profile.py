@@ -28,6 +28,7 @@ FEWEST_STEPS = 4
 WARM_UP = 2
 PROMPT_TOKENS = 64
 MAX_TOKENS = 400
+KV_CACHE_BYTES = 1 << 30
 LIMIT_S = 300.0
 START_S = 25.0  # of an engine, its libraries and compilation, on a slow day
 READ_BYTES_PER_S = 8e9  # of weights, per pass
@@ -189,7 +190,7 @@ class Profiler:
             **vllm_settings(config, architecture_of(model)),
             max_model_len=self.longest,
             max_num_seqs=max(BATCH_SIZES),
-            kv_cache_memory_bytes=1 << 30,
+            kv_cache_memory_bytes=KV_CACHE_BYTES,
             enable_prefix_caching=False,
             enforce_eager=eager,
         )
