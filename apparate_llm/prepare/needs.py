@@ -103,7 +103,7 @@ def synthesis_bytes(plan: Plan, sizes: Sizes, slots: int) -> int:
 
 
 def loaded_bytes(sizes: Sizes) -> int:
-    """Weights in vLLM. On a CPU it keeps what it multiplies with twice: as it was loaded, and packed for the kernels."""
+    """Weights in vLLM. On a CPU it keeps what it multiplies with twice: as loaded, and packed for the kernels."""
     return 2 * sizes.layers + (sizes.tables + 1) * sizes.table
 
 
