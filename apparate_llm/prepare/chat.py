@@ -133,7 +133,10 @@ class ChatFormat:
             if self.is_mistral:
                 return self._encode_mistral(text)
             # With a length to go by, the tokenizer does not warn of its own.
-            return self.tokenizer.encode(text, add_special_tokens=False, truncation=False, max_length=self.longest)
+            ids: list[int] = self.tokenizer.encode(
+                text, add_special_tokens=False, truncation=False, max_length=self.longest
+            )
+            return ids
         except Exception as error:  # e.g. half of a surrogate pair
             raise LeftOut(NO_TOKENS, _short(error)) from None
 
@@ -242,7 +245,7 @@ def _one_of(template: Any) -> str | None:
         template = {item["name"]: item["template"] for item in template}
     if isinstance(template, dict):
         template = template.get("default")
-    return template
+    return None if template is None else str(template)
 
 
 def _paragraphs(messages: list[Message]) -> str:

@@ -125,7 +125,7 @@ def after_doublings(scores: list[float], number: float) -> float | None:
         return None
     last = max(0.0, gains[-1])
     fading = FIRST_FADING if len(gains) < 2 or gains[-2] <= 0 else min(MOST_FADING, last / gains[-2])
-    return last * fading * (1 - fading**number) / (1 - fading)
+    return last * fading * (1 - math.pow(fading, number)) / (1 - fading)
 
 
 def tpt_saved(score: float, added: float) -> float:

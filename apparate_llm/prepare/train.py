@@ -168,7 +168,9 @@ class _Distillation(torch.autograd.Function):
     the scores are by far the largest tensor here and are gone over as few times as possible."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Any, position: Any, probability: Any, weight: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, scores: torch.Tensor, position: torch.Tensor, probability: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
         shares = scores.softmax(-1)
         loss = -(probability * shares.gather(1, position).float().clamp(min=1e-9).log()).sum(-1)
         scale = weight / len(weight)
@@ -195,7 +197,9 @@ def batch_loss(head: FusedHead, data: RoundData, index: torch.Tensor, round_weig
             scores, state = head(hidden, state, copies)
         weight = weight * inside
         top = scores.detach().amax(-1)
-        loss = loss + round_weight * _Distillation.apply(scores, position, probability, weight)
+        # torch leaves `apply` without a type.
+        distilled: torch.Tensor = _Distillation.apply(scores, position, probability, weight)  # type: ignore[no-untyped-call]
+        loss = loss + round_weight * distilled
         best = data.best(later)
         agrees = (scores.detach().gather(1, best.clamp(min=0)[:, None])[:, 0] >= top) & (best >= 0)
         weight = weight * torch.where(agrees, 1.0, WRONG_ROUND_WEIGHT)

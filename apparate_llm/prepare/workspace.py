@@ -29,7 +29,7 @@ class Workspace:
 
     def made_from(self, stage: str, inputs: dict[str, Any]) -> bool:
         """Whether the result on disk was made from just these."""
-        return self.inputs(stage) == json.loads(json.dumps(inputs))
+        return bool(self.inputs(stage) == json.loads(json.dumps(inputs)))
 
     def inputs(self, stage: str) -> dict[str, Any] | None:
         """What the result on disk was made from."""
