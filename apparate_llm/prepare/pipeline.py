@@ -267,8 +267,7 @@ def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
         run.say("profile: done")
         return done
     left_s = math.inf if plan.time_budget_s is None else plan.time_budget_s - run.clock.spent_s
-    with run.progress.stage("profile", total=1.0) as bar:
-        bar.update(0.0, "starting the model as it is served")
+    with run.progress.stage("profile", total=1.0, facts="starting the model as it is served") as bar:
         result = profile(
             plan.model,
             folder,

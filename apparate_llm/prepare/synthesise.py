@@ -32,7 +32,7 @@ TEMPERATURES = (0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.8, 0.0)
 
 
 @dataclass(slots=True)
-class _Answer:
+class Answer:
     """A conversation under way."""
 
     prompt: Prompt
@@ -70,7 +70,7 @@ class Synthesiser:
         self.max_prompt_tokens, self.max_answer_tokens = max_prompt_tokens, max_answer_tokens
         self.slots = slots
         self.number = int(store.facts.get("next_number", 0))  # of the next conversation
-        self.work: dict[str, _Answer | _Draft] = {}  # by request
+        self.work: dict[str, Answer | _Draft] = {}  # by request
         self.finished: list[Conversation] = []  # not in the store yet
         self.step_s: list[float] = []
         self.failures = self.requests = 0
@@ -85,7 +85,7 @@ class Synthesiser:
 
     @property
     def tokens_under_way(self) -> int:
-        return sum(len(work.tokens) for work in self.work.values() if isinstance(work, _Answer))
+        return sum(len(work.tokens) for work in self.work.values() if isinstance(work, Answer))
 
     def run(
         self,
@@ -118,7 +118,7 @@ class Synthesiser:
     def cut(self) -> None:
         """End here: what is under way is used as far as it is."""
         for request, work in list(self.work.items()):
-            if isinstance(work, _Answer) and len(work.tokens) >= CUT_ANSWER_TOKENS:
+            if isinstance(work, Answer) and len(work.tokens) >= CUT_ANSWER_TOKENS:
                 self._finish(request, work)
         self.engine.abort_request(list(self.work))
         self.work.clear()
@@ -133,7 +133,7 @@ class Synthesiser:
             if isinstance(drawn, Opening):
                 self._write(_Draft(self.number, drawn))
             elif drawn is not None:
-                self._answer(_Answer(drawn, TEMPERATURES[self.number % len(TEMPERATURES)]))
+                self._answer(Answer(drawn, TEMPERATURES[self.number % len(TEMPERATURES)]))
             else:
                 self._failed()
             self.number += 1
@@ -150,7 +150,7 @@ class Synthesiser:
         params = SamplingParams(temperature=1.0, max_tokens=self.max_prompt_tokens, **ends)
         self._add(draft, self.prompts.start(draft.opening), params)
 
-    def _answer(self, answer: _Answer) -> None:
+    def _answer(self, answer: Answer) -> None:
         from vllm import SamplingParams
 
         self.prompts.asked(answer.prompt.ids)
@@ -159,7 +159,7 @@ class Synthesiser:
         params = SamplingParams(temperature=answer.temperature, max_tokens=left, detokenize=False)
         self.capture.watch(self._add(answer, context, params), len(context))
 
-    def _add(self, work: _Answer | _Draft, ids: list[int], params: Any) -> str:
+    def _add(self, work: Answer | _Draft, ids: list[int], params: Any) -> str:
         from vllm.sampling_params import RequestOutputKind
 
         params.output_kind = RequestOutputKind.DELTA
@@ -171,7 +171,7 @@ class Synthesiser:
 
     def _take(self, output: Any) -> None:
         work, news = self.work[output.request_id], output.outputs[0]
-        if isinstance(work, _Answer):
+        if isinstance(work, Answer):
             work.tokens += news.token_ids
             if output.finished:
                 self._finish(output.request_id, work)
@@ -183,9 +183,9 @@ class Synthesiser:
             if prompt is None:
                 self._failed()
             else:
-                self._answer(_Answer(prompt, TEMPERATURES[work.number % len(TEMPERATURES)]))
+                self._answer(Answer(prompt, TEMPERATURES[work.number % len(TEMPERATURES)]))
 
-    def _finish(self, request: str, work: _Answer) -> None:
+    def _finish(self, request: str, work: Answer) -> None:
         del self.work[request]
         if not work.tokens:
             self.capture.forget(request)
@@ -220,7 +220,7 @@ class Synthesiser:
         self.kept_at = now = time.monotonic()
         unfinished = []
         for request, work in self.work.items():
-            if isinstance(work, _Answer) and work.tokens and (all_under_way or now - work.began_s > LONG_ANSWER_S):
+            if isinstance(work, Answer) and work.tokens and (all_under_way or now - work.began_s > LONG_ANSWER_S):
                 rows = _joined(work.earlier, self.capture.rows_so_far(request))
                 kept = len(rows["final"]) - 1 if rows else 0  # the last token's row is not computed yet
                 if kept > 0:
@@ -237,7 +237,7 @@ class Synthesiser:
         for prompt, temperature, tokens, rows in torch.load(path, weights_only=True):
             asked = Prompt(*prompt)
             if self.prompts.is_new(asked.ids) and 0 < len(tokens) < self.max_answer_tokens:
-                self._answer(_Answer(asked, temperature, list(tokens), rows))
+                self._answer(Answer(asked, temperature, list(tokens), rows))
 
 
 def _joined(

@@ -42,37 +42,39 @@ def give_back_memory() -> None:
 
 def _synthesise(run: Run, lap: Lap, room: Room) -> None:
     plan, clock = run.plan, run.clock
-    timed = plan.tokens is None
-    with run.progress.stage(
-        f"synthesise, lap {lap.number + 1}",
-        total=lap.synthesise_until_s if timed else lap.tokens,
-        unit=SECONDS if timed else "tokens",
-    ) as bar:
-        bar.update(clock.spent_s if timed else run.store.counts["answer_tokens"], "starting the model")
-        with generation_engine(
+    timed, began_s = plan.tokens is None, clock.spent_s
+    with (
+        run.progress.stage(
+            f"synthesise, lap {lap.number + 1}",
+            total=lap.synthesise_until_s - began_s if timed else lap.tokens,
+            unit=SECONDS if timed else "tokens",
+            facts="starting the model",
+        ) as bar,
+        generation_engine(
             plan.model, seed=plan.seed, max_num_seqs=room.slots, kv_cache_memory_bytes=room.kv_cache_bytes
-        ) as llm:
-            synthesiser = _synthesiser(run, llm, room)
+        ) as llm,
+    ):
+        synthesiser = _synthesiser(run, llm, room)
 
-            def on_step() -> None:
-                tokens = synthesiser.answer_tokens
-                written = f"{number(tokens + synthesiser.tokens_under_way)} answer tokens"
-                facts = written if timed else f"{len(synthesiser.work)} conversations under way"
-                bar.update(min(clock.spent_s, lap.synthesise_until_s) if timed else min(tokens, lap.tokens), facts)
+        def on_step() -> None:
+            tokens = synthesiser.answer_tokens
+            written = f"{number(tokens + synthesiser.tokens_under_way)} answer tokens"
+            facts = written if timed else f"{len(synthesiser.work)} conversations under way"
+            bar.update(min(clock.spent_s - began_s, bar.total) if timed else min(tokens, bar.total), facts)
 
-            def enough() -> bool:
-                late = clock.spent_s >= lap.synthesise_until_s and synthesiser.answer_tokens > 0
-                return late or room.disk_is_full()
+        def enough() -> bool:
+            late = clock.spent_s >= lap.synthesise_until_s and synthesiser.answer_tokens > 0
+            return late or room.disk_is_full()
 
-            synthesiser.run(
-                tokens=lap.tokens,
-                most_tokens=float("inf") if timed else float(plan.tokens or 0),
-                enough=enough,
-                on_step=on_step,
-                on_kept=clock.keep,
-            )
-            if lap.last and timed:
-                synthesiser.cut()
+        synthesiser.run(
+            tokens=lap.tokens,
+            most_tokens=float("inf") if timed else float(plan.tokens or 0),
+            enough=enough,
+            on_step=on_step,
+            on_kept=clock.keep,
+        )
+        if lap.last and timed:
+            synthesiser.cut()
 
 
 def _synthesiser(run: Run, llm: Any, room: Room) -> Synthesiser:

@@ -279,7 +279,7 @@ def train_head(
     saved_at = time.monotonic()
     while not run.finished:
         run.step()
-        on_progress(run.done_frac, {"loss": run.recent_loss, "tokens_per_cycle": run.best_score})
+        on_progress(run.done_frac, {"steps": run.steps, "loss": run.recent_loss, "tokens_per_cycle": run.best_score})
         if run.steps % RELEASE_EVERY == 0:
             release()
         if checkpoint is not None and time.monotonic() - saved_at > CHECKPOINT_EVERY_S:

@@ -77,7 +77,10 @@ def train_depth(
 
         def on_progress(done_frac: float, facts: dict[str, float]) -> None:
             exits = max(facts["tokens_per_cycle"], 0.0)
-            bar.update(min(1.0, done_frac), f"loss {facts['loss']:.3f}, {exits:.3f} exits per cycle on validation rows")
+            text = (
+                f"{facts['steps']:.0f} steps, loss {facts['loss']:.3f}, {exits:.3f} exits per cycle on validation rows"
+            )
+            bar.update(min(1.0, done_frac), text)
             run.clock.keep_now_and_then()
 
         head, record = train_head(

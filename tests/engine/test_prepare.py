@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from apparate_llm.prepare.capture import Capture
+from apparate_llm.prepare.chat import ChatFormat
 from apparate_llm.prepare.engine import environment
 from apparate_llm.prepare.needs import disk_bytes
-from apparate_llm.prepare.prompts import KINDS
-from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, rows_of
+from apparate_llm.prepare.prompts import KINDS, PromptSource
+from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, Rows, rows_of
 from apparate_llm.prepare.store import RowStore
-from apparate_llm.prepare.synthesise import generate_rows
+from apparate_llm.prepare.synthesise import Answer, Synthesiser, generate_rows
 from apparate_llm.ramps.checkpoint import read_manifest
 from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for
 from tests.harness import Engine, greedy, token_prompts
@@ -127,21 +128,28 @@ def test_disk_use_is_stated_within_a_fifth(prepared, tiny_models):
     ids=["plain", "chunks", "preemption"],
 )
 def test_captured_rows_are_what_the_model_computes_for_each_text_alone(settings, tiny_llama):
-    from transformers import AutoModelForCausalLM
 
     prompts = [prompt["prompt_token_ids"] for prompt in token_prompts(4, length=40)]
     with Engine(tiny_llama, **settings) as engine:
         capture = Capture(engine.llm, depths=(2, 3))
         conversations = generate_rows(engine.llm, capture, prompts, temperature=0.0, max_tokens=24)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    rows = rows_of(conversations)
-    for number, conversation in enumerate(conversations):
-        assert conversation.prompt == prompts[number]
-        text = conversation.prompt + conversation.answer
+    assert [conversation.prompt for conversation in conversations] == prompts
+    for conversation in conversations:
+        assert conversation.top_ids[1:, 0].tolist() == conversation.answer
+    check_rows(tiny_llama, rows_of(conversations), [(one.prompt, one.answer) for one in conversations])
+
+
+def check_rows(folder: Path, rows: Rows, texts: list[tuple[list[int], list[int]]]) -> None:
+    """Against what the model computes for each text alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for number, (prompt, answer) in enumerate(texts):
+        text = prompt + answer
         with torch.inference_mode():
             out = model.model(torch.tensor([text[:-1]]), output_hidden_states=True)
             logits = model.lm_head(out.last_hidden_state[0]).log_softmax(-1)
-        keep = slice(len(conversation.prompt) - 2, None)
+        keep = slice(len(prompt) - 2, None)
         mine = rows.conversations == number
         assert rows.tokens[mine].tolist() == text[keep][:-1]
         for got, expected in (
@@ -152,7 +160,39 @@ def test_captured_rows_are_what_the_model_computes_for_each_text_alone(settings,
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
         best = logits[keep][1:].topk(16)
         torch.testing.assert_close(rows.top_logprobs[mine][1:].float(), best.values, rtol=2e-2, atol=2e-2)
-        assert rows.top_ids[mine][1:, 0].tolist() == conversation.answer
+
+
+def test_answers_under_way_go_on_after_a_kill_with_the_rows_they_have(tiny_llama, tmp_path):
+    """Kept in the middle of answers, as a kill finds them, and gone on with by another engine."""
+    kept = []
+    for steps in (12, 30, None):
+        with Engine(tiny_llama) as engine:
+            synthesiser = tiny_synthesiser(engine, tmp_path)
+            under_way = [work for work in synthesiser.work.values() if isinstance(work, Answer)]
+            assert [len(work.tokens) for work in under_way] == kept
+            left = iter(range(steps or 10_000))
+            synthesiser.run(tokens=600, most_tokens=600, enough=lambda left=left: next(left, None) is None)
+            kept = [len(work.tokens) for work in synthesiser.work.values() if isinstance(work, Answer) and work.tokens]
+        if steps:
+            assert kept and max(kept) > 2
+    store = RowStore(tmp_path)
+    texts = list(store.texts())
+    assert sum(len(text.answer) for text in texts) >= 600
+    check_rows(tiny_llama, store.rows(depths=(2, 3)), [(text.prompt, text.answer) for text in texts])
+
+
+def tiny_synthesiser(engine: Engine, folder: Path) -> Synthesiser:
+    chat = ChatFormat(engine.llm.get_tokenizer(), max_model_len=128, max_answer_tokens=48)
+    return Synthesiser(
+        engine.llm,
+        RowStore(folder),
+        PromptSource(chat, user_prompts=[], seed=0),
+        depths=(2, 3),
+        max_prompt_tokens=8,
+        max_answer_tokens=48,
+        slots=8,
+        seed=0,
+    )
 
 
 @pytest.mark.parametrize(
