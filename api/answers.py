@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apparate_llm.admin import digest_of
 from apparate_llm.api.access import bearer_key
@@ -28,7 +29,6 @@ ENDINGS = {
     "message-end": None,
 }
 NAMES = ("id", "object", "created", "model", "request_id")  # of an answer, in every chunk of its stream
-Message = Any
 
 
 @dataclass(slots=True)
@@ -57,10 +57,10 @@ def classes_by_key(config: EarlyExitConfig) -> dict[str, str]:
 class AnswerMiddleware:
     """Around vLLM's routes. `app.state.early_exit` is None where the server runs without exits."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         server = getattr(scope["app"].state, "early_exit", None) if scope["type"] == "http" else None
         if server is None or scope["method"] != "POST":
             await self.app(scope, receive, send)
@@ -123,7 +123,7 @@ def with_field(body: bytes, reports: list[dict[str, Any]]) -> bytes:
     return b"%s%s%s:%s}" % (front, comma, json.dumps(FIELD).encode(), as_json(reports).encode())
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -6,10 +6,13 @@ question that it was asked before.
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Any
+from typing import TypeVar
 
 from fastapi import HTTPException
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
 
+T = TypeVar("T")
 LOOK_INTERVAL_S = 0.2
 GRACE_S = 5  # for connections whose clients neither read nor leave, where uvicorn would wait without end
 
@@ -32,7 +35,7 @@ class Ending:
             if not waiting.done():
                 waiting.set_result(None)
 
-    async def or_answer(self, answer: Awaitable[Any]) -> Any:
+    async def or_answer(self, answer: Awaitable[T]) -> T:
         """The answer; raises EngineGoneError where the end comes first."""
         asking = asyncio.ensure_future(answer)
         ending = asyncio.get_running_loop().create_future()
@@ -48,7 +51,7 @@ class Ending:
             asking.cancel()
 
 
-async def wait_for_end(engine: Any, state: Any) -> None:
+async def wait_for_end(engine: EngineClient, state: State) -> None:
     """Returns when the engine is gone or the HTTP server, which vLLM puts into the application's `state` after our
     part of the start, is to stop."""
     while not engine.errored:

@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.engine.protocol import EngineClient
+
 from apparate_llm.core import shares_of
 
 
-def num_engines(engine: Any) -> int:
+def num_engines(engine: EngineClient) -> int:
     core = getattr(engine, "engine_core", None)
     return len(getattr(core, "core_engines", "1"))
 
 
-async def ask_all(engine: Any, method: str, *args: Any) -> list[Any]:
+async def ask_all(engine: EngineClient, method: str, *args: object) -> list[Any]:
     """What every engine answers, of all its ranks."""
     core: Any = getattr(engine, "engine_core", None)
     if hasattr(core, "core_engines"):

@@ -17,6 +17,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
 logger = init_logger("vllm.apparate")
@@ -194,7 +196,7 @@ def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     }
 
 
-async def poll(collector: ExitCollector, engine: Any, ask: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+async def poll(collector: ExitCollector, engine: EngineClient, ask: Callable[[], Awaitable[dict[str, Any]]]) -> None:
     """Runs as long as there is an engine. A question that fails is put again."""
     quiet, last = 0, None
     while not engine.errored:
@@ -216,10 +218,10 @@ async def poll(collector: ExitCollector, engine: Any, ask: Callable[[], Awaitabl
             await asyncio.sleep(POLL_INTERVAL_S)
 
 
-def is_waited_for(engine: Any) -> bool:
+def is_waited_for(engine: EngineClient) -> bool:
     """Whether a request of this process waits for tokens, also one that no worker knows of yet."""
     processor = getattr(engine, "output_processor", None)
-    return processor is not None and processor.has_unfinished_requests()
+    return processor is not None and bool(processor.has_unfinished_requests())
 
 
 async def freshen(server: Any) -> None:
@@ -235,10 +237,10 @@ class MetricsMiddleware:
     """Before vLLM's /metrics: the figures are made new. With several API server processes that page gathers from files
     what each of them wrote, and asks no collector: ours is added. Every process knows all engines."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
         server = getattr(scope["app"].state, "early_exit", None) if path.rstrip("/") == "/metrics" else None
         if server is not None:
@@ -248,7 +250,7 @@ class MetricsMiddleware:
             return
         start: dict[str, Any] = {}
 
-        async def add(message: Any) -> None:
+        async def add(message: Message) -> None:
             if message["type"] == "http.response.start":
                 kept = [(name, value) for name, value in message["headers"] if name.lower() != b"content-length"]
                 start.update(message, headers=kept)

@@ -13,6 +13,8 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from prometheus_client.core import REGISTRY
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
 from apparate_llm.admin import admin_digests, digest_of
@@ -54,7 +56,7 @@ PAGE_HEADERS = {  # nothing from, and nothing to, another host
 class ExitServer:
     """What the routes know of the engine behind them."""
 
-    engine: Any
+    engine: EngineClient
     config: EarlyExitConfig  # in force
     collector: ExitCollector = field(default_factory=ExitCollector)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -69,10 +71,9 @@ class ExitServer:
     def __post_init__(self) -> None:
         self._statuses = Turns(self._status, lambda: metrics.POLL_INTERVAL_S)
 
-    async def ask(self, method: str, *args: Any) -> list[Any]:
+    async def ask(self, method: str, *args: object) -> list[Any]:
         """One answer from each engine. Raises EngineGoneError where it ends before."""
-        answers: list[Any] = await self.ending.or_answer(ask_all(self.engine, method, *args))
-        return answers
+        return await self.ending.or_answer(ask_all(self.engine, method, *args))
 
     async def status(self, *, max_age_s: float = 0.0) -> dict[str, Any]:
         """At most one question a second to the engine, whoever asks. The last answer does where nothing can have
@@ -81,8 +82,7 @@ class ExitServer:
         was_idle = turns.answer is not None and not turns.answer["running"]
         if was_idle and self.last_request_s < turns.asked_s - metrics.POLL_INTERVAL_S:
             max_age_s = metrics.POLL_INTERVAL_S
-        status: dict[str, Any] = await turns.get(max_age_s=max_age_s)
-        return status
+        return await turns.get(max_age_s=max_age_s)
 
     async def polled_status(self) -> dict[str, Any]:
         """For the polling: what somebody else was just told will do."""
@@ -90,8 +90,7 @@ class ExitServer:
 
     async def changed_status(self) -> dict[str, Any]:
         """After a change, at once."""
-        status: dict[str, Any] = await self._statuses.now()
-        return status
+        return await self._statuses.now()
 
     async def _status(self) -> dict[str, Any]:
         """Also takes up the knobs in force: another API process may have changed them."""
@@ -99,7 +98,7 @@ class ExitServer:
         self.config = self.config.model_copy(update={name: status["config"][name] for name in LIVE_KNOBS})
         return status
 
-    def run(self, state: Any) -> None:
+    def run(self, state: State) -> None:
         """Begin what goes on beside the requests. state: the application's."""
         work = [poll(self.collector, self.engine, self.polled_status), self.end_with(state)]
         if self.neighbours.exist:
@@ -110,7 +109,7 @@ class ExitServer:
         """The knobs in force, whoever has changed them."""
         self.collector.publish(await self.changed_status())
 
-    async def end_with(self, state: Any) -> None:
+    async def end_with(self, state: State) -> None:
         """Let go of all who wait, when the server stops or its engine is gone."""
         await wait_for_end(self.engine, state)
         self.ending.come()
@@ -281,7 +280,7 @@ def watch_requests(server: ExitServer) -> None:
             tokenizer=lambda: server.engine.renderer.tokenizer,
         )
 
-    server.engine.generate = checked
+    vars(server.engine)["generate"] = checked  # for this engine only
 
 
 def keys_of(args: Namespace) -> list[str]:
@@ -315,7 +314,7 @@ class StatusPlugin:
         app.add_middleware(AnswerMiddleware)
         app.add_middleware(MetricsMiddleware)
 
-    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         from apparate_llm.engine.proposer import WORKER_CLASS
 
         state.early_exit_access = access_of(args)

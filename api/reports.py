@@ -1,7 +1,7 @@
 """Where the tokens of each choice of an answer came from, and what each of them adds to its text."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -9,7 +9,9 @@ from typing import Any
 from uuid import uuid4
 
 from vllm.logger import init_logger
-from vllm.sampling_params import RequestOutputKind
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 
 from apparate_llm.api.answers import Caller
@@ -29,8 +31,8 @@ class Choice:
     text: list[str] = field(default_factory=list)  # in parts
     ends_on_stop_token: bool = False
 
-    def take(self, output: Any, is_delta: bool) -> None:
-        """output: vLLM's CompletionOutput: what is new of it, or all of it so far."""
+    def take(self, output: CompletionOutput, is_delta: bool) -> None:
+        """output: what is new of it, or all of it so far."""
         if is_delta:
             self.token_ids.extend(output.token_ids)
             self.text.append(output.text)
@@ -41,18 +43,18 @@ class Choice:
 
 
 def reporting(
-    generate: Callable[[Any], AsyncIterator[Any]],
-    prompt: Any,
-    params: Any,
+    generate: Callable[[SamplingParams], AsyncGenerator[RequestOutput]],
+    prompt: object,
+    params: SamplingParams,
     caller: Caller,
     *,
     ask: Ask,
-    tokenizer: Callable[[], Any],
-) -> AsyncIterator[Any]:
+    tokenizer: Callable[[], TokenizerLike | None],
+) -> AsyncGenerator[RequestOutput]:
     """`generate(params)` as it is; when it has ended, what exits did in it is added to the caller's reports."""
     key = uuid4().hex
     params = params.clone()
-    params.extra_args = {**params.extra_args, REPORT_KEY: key}
+    params.extra_args = {**(params.extra_args or {}), REPORT_KEY: key}
     first_index = caller.num_prompts * params.n  # of the request's choices, as vLLM counts those of several prompts
     caller.num_prompts += 1
 
@@ -64,10 +66,10 @@ def reporting(
             texts = await texts_of(choice, tokenizer(), params, prompt_token_ids, embeds_of(prompt))
             caller.reports.append({"index": first_index + number, **report_of(told, texts)})
 
-    async def outputs() -> AsyncIterator[Any]:
+    async def outputs() -> AsyncGenerator[RequestOutput]:
         choices: dict[int, Choice] = {}
         prompt_token_ids: list[int] | None = None
-        async with aclosing(generate(params)) as found:  # type: ignore[type-var]
+        async with aclosing(generate(params)) as found:
             async for output in found:
                 prompt_token_ids = prompt_token_ids or output.prompt_token_ids
                 for one in output.outputs:
@@ -105,13 +107,17 @@ def report_of(told: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     }
 
 
-def embeds_of(prompt: Any) -> Any:
+def embeds_of(prompt: object) -> object:
     """Of a prompt that is given as embeddings; None where it has tokens."""
     return prompt.get("prompt_embeds") if isinstance(prompt, dict) and prompt.get("type") == "embeds" else None
 
 
 async def texts_of(
-    choice: Choice, tokenizer: Any, params: Any, prompt_token_ids: list[int] | None, prompt_embeds: Any = None
+    choice: Choice,
+    tokenizer: TokenizerLike | None,
+    params: SamplingParams,
+    prompt_token_ids: list[int] | None,
+    prompt_embeds: object = None,
 ) -> list[str]:
     """Of each token what it adds to the choice's text, to the character: a character of several tokens comes with its
     last one, what a stop string cut off with none. By vLLM's own detokenizer, in time by the number of tokens."""

@@ -51,7 +51,7 @@ async def checked_request(raw_request: Request) -> None:
     caller.wants_report = bool(knobs.early_exit_report)
 
 
-def knobs_given(body: Any, path: str) -> dict[str, Any]:
+def knobs_given(body: object, path: str) -> dict[str, Any]:
     """What `vllm_xargs` holds; vLLM says what is wrong where that is no object."""
     if not isinstance(body, dict):
         return {}

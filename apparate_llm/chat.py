@@ -6,11 +6,16 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apparate_llm.address import add_api_key, authorization, server_url
-from apparate_llm.knobs import OneLineParser, positive
+from apparate_llm.knobs import Commands, OneLineParser, positive
 from apparate_llm.sse import event_data
+
+if TYPE_CHECKING:
+    import httpx
+    from rich.console import Console
+    from rich.text import Text
 
 STYLES = {  # origin of a token -> how it is shown
     "checked": "",
@@ -25,7 +30,7 @@ CONNECT_TIMEOUT_S = 5.0
 TOKEN_TIMEOUT_S = 300.0
 
 
-def add_chat(subparsers: Any) -> None:
+def add_chat(subparsers: Commands) -> None:
     parser: OneLineParser = subparsers.add_parser(
         "chat",
         help="talk to a running server in the terminal",
@@ -86,7 +91,7 @@ class Answer:
             parts.append("the server has no early exits")
         return " · ".join(parts)
 
-    def coloured(self) -> Any:
+    def coloured(self) -> "Text":
         """As rich shows it: plain until the report has come."""
         from rich.text import Text
 
@@ -127,7 +132,7 @@ class ChatClient:
         except (ValueError, KeyError, IndexError, TypeError):
             raise RuntimeError(f"{self.url} is no OpenAI-compatible server: {answer.text[:100]}") from None
 
-    def _check(self, answer: Any) -> None:
+    def _check(self, answer: "httpx.Response") -> None:
         if answer.status_code == 401:
             raise RuntimeError("the server wants another API key: --api-key KEY")
         if answer.status_code != 200:
@@ -180,7 +185,7 @@ def run_chat(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_line(console: Any) -> str | None:
+def read_line(console: "Console") -> str | None:
     """What the user says; None at the end."""
     try:
         said = console.input("[bold]> [/]") if sys.stdin.isatty() else input()
@@ -189,7 +194,7 @@ def read_line(console: Any) -> str | None:
     return said.strip() or None
 
 
-def show(console: Any, answers: Iterator[Answer]) -> Answer:
+def show(console: "Console", answers: Iterator[Answer]) -> Answer:
     """Stream one answer to the terminal, as much of it as fits; in the end all of it, in its colours."""
     from rich.live import Live
     from rich.text import Text

@@ -2,6 +2,7 @@
 
 import hashlib
 import reprlib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -199,7 +200,7 @@ def parse_live(changes: object, config: EarlyExitConfig) -> EarlyExitConfig:
 
 
 def parse_request_knobs(
-    extra_args: dict[str, Any] | None, config: EarlyExitConfig, key_class: str | None = None
+    extra_args: Mapping[str, object] | None, config: EarlyExitConfig, key_class: str | None = None
 ) -> RequestKnobs:
     """Our part of a request's `vllm_xargs`, which other plugins may use as well, completed by its class's; raises
     ConfigError. key_class: the class of the request's API key, which decides."""
@@ -259,7 +260,7 @@ def key_class_proof(config: EarlyExitConfig, name: str) -> str:
     return hashlib.sha256("\n".join([name, *sorted(config.classes[name].api_keys_sha256)]).encode()).hexdigest()
 
 
-def _proven_class(extra_args: dict[str, Any] | None, config: EarlyExitConfig) -> str | None:
+def _proven_class(extra_args: Mapping[str, object] | None, config: EarlyExitConfig) -> str | None:
     given = (extra_args or {}).get(KEY_CLASS_PROOF)
     if given is None:
         return None

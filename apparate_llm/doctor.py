@@ -6,10 +6,11 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from apparate_llm.config import ConfigError
 from apparate_llm.coverage import kept
+from apparate_llm.knobs import Commands
 from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
 from apparate_llm.machine import available_memory_bytes, cache_folder, total_memory_bytes, writable_cache
 from apparate_llm.patches.guard import VLLM_VERSION
@@ -28,7 +29,7 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
-def add_doctor(subparsers: Any) -> None:
+def add_doctor(subparsers: Commands) -> None:
     parser = subparsers.add_parser("doctor", help="check this installation and say how to fix it", allow_abbrev=False)
     parser.add_argument("--fix", action="store_true", help="uninstall torch add-ons that break `transformers`")
     parser.set_defaults(run=run_doctor)

@@ -3,13 +3,16 @@
 import base64
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 COLORS = ("#2a7fde", "#d9822b", "#2e9e5b", "#b04fc9", "#c23b4a", "#17a2b0", "#a88a1e", "#e0669b")
 GREY = "#808890"
 LEGEND_CHARACTERS = 64  # in a row; the line before each name takes up about five
 
-Axes = Any
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Axes
+else:
+    Axes = object  # matplotlib is imported when something is drawn
 
 
 def data_uri(draw: Callable[[Axes], None], height: float = 3.6) -> str:

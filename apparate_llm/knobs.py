@@ -5,7 +5,7 @@ import hashlib
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeAlias, get_args, get_origin
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, check_classes, parse_config
 from apparate_llm.redact import without_secrets
@@ -16,6 +16,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {without_secrets(message, sys.argv[1:])}\n")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[OneLineParser]"  # what commands are added to
 
 
 class Paragraphs(argparse.HelpFormatter):

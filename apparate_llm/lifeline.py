@@ -13,7 +13,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 TOGETHER = "APPARATE_ENDS_TOGETHER"  # set for all processes of `apparate-llm serve`
@@ -96,7 +96,7 @@ def end_at_once_on_signals() -> None:
         signal.signal(number, end_at_once)
 
 
-def end_at_once(number: int, frame: Any) -> None:
+def end_at_once(number: int, frame: FrameType | None) -> None:
     """The end of this process and its children by the signal that came: no exception that somebody might catch."""
     os.write(STDERR, f"apparate-llm: stopped by {signal.Signals(number).name} while starting\n".encode())
     for child in multiprocessing.active_children():
@@ -122,7 +122,7 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, _unwind)
 
 
-def _unwind(number: int, frame: Any) -> None:
+def _unwind(number: int, frame: FrameType | None) -> None:
     raise Terminated(128 + number)
 
 

@@ -6,18 +6,23 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apparate_llm.config import EarlyExitConfig, parse_config
+from apparate_llm.drawing import Axes
 from apparate_llm.files import replacing, write_atomically
-from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
+from apparate_llm.knobs import Commands, OneLineParser, add_knobs, knobs_from
 from apparate_llm.redact import redacted
+
+if TYPE_CHECKING:
+    from apparate_llm.controller.feedback import Cycle
+    from apparate_llm.controller.replay import LogCosts, Replayed
 
 LOGS = Path(__file__).parent / "assets" / "logs"
 Row = dict[str, Any]
 
 
-def add_replay(subparsers: Any) -> None:
+def add_replay(subparsers: Commands) -> None:
     parser: OneLineParser = subparsers.add_parser(
         "replay",
         help="any policy on a feedback log, offline",
@@ -107,7 +112,7 @@ def parameter_grid(given: list[str]) -> list[dict[str, Any]]:
     return [dict(combination) for combination in itertools.product(*axes)]
 
 
-def one_row(config: EarlyExitConfig, parameters: Row, header: Row, cycles: list[Any], costs: Any) -> Row:
+def one_row(config: EarlyExitConfig, parameters: Row, header: Row, cycles: "list[Cycle]", costs: "LogCosts") -> Row:
     from apparate_llm.controller.policies import make_policy
     from apparate_llm.controller.replay import replay
 
@@ -127,14 +132,14 @@ def one_row(config: EarlyExitConfig, parameters: Row, header: Row, cycles: list[
     return row_of(config.policy, label, config.accuracy_bound, result)
 
 
-def oracle_row(config: EarlyExitConfig, cycles: list[Any], costs: Any) -> Row:
+def oracle_row(config: EarlyExitConfig, cycles: "list[Cycle]", costs: "LogCosts") -> Row:
     from apparate_llm.controller.replay import oracle
 
     depth = min(costs.rounds) if config.depth == "auto" else config.depth
     return row_of("oracle", "", 0.0, oracle(cycles, costs, depth=depth))
 
 
-def row_of(policy: str, parameters: str, accuracy_bound: float, result: Any) -> Row:
+def row_of(policy: str, parameters: str, accuracy_bound: float, result: "Replayed") -> Row:
     return {
         "policy": policy,
         "parameters": parameters,
@@ -191,7 +196,7 @@ def save_figure(path: Path, rows: list[Row]) -> None:
     pyplot.close(figure)
 
 
-def draw_tradeoff(ax: Any, rows: list[Row]) -> None:
+def draw_tradeoff(ax: Axes, rows: list[Row]) -> None:
     """TPT ratio over divergence share; a line for each policy, points named by their parameters."""
     for policy in dict.fromkeys(row["policy"] for row in rows):
         points = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row["divergence_frac"])

@@ -16,7 +16,7 @@ from apparate_llm.default_model import NAME, default_model
 from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.settings import vllm_settings
 from apparate_llm.flags import given_value, normalised, parse_object, without
-from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
+from apparate_llm.knobs import Commands, OneLineParser, add_knobs, knobs_from
 from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
 from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
@@ -31,7 +31,7 @@ YOURS = "contradicts early exits; with --policy off it is yours"
 MAX_DEFAULT_KV_CACHE_BYTES = 4 << 30
 
 
-def add_serve(subparsers: Any) -> None:
+def add_serve(subparsers: Commands) -> None:
     parser: OneLineParser = subparsers.add_parser(
         "serve",
         help="OpenAI-compatible server with early exits",

@@ -3,11 +3,10 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.knobs import OneLineParser, Paragraphs, add_knobs, positive
+from apparate_llm.knobs import Commands, OneLineParser, Paragraphs, add_knobs, positive
 from apparate_llm.lifeline import exit_on_sigterm
 
 DEFAULT_SYSTEMS = "vllm,lossless,bounded,ngram,hf-early-exit"
@@ -28,7 +27,7 @@ what it costs:
   three loads and two passes take five minutes (`make bench`)."""
 
 
-def add_eval(subparsers: Any) -> None:
+def add_eval(subparsers: Commands) -> None:
     parser = subparsers.add_parser("eval", help="measure what early exits bring")
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=OneLineParser)
     _add_quick(kinds)
@@ -45,7 +44,7 @@ def add_eval(subparsers: Any) -> None:
     compare.set_defaults(run=_later("run_compare"))
 
 
-def _add_quick(kinds: Any) -> None:
+def _add_quick(kinds: Commands) -> None:
     quick: OneLineParser = kinds.add_parser(
         "quick",
         help="plain vLLM against early exits, minutes",
@@ -62,7 +61,7 @@ def _add_quick(kinds: Any) -> None:
     quick.set_defaults(run=_later("run_quick"))
 
 
-def _add_tpt(kinds: Any) -> None:
+def _add_tpt(kinds: Commands) -> None:
     tpt: OneLineParser = kinds.add_parser(
         "tpt",
         help="the full evaluation: several systems, loads and measures, with a report",
@@ -97,7 +96,7 @@ def _add_tpt(kinds: Any) -> None:
     tpt.set_defaults(run=_later("run_tpt"), goes_on=True)
 
 
-def _add_drift(kinds: Any) -> None:
+def _add_drift(kinds: Commands) -> None:
     drift: OneLineParser = kinds.add_parser(
         "drift",
         help="quality over time while the workload changes: A, B, A",

@@ -1,6 +1,6 @@
 """One small function per figure, `(ax, points, ...)`: what is drawn was measured before, so it can be drawn again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
+from apparate_llm.eval.measures import Samples
 from apparate_llm.eval.schema import Moment, Results, Run
 from apparate_llm.eval.tables import bounds_of, load_name, loads_of, systems_of
 
@@ -91,6 +92,11 @@ def gap_cdf(ax: Axes, values: dict[str, list[float]], colors: dict[str, str]) ->
     ax.set_ylabel("gaps at or below, %")
 
 
+def numbers(values: Sequence[float | None]) -> Samples:
+    """What is unknown is left out of a drawing as NaN."""
+    return np.array(values, dtype=float)
+
+
 def tpt_by_concurrency(ax: Axes, runs: list[Run], colors: dict[str, str]) -> None:
     for system, own in _by_system(runs):
         own.sort(key=lambda run: run.concurrency or 0)
@@ -98,7 +104,7 @@ def tpt_by_concurrency(ax: Axes, runs: list[Run], colors: dict[str, str]) -> Non
         intervals = [run.tpt_ms.mean_ci95 or (mean, mean) for run, mean in zip(own, means, strict=True)]
         errors = [(mean - low, high - mean) for mean, (low, high) in zip(means, intervals, strict=True)]
         ax.errorbar(
-            [run.concurrency for run in own],
+            numbers([run.concurrency for run in own]),
             means,
             yerr=np.clip(np.array(errors).T, 0, None),
             marker="o",
@@ -123,10 +129,11 @@ def throughput_latency(ax: Axes, runs: list[Run], colors: dict[str, str]) -> Non
             part = [run for run in own if (run.concurrency is not None) == joined]
             if not part:
                 continue
-            x, y = [run.output_tokens_per_s for run in part], [run.tpt_ms.mean for run in part]
+            x = numbers([run.output_tokens_per_s for run in part])
+            y = numbers([run.tpt_ms.mean for run in part])
             ax.plot(x, y, "o-" if joined else "D", color=colors[system], label=label)
             label = None
-            for run, *at in zip(part, x, y, strict=True):
+            for run, at in zip(part, zip(x, y, strict=True), strict=True):
                 text = str(run.concurrency) if joined else run.load
                 ax.annotate(text, at, (5, 4), textcoords="offset points", fontsize=8, color=colors[system])
     closed = any(run.concurrency is not None for run in runs)

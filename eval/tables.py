@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -69,7 +70,7 @@ def console_table(title: str, columns: list[str], rows: list[list[str]], caption
         collapse_padding=True,
     )
     for column in columns:
-        justify: Any = "left" if column in LEFT else "right"
+        justify: JustifyMethod = "left" if column in LEFT else "right"
         kept_whole = column == "system" or WITH_INTERVAL in column
         table.add_column(escape(column), justify=justify, overflow="fold", no_wrap=kept_whole)
     for row in rows:

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from apparate_llm.patches.guard import Patch, check_target
+from apparate_llm.patches.guard import Patch, Target, check_target
 
 
-def wrapped(stock: Any) -> Any:
+def wrapped(stock: Target) -> Target:
     """`_try_load_aot_compiled_fn(model, path)`, during which loaded plain functions have the method: nothing is left to
     do for them."""
 
     @wraps(stock)
-    def load(model: Any, aot_compilation_path: str) -> Any:
+    def load(model: object, aot_compilation_path: str) -> Any:
         torch_load = torch.compiler.load_compiled_function
 
         def load_with_method(*args: Any, **kwargs: Any) -> Any:

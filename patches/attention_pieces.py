@@ -6,19 +6,24 @@ not. So longer queries become several of that length here, each with the keys up
 """
 
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apparate_llm.patches.guard import Patch, check_target
+from apparate_llm.patches.guard import Patch, Target, check_target
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
-def wrapped(stock: Any) -> Any:
+def wrapped(stock: Target) -> Target:
     """`build(self, common_prefix_len, common_attn_metadata, fast_build=False)`, in pieces where the builder has been
     given `rows_per_piece`."""
 
     @wraps(stock)
-    def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+    def build(
+        self: object, common_prefix_len: int, common_attn_metadata: "CommonAttentionMetadata", fast_build: bool = False
+    ) -> Any:
         size = getattr(self, "rows_per_piece", None)
         if size is not None and common_attn_metadata.causal is True and common_attn_metadata.max_query_len > size:
             common_attn_metadata = in_pieces(common_attn_metadata, size)
@@ -27,8 +32,8 @@ def wrapped(stock: Any) -> Any:
     return build
 
 
-def in_pieces(common: Any, size: int) -> Any:
-    """vLLM's CommonAttentionMetadata with queries of at most `size` rows."""
+def in_pieces(common: "CommonAttentionMetadata", size: int) -> "CommonAttentionMetadata":
+    """The same with queries of at most `size` rows."""
     num_rows = common.query_start_loc_cpu.diff().long()  # [num_reqs]
     num_pieces = (num_rows + size - 1).div(size, rounding_mode="floor").clamp(min=1)
     request = torch.arange(len(num_rows)).repeat_interleave(num_pieces)  # [pieces], as all below

@@ -6,10 +6,10 @@ Where they came with the step's output, the scheduler has them already.
 from functools import wraps
 from typing import Any
 
-from apparate_llm.patches.guard import Patch, check_target
+from apparate_llm.patches.guard import Patch, Target, check_target
 
 
-def wrapped(stock: Any) -> Any:
+def wrapped(stock: Target) -> Target:
     """`post_step(self, model_executed)` that asks only for drafts which the scheduler does not have."""
 
     @wraps(stock)

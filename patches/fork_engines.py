@@ -7,21 +7,20 @@ starts over in a fork and reads them there; GNU's, as vLLM's executor notes, is 
 
 import os
 from functools import wraps
-from typing import Any
 
 import torch
 
-from apparate_llm.patches.guard import Patch, check_target
+from apparate_llm.patches.guard import Patch, Target, check_target
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 INTEL_OPENMP = "libiomp"
 
 
-def wrapped(stock: Any) -> Any:
+def wrapped(stock: Target) -> Target:
     """`check_and_update_config(cls, vllm_config)` that leaves vLLM's default for other platforms."""
 
     @wraps(stock)
-    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+    def check_and_update_config(cls: type, vllm_config: object) -> None:
         stock(vllm_config)
         os.environ[METHOD] = "fork"
 

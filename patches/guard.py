@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Target = Callable[..., Any]  # a function, a method or a class of vLLM's
 VLLM_VERSION = "0.32.0"
 Process = Literal["server", "engine", "worker", "any"]  # any: all of vLLM's, where it loads its plugins
 
@@ -30,7 +31,7 @@ class Patch:
     process: Process = "worker"  # in which it is applied
 
 
-def check_target(patch: Patch, target: Any) -> None:
+def check_target(patch: Patch, target: Target) -> None:
     """Raise PatchMismatchError unless vLLM's version and the target's source are those the patch was made for."""
     from vllm import __version__ as found_version
 
@@ -43,11 +44,11 @@ def check_target(patch: Patch, target: Any) -> None:
         )
 
 
-def is_ours(speculative_config: Any) -> bool:
+def is_ours(speculative_config: object) -> bool:
     """Of a server with early exits; others keep vLLM's behaviour where our package is merely installed."""
     method, model = getattr(speculative_config, "method", None), getattr(speculative_config, "model", None)
     return method == "custom_class" and str(model).startswith("apparate_llm.")
 
 
-def source_sha256(target: Any) -> str:
+def source_sha256(target: Target) -> str:
     return hashlib.sha256(inspect.getsource(target).encode()).hexdigest()

@@ -4,16 +4,15 @@ Our runner makes no drafts for such requests, so they are sampled as without spe
 """
 
 from functools import wraps
-from typing import Any
 
-from apparate_llm.patches.guard import Patch, check_target, is_ours
+from apparate_llm.patches.guard import Patch, Target, check_target, is_ours
 
 
-def wrapped(stock: Any) -> Any:
+def wrapped(stock: Target) -> Target:
     """`_validate_spec_decode(self, speculative_config)` that leaves our server's requests alone."""
 
     @wraps(stock)
-    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+    def _validate_spec_decode(self: object, speculative_config: object) -> None:
         if not is_ours(speculative_config):
             stock(self, speculative_config)
 

@@ -6,16 +6,19 @@ as without speculation.
 
 from copy import copy
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apparate_llm.patches.guard import Patch, check_target, is_ours
+from apparate_llm.patches.guard import Patch, Target, check_target, is_ours
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
-def wrapped(stock: Any) -> Any:
+def wrapped(stock: Target) -> Target:
     """`build_logitsprocs(vllm_config, ...)` that builds for our server what it builds without drafts."""
 
     @wraps(stock)
-    def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def build_logitsprocs(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Any:
         if is_ours(vllm_config.speculative_config):
             vllm_config = copy(vllm_config)
             vllm_config.speculative_config = None

@@ -4,18 +4,19 @@ A part of the start catches that exception and goes on, so the signal is lost; e
 signals end the start at once. vLLM's own handlers take their place when it serves.
 """
 
+from argparse import Namespace
 from functools import wraps
 from typing import Any
 
 from apparate_llm.lifeline import end_at_once_on_signals
-from apparate_llm.patches.guard import Patch, check_target
+from apparate_llm.patches.guard import Patch, Target, check_target
 
 
-def wrapped(stock: Any) -> Any:
+def wrapped(stock: Target) -> Target:
     """`setup_server(args, *, reuse_port)` after which the start ends at once by a signal."""
 
     @wraps(stock)
-    def setup_server(args: Any, *, reuse_port: bool) -> Any:
+    def setup_server(args: Namespace, *, reuse_port: bool) -> Any:
         end_at_once_on_signals()
         return stock(args, reuse_port=reuse_port)
 
@@ -30,6 +31,6 @@ def apply(patch: Patch) -> bool:
         return False
     check_target(patch, entry.run_server)
     ours = wrapped(stock)
-    ours.ends_at_once = True
+    vars(ours)["ends_at_once"] = True
     vars(entry)["setup_server"] = ours
     return True

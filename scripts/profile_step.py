@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apparate_llm.launch import reexec_with_libraries
 from apparate_llm.ramps.fingerprint import weight_files
 from apparate_llm.serve import model_folder
+
+if TYPE_CHECKING:
+    from tests.harness import Engine
 
 WARM_TOKENS = 64
 MAX_PROMPT_TOKENS = 1024
@@ -60,7 +63,7 @@ class Profile:
         return timed
 
 
-def instrument(engine: Any, profile: Profile) -> None:
+def instrument(engine: "Engine", profile: Profile) -> None:
     """All parts of a step, in the order they run."""
     runner, scheduler = engine.runner, engine.scheduler
     profile.wrap(engine.llm.llm_engine, "step", "engine: rest")
@@ -88,6 +91,7 @@ def instrument(engine: Any, profile: Profile) -> None:
     profile.wrap(runner, "propose_draft_token_ids", ROUNDS + "rows, commit")
     profile.wrap(runner, "_learn", "controller")
     rounds = runner.rounds
+    assert rounds is not None, "exits are off"
     for name in (name for name in vars(Policy) if not name.startswith("_")):
         if callable(getattr(rounds.policy, name)):
             profile.wrap(type(rounds.policy), name, "controller")
@@ -103,9 +107,10 @@ def instrument(engine: Any, profile: Profile) -> None:
         profile.wrap(ramps, "predict", ROUNDS + "token, confidence")
 
 
-def bytes_read(engine: Any, model: Path, bytes_per_weight: int) -> dict[str, float]:
+def bytes_read(engine: "Engine", model: Path, bytes_per_weight: int) -> dict[str, float]:
     """Line -> bytes of weights that each of its calls reads."""
     from safetensors import safe_open
+    from torch import nn
 
     size: dict[str, int] = {}
     for path in weight_files(model):
@@ -116,8 +121,12 @@ def bytes_read(engine: Any, model: Path, bytes_per_weight: int) -> dict[str, flo
     read: dict[str, float] = {"worker: lm_head": head}
     read["worker: blocks"] = sum(value for name, value in size.items() if ".layers." in name)
     if engine.has_exits:
-        children = engine.runner.rounds.ramps.head.named_children()
-        parts = {name: part.weight_bytes for name, part in children if hasattr(part, "weight_bytes")}
+        assert engine.runner.rounds is not None, "exits are off"
+        ramps: nn.Module = engine.runner.rounds.ramps
+        children = ramps.get_submodule("head").named_children()
+        parts: dict[str, int] = {
+            name: vars(part)["weight_bytes"] for name, part in children if hasattr(part, "weight_bytes")
+        }
         read[ROUNDS + "first state"] = parts.pop("enter_linear", 0)
         read[ROUNDS + "head"] = sum(parts.values())
     return read

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from vllm.config import VllmConfig
 from vllm.config.compilation import DynamicShapesType
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.v1.worker.utils import AttentionGroup
 
 logger = init_logger("vllm.apparate")
 
@@ -76,7 +78,7 @@ class Coverage:
         return f"a token's bits still depend on its batch: {'; '.join(self.not_covered)}"
 
 
-def before_loading(vllm_config: Any) -> None:
+def before_loading(vllm_config: VllmConfig) -> None:
     """Settings of vLLM that have to be there before it builds the model. What the user set stays."""
     os.environ.setdefault(SPLIT_KEYS, "0")
     shapes = vllm_config.compilation_config.dynamic_shapes_config
@@ -85,12 +87,12 @@ def before_loading(vllm_config: Any) -> None:
         shapes.type = DynamicShapesType.BACKED_SIZE_OBLIVIOUS
 
 
-def before_serving(attention_groups: Any) -> None:
+def before_serving(attention_groups: list[list[AttentionGroup]]) -> None:
     """Once vLLM has made its metadata builders: long queries are computed in pieces."""
     for groups in attention_groups:
         for group in groups:
             for builder in group.metadata_builders:
-                builder.rows_per_piece = ROWS_PER_PIECE
+                vars(builder)["rows_per_piece"] = ROWS_PER_PIECE  # read by patches/attention_pieces.py
 
 
 def cover(model: nn.Module, dtype: torch.dtype) -> Coverage:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 CONTEXTS = (3, 31, 64, 150)  # tokens before the ones tried, one for each request
 NEW_TOKENS = 3  # of each request
@@ -37,7 +38,7 @@ class Request:
         return self.blocks[at // block_size].long() * block_size + at % block_size
 
 
-def different_passes(runner: Any) -> tuple[int, int]:
+def different_passes(runner: GPUModelRunner) -> tuple[int, int]:
     """(passes compared, of them those whose final states or scores differ from the same tokens' alone). Writes into
     the KV cache, which nobody uses yet. Raises ValueError for a model or cache that it cannot try this on."""
     requests = _requests(runner)
@@ -57,7 +58,7 @@ def different_passes(runner: Any) -> tuple[int, int]:
     return len(requests) + len(BATCHES), different
 
 
-def _requests(runner: Any) -> list[Request]:
+def _requests(runner: GPUModelRunner) -> list[Request]:
     if len(runner.attn_groups) != 1 or len(runner.attn_groups[0]) != 1:
         raise ValueError("its layers do not share one kind of attention")
     table = runner.input_batch.block_table[0]
@@ -79,8 +80,9 @@ def _requests(runner: Any) -> list[Request]:
 
 
 @torch.inference_mode()
-def _pass(runner: Any, parts: list[tuple[Request, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pass(runner: GPUModelRunner, parts: list[tuple[Request, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Final states and scores [num_tokens, ...] of (request, first position, number) each."""
+    model: Any = runner.model  # vLLM's runner says only that it is a module
     group = runner.attn_groups[0][0]
     size = runner.input_batch.block_table[0].block_size
     spans = [range(first, first + number) for _, first, number in parts]
@@ -113,6 +115,6 @@ def _pass(runner: Any, parts: list[tuple[Request, int, int]]) -> tuple[torch.Ten
     attention = dict.fromkeys(group.layer_names, metadata)
     mapping = dict.fromkeys(group.layer_names, slots)
     with set_forward_context(attention, runner.vllm_config, num_tokens=len(tokens), slot_mapping=mapping):
-        output = runner.model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        output = model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
     states = output[0] if isinstance(output, tuple) else output
-    return states, runner.model.compute_logits(states)
+    return states, model.compute_logits(states)

@@ -1,9 +1,7 @@
 """What exits a request may have: released ones, held ones only, or none."""
 
-from typing import Any
-
 from vllm.sampling_params import SamplingParams
-from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
+from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
 
 
 def may_exit(params: SamplingParams) -> bool:
@@ -46,8 +44,8 @@ def is_releasable(params: SamplingParams) -> bool:
     return greedy and plain_scores and nothing_but_text
 
 
-def custom_processors(processors: Any) -> list[str]:
-    """Names of the user's own among vLLM's LogitsProcessors. They may act on any request, and have no way to act on the
+def custom_processors(processors: LogitsProcessors) -> list[str]:
+    """Names of the user's own. They may act on any request, and have no way to act on the
     rows of drafts."""
     return [type(one).__name__ for one in processors.all if type(one) not in BUILTIN_LOGITS_PROCESSORS]
 

@@ -6,9 +6,10 @@ already are ordinary tokens of their requests, drafts that the scheduler has are
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 
 class FallbackRunner(CPUModelRunner):
-    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.exit_config = config_from_vllm(vllm_config)
         self.peers = Peers(get_tp_group())
@@ -134,11 +135,11 @@ class FallbackRunner(CPUModelRunner):
         self.safety.returned(self.clock.now_s, by_hand=by_hand)
         self._count_failures()
 
-    def check_change(self, changes: Any) -> None:
+    def check_change(self, changes: object) -> None:
         """Raises ConfigError for knobs that `reconfigure` would refuse."""
         changed(self.live, self.exit_config, changes)
 
-    def reconfigure(self, changes: Any) -> None:
+    def reconfigure(self, changes: object) -> None:
         """Serve with other knobs from the next step on, and with exits again after a failure; raises ConfigError if
         they are not allowed."""
         after = changed(self.live, self.exit_config, changes)

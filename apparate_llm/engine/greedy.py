@@ -4,19 +4,20 @@ Gives the tokens that vLLM's rejection sampler gives, without its copies of the 
 all else that changes or reads scores is left to that sampler.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from apparate_llm.best import best_tokens
 
 
-def is_plain_greedy(sampling: Any) -> bool:
-    """Whether vLLM's SamplingMetadata asks for nothing but the best token of each row."""
+def is_plain_greedy(sampling: SamplingMetadata) -> bool:
+    """Whether it asks for nothing but the best token of each row."""
     thinking = sampling.thinking_budget_state_holder
     return (
         sampling.all_greedy
@@ -30,16 +31,16 @@ def is_plain_greedy(sampling: Any) -> bool:
     )
 
 
-def _is_idle(processor: Any) -> bool:
+def _is_idle(processor: LogitsProcessor) -> bool:
     if isinstance(processor, MinTokensLogitsProcessor):
         return not processor.min_toks
     return isinstance(processor, LogitBiasLogitsProcessor) and not processor.biases
 
 
-def check(logits: torch.Tensor, metadata: Any) -> SamplerOutput:
+def check(logits: torch.Tensor, metadata: SpecDecodeMetadata) -> SamplerOutput:
     """Held exits up to the first that differs, then the full model's own token, for each request.
 
-    logits [num_rows, vocab]; metadata: vLLM's SpecDecodeMetadata, whose rows are in the order of the requests, each
+    logits [num_rows, vocab]; metadata: its rows are in the order of the requests, each
     one's exits first.
     """
     best = best_tokens(logits).tolist()
@@ -55,7 +56,7 @@ def check(logits: torch.Tensor, metadata: Any) -> SamplerOutput:
     return SamplerOutput(sampled_token_ids=torch.from_numpy(tokens), logprobs_tensors=None)
 
 
-def first_rows(metadata: Any) -> torch.Tensor:
+def first_rows(metadata: SpecDecodeMetadata) -> torch.Tensor:
     """Of each request the row that follows its checked text, with which a step goes on that drops all drafts."""
     num_rows = torch.tensor(metadata.num_draft_tokens) + 1
     return num_rows.cumsum(0) - num_rows

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 
+from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.machine import cpu_name
 
 
-def identity_of(runner: Any, depths: list[int]) -> dict[str, Any]:
-    """What the controller's experience is worth nothing without: model, ramps at `depths`, machine and how vLLM's
-    `runner` uses it."""
+def identity_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
+    """What the controller's experience is worth nothing without: model, ramps at `depths`, machine and how it is
+    used."""
     return {
         "model": Path(runner.model_config.model).name,
         "ramps": runner.get_model().ramps_sha256,

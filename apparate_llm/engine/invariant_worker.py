@@ -2,11 +2,11 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from apparate_llm.config import config_from_vllm
 from apparate_llm.coverage import keep
@@ -30,15 +30,15 @@ class BatchInvariantWorker(CPUWorker):
             logger.info("Patched %s", target)
         super().init_device()  # type: ignore[no-untyped-call]  # vLLM's
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        super().load_model(load_dummy_weights=load_dummy_weights)
         if self.coverage is not None:
             dtype, additional = self.model_config.dtype, self.vllm_config.additional_config
             assert isinstance(dtype, torch.dtype) and isinstance(additional, dict), f"got {dtype}, {type(additional)}"
             self.coverage = cover(self.model_runner.get_model(), dtype)
             self.vllm_config.additional_config = additional | {COVERED: self.coverage.least_rows}
 
-    def compile_or_warm_up_model(self) -> Any:
+    def compile_or_warm_up_model(self) -> CompilationTimes:
         if self.coverage is not None:
             before_serving(self.model_runner.attn_groups)
         times = super().compile_or_warm_up_model()

@@ -2,13 +2,21 @@
 from the tokens it took."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 
 from apparate_llm.best import best_tokens
 from apparate_llm.controller.policy import Policy
 from apparate_llm.engine.verdicts import RequestExits, Verdict, VerdictLedger
+
+
+class Drafts(Protocol):
+    """What is read of vLLM's SpecDecodeMetadata."""
+
+    num_draft_tokens: list[int]  # of each request
+    draft_token_ids: torch.Tensor  # [num_drafts]
+    target_logits_indices: torch.Tensor  # [num_drafts]: rows of the logits that tell of them
 
 
 def best_and_regret(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[list[int], list[float]]:
@@ -20,7 +28,7 @@ def best_and_regret(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[list
 
 def judge_held(
     logits: torch.Tensor,
-    metadata: Any,
+    metadata: Drafts,
     request_ids: list[str],
     *,
     ledger: VerdictLedger,
@@ -30,8 +38,7 @@ def judge_held(
     """Verdicts on the held exits of requests that take the full model's best token, in order.
 
     Where the budget and the policy allow it, a held exit that differs is let through: its logit is raised above all
-    others, so that vLLM's sampler accepts it. metadata: vLLM's SpecDecodeMetadata; logits [num_tokens, vocab],
-    changed in place.
+    others, so that vLLM's sampler accepts it. logits [num_tokens, vocab] are changed in place.
     """
     spans = []
     first = 0

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, RequestKnobs, parse_live, parse_request_knobs
 from apparate_llm.controller.budget import Bucket
@@ -74,7 +75,7 @@ def learned_of(policy: Policy) -> dict[str, Any]:
         return {}
 
 
-def changed(live: LivePolicy | None, config: EarlyExitConfig, changes: Any) -> EarlyExitConfig:
+def changed(live: LivePolicy | None, config: EarlyExitConfig, changes: object) -> EarlyExitConfig:
     """The knobs with `changes`; raises ConfigError if they are refused."""
     if live is None:
         raise ConfigError("this server was started without early exits (policy off)")
@@ -103,8 +104,10 @@ def _bound(asked: float | None, config: EarlyExitConfig) -> float:
     return config.accuracy_bound if asked is None else allowed_bound(asked, config)
 
 
-def exits_of(params: Any, config: EarlyExitConfig, ledger: VerdictLedger, *, others_allow: bool = True) -> RequestExits:
-    """Of a new request with vLLM's sampling parameters `params`. others_allow: whether what else the server runs leaves
+def exits_of(
+    params: SamplingParams, config: EarlyExitConfig, ledger: VerdictLedger, *, others_allow: bool = True
+) -> RequestExits:
+    """Of a new request. others_allow: whether what else the server runs leaves
     room for exits. A bad knob was refused by the API already, where it runs with our plugin; else it falls back to the
     server's, whatever it was."""
     given = params.extra_args if isinstance(params.extra_args, dict) else {}

@@ -3,13 +3,22 @@
 Adds to one engine step: verdict rows in the completion pass, their comparison, and the rounds after sampling.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from time import perf_counter
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput, SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 
 from apparate_llm.engine.eligibility import custom_processors
 from apparate_llm.engine.fallback import FallbackRunner
@@ -31,7 +40,7 @@ logger = init_logger("vllm.apparate")
 
 
 class EarlyExitRunner(FallbackRunner):
-    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.custom_processors = custom_processors(self.input_batch.logitsprocs)
         self.memory = Memory()
@@ -84,7 +93,7 @@ class EarlyExitRunner(FallbackRunner):
 
     # ---- requests come and go
 
-    def _update_states(self, scheduler_output: Any) -> Any:
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Callable[..., object] | None:
         self._attempt("requests", lambda: self._requests_change(scheduler_output), None)
         correction = super()._update_states(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:  # the engine idles
@@ -92,7 +101,7 @@ class EarlyExitRunner(FallbackRunner):
             self._guarded("integrity", self.check_integrity, None)
         return correction
 
-    def _requests_change(self, scheduler_output: Any) -> None:
+    def _requests_change(self, scheduler_output: SchedulerOutput) -> None:
         for request_id in scheduler_output.finished_req_ids:
             self.ledger.end_request(request_id)
         for new in scheduler_output.scheduled_new_reqs:
@@ -101,12 +110,14 @@ class EarlyExitRunner(FallbackRunner):
                 if self.rounds is not None:
                     self.rounds.policy.joined()
 
-    def _exits_of(self, params: Any) -> RequestExits:
+    def _exits_of(self, params: SamplingParams) -> RequestExits:
         return exits_of(params, self.exit_config, self.ledger, others_allow=not self.custom_processors)
 
     # ---- verdicts: extra logits rows, taken off again before vLLM samples
 
-    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]
+    ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
         logits_indices, spec_metadata, max_sampled = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         plain: tuple[list[PendingVerdict], torch.Tensor] = ([], logits_indices)
         self._pending, logits_indices = self._guarded(
@@ -117,7 +128,11 @@ class EarlyExitRunner(FallbackRunner):
         return logits_indices, spec_metadata, max_sampled
 
     def _with_verdict_rows(
-        self, scheduler_output: Any, num_scheduled_tokens: Any, logits_indices: torch.Tensor, spec_metadata: Any
+        self,
+        scheduler_output: SchedulerOutput,
+        num_scheduled_tokens: NDArray[np.int32],
+        logits_indices: torch.Tensor,
+        spec_metadata: SpecDecodeMetadata | None,
     ) -> tuple[list[PendingVerdict], torch.Tensor]:
         batch, pending = self.input_batch, list[PendingVerdict]()
         if self.ledger.counts.outstanding:
@@ -141,7 +156,9 @@ class EarlyExitRunner(FallbackRunner):
         return pending, logits_indices
 
     @torch.inference_mode()
-    def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
+    def sample_tokens(  # type: ignore[override]  # vLLM's decorator has torch's class for its type
+        self, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput:
         state = self.execute_model_state
         self._judged, self.later = [], None
         if state is not None:
@@ -149,7 +166,7 @@ class EarlyExitRunner(FallbackRunner):
             self._judge(state)
         self._released = {}
         with kept(self.input_batch.generators, self._attempt("seeds", self._unfinished_prompts, ())):
-            output = super().sample_tokens(grammar_output)
+            output: ModelRunnerOutput = super().sample_tokens(grammar_output)  # type: ignore[type-var, assignment]
         if released := self._released:
             output = self._attempt("release", lambda: EarlyExitOutput.extending(output, released=released), output)
         self._rows = []
@@ -163,7 +180,7 @@ class EarlyExitRunner(FallbackRunner):
             else ()
         )
 
-    def _judge(self, state: Any) -> None:
+    def _judge(self, state: ExecuteModelState) -> None:
         """Record the verdicts that the pass has given. Whatever comes of them, vLLM samples from its own rows."""
         if pending := self._pending:
             self._pending, all_logits, num_rows = [], state.logits, len(state.logits) - len(pending)
@@ -173,9 +190,10 @@ class EarlyExitRunner(FallbackRunner):
             self._attempt("verdicts", lambda: self._record_released(pending, all_logits[num_rows:]), None)
         if self._drops_drafts():
             self._attempt("verdicts", self.ledger.drop_held, None)
-        if self._judges_held(state):
+        drafts = self._drafts_to_judge(state)
+        if drafts is not None:
             logits = state.logits if self.peers.alone else state.logits.clone()  # no rank may be ahead of others
-            if self._guarded("verdicts", lambda: self._judge_held(state, logits), False):
+            if self._guarded("verdicts", lambda: self._judge_held(drafts, logits), False):
                 self.execute_model_state = state._replace(logits=logits)
 
     def _record_released(self, pending: list[PendingVerdict], logits: torch.Tensor) -> None:
@@ -183,18 +201,20 @@ class EarlyExitRunner(FallbackRunner):
         token_ids = torch.tensor([item.exit.token_id for item in pending])
         self._judged = self.ledger.record(pending, *best_and_regret(logits, token_ids))
 
-    def _judges_held(self, state: Any) -> bool:
-        """Without scores, what is accepted tells the verdicts, see `judge_by_sampling`."""
+    def _drafts_to_judge(self, state: ExecuteModelState) -> SpecDecodeMetadata | None:
+        """Held exits whose verdicts take scores; else what is accepted tells them, see `judge_by_sampling`."""
         metadata, config = state.spec_decode_metadata, self.exit_config
         lossless = config.accuracy_bound == 0 and not config.allow_looser_requests and config.feedback_log is None
-        return self.rounds is not None and metadata is not None and metadata.max_spec_len > 0 and not lossless
+        if self.rounds is None or metadata is None or metadata.max_spec_len == 0 or lossless:
+            return None
+        return metadata
 
-    def _judge_held(self, state: Any, logits: torch.Tensor) -> bool:
+    def _judge_held(self, drafts: SpecDecodeMetadata, logits: torch.Tensor) -> bool:
         assert self.rounds is not None
         now_s = self.clock.now_s
         self._judged += judge_held(
             logits,
-            state.spec_decode_metadata,
+            drafts,
             self.input_batch.req_ids,
             ledger=self.ledger,
             policy=self.rounds.policy,
@@ -207,37 +227,39 @@ class EarlyExitRunner(FallbackRunner):
         sampler only."""
         return bool(self.input_batch.sampling_metadata.logprob_token_ids)
 
-    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         # With nothing to check, plain sampling is cheaper; the rejection sampler also fails on top-k without any draft.
         if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
             spec_decode_metadata = None
         if spec_decode_metadata is not None and self._drops_drafts():
+            assert logits is not None, "drafts without scores"
             logits, spec_decode_metadata = logits[first_rows(spec_decode_metadata)], None
         if spec_decode_metadata is not None:
-            output = self._attempt("checking", lambda: self._check(logits, spec_decode_metadata), None)
+            output = self._attempt("checking", partial(self._check, logits, spec_decode_metadata), None)
             if output is not None:
                 return output
         return super()._sample(logits, spec_decode_metadata)
 
-    def _check(self, logits: torch.Tensor, metadata: Any) -> Any:
+    def _check(self, logits: torch.Tensor | None, metadata: SpecDecodeMetadata) -> SamplerOutput | None:
+        assert logits is not None, "drafts without scores"
         return check(logits, metadata) if is_plain_greedy(self.input_batch.sampling_metadata) else None
 
     # ---- rounds
 
-    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+    def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
         return common_attn_metadata is not None  # rows near the end of the context are left out one by one
 
     def propose_draft_token_ids(  # type: ignore[override]
         self,
-        scheduler_output: Any,
+        scheduler_output: SchedulerOutput,
         sampled_token_ids: list[list[int]],
-        sampling_metadata: Any,
+        sampling_metadata: SamplingMetadata,
         hidden_states: torch.Tensor,
         sample_hidden_states: torch.Tensor,
-        aux_hidden_states: Any,
-        spec_decode_metadata: Any,
-        common_attn_metadata: Any,
-        slot_mappings: Any,
+        aux_hidden_states: list[torch.Tensor] | None,
+        spec_decode_metadata: SpecDecodeMetadata,
+        common_attn_metadata: CommonAttentionMetadata,
+        slot_mappings: object,
     ) -> list[list[int]]:
         """vLLM's call for drafts after sampling and bookkeeping: the rounds. Held exits are the drafts."""
         self._drafts = [[] for _ in sampled_token_ids]
@@ -284,7 +306,7 @@ class EarlyExitRunner(FallbackRunner):
             self._drafts[row.request_index] = [exit_.token_id for exit_ in row.held]
 
     @torch.inference_mode()
-    def take_draft_token_ids(self) -> Any:
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
         """vLLM's call for the drafts, made when the step's tokens are on their way."""
         if later := self.later:
             self.later = None
@@ -292,7 +314,7 @@ class EarlyExitRunner(FallbackRunner):
             self._attempt("clock", self.clock.start, None)
         return super().take_draft_token_ids()
 
-    def with_drafts(self, output: Any) -> Any:
+    def with_drafts(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
         """The step's output together with them; without, the scheduler asks for them."""
         return self._attempt(
             "drafts", lambda: EarlyExitOutput.extending(output, drafts=self.take_draft_token_ids()), output

@@ -2,6 +2,7 @@
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ class Asides:
     def __init__(self) -> None:
         self.num_failures = 0
 
-    def run(self, part: str, work: Any) -> None:
+    def run(self, part: str, work: Callable[[], object]) -> None:
         try:
             work()
         except Exception as error:

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from apparate_llm.patches.ledger import apply_all
@@ -32,7 +35,9 @@ class EarlyExitScheduler(Scheduler):
         if self.dynamic_sd_lookup is None:
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
 
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
         self._released = getattr(model_runner_output, "released", {})
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._safely(self._check_computed, None)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+
+import torch
 
 
 @contextmanager
-def kept(generators: dict[int, Any], indices: Iterable[int]) -> Iterator[None]:
+def kept(generators: dict[int, torch.Generator], indices: Iterable[int]) -> Iterator[None]:
     """Within it, nothing is drawn from the generators of these requests, whose token is thrown away: they have read
     part of their prompt only. vLLM draws and then turns the generator back, which one of a CPU does not allow: the
     engine would end."""

@@ -1,10 +1,13 @@
 """The vLLM settings that switch early exits on, for the CLI, the docs and the tests. Imports nothing heavy."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, EarlyExitConfig
 from apparate_llm.engine.proposer import SCHEDULER_CLASS, WORKER_CLASS
 from apparate_llm.models.architectures import early_exit_architecture
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 PLAIN_WORKER_CLASS = "apparate_llm.engine.invariant_worker.BatchInvariantWorker"
 PROPOSER_CLASS = "apparate_llm.engine.proposer.RampProposer"
@@ -33,7 +36,7 @@ def vllm_settings(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
     }
 
 
-def forget_knobs(vllm_config: Any, inner_depths: list[int]) -> None:
+def forget_knobs(vllm_config: "VllmConfig", inner_depths: list[int]) -> None:
     """vLLM's compile cache has the additional settings in its key. All that shapes the compiled pass are the states it
     gives out; the knobs were read before."""
     additional = vllm_config.additional_config

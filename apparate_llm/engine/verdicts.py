@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from apparate_llm.config import RequestKnobs
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
@@ -85,6 +85,16 @@ class Audit:
 
     largest_divergence_frac: float = 0.0  # of the server, over all prefixes of its output beyond SETTLED_TOKENS
     largest_request_excess: float = 0.0  # divergences of a request less its bound x tokens, over all prefixes of all
+
+
+class KnownRequest(Protocol):
+    """What is read of vLLM's CachedRequestState."""
+
+    @property
+    def num_computed_tokens(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
 
 
 class VerdictLedger:
@@ -168,7 +178,7 @@ class VerdictLedger:
         self._observe(self.distributions.tokens_per_pass, num_tokens + request.num_since_pass)
         request.num_since_pass = 0
 
-    def _trace(self, request: RequestExits, tell: Callable[..., None], *what: Any) -> None:
+    def _trace(self, request: RequestExits, tell: Callable[..., None], *what: object) -> None:
         if request.trace is not None:
             self.asides.run("A report", partial(tell, request.trace, *what))
 
@@ -319,8 +329,8 @@ class VerdictLedger:
             spent_nano = self.budget.spent_nano
             assert spent_nano == at_worst * NANO, f"paid {spent_nano} billionths for {at_worst} tokens"
 
-    def check_requests(self, states: Mapping[str, Any]) -> None:
-        """Raise AssertionError unless the exits of each request fit what vLLM knows of it (its CachedRequestState)."""
+    def check_requests(self, states: Mapping[str, KnownRequest]) -> None:
+        """Raise AssertionError unless the exits of each request fit what vLLM knows of it."""
         for request_id, exits in self.requests.items():
             state = states[request_id]
             first = state.num_tokens - len(exits.outstanding)

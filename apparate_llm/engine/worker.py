@@ -5,9 +5,12 @@ from time import monotonic
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from apparate_llm.config import ConfigError, shown
 from apparate_llm.engine.beside import run_beside
@@ -28,7 +31,7 @@ class EarlyExitWorker(BatchInvariantWorker):
         if not self.model_config.enforce_eager:
             run_beside(hash_compilers, "hash-compilers")
 
-    def compile_or_warm_up_model(self) -> Any:
+    def compile_or_warm_up_model(self) -> CompilationTimes:
         times = super().compile_or_warm_up_model()
         rounds = self.model_runner.rounds
         if rounds is not None:  # those of a depth that is chosen later would have to be compiled while serving
@@ -37,22 +40,22 @@ class EarlyExitWorker(BatchInvariantWorker):
 
     # One message to this process per step instead of three, where nothing has to come in between.
 
-    def execute_model(self, scheduler_output: Any) -> Any:
-        output = super().execute_model(scheduler_output)
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        output: ModelRunnerOutput | AsyncModelRunnerOutput | None = super().execute_model(scheduler_output)
         if output is not None or not self.model_runner.num_spec_tokens:
             return output
         if scheduler_output.has_structured_output_requests:
             return None  # vLLM calls `sample_tokens` when it has the grammar's masks
         return self.sample_tokens(None)
 
-    def sample_tokens(self, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        output: ModelRunnerOutput | AsyncModelRunnerOutput = super().sample_tokens(grammar_output)
         runner = self.model_runner
         if not runner.num_spec_tokens or runner.later or not isinstance(output, ModelRunnerOutput):
             return output
         return runner.with_drafts(output)
 
-    def take_draft_token_ids(self) -> Any:
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
         try:
             return super().take_draft_token_ids()
         except Exception:
@@ -115,7 +118,7 @@ def hash_compilers() -> None:
     torch_key()
 
 
-def check_supported(vllm_config: Any) -> None:
+def check_supported(vllm_config: VllmConfig) -> None:
     """Raise ValueError for a server set-up that early exits cannot serve."""
     if not current_platform.is_cpu():
         device = current_platform.device_type
