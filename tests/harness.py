@@ -94,7 +94,7 @@ class Engine:
         return [list(out.outputs[0].token_ids) for group in groups for out in self.generate(group, params)]
 
     def status(self) -> dict[str, Any]:
-        (status,) = self.llm.collective_rpc("early_exit_status")
+        status = self.llm.collective_rpc("early_exit_status")[0]
         assert isinstance(status, dict), f"got {status!r}"
         return status
 

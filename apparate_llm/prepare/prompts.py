@@ -2,13 +2,13 @@
 go on with."""
 
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from apparate_llm.prepare.chat import MIN_PROMPT_TOKENS, ChatFormat, LeftOut
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
-from apparate_llm.prepare.splits import split_of, splits_of_prompts
+from apparate_llm.prepare.splits import next_split, splits_of_prompts
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.topics import CODE_OPENINGS, OPENINGS, PASSAGE_TASKS, SYSTEM_PROMPTS
 
@@ -52,6 +52,7 @@ class PromptSource:
         splits = splits_of_prompts(user_prompts, self.seed)
         self._user = deque(Prompt(ids, KINDS.index("user"), splits[number]) for number, ids in asked)
         self._seen: set[int] = set()
+        self._counts: Counter[int] = Counter()  # of conversations by split, the user's left out
         self._passages: dict[int, deque[list[int]]] = {
             split: deque(maxlen=MOST_PASSAGES) for split in (TRAIN, VALIDATION, TEST)
         }
@@ -59,12 +60,21 @@ class PromptSource:
     def learn(self, store: RowStore) -> None:
         """Know what was asked and answered before this start."""
         for text in store.texts():
-            self.asked(text.prompt)
+            self.goes_on(Prompt(text.prompt, text.kind, text.split))
             self.answered(text.answer, text.split)
         self._user = deque(prompt for prompt in self._user if self.is_new(prompt.ids))
 
     def asked(self, ids: list[int]) -> None:
         self._seen.add(hash(tuple(ids)))
+
+    def goes_on(self, prompt: Prompt) -> None:
+        """One that was drawn before this start."""
+        self.asked(prompt.ids)
+        self._counts[prompt.split] += prompt.kind != KINDS.index("user")
+
+    def failed(self, prompt: Prompt | Opening) -> None:
+        """No conversation came of it."""
+        self._counts[prompt.split] -= prompt.kind != KINDS.index("user")
 
     def answered(self, answer: list[int], split: int) -> None:
         if len(answer) >= MIN_PASSAGE_TOKENS:
@@ -80,15 +90,19 @@ class PromptSource:
         if self._user and rng.random() < USER_SHARE:
             prompt = self._user.popleft()
             return prompt if self.is_new(prompt.ids) else None
-        split = split_of(number, self.seed)
+        split = next_split(self._counts)
         if self._passages[split] and rng.random() < PASSAGE_SHARE:
             passage = self.chat.tokenizer.decode(rng.choice(self._passages[split]), skip_special_tokens=True).strip()
             before, after = self._affixes(rng)
             ids = self._encode(before + rng.choice(PASSAGE_TASKS).replace("{}", passage) + after)
-            return Prompt(ids, KINDS.index("passage"), split) if self.is_new(ids) else None
+            if not self.is_new(ids):
+                return None
+            self._counts[split] += 1
+            return Prompt(ids, KINDS.index("passage"), split)
         kind = "code" if rng.random() < CODE_SHARE else "open"
         before, after = self._affixes(rng)
         text = rng.choice(CODE_OPENINGS if kind == "code" else OPENINGS)
+        self._counts[split] += 1
         return Opening(before, text, after, KINDS.index(kind), split)
 
     def written(self, opening: Opening, text: str) -> Prompt | None:
@@ -96,6 +110,7 @@ class PromptSource:
         text = (opening.text + text).strip()
         ids = self._encode(opening.before + text + opening.after)
         if len(text) < MIN_PROMPT_CHARACTERS or not self.is_new(ids):
+            self.failed(opening)
             return None
         return Prompt(ids, opening.kind, opening.split)
 

@@ -6,22 +6,30 @@ the user that share a passage are in one split.
 
 import random
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from apparate_llm.prepare.chat import text_of
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
 
-BLOCK = 16  # conversations, of which one is for validation and one for testing
+SHARES = {TRAIN: 14 / 16, VALIDATION: 1 / 16, TEST: 1 / 16}
+BLOCK = 16  # sources, of which one is for validation and one for testing
 SHARED_WORDS = 13  # in a row make two prompts one source (the n-gram of Brown et al. 2020, appendix C)
 COMMON_FRAC = 0.2  # of all prompts: words that so many share are a form, not a passage
 
 
 def split_of(number: int, seed: str) -> int:
-    """Split of conversation `number`: at random, and the same share in every block."""
+    """Split of source `number`: at random, and the same share in every block."""
     block, place = divmod(number, BLOCK)
     splits = [VALIDATION, TEST] + [TRAIN] * (BLOCK - 2)
     random.Random(f"{seed}/splits/{block}").shuffle(splits)
     return splits[place]
+
+
+def next_split(counts: Mapping[int, int]) -> int:
+    """Of a new conversation, where there are `counts` of each: the split that has fewest for its share."""
+    total = sum(counts.values()) + 1
+    return max((TRAIN, VALIDATION, TEST), key=lambda split: SHARES[split] * total - counts.get(split, 0))
 
 
 def sources(texts: list[str]) -> list[int]:

@@ -189,6 +189,7 @@ class Synthesiser:
         del self.work[request]
         if not work.tokens:
             self.capture.forget(request)
+            self.prompts.failed(work.prompt)
             return self._failed()
         rows = _joined(work.earlier, self.capture.rows_so_far(request))
         self.capture.forget(request)
@@ -237,6 +238,7 @@ class Synthesiser:
         for prompt, temperature, tokens, rows in torch.load(path, weights_only=True):
             asked = Prompt(*prompt)
             if self.prompts.is_new(asked.ids) and 0 < len(tokens) < self.max_answer_tokens:
+                self.prompts.goes_on(asked)
                 self._answer(Answer(asked, temperature, list(tokens), rows))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from apparate_llm.prepare.evaluate import calibration_error, ceiling
 from apparate_llm.prepare.pipeline import disk_errors
 from apparate_llm.prepare.plan import automatic_depths, automatic_inner
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
-from apparate_llm.prepare.splits import BLOCK, sources, split_of, splits_of_prompts
+from apparate_llm.prepare.splits import BLOCK, next_split, sources, split_of, splits_of_prompts
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.train import (
     BaseParts,
@@ -130,6 +131,18 @@ def test_every_block_of_conversations_has_one_to_choose_with_and_one_to_report_f
         assert part.count(VALIDATION) == part.count(TEST) == 1
     assert len({splits[block * BLOCK : (block + 1) * BLOCK].index(TEST) for block in range(50)}) > 8  # no fixed place
     assert splits != [split_of(number, "1") for number in range(50 * BLOCK)]
+
+
+def test_a_new_conversation_is_of_the_split_that_has_fewest_for_its_share():
+    counts: Counter[int] = Counter()
+    order = []
+    for _ in range(16 * 20):
+        order.append(next_split(counts))
+        counts[order[-1]] += 1
+        if len(order) > 15:
+            assert min(counts[VALIDATION], counts[TEST]) >= len(order) // 16
+    assert counts == {TRAIN: 14 * 20, VALIDATION: 20, TEST: 20}
+    assert next_split(counts - Counter({TEST: 3})) == TEST  # lost by a kill
 
 
 def test_prompts_about_one_passage_are_one_source():
