@@ -88,6 +88,11 @@ class RowStore:
         """[conversations] int8."""
         return self.column("kinds", self.counts["conversations"])
 
+    def splits(self) -> set[int]:
+        """That have a conversation."""
+        number = self.counts["conversations"]
+        return set(self.column("splits", number).tolist()) if number else set()
+
     def texts(self) -> Iterator[Text]:
         number = self.counts["conversations"]
         if not number:

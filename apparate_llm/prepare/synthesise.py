@@ -15,7 +15,7 @@ import torch
 from apparate_llm.files import replacing
 from apparate_llm.prepare.capture import Capture, conversation_of
 from apparate_llm.prepare.prompts import Opening, Prompt, PromptSource
-from apparate_llm.prepare.rows import Conversation
+from apparate_llm.prepare.rows import SPLIT_NAMES, Conversation
 from apparate_llm.prepare.store import RowStore
 
 UNDER_WAY = "under-way.pt"
@@ -75,6 +75,7 @@ class Synthesiser:
         self.step_s: list[float] = []
         self.failures = self.requests = 0
         self.kept_at = time.monotonic()
+        self.splits = store.splits()  # of finished conversations
         prompts.learn(store)
         torch.manual_seed(random.Random(f"{seed}/{self.number}").getrandbits(32))
         self._go_on()
@@ -96,12 +97,13 @@ class Synthesiser:
         on_step: Callable[[], None] = lambda: None,
         on_kept: Callable[[], None] = lambda: None,
     ) -> None:
-        """Work until there are `tokens` answer tokens or `enough()` says so; what is under way then is kept too.
+        """Work until there are `tokens` answer tokens and some of each split, or `enough()` says so; what is under way
+        then is kept too.
 
         most_tokens: what is wanted in the end; no more is begun than may lead there. on_kept: after each time that
         work was kept.
         """
-        while self.answer_tokens < tokens and not enough():
+        while (self.answer_tokens < tokens or len(self.splits) < len(SPLIT_NAMES)) and not enough():
             self._fill(most_tokens)
             began = time.monotonic()
             outputs = self.engine.step()
@@ -127,7 +129,7 @@ class Synthesiser:
     # ---- requests
 
     def _fill(self, most_tokens: float) -> None:
-        most = min(self.slots, (most_tokens - self.answer_tokens) / self._mean_answer())
+        most = min(self.slots, max(1.0, (most_tokens - self.answer_tokens) / self._mean_answer()))
         while len(self.work) < most:
             drawn = self.prompts.draw(self.number)
             if isinstance(drawn, Opening):
@@ -195,6 +197,7 @@ class Synthesiser:
         self.capture.forget(request)
         made = conversation_of(work.prompt.ids, work.tokens, rows)
         self.finished.append(made._replace(split=work.prompt.split, kind=work.prompt.kind))
+        self.splits.add(work.prompt.split)
         self.prompts.answered(made.answer, made.split)
         self.failures = 0
 

@@ -10,6 +10,7 @@ from apparate_llm.prepare.engine import generation_engine
 from apparate_llm.prepare.needs import Room, answer_limit, room_for_synthesis
 from apparate_llm.prepare.plan import Run
 from apparate_llm.prepare.prompts import PromptSource
+from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import Lap
 from apparate_llm.prepare.synthesise import Synthesiser
 from apparate_llm.progress import SECONDS, number
@@ -25,7 +26,8 @@ def synthesise_lap(run: Run, lap: Lap) -> dict[str, Any]:
         run.say(f"synthesise: done, {done['tokens']:,} answer tokens")
         return done
     is_time = run.clock.spent_s < lap.synthesise_until_s or not store.counts["rows"]
-    if is_time and store.counts["answer_tokens"] < lap.tokens:
+    is_short = store.counts["answer_tokens"] < lap.tokens or len(store.splits()) < len(SPLIT_NAMES)
+    if is_time and is_short:
         _synthesise(run, lap, room_for_synthesis(run))
         give_back_memory()
     counts = store.counts

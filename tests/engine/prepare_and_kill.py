@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from apparate_llm.prepare import schedule, synthesise
+from apparate_llm.prepare import synthesise
 from apparate_llm.prepare.pipeline import prepare
 from apparate_llm.prepare.plan import Plan
 from apparate_llm.prepare.store import INDEX, RowStore
@@ -126,7 +126,6 @@ def main() -> None:
     import vllm.v1.engine.llm_engine  # noqa: F401 - once, for all forks
 
     hurry_vllm()
-    schedule.ENOUGH_TOKENS = TOKENS  # for laps
     synthesise.KEEP_EVERY_S = 0.5  # much to lose, and often kept
     synthesise.LONG_ANSWER_S = 0.1
     kills, seed, out, *models = sys.argv[1:]
