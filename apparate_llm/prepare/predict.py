@@ -73,11 +73,15 @@ def predict(
         kinds = np.array([conversations[index].kind for index in asked[0].indices])
         found[str(number)] = {
             **_with_interval(asked, np.ones(len(kinds), dtype=bool), rng),
-            "plain_ms": round(float(asked[0].plain_ms.mean()), 3),
-            "ours_ms": round(float(asked[0].ours_ms.mean()), 3),
+            "plain_ms": _mean_ms(asked[0].plain_ms),
+            "ours_ms": _mean_ms(asked[0].ours_ms),
             "by_kind": {kind: _with_interval(asked, kinds == kind, rng) for kind in dict.fromkeys(kinds.tolist())},
         }
     return found
+
+
+def _mean_ms(values: np.ndarray) -> float | None:
+    return round(float(values.mean()), 3) if values.size else None
 
 
 def predict_both(

@@ -70,7 +70,15 @@ def write_pages(out: Path, report: dict[str, Any]) -> None:
 
 def advice(depths: list[dict[str, Any]]) -> dict[str, Any]:
     """The depth with the lowest TPT expected with one client on users' prompts, in one sentence."""
-    best = min(depths, key=lambda item: (item["predicted"]["1"]["users"]["tpt_ratio"], item["depth"]))
+    known = [
+        item for item in depths if all(part["users"]["tpt_ratio"] is not None for part in item["predicted"].values())
+    ]
+    if not known:
+        return {
+            "depth": depths[0]["depth"],
+            "sentence": "Too few test conversations to predict the gain: prepare with more tokens or time.",
+        }
+    best = min(known, key=lambda item: (item["predicted"]["1"]["users"]["tpt_ratio"], item["depth"]))
     predicted = best["predicted"]
     paying = [number for number, item in predicted.items() if item["users"]["tpt_ratio"] < PAYS]
     if not paying:

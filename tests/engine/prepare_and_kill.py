@@ -23,7 +23,7 @@ from apparate_llm.prepare.store import INDEX, RowStore
 from apparate_llm.ramps.checkpoint import RampError, read_manifest
 from tests.harness import hurry_vllm
 
-TOKENS = 1500
+TOKENS = 3000
 USER_PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7", "w8 w9 w10 w11 w12"]
 
 

@@ -41,7 +41,7 @@ def prepared(tiny_models, tmp_path_factory):
 def test_kills_lose_no_finished_work(prepared):
     _, reports = prepared
     assert len(reports) == len(MODEL_TYPES)
-    assert sum(report["killed"] for report in reports) >= 15  # the others had finished before
+    assert sum(report["killed"] for report in reports) >= 10  # the others had finished before
     assert sum(report["kept"] for report in reports) > 0
     assert all(report["made"] >= 3 and not report["leftovers"] for report in reports)
 
