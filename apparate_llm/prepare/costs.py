@@ -1,7 +1,7 @@
 """Costs that `profile` measured, as the simulation asks for them; and drawn anew by how far they may be off."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class ProfiledCosts:
     passes: dict[int, Curve]  # requests -> over rows
     prompts: Curve  # over tokens: what a step takes that reads a prompt
     rounds: Curve  # over rows
+    plain_frac: float  # how much longer plain vLLM's pass takes
     _passes: dict[tuple[int, int], float]
 
     @classmethod
@@ -60,8 +61,14 @@ class ProfiledCosts:
             passes=dict(sorted(passes.items())),
             prompts=curve(drawn(profiled.get("prompt_ms") or _guessed_prompts(completion), "prompt")),
             rounds=curve(drawn(profiled["round_ms"][str(depth)], "round")),
+            plain_frac=profiled.get("plain_frac", 1.0),
             _passes={},
         )
+
+    def plain(self) -> "ProfiledCosts":
+        """Of plain vLLM."""
+        passes = {size: (places, ms * self.plain_frac) for size, (places, ms) in self.passes.items()}
+        return replace(self, passes=passes, _passes={})
 
     def pass_ms(self, requests: int, rows: int, prompt_tokens: int) -> float:
         decoding = self._decoding_ms(requests, rows) if requests else 0.0

@@ -119,7 +119,7 @@ def _serve(
         max_exits=config.max_exits,
         waiting_weight=config.waiting_weight,
     )
-    plain, ours = Simulation(costs), Simulation(costs, policy)
+    plain, ours = Simulation(costs.plain()), Simulation(costs, policy)
     found = {}
     for number in clients:
         blocks = _blocks(len(conversations), number)

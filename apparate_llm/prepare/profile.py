@@ -19,6 +19,7 @@ from apparate_llm.launch import server_environment
 
 BATCH_SIZES = (1, 4, 16, 2, 8, 32)  # the first ones always, the others while there is time
 FEWEST_SIZES = 2
+PLAIN_SIZES = 3  # of them
 HELD = (1, 3, 7)  # exits checked per request, in passes of at most
 MOST_ROWS = 64
 PROMPTS = (32, 128, 512)  # tokens
@@ -30,7 +31,8 @@ PROMPT_TOKENS = 64
 MAX_TOKENS = 400
 KV_CACHE_BYTES = 1 << 30
 LIMIT_S = 300.0
-START_S = 25.0  # of an engine, its libraries and compilation, on a slow day
+UNKNOWN_SPREAD = 0.1  # where there was one turn only
+START_S = 70.0  # of an engine, its libraries and compilation, on a slow day
 READ_BYTES_PER_S = 8e9  # of weights, per pass
 
 
@@ -52,10 +54,11 @@ def profile(
     log: Path | None = None,
     on_progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> dict[str, Any]:
-    """What a server pays, as medians in ms:
+    """What a server pays in ms, medians of the quietest of TURNS turns:
 
     `completion_ms`: requests -> an engine step without rounds, one row per request; `pass_ms`: requests -> rows -> the
-    same with held exits to check; `prompt_ms`: tokens -> a step that reads a prompt; `round_ms`: depth -> requests ->
+    same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes, whose weights are in small
+    pages; `prompt_ms`: tokens -> a step that reads a prompt; `round_ms`: depth -> requests ->
     one round; `spread_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
 
     limit_s: it ends about then, with fewer sizes and steps where the model is slow. log: what the engine prints.
@@ -145,8 +148,9 @@ class Measurements:
         return self.until_s - time.monotonic()
 
     def of(self, *key: Any) -> float:
-        """The median over all turns."""
-        return round(median(ms for turn in self.turns[key] for ms in turn), 4)
+        """The median of the quietest turn: what else runs on a machine makes all of a turn slower, and comes and
+        goes."""
+        return round(min(map(median, self.turns[key])), 4)
 
     def result(self, depths: list[int]) -> dict[str, Any]:
         sizes = sorted(key[1] for key in self.turns if key[0] == "completion")
@@ -157,19 +161,26 @@ class Measurements:
             "completion_ms": {str(size): self.of("completion", size) for size in sizes},
             "pass_ms": passes,
             "prompt_ms": {str(key[1]): self.of(*key) for key in sorted(self.turns) if key[0] == "prompt"},
+            "plain_frac": self.plain_frac(),
             "round_ms": {str(depth): {str(size): self.of("round", depth, size) for size in sizes} for depth in depths},
             "spread_frac": {kind: self.spread_frac(kind) for kind in ("completion", "pass", "prompt", "round")},
         }
 
-    def spread_frac(self, kind: str) -> float:
-        """Twice the typical standard error of this kind's medians, by how the turns differ."""
-        off = [
-            abs(median(turn) / self.of(*key) - 1.0)
-            for key, turns in self.turns.items()
-            if key[0] == kind and len(turns) > 1
-            for turn in turns
+    def plain_frac(self) -> float:
+        """Of the turns before and after the weights went to huge pages."""
+        known = [key for key in self.turns if key[0] == "plain"]
+        times = [
+            median(self.turns[key][0]) / median(self.turns["completion", key[1]][0])
+            for key in known
+            if ("completion", key[1]) in self.turns
         ]
-        return round(2.0 * 1.25 * (sum(off) / len(off)) / TURNS**0.5, 4) if off else 0.1
+        return round(max(1.0, median(times)), 4) if times else 1.0
+
+    def spread_frac(self, kind: str) -> float:
+        """By how much these medians may be off (95 %): how far the two quietest turns differ, on average."""
+        known = [sorted(map(median, turns)) for key, turns in self.turns.items() if key[0] == kind and len(turns) > 1]
+        off = [turns[1] / turns[0] - 1.0 for turns in known]
+        return round(sum(off) / len(off), 4) if off else UNKNOWN_SPREAD
 
 
 class Profiler:
@@ -183,7 +194,8 @@ class Profiler:
 
         # Static with these thresholds holds every exit, as many as `max_exits` says.
         knobs = {"ramps": str(ramps), "policy": "static", "state": "none", "accuracy_bound": 0.0}
-        config = parse_config({**knobs, "hold_threshold": 0.0, "max_rows": 65536})
+        # The weights go to huge pages when plain vLLM's passes are measured.
+        config = parse_config({**knobs, "hold_threshold": 0.0, "max_rows": 65536, "huge_pages": False})
         self.longest = min(max(PROMPTS) + PROMPT_TOKENS + MAX_TOKENS, context_length(model))
         self.llm = LLM(
             str(model),
@@ -205,6 +217,7 @@ class Profiler:
 
     def run(self, measured: Measurements) -> None:
         """Turn by turn over the sizes; sizes are left out, and steps, when there is no time for them."""
+        self._plain(measured)
         sizes = list(BATCH_SIZES)
         for turn in range(TURNS):
             self._prompts(measured)
@@ -220,6 +233,18 @@ class Profiler:
                     sizes = sizes[: max(FEWEST_SIZES, place + 1)]
 
     # ---- what is measured
+
+    def _plain(self, measured: Measurements) -> None:
+        from apparate_llm.engine.huge_pages import use_huge_pages
+
+        for size in BATCH_SIZES[:PLAIN_SIZES]:
+            names = self._begin(size)
+            with self._without_rounds():
+                measured.add(("plain", size), _times_ms(self.engine.step, STEPS))
+            self.engine.abort_request(names)
+            self.engine.step()
+        if moving := use_huge_pages():
+            moving.join()
 
     def _size(self, measured: Measurements, size: int, steps: int) -> None:
         names = self._begin(size)

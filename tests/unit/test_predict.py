@@ -205,3 +205,10 @@ def test_costs_between_what_was_measured_are_linear_and_never_fall():
     assert served.pass_ms(0, 0, 32) == pytest.approx(36.0)
     assert served.pass_ms(4, 4, 32) == pytest.approx(36.6)
     assert served.pass_ms(1, 20, 0) > served.pass_ms(1, 8, 0)
+
+
+def test_plain_vllm_pays_for_its_small_pages():
+    """What it takes more per pass is a gain of ours as well."""
+    settings = {"depth": 0, "num_layers": 12, "clients": (1,), "max_tokens": TOKENS}
+    same, more = (predict(conversations(0.8), profiled() | {"plain_frac": frac}, **settings) for frac in (1.0, 1.2))
+    assert only(more) == pytest.approx(only(same) / 1.2, rel=0.01)

@@ -126,8 +126,11 @@ def test_a_profile_says_how_far_its_medians_may_be_off():
     found = measured.result([0])
     assert found["completion_ms"] == {"1": 10.0, "4": 40.0}
     assert found["pass_ms"] == {"1": {"2": 11.0}, "4": {"8": 44.0}}
-    assert found["round_ms"] == {"0": {"1": 2.0, "4": 2.0}}
-    assert found["spread_frac"]["completion"] == 0.0 and found["spread_frac"]["round"] > 0.2
+    assert found["round_ms"] == {"0": {"1": 1.0, "4": 1.0}}  # of the quietest turn
+    assert found["spread_frac"]["completion"] == 0.0 and found["spread_frac"]["round"] == 1.0
+    assert found["plain_frac"] == 1.0
+    measured.add(("plain", 1), [11.5] * 5)
+    assert measured.result([0])["plain_frac"] == 1.15
     assert found["prompt_ms"] == {} and found["spread_frac"]["prompt"] > 0
 
 
