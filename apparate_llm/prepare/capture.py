@@ -1,14 +1,19 @@
-"""Takes training rows out of vLLM while it generates, so that no second forward pass is needed."""
+"""Takes training rows out of vLLM while it generates, so that no second forward pass is needed.
+
+Tokens that are not greedy are drawn here as well, among the best ones that are at hand: all requests are greedy to
+vLLM, which else draws over the whole vocabulary for every request of a batch.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from apparate_llm.prepare.engine import runner_of
+from apparate_llm.prepare.engine import CACHE_BLOCK, runner_of
 from apparate_llm.prepare.rows import TOP, Conversation
 
 SEGMENT = 64
+DRAWN_FROM = 64  # of the best tokens one is drawn
 MOST_STEPS = 32  # kept whole before their rows go to their requests
 
 
@@ -24,8 +29,8 @@ class _Watched:
 class Capture:
     """Records what an in-process vLLM engine computes for the tokens of its answers.
 
-    llm: a `vllm.LLM` with enforce_eager=True and without prefix caching, in this process
-    (VLLM_ENABLE_V1_MULTIPROCESSING=0). depths: residual streams to keep; depth 0, the embedding, needs none.
+    llm: a `vllm.LLM` with enforce_eager=True in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0). Where it caches
+    prefixes, see `needs_last_rows`. depths: residual streams to keep; depth 0, the embedding, needs none.
     """
 
     def __init__(self, llm: Any, *, depths: tuple[int, ...]) -> None:
@@ -37,9 +42,11 @@ class Capture:
         self.depths = depths
         self.keys: tuple[int | str, ...] = (*depths, "final", "top_ids", "top_logprobs")
         self._watched: dict[str, _Watched] = {}
+        self._temperatures: dict[str, float] = {}  # of requests whose tokens are drawn
         self._seen: dict[int, torch.Tensor] = {}  # residual streams of the pass under way
         self._steps: list[dict[int | str, torch.Tensor]] = []
         self._top_rows: list[tuple[int, int]] = []  # (row of the logits, row of the step)
+        self._drawn_rows: list[tuple[int, float]] = []  # (row of the logits, temperature)
         for depth in depths:
             model.model.layers[depth].register_forward_pre_hook(self._layer_hook(depth))
         self._forward, self.runner._model_forward = self.runner._model_forward, self._watched_forward
@@ -49,8 +56,13 @@ class Capture:
         """Keep the rows of this request from the last but one of its prompt's `num_prompt` tokens on."""
         self._watched[request_id] = _Watched(next_position=num_prompt - 2)
 
+    def draw(self, request_id: str, temperature: float) -> None:
+        """Draw this request's tokens among the DRAWN_FROM best ones instead of taking the best."""
+        self._temperatures[request_id] = temperature
+
     def forget(self, request_id: str) -> None:
         self._watched.pop(request_id, None)
+        self._temperatures.pop(request_id, None)
 
     def _layer_hook(self, depth: int) -> Any:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -65,10 +77,12 @@ class Capture:
             self._hand_out()
         batch, starts = self.runner.input_batch, self.runner.query_start_loc.np
         keep: list[int] = []
-        self._top_rows = []
-        for index, request_id in enumerate(batch.req_ids):
-            # vLLM appends random characters to the caller's id.
-            if (watched := self._watched.get(request_id.rpartition("-")[0])) is None:
+        self._top_rows, self._drawn_rows = [], []
+        for index, given in enumerate(batch.req_ids):
+            request_id = given.rpartition("-")[0]  # vLLM appends random characters to the caller's id
+            if temperature := self._temperatures.get(request_id):
+                self._drawn_rows.append((index, temperature))
+            if (watched := self._watched.get(request_id)) is None:
                 continue
             first, end = int(starts[index]), int(starts[index + 1])
             position = int(batch.num_computed_tokens_cpu[index])
@@ -92,8 +106,16 @@ class Capture:
         logprobs = torch.zeros(len(step["final"]), TOP, dtype=torch.float16)
         if self._top_rows:
             wanted, rows = (torch.tensor(part) for part in zip(*self._top_rows, strict=True))
-            values, best = top_tokens(logits[wanted])
+            values, best = top_tokens(logits[wanted], TOP)
             ids[rows], logprobs[rows] = best.int(), values.half()
+        if self._drawn_rows:
+            drawn_rows, temperatures = (torch.tensor(part) for part in zip(*self._drawn_rows, strict=True))
+            values, best = top_tokens(logits[drawn_rows], DRAWN_FROM)
+            # The greatest of log-probabilities with Gumbel noise is a sample (Gumbel 1954; Maddison et al., NeurIPS
+            # 2014).
+            noise = -torch.empty_like(values).exponential_().log()
+            chosen = (values / temperatures[:, None] + noise).argmax(-1, keepdim=True)
+            logits[drawn_rows, best.gather(1, chosen)[:, 0]] = torch.finfo(logits.dtype).max
         step["top_ids"], step["top_logprobs"] = ids, logprobs
         return logits
 
@@ -139,20 +161,26 @@ def conversation_of(prompt: list[int], answer: list[int], rows: dict[int | str, 
     )
 
 
-def top_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities [n, TOP] (float32) and ids [n, TOP] of the best tokens; logits [n, vocab].
+def needs_last_rows(num_prompt: int) -> bool:
+    """Whether a prefix cache may hold all of a prompt but its last token: then the row before that would be missing, so
+    such a prompt must not be read from it."""
+    return (num_prompt - 1) % CACHE_BLOCK == 0
 
-    The best TOP values lie in the TOP segments with the greatest maxima: one pass instead of a sort of every row.
+
+def top_tokens(logits: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [n, number] (float32) and ids [n, number] of the best tokens; logits [n, vocab].
+
+    The best values lie in as many segments with the greatest maxima: one pass instead of a sort of every row.
     """
     num_rows, vocab = logits.shape
     normalizer = logits.float().logsumexp(-1, keepdim=True)
-    if vocab < TOP * SEGMENT:
-        best = logits.topk(min(TOP, vocab), dim=-1)
+    if vocab < number * SEGMENT:
+        best = logits.topk(min(number, vocab), dim=-1)
         return best.values.float() - normalizer, best.indices
     padding = -vocab % SEGMENT
     segments = torch.nn.functional.pad(logits, (0, padding), value=float("-inf")).view(num_rows, -1, SEGMENT)
-    chosen = segments.amax(-1).topk(TOP, dim=-1).indices
+    chosen = segments.amax(-1).topk(number, dim=-1).indices
     candidates = torch.gather(segments, 1, chosen[..., None].expand(-1, -1, SEGMENT)).flatten(1)
-    best = candidates.topk(TOP, dim=-1)
+    best = candidates.topk(number, dim=-1)
     ids = torch.gather(chosen, 1, best.indices // SEGMENT) * SEGMENT + best.indices % SEGMENT
     return best.values.float() - normalizer, ids

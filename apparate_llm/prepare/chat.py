@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ Message = dict[str, Any]
 MIN_PROMPT_TOKENS = 2
 BREAK = "\n\n"  # between paragraphs
 WORDS = ("apple", "bird")  # a user's: they begin and end differently
+REPLY = "mountain"
 SYSTEM = "You are a helpful assistant."  # where a template wants one
 DETAIL_CHARACTERS = 100
 
@@ -86,6 +88,7 @@ class ChatFormat:
         self.template = template_of(tokenizer)
         self.in_parts = False  # contents are lists of parts
         self._affixes: dict[str | None, tuple[str, str] | None] = {}
+        self._turn: list[int] | None = None  # once it was looked for
         self.is_plain = not (self.is_mistral or self.template is not None) or not self._takes_words()
         self.say = say
         if self.is_plain:
@@ -126,6 +129,24 @@ class ChatFormat:
             first = self.tokenizer.decode(ids) if (ids := self._first()) else ""
             return first + (f"{system}{BREAK}" if system else ""), BREAK
         return next(found for wanted in (system, None, SYSTEM) if (found := self._around(wanted)) is not None)
+
+    def can_go_on(self, answer: list[int]) -> bool:
+        """Whether a user's next words can follow this answer: it ended by itself, and the template simply goes on."""
+        return bool(answer) and self._turn_ids()[:1] == answer[-1:]
+
+    def next_turn(self, words: str) -> list[int]:
+        """Token ids of a user's next words, after an answer that `can_go_on`, up to where the next answer starts;
+        raises LeftOut."""
+        return self._turn_ids()[1:] + self.encode(words + self.affixes()[1])
+
+    def _turn_ids(self) -> list[int]:
+        """From the token that ends an answer up to the user's next words; none where there is no such token."""
+        if self._turn is None:
+            self._turn = []
+            with suppress(LeftOut):
+                if not self.is_plain and (between := self._between_turns()):
+                    self._turn = self.encode(between)
+        return self._turn
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that holds its special tokens; raises LeftOut."""
@@ -179,6 +200,20 @@ class ChatFormat:
             except LeftOut:
                 self._affixes[system] = None
         return self._affixes[system]
+
+    def _between_turns(self) -> str | None:
+        """What stands between an answer and the user's next words."""
+        system = next(wanted for wanted in (None, SYSTEM) if self._around(wanted) is not None)
+        before, after = self.affixes(system)
+        head = [] if system is None else [{"role": "system", "content": system}]
+        turns = [("user", WORDS[0]), ("assistant", REPLY), ("user", WORDS[1])]
+        messages = [*head, *({"role": role, "content": words} for role, words in turns)]
+        try:
+            text: str = self._apply([self._with_content(message) for message in messages])
+        except LeftOut:
+            return None
+        start, end = f"{before}{WORDS[0]}{after}{REPLY}", WORDS[1] + after
+        return text[len(start) : -len(end)] if text.startswith(start) and text.endswith(end) else None
 
     def _apply(self, messages: list[Message], *, tokenize: bool = False) -> Any:
         own = {} if self.is_mistral else {"chat_template": self.template}

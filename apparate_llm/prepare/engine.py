@@ -12,6 +12,7 @@ MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 128
 MAX_NUM_BATCHED_TOKENS = 2048
 KV_CACHE_GIB = 2
+CACHE_BLOCK = 32  # tokens of which a prefix cache holds all or none
 ELEMENT_SIZE = 2  # bytes of a state's value: vLLM by itself runs models in bfloat16 or float16
 
 
@@ -41,6 +42,7 @@ def generation_engine(model: Path, *, seed: int = 0, **settings: Any) -> Iterato
             "kv_cache_memory_bytes": KV_CACHE_GIB << 30,
             "enforce_eager": True,
             "enable_prefix_caching": False,
+            "block_size": CACHE_BLOCK,
             "seed": seed,
             **settings,
         },

@@ -1,5 +1,5 @@
-"""The prompts of a preparation: the user's, questions about texts that the model wrote, and openings for the model to
-go on with."""
+"""The prompts of a preparation: the user's, next turns after an answer, questions about texts that the model wrote, and
+openings for the model to go on with."""
 
 import random
 from collections import Counter, deque
@@ -10,13 +10,23 @@ from apparate_llm.prepare.chat import MIN_PROMPT_TOKENS, ChatFormat, LeftOut
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
 from apparate_llm.prepare.splits import next_split, splits_of_prompts
 from apparate_llm.prepare.store import RowStore
-from apparate_llm.prepare.topics import CODE_OPENINGS, OPENINGS, PASSAGE_TASKS, SYSTEM_PROMPTS
+from apparate_llm.prepare.topics import (
+    CODE_OPENINGS,
+    NEXT_TURNS,
+    NEXT_TURNS_ON_CODE,
+    OPENINGS,
+    PASSAGE_TASKS,
+    SYSTEM_PROMPTS,
+)
 
 Messages = list[dict[str, str]]
 KINDS = ("open", "code", "passage", "user")  # of a prompt; the last are the user's own
 
-PASSAGE_SHARE = 0.3  # of the prompts ask about a text that the model wrote earlier
-CODE_SHARE = 0.3  # of the other prompts open like a programmer's
+NEXT_TURN_SHARE = 0.4  # of the prompts go on after an answer: they cost least, as all before them was computed
+MOST_TURNS_TOKENS = 640  # of what is gone on with
+MOST_ANSWERS = 64  # of each split that can be gone on with: the newest, whose keys and values are still there
+PASSAGE_SHARE = 0.3  # of the others ask about a text that the model wrote earlier
+CODE_SHARE = 0.3  # of the rest open like a programmer's
 USER_SHARE = 1 / 3  # of the prompts, while those given by the user last
 SYSTEM_SHARE = 0.3  # have another system prompt than the chat template's own
 MIN_PASSAGE_TOKENS = 96
@@ -56,12 +66,16 @@ class PromptSource:
         self._passages: dict[int, deque[list[int]]] = {
             split: deque(maxlen=MOST_PASSAGES) for split in (TRAIN, VALIDATION, TEST)
         }
+        self._answers: dict[int, deque[tuple[Prompt, list[int]]]] = {
+            split: deque(maxlen=MOST_ANSWERS) for split in (TRAIN, VALIDATION, TEST)
+        }
 
     def learn(self, store: RowStore) -> None:
         """Know what was asked and answered before this start."""
         for text in store.texts():
-            self.goes_on(Prompt(text.prompt, text.kind, text.split))
-            self.answered(text.answer, text.split)
+            prompt = Prompt(text.prompt, text.kind, text.split)
+            self.goes_on(prompt)
+            self.answered(prompt, text.answer)
         self._user = deque(prompt for prompt in self._user if self.is_new(prompt.ids))
 
     def asked(self, ids: list[int]) -> None:
@@ -76,9 +90,12 @@ class PromptSource:
         """No conversation came of it."""
         self._counts[prompt.split] -= prompt.kind != KINDS.index("user")
 
-    def answered(self, answer: list[int], split: int) -> None:
+    def answered(self, prompt: Prompt, answer: list[int]) -> None:
         if len(answer) >= MIN_PASSAGE_TOKENS:
-            self._passages[split].append(answer)
+            self._passages[prompt.split].append(answer)
+        is_short = len(prompt.ids) + len(answer) <= MOST_TURNS_TOKENS
+        if is_short and KINDS[prompt.kind] in ("open", "code") and self.chat.can_go_on(answer):
+            self._answers[prompt.split].append((prompt, answer))
 
     def is_new(self, ids: list[int]) -> bool:
         """Whether a prompt fits in the context and was not asked yet."""
@@ -91,6 +108,8 @@ class PromptSource:
             prompt = self._user.popleft()
             return prompt if self.is_new(prompt.ids) else None
         split = next_split(self._counts)
+        if self._answers[split] and rng.random() < NEXT_TURN_SHARE:
+            return self._next_turn(split, rng)
         if self._passages[split] and rng.random() < PASSAGE_SHARE:
             passage = self.chat.tokenizer.decode(rng.choice(self._passages[split]), skip_special_tokens=True).strip()
             before, after = self._affixes(rng)
@@ -104,6 +123,15 @@ class PromptSource:
         text = rng.choice(CODE_OPENINGS if kind == "code" else OPENINGS)
         self._counts[split] += 1
         return Opening(before, text, after, KINDS.index(kind), split)
+
+    def _next_turn(self, split: int, rng: random.Random) -> Prompt | None:
+        before, answer = self._answers[split].pop()
+        words = rng.choice(NEXT_TURNS_ON_CODE if KINDS[before.kind] == "code" else NEXT_TURNS)
+        ids = before.ids + answer + self.chat.next_turn(words)
+        if not self.is_new(ids):
+            return None
+        self._counts[split] += 1
+        return Prompt(ids, before.kind, split)
 
     def written(self, opening: Opening, text: str) -> Prompt | None:
         """The prompt that the model made of an opening; None if it is no good."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from apparate_llm.files import replacing
-from apparate_llm.prepare.capture import Capture, conversation_of
+from apparate_llm.prepare.capture import Capture, conversation_of, needs_last_rows
 from apparate_llm.prepare.prompts import Opening, Prompt, PromptSource
 from apparate_llm.prepare.rows import SPLIT_NAMES, Conversation
 from apparate_llm.prepare.store import RowStore
@@ -28,6 +28,7 @@ MOST_FAILURES = 500  # prompts in a row that lead to nothing
 PRIOR_ANSWERS = 32
 CUT_ANSWER_TOKENS = 16  # an unfinished answer is used from there on
 # Decoding temperature of one conversation after another: mostly greedy, which is also how agreement is measured.
+DRAFT_TEMPERATURE = 1.0  # of prompts that the model writes
 TEMPERATURES = (0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.8, 0.0)
 
 
@@ -149,8 +150,8 @@ class Synthesiser:
         from vllm import SamplingParams
 
         ends = self.prompts.chat.stops(draft.opening.after)
-        params = SamplingParams(temperature=1.0, max_tokens=self.max_prompt_tokens, **ends)
-        self._add(draft, self.prompts.start(draft.opening), params)
+        params = SamplingParams(temperature=0.0, max_tokens=self.max_prompt_tokens, **ends)
+        self.capture.draw(self._add(draft, self.prompts.start(draft.opening), params), DRAFT_TEMPERATURE)
 
     def _answer(self, answer: Answer) -> None:
         from vllm import SamplingParams
@@ -158,8 +159,10 @@ class Synthesiser:
         self.prompts.asked(answer.prompt.ids)
         left = self.max_answer_tokens - len(answer.tokens)
         context = answer.prompt.ids + answer.tokens
-        params = SamplingParams(temperature=answer.temperature, max_tokens=left, detokenize=False)
-        self.capture.watch(self._add(answer, context, params), len(context))
+        params = SamplingParams(temperature=0.0, max_tokens=left, detokenize=False)
+        request = self._add(answer, context, params)
+        self.capture.watch(request, len(context))
+        self.capture.draw(request, answer.temperature)
 
     def _add(self, work: Answer | _Draft, ids: list[int], params: Any) -> str:
         from vllm.sampling_params import RequestOutputKind
@@ -167,7 +170,8 @@ class Synthesiser:
         params.output_kind = RequestOutputKind.DELTA
         request = f"{self.requests}"
         self.requests += 1
-        self.engine.add_request(request, {"prompt_token_ids": ids}, params)
+        salt = {"cache_salt": request} if isinstance(work, Answer) and needs_last_rows(len(ids)) else {}
+        self.engine.add_request(request, {"prompt_token_ids": ids, **salt}, params)
         self.work[request] = work
         return request
 
@@ -181,6 +185,7 @@ class Synthesiser:
         work.text += news.text
         if output.finished:
             del self.work[output.request_id]
+            self.capture.forget(output.request_id)
             prompt = self.prompts.written(work.opening, work.text)
             if prompt is None:
                 self._failed()
@@ -198,7 +203,7 @@ class Synthesiser:
         made = conversation_of(work.prompt.ids, work.tokens, rows)
         self.finished.append(made._replace(split=work.prompt.split, kind=work.prompt.kind))
         self.splits.add(work.prompt.split)
-        self.prompts.answered(made.answer, made.split)
+        self.prompts.answered(work.prompt, work.tokens)
         self.failures = 0
 
     def _failed(self) -> None:

@@ -53,7 +53,11 @@ def _synthesise(run: Run, lap: Lap, room: Room) -> None:
             facts="starting the model",
         ) as bar,
         generation_engine(
-            plan.model, seed=plan.seed, max_num_seqs=room.slots, kv_cache_memory_bytes=room.kv_cache_bytes
+            plan.model,
+            seed=plan.seed,
+            max_num_seqs=room.slots,
+            kv_cache_memory_bytes=room.kv_cache_bytes,
+            enable_prefix_caching=True,
         ) as llm,
     ):
         synthesiser = _synthesiser(run, llm, room)

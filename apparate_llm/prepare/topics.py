@@ -47,6 +47,22 @@ PASSAGE_TASKS = (
     "Continue this text:\n\n{}", "{}\n\nWrite three questions about this text and answer them.",
 )  # fmt: skip
 
+# What a user says next, after an answer.
+NEXT_TURNS = (
+    "Explain that in more detail.", "Give me an example.", "Can you make it shorter?", "Why?", "What else?",
+    "Rewrite it for a child.", "Put that into a table.", "What are the disadvantages?", "Now make it more formal.",
+    "Summarize what you said.", "Are you sure?", "Give me three more.", "How would I start?", "Translate it to French.",
+    "Turn it into a list.", "What is the most important point?", "Continue.", "Compare it with the alternatives.",
+)  # fmt: skip
+
+NEXT_TURNS_ON_CODE = (
+    "Add type hints and a docstring.", "Write unit tests for it.", "Explain it line by line.", "Make it faster.",
+    "Rewrite it in JavaScript.", "Rewrite it in Python.", "Handle errors and bad input.", "Now as a class.",
+    "Can you do it without libraries?", "Add comments.", "Show me how to use it.", "What is its complexity?",
+    "Rename the variables so that they say what they are.", "Add logging.", "Make it shorter.", "Rewrite it in C++.",
+    "There is a bug in it. Fix it.", "Add a command line interface.", "Now do the opposite.", "Give me another way.",
+)  # fmt: skip
+
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "You are a concise assistant. Answer briefly.", "You are an expert programmer.",
     "Answer in detail and step by step.", "You are a friendly teacher.", "You are a professional translator.",

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm import SamplingParams
 
-from apparate_llm.prepare.capture import Capture
+from apparate_llm.prepare.capture import DRAWN_FROM, Capture
 from apparate_llm.prepare.chat import ChatFormat
-from apparate_llm.prepare.engine import environment
+from apparate_llm.prepare.engine import CACHE_BLOCK, environment
 from apparate_llm.prepare.needs import disk_bytes
-from apparate_llm.prepare.prompts import KINDS, PromptSource
+from apparate_llm.prepare.prompts import KINDS, Prompt, PromptSource
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, Rows, rows_of
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise import UNDER_WAY, Answer, Synthesiser, generate_rows
@@ -142,6 +143,49 @@ def test_captured_rows_are_what_the_model_computes_for_each_text_alone(settings,
     check_rows(tiny_llama, rows_of(conversations), [(one.prompt, one.answer) for one in conversations])
 
 
+@pytest.mark.parametrize("length", [64, 65, 66])
+def test_rows_of_a_prompt_that_a_prefix_cache_knows_are_whole(length, tiny_llama, tmp_path):
+    """Read by another request before: what is left to compute is one block, the last token only, or two tokens."""
+    (prompt,) = (prompt["prompt_token_ids"] for prompt in token_prompts(1, length=length))
+    with Engine(tiny_llama, enable_prefix_caching=True, block_size=CACHE_BLOCK) as engine:
+        synthesiser = tiny_synthesiser(engine, tmp_path)
+        for _ in range(2):
+            synthesiser._answer(Answer(Prompt(prompt, 0, TRAIN), 0.0))
+            while synthesiser.work:
+                for output in engine.llm.llm_engine.step():
+                    synthesiser._take(output)
+    first, second = synthesiser.finished
+    assert first.answer == second.answer
+    assert len(first.final) == len(second.final) == len(first.answer) + 1
+    check_rows(tiny_llama, rows_of([first, second]), [(one.prompt, one.answer) for one in (first, second)])
+
+
+def test_tokens_are_drawn_with_their_probabilities_among_the_best(tiny_llama):
+    """The first token of one prompt, asked a thousand times at temperature 1."""
+    (prompt,) = (prompt["prompt_token_ids"] for prompt in token_prompts(1, length=12))
+    torch.manual_seed(0)
+    times = 1000
+    with Engine(tiny_llama, max_num_seqs=50) as engine:
+        capture = Capture(engine.llm, depths=(2,))
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        for number in range(times):
+            capture.draw(f"{number}", 1.0)
+            engine.llm.llm_engine.add_request(f"{number}", {"prompt_token_ids": prompt}, params)
+        drawn = []
+        while engine.llm.llm_engine.has_unfinished_requests():
+            drawn += [output.outputs[0].token_ids[0] for output in engine.llm.llm_engine.step()]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.inference_mode():
+        probability, tokens = model(torch.tensor([prompt])).logits[0, -1].softmax(-1).topk(DRAWN_FROM)
+    assert set(drawn) <= set(tokens.tolist())
+    counts = torch.bincount(torch.tensor(drawn), minlength=model.config.vocab_size)[tokens]
+    expected = times * probability / probability.sum()
+    off = (counts - expected).abs() / expected.sqrt()
+    assert off.max() < 4.5, "some token comes too often or too seldom"
+
+
 def check_rows(folder: Path, rows: Rows, texts: list[tuple[list[int], list[int]]]) -> None:
     """Against what the model computes for each text alone."""
     from transformers import AutoModelForCausalLM
@@ -169,7 +213,7 @@ def test_answers_under_way_go_on_after_a_kill_with_the_rows_they_have(tiny_llama
     """Kept in the middle of answers, as a kill finds them, and gone on with by another engine."""
     kept = []
     for steps in (12, 30, None):
-        with Engine(tiny_llama) as engine:
+        with Engine(tiny_llama, enable_prefix_caching=True, block_size=CACHE_BLOCK) as engine:
             synthesiser = tiny_synthesiser(engine, tmp_path)
             under_way = [work for work in synthesiser.work.values() if isinstance(work, Answer)]
             assert [len(work.tokens) for work in under_way] == kept

@@ -353,7 +353,7 @@ def test_the_ceiling_is_of_answer_rows_only(rows):
 def test_top_tokens_are_those_of_a_sort(vocab):
     torch.manual_seed(vocab)
     logits = torch.randn(7, vocab)
-    values, ids = top_tokens(logits)
+    values, ids = top_tokens(logits, TOP)
     expected = logits.log_softmax(-1).topk(TOP)
     torch.testing.assert_close(values, expected.values)
     assert torch.equal(ids, expected.indices)

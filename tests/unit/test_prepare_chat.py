@@ -214,6 +214,39 @@ def test_a_refused_system_prompt_is_done_without_and_one_that_is_wanted_is_given
     assert "Be brief." in chat.affixes("Be brief.")[0]
 
 
+@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, IN_TURN])
+def test_the_next_turn_is_what_the_template_makes_of_it(template):
+    tokenizer = letters(template)
+    chat = ChatFormat(tokenizer, max_model_len=2048)
+    before, after = chat.affixes()
+    answer = [*tokenizer.encode("four"), *tokenizer.encode("<|im_end|>")]
+    assert chat.can_go_on(answer)
+    ids = chat.encode(f"{before}2 + 2?{after}") + answer + chat.next_turn("Why?")
+    whole = [user("2 + 2?"), {"role": "assistant", "content": "four"}, user("Why?")]
+    assert tokenizer.decode(ids) == said(tokenizer, whole)
+
+
+def test_an_answer_that_was_cut_off_is_not_gone_on_with():
+    tokenizer = letters(CHATML)
+    chat = ChatFormat(tokenizer, max_model_len=2048)
+    assert not chat.can_go_on(tokenizer.encode("four")) and not chat.can_go_on([])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        CONCATENATED,  # does not say where an answer starts
+        "{% if messages | length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + CHATML,
+        "<|im_start|>{{ messages[-1].content }}<|im_end|>\n",  # forgets the turns before
+    ],
+)
+def test_where_a_template_has_no_next_turn_there_is_none(template):
+    tokenizer = letters(template)
+    chat = ChatFormat(tokenizer, max_model_len=2048)
+    assert not chat.can_go_on(tokenizer.encode("four<|im_end|>"))
+
+
 @pytest.mark.parametrize(
     ("template", "special"), [(None, False), (None, True), (CHATML, True), ("{{ messages[-1].content }}", False)]
 )
