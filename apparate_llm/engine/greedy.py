@@ -13,7 +13,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from apparate_llm.best import best_tokens
+from apparate_llm.argmax import best_tokens
 
 
 def is_plain_greedy(sampling: SamplingMetadata) -> bool:

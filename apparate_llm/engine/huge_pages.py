@@ -13,7 +13,7 @@ from threading import Thread
 
 from vllm.logger import init_logger
 
-from apparate_llm.engine.beside import run_beside
+from apparate_llm.engine.background import run_in_background
 
 logger = init_logger("vllm.apparate")
 PAGE = 2 << 20
@@ -32,7 +32,7 @@ def use_huge_pages() -> Thread | None:
     except OSError as error:
         logger.warning("Weights stay in small pages: %s", error)
         return None
-    return run_beside(lambda: _run(ranges), "huge-pages")
+    return run_in_background(lambda: _run(ranges), "huge-pages")
 
 
 def allocated(maps: str) -> list[tuple[int, int]]:

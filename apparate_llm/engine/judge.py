@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from apparate_llm.best import best_tokens
+from apparate_llm.argmax import best_tokens
 from apparate_llm.controller.policy import Policy
 from apparate_llm.engine.verdicts import RequestExits, Verdict, VerdictLedger
 

@@ -13,8 +13,8 @@ from apparate_llm.controller.policy import Policy
 from apparate_llm.controller.state import check_numbers
 from apparate_llm.engine.classes import UNNAMED, allowed_bound, class_bound
 from apparate_llm.engine.eligibility import is_releasable, may_exit, stop_token_ids
-from apparate_llm.engine.origins import trace_of
 from apparate_llm.engine.rounds import Rounds
+from apparate_llm.engine.token_origins import trace_of
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 
 logger = init_logger("vllm.apparate")

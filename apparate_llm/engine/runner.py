@@ -24,7 +24,6 @@ from apparate_llm.engine.eligibility import custom_processors
 from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.engine.greedy import check, first_rows, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
-from apparate_llm.engine.identity import identity_of
 from apparate_llm.engine.judge import best_and_regret, judge_by_sampling, judge_held
 from apparate_llm.engine.live import LivePolicy, exits_of
 from apparate_llm.engine.memory import Memory
@@ -33,6 +32,7 @@ from apparate_llm.engine.rounds import Rounds, Row
 from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.settings import forget_knobs
 from apparate_llm.engine.shadow import Shadow
+from apparate_llm.engine.state_key import state_key_of
 from apparate_llm.engine.verdicts import PendingVerdict, RequestExits
 from apparate_llm.models.mixin import ramps_of
 
@@ -69,7 +69,7 @@ class EarlyExitRunner(FallbackRunner):
         )
         self.shadow = Shadow(self.rounds, tuple(sorted(inner_depths)), self.peers)
         if self.peers.is_first:
-            self.memory.begin(config, identity_of(self, depths=sorted(ramps)), policy, num_layers=num_layers)
+            self.memory.begin(config, state_key_of(self, depths=sorted(ramps)), policy, num_layers=num_layers)
         learned = self.peers.share_object(policy.state())
         if learned and not self.peers.is_first:  # another rank may have another file, or none
             policy.restore(learned)

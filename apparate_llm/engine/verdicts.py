@@ -12,8 +12,8 @@ from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome
 from apparate_llm.engine.classes import ClassShare
 from apparate_llm.engine.distributions import Distributions, Histogram
-from apparate_llm.engine.origins import Reports, Trace
 from apparate_llm.engine.safety import Asides
+from apparate_llm.engine.token_origins import Reports, Trace
 
 logger = logging.getLogger("vllm.apparate")
 LEAST_TOKENS = 16  # a request must have for its time per token to count

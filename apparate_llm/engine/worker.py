@@ -13,7 +13,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOu
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from apparate_llm.config import ConfigError, shown
-from apparate_llm.engine.beside import run_beside
+from apparate_llm.engine.background import run_in_background
 from apparate_llm.engine.invariant_worker import BatchInvariantWorker
 from apparate_llm.engine.runner import EarlyExitRunner
 
@@ -29,7 +29,7 @@ class EarlyExitWorker(BatchInvariantWorker):
         # vLLM's worker builds its own runner; nothing is loaded into it yet.
         self.model_runner = EarlyExitRunner(self.vllm_config, torch.device("cpu"))
         if not self.model_config.enforce_eager:
-            run_beside(hash_compilers, "hash-compilers")
+            run_in_background(hash_compilers, "hash-compilers")
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         times = super().compile_or_warm_up_model()

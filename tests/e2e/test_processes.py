@@ -136,7 +136,7 @@ def test_engine_and_worker_are_forks_and_only_the_worker_is_bound_to_its_cores(s
     assert allowed(engine) == {everything}
     deadline = time.monotonic() + 60
     while len(allowed(worker)) > 1 and time.monotonic() < deadline:
-        time.sleep(0.2)  # what runs beside the start (engine/beside.py) may use any core, until it is done
+        time.sleep(0.2)  # what runs beside the start (engine/background.py) may use any core, until it is done
     (bound,) = allowed(worker)
     assert bound < everything or len(everything) == 1
 

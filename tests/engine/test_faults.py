@@ -10,7 +10,7 @@ import pytest
 from apparate_llm.config import RequestKnobs
 from apparate_llm.engine import judge, live, output, runner
 from apparate_llm.engine.distributions import Histogram
-from apparate_llm.engine.origins import REPORT_KEY
+from apparate_llm.engine.token_origins import REPORT_KEY
 from tests.harness import Engine, greedy, token_prompts
 
 PROMPTS = token_prompts(2, length=20, shared=30)

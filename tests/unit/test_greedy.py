@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from apparate_llm.best import best_tokens
+from apparate_llm.argmax import best_tokens
 from apparate_llm.engine.greedy import check, is_plain_greedy
 
 VOCAB = 40

@@ -4,8 +4,8 @@ import pytest
 
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, Outcome
-from apparate_llm.engine.origins import Trace
 from apparate_llm.engine.recount import drop_exits
+from apparate_llm.engine.token_origins import Trace
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 
 

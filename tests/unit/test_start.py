@@ -5,7 +5,7 @@ import torch
 from torch._inductor import codecache
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from apparate_llm.engine.beside import run_beside
+from apparate_llm.engine.background import run_in_background
 from apparate_llm.engine.runner import EarlyExitRunner
 from apparate_llm.engine.worker import hash_compilers
 
@@ -34,7 +34,7 @@ def test_work_beside_may_use_every_core(monkeypatch):
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     try:
-        run_beside(lambda: seen.append(os.sched_getaffinity(get_native_id())), "test").join()
+        run_in_background(lambda: seen.append(os.sched_getaffinity(get_native_id())), "test").join()
     finally:
         os.sched_setaffinity(0, before)
     assert seen[0] >= before

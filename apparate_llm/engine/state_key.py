@@ -10,7 +10,7 @@ from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.machine import cpu_name
 
 
-def identity_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
+def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
     """What the controller's experience is worth nothing without: model, ramps at `depths`, machine and how it is
     used."""
     return {

@@ -4,7 +4,7 @@ import pytest
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit
-from apparate_llm.engine.origins import MAX_UNCLAIMED, REPORT_KEY, Reports, Trace, trace_of
+from apparate_llm.engine.token_origins import MAX_UNCLAIMED, REPORT_KEY, Reports, Trace, trace_of
 from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
 
 

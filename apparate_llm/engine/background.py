@@ -6,7 +6,7 @@ from contextlib import suppress
 from threading import Thread
 
 
-def run_beside(work: Callable[[], object], name: str) -> Thread:
+def run_in_background(work: Callable[[], object], name: str) -> Thread:
     """Begin `work` in a thread that may use any core. By itself it would have that of the thread that starts it, which
     in a worker is the one that computes."""
 
