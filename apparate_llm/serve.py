@@ -14,7 +14,7 @@ from apparate_llm.controller.state import NONE as NO_STATE
 from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
 from apparate_llm.default_model import NAME, default_model
 from apparate_llm.doctor import check_cpu
-from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.flags import given_value, normalised, parse_object, without
 from apparate_llm.knobs import Commands, OneLineParser, add_knobs, knobs_from
 from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
@@ -72,7 +72,7 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         model = resolve_model(args.model)
         architecture = architecture_of(model) if config.policy != "off" else ""
         preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
-    settings = vllm_settings(config, architecture)
+    settings = vllm_args(config, architecture)
     if config.policy == "off" and (given_value(vllm_flags, "worker-cls") is not None or not is_cpu_build()):
         settings = {}  # plain vLLM, its texts as they come
     wanted, rest = merge_settings(settings, vllm_flags)

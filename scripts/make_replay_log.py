@@ -49,7 +49,7 @@ def record(args: argparse.Namespace, log: Path) -> None:
     from vllm.renderers.chat_utils import ChatCompletionMessageParam
 
     from apparate_llm.config import parse_config
-    from apparate_llm.engine.settings import vllm_settings
+    from apparate_llm.engine.vllm_args import vllm_args
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.models.architectures import architecture_of
     from apparate_llm.prepare.engine import runner_of
@@ -68,7 +68,7 @@ def record(args: argparse.Namespace, log: Path) -> None:
     batches = [int(size) for size in args.batches.split(",")]
     llm = LLM(
         str(model),
-        **vllm_settings(parse_config(knobs), architecture_of(model)),
+        **vllm_args(parse_config(knobs), architecture_of(model)),
         max_model_len=2048,
         max_num_seqs=max(batches),
         kv_cache_memory_bytes=2 << 30,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apparate_llm.config import parse_config
-from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.models.architectures import architecture_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Engine:
         hurry_vllm()
         # Fixed thresholds and no limit on the rows: exits whatever they cost, unless a test asks for something else.
         base = {"policy": "static", "accuracy_bound": 0.0, "max_exits": 3, "max_rows": 1024, "state": "none"}
-        settings = {} if knobs is None else vllm_settings(parse_config({**base, **knobs}), architecture_of(model))
+        settings = {} if knobs is None else vllm_args(parse_config({**base, **knobs}), architecture_of(model))
         defaults = {
             "dtype": "float32",
             "enforce_eager": True,

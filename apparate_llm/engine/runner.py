@@ -30,10 +30,10 @@ from apparate_llm.engine.memory import Memory
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.rounds import Rounds, Row
 from apparate_llm.engine.seeds import kept
-from apparate_llm.engine.settings import forget_knobs
 from apparate_llm.engine.shadow import Shadow
 from apparate_llm.engine.state_key import state_key_of
 from apparate_llm.engine.verdicts import PendingVerdict, RequestExits
+from apparate_llm.engine.vllm_args import forget_knobs
 from apparate_llm.models.mixin import ramps_of
 
 logger = init_logger("vllm.apparate")

@@ -188,7 +188,7 @@ class Profiler:
         from vllm import LLM
 
         from apparate_llm.config import parse_config
-        from apparate_llm.engine.settings import vllm_settings
+        from apparate_llm.engine.vllm_args import vllm_args
         from apparate_llm.models.architectures import architecture_of
         from apparate_llm.prepare.engine import context_length, runner_of
 
@@ -199,7 +199,7 @@ class Profiler:
         self.longest = min(max(PROMPTS) + PROMPT_TOKENS + MAX_TOKENS, context_length(model))
         self.llm = LLM(
             str(model),
-            **vllm_settings(config, architecture_of(model)),
+            **vllm_args(config, architecture_of(model)),
             max_model_len=self.longest,
             max_num_seqs=max(BATCH_SIZES),
             kv_cache_memory_bytes=KV_CACHE_BYTES,

@@ -132,7 +132,7 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
     """No hidden dependence on our command: vLLM's own server module and flags only; here with API keys, each of a class
     of its own."""
     from apparate_llm.config import parse_config
-    from apparate_llm.engine.settings import vllm_settings
+    from apparate_llm.engine.vllm_args import vllm_args
     from tests.e2e.conftest import running
 
     keys = {"mine": "sk-mine", "theirs": "sk-theirs"}
@@ -143,7 +143,7 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
     }
     knobs = {"ramps": str(lens_ramps(depth=4)), "policy": "static", "classes": classes}
     flags = []
-    for name, value in vllm_settings(parse_config(knobs), "LlamaForCausalLM").items():
+    for name, value in vllm_args(parse_config(knobs), "LlamaForCausalLM").items():
         flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else value]
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(tiny_llama), *flags]

@@ -89,9 +89,9 @@ def test_bad_knobs_stop_the_start(tiny_llama, lens_ramps):
     import json
 
     from apparate_llm.config import ConfigError, parse_config
-    from apparate_llm.engine.settings import vllm_settings
+    from apparate_llm.engine.vllm_args import vllm_args
 
-    settings = vllm_settings(parse_config({"ramps": str(lens_ramps(depth=3))}), "LlamaForCausalLM")
+    settings = vllm_args(parse_config({"ramps": str(lens_ramps(depth=3))}), "LlamaForCausalLM")
     settings["additional_config"] = json.loads('{"early_exit": {"max_exit": 3}}')
     with pytest.raises(ConfigError, match="max_exit: unknown knob"):
         Engine(tiny_llama, **settings)

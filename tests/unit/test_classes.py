@@ -6,7 +6,7 @@ from apparate_llm.cli import build_parser
 from apparate_llm.config import ConfigError, RequestKnobs, parse_config, parse_request_knobs, shown
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.engine.classes import UNNAMED, shares_of
-from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.knobs import knobs_from, read_classes
 
 CLASSES = {"interactive": {"tpt_target_ms": 20, "accuracy_bound": 0.02}, "batch": {"early_exit": 0}}
@@ -27,7 +27,7 @@ def test_a_file_names_classes_and_only_digests_of_its_keys_go_on(tmp_path):
     )
     found = flags("--classes", str(file))
     assert found.classes["interactive"].tpt_target_ms == 20.0 and found.classes["batch"].early_exit == 0
-    assert "sk-1" not in str(vllm_settings(found, "LlamaForCausalLM"))
+    assert "sk-1" not in str(vllm_args(found, "LlamaForCausalLM"))
     assert len(found.classes["interactive"].api_keys_sha256) == 1
     assert "api_keys_sha256" not in str(shown(found))
 

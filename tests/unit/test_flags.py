@@ -7,7 +7,7 @@ import pytest
 
 from apparate_llm.cli import build_parser, main, spelt_out
 from apparate_llm.config import ConfigError, parse_config
-from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.flags import OTHER_NAMES, SHORTEST, WITHOUT_NO, given_value, normalised, value_of
 from apparate_llm.knobs import knobs_from
 from apparate_llm.serve import (
@@ -20,7 +20,7 @@ from apparate_llm.serve import (
     own_knobs,
 )
 
-SETTINGS = vllm_settings(parse_config({"accuracy_bound": 0.0}), "LlamaForCausalLM")
+SETTINGS = vllm_args(parse_config({"accuracy_bound": 0.0}), "LlamaForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_flags_that_contradict_early_exits_are_refused_in_every_spelling(flags, 
         merge_settings(SETTINGS, normalised(flags))
     assert "\n" not in str(error.value)
     assert memory_flags(flags)
-    off = vllm_settings(parse_config({"policy": "off"}), "LlamaForCausalLM")
+    off = vllm_args(parse_config({"policy": "off"}), "LlamaForCausalLM")
     if not given_value(normalised(flags), "worker-cls"):  # `serve` leaves our worker out where there is another
         assert merge_settings(off, normalised(flags)) == (off, normalised(flags))
 

@@ -8,7 +8,7 @@ import pytest
 
 from apparate_llm import default_model as dm
 from apparate_llm.config import ConfigError, parse_config
-from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.launch import port_problem, server_environment
 from apparate_llm.models.architectures import UnsupportedModelError, architecture_of, early_exit_architecture
 from apparate_llm.serve import merge_settings
@@ -60,7 +60,7 @@ def test_architectures_are_read_and_checked(tiny_models, tmp_path):
 
 
 def test_settings_that_are_no_objects_are_refused():
-    settings = vllm_settings(parse_config({}), "LlamaForCausalLM")
+    settings = vllm_args(parse_config({}), "LlamaForCausalLM")
     with pytest.raises(ConfigError, match="--hf-overrides is not valid JSON"):
         merge_settings(settings, ["--hf-overrides", "{"])
     with pytest.raises(ConfigError, match="--additional-config must be a JSON object"):

@@ -9,7 +9,7 @@ import pytest
 
 from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.config import EarlyExitConfig, parse_config
-from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.eval.compare import load_results
 from apparate_llm.flags import given_value
 from apparate_llm.knobs import knobs_from
@@ -54,7 +54,7 @@ def test_there_are_commands_of_every_kind():
 def test_the_vllm_flags_are_those_our_command_uses():
     text = re.search(r"vllm serve MODEL (.*?)```", README, re.S).group(1)
     flags = shlex.split(text.replace("\\\n", " "))
-    settings = vllm_settings(parse_config({"accuracy_bound": 0.01}), "LlamaForCausalLM")
+    settings = vllm_args(parse_config({"accuracy_bound": 0.01}), "LlamaForCausalLM")
     for name, value in settings.items():
         given = given_value(flags, name)
         assert given == value or json.loads(given) == value

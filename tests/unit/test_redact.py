@@ -10,7 +10,7 @@ from apparate_llm import serve
 from apparate_llm.admin import DIGESTS_VARIABLE, KEY_VARIABLE, admin_digests, check_admin_keys, digest_of
 from apparate_llm.cli import main
 from apparate_llm.config import ConfigError, parse_config
-from apparate_llm.engine.settings import vllm_settings
+from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.redact import VLLM_ARGUMENTS_LOGGER, hide_digests_in_vllm_log, redacted, without_secrets
 
 DIGEST = hashlib.sha256(b"sk-1").hexdigest()
@@ -101,7 +101,7 @@ def test_the_environment_alone_is_enough():
 def test_a_configuration_is_logged_without_digests():
     config = parse_config(CLASSES)
     assert DIGEST not in f"{config} {config!r}" and config.classes["mine"].api_keys_sha256 == (DIGEST,)
-    assert DIGEST in str(vllm_settings(config, "LlamaForCausalLM"))  # what the filter below is for
+    assert DIGEST in str(vllm_args(config, "LlamaForCausalLM"))  # what the filter below is for
 
 
 def test_vllm_logs_its_arguments_without_digests():

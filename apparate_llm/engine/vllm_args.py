@@ -13,7 +13,7 @@ PLAIN_WORKER_CLASS = "apparate_llm.engine.invariant_worker.BatchInvariantWorker"
 PROPOSER_CLASS = "apparate_llm.engine.proposer.RampProposer"
 
 
-def vllm_settings(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
+def vllm_args(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
     """Engine arguments of vLLM by name; with policy `off` those of plain vLLM, batch-invariant where that is asked
     for."""
     if config.policy == "off":
