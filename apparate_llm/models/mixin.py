@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from apparate_llm.config import config_from_vllm
-from apparate_llm.models.packing import for_serving
+from apparate_llm.models.quantised_heads import for_serving
 from apparate_llm.ramps.checkpoint import (
     RampError,
     RampManifest,

@@ -163,7 +163,7 @@ def told(progress: Progress, depths: Iterable[int]) -> Iterator[int]:
 
 def served_ramps(folder: Path, manifest: RampManifest, answered: Answered, depth: int) -> RampSet:
     """The ramp as a server on this machine runs it."""
-    from apparate_llm.models.packing import for_serving
+    from apparate_llm.models.quantised_heads import for_serving
 
     weights = {"norm": answered.base.norm, "head": answered.base.lm_head}
     ramps = load_ramps(folder, manifest, depth=depth, base_weights=weights, dtype=answered.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from apparate_llm.files import replacing
-from apparate_llm.models.packing import for_serving
+from apparate_llm.models.quantised_heads import for_serving
 from apparate_llm.prepare.evaluate import ceiling
 from apparate_llm.prepare.plan import Plan, Run
 from apparate_llm.prepare.recorded import measured_tensors

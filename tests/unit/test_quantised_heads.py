@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from apparate_llm.models import packing
-from apparate_llm.models.packing import (
+from apparate_llm.models import quantised_heads
+from apparate_llm.models.quantised_heads import (
     HalfLinear,
     Int8Linear,
-    PackedHead,
     PlainLinear,
+    QuantisedHead,
     for_serving,
     has_fast_int8,
     has_fbgemm,
@@ -43,7 +43,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @needs_int8
 @pytest.mark.parametrize("shape", [(64, 64), (121, 96), (7, 160), (64, 50)])
 @pytest.mark.parametrize("num_rows", [1, 5, 40])
-def test_a_packed_linear_is_the_linear_within_two_percent(shape, num_rows):
+def test_a_quantised_linear_is_the_linear_within_two_percent(shape, num_rows):
     """By either of vLLM's kernels: 50 inputs are not a multiple of what one of them wants."""
     torch.manual_seed(0)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(num_rows, shape[1]).bfloat16()
@@ -53,15 +53,15 @@ def test_a_packed_linear_is_the_linear_within_two_percent(shape, num_rows):
 
 
 @needs_fbgemm
-def test_only_bfloat16_is_packed_into_int8_and_only_where_the_cpu_is_fast_at_it(head):
-    packed = for_serving(head, torch.bfloat16)
-    assert isinstance(packed.head, Int8Linear if has_fast_int8() else HalfLinear)
+def test_only_bfloat16_is_quantised_to_int8_and_only_where_the_cpu_is_fast_at_it(head):
+    quantised = for_serving(head, torch.bfloat16)
+    assert isinstance(quantised.head, Int8Linear if has_fast_int8() else HalfLinear)
     assert isinstance(for_serving(head.float(), torch.float32).head, HalfLinear)
 
 
 ALONE = """
 import torch
-from apparate_llm.models.packing import for_serving
+from apparate_llm.models.quantised_heads import for_serving
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.heads import FusedHead
 
@@ -71,14 +71,14 @@ assert head.enter(torch.ones(1, 64), [torch.ones(1, 64)] * 2).shape == (1, 64)
 """
 
 
-def test_a_packed_head_needs_no_engine_in_its_process():
+def test_a_quantised_head_needs_no_engine_in_its_process():
     """As in a preparation that was killed while it trained: nothing of vLLM but its platform is imported then."""
     result = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_without_its_kernels_a_ramp_runs_as_the_models_own_layers(head, monkeypatch):
-    monkeypatch.setattr(packing, "has_fbgemm", lambda: False)
+    monkeypatch.setattr(quantised_heads, "has_fbgemm", lambda: False)
     assert isinstance(for_serving(head.float(), torch.float32).head, PlainLinear)
 
 
@@ -93,23 +93,23 @@ def test_without_its_kernels_a_ramp_runs_as_the_models_own_layers(head, monkeypa
     ],
 )
 @pytest.mark.parametrize("num_rows", [1, 3, 20])
-def test_a_packed_head_scores_as_the_trained_one(head, num_rows, linear, dtype, error):
+def test_a_quantised_head_scores_as_the_trained_one(head, num_rows, linear, dtype, error):
     head = head.to(dtype)
-    packed = PackedHead(head, linear)
+    quantised = QuantisedHead(head, linear)
     final, *inner = torch.randn(3, num_rows, SIZE).to(dtype)
     hidden, embedding = torch.randn(2, num_rows, SIZE).to(dtype)
     lengths = torch.arange(num_rows) % (LONGEST_MATCH + 1)  # the first row has no proposal
     copies = Copies(embedding, lengths, outside=(lengths > 0) & (torch.arange(num_rows) % 2 == 0))
     with torch.inference_mode():
-        state, packed_state = head.enter(final, inner), packed.enter(final, inner)
-        assert relative_error(packed_state, state) < 0.4 * error
+        state, quantised_state = head.enter(final, inner), quantised.enter(final, inner)
+        assert relative_error(quantised_state, state) < 0.4 * error
         for _ in range(3):  # rounds
-            (scores, state), (packed_scores, packed_state) = (
+            (scores, state), (quantised_scores, quantised_state) = (
                 head(hidden, state, copies),
-                packed(hidden, packed_state, copies),
+                quantised(hidden, quantised_state, copies),
             )
-            assert relative_error(packed_state, state) < error
-            assert torch.equal(packed_scores.isinf(), scores.isinf())
-            assert packed_scores.isinf().sum() == (~copies.outside).sum()  # the pointer's column
+            assert relative_error(quantised_state, state) < error
+            assert torch.equal(quantised_scores.isinf(), scores.isinf())
+            assert quantised_scores.isinf().sum() == (~copies.outside).sum()  # the pointer's column
             finite = ~scores.isinf()
-            assert relative_error(packed_scores[finite], scores[finite]) < error
+            assert relative_error(quantised_scores[finite], scores[finite]) < error

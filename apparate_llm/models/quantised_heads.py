@@ -25,8 +25,8 @@ def for_serving(head: Head, dtype: torch.dtype) -> Head:
     if not isinstance(head, FusedHead) or not current_platform.is_cpu():
         return head
     if dtype == torch.bfloat16 and has_fast_int8():
-        return PackedHead(head, Int8Linear)
-    return PackedHead(head, HalfLinear if has_fbgemm() else PlainLinear)
+        return QuantisedHead(head, Int8Linear)
+    return QuantisedHead(head, HalfLinear if has_fbgemm() else PlainLinear)
 
 
 def has_fast_int8() -> bool:
@@ -94,7 +94,7 @@ class Int8Linear(nn.Module):
         return self.kernel.apply_weights(self, x)[:, : self.size]
 
 
-class PackedHead(nn.Module):
+class QuantisedHead(nn.Module):
     """A `FusedHead` for serving: the same function of the same inputs, within its linears' precision.
 
     All its weights are read in five calls; the normalisations are vLLM's kernels, as torch's take ten times as long for
