@@ -13,7 +13,7 @@ from typing import Any
 from apparate_llm.prepare.workspace import Workspace
 
 SYNTHESIS_SHARE = 0.6  # of the time; training has the rest
-RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.1, 60.0, 0.4  # of the budget, for measuring and the report
+RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.06, 60.0, 0.4  # of the budget, for measuring and the report
 LAPS = (0.25, 0.5, 1.0)  # of the tokens, after each
 TRAINING_OF_LAP = (0.2, 0.3, 0.5)  # of the first depth's training
 ENOUGH_S, ENOUGH_TOKENS = 900.0, 200_000  # for more than one lap

@@ -90,15 +90,15 @@ class Started:
 
 @pytest.fixture(scope="module")
 def started(tiny_llama, lens_ramps, tmp_path_factory):
-    """started(*flags) -> context manager of an `apparate-llm serve` of the tiny model."""
+    """started(*flags, **variables) -> context manager of an `apparate-llm serve` of the tiny model."""
 
     @contextmanager
-    def start(*flags: str, is_ready: bool = True) -> Iterator[Started]:
+    def start(*flags: str, is_ready: bool = True, **variables: str) -> Iterator[Started]:
         port, log = free_port(), tmp_path_factory.mktemp("logs") / "server.log"
         command = [sys.executable, "-m", "apparate_llm.cli", "serve", str(tiny_llama), "--state", "none", *TINY_FLAGS]
         command += ["--ramps", str(lens_ramps(depth=3)), "--host", "127.0.0.1", "--port", str(port), *flags]
         env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        env["VLLM_LOGGING_LEVEL"] = "INFO"
+        env |= {"VLLM_LOGGING_LEVEL": "INFO", **variables}
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
         server = Started(process, port, log)
@@ -166,9 +166,22 @@ def test_sigterm_ends_a_server_in_order_while_clients_listen_and_answers_stream(
     assert "nanobind: leaked" not in log
 
 
-@pytest.mark.parametrize("killed", ["API server", "VLLM::EngineCore", "VLLM::Worker"])
-def test_where_one_process_is_killed_the_others_end_and_the_port_is_free(started, tiny_llama, killed):
-    with started() as server:
+SPAWNED = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
+
+
+@pytest.mark.parametrize(
+    ("killed", "variables"),
+    [
+        ("API server", {}),
+        ("VLLM::EngineCore", {}),
+        ("VLLM::Worker", {}),
+        ("API server", SPAWNED),
+        ("VLLM::Worker", SPAWNED),
+    ],
+    ids=["server", "engine", "worker", "server-spawned", "worker-spawned"],
+)
+def test_where_one_process_is_killed_the_others_end_and_the_port_is_free(started, tiny_llama, killed, variables):
+    with started(**variables) as server:
         server.listen_and_stream(tiny_llama)
         victim = server.process.pid if killed == "API server" else server.named(killed).pid
         os.kill(victim, signal.SIGKILL)
@@ -184,6 +197,15 @@ def test_where_one_process_is_killed_the_others_end_and_the_port_is_free(started
         assert server.heard["events"][0] == "200"
         answers = [lines for name, lines in server.heard.items() if name != "events"]
         assert any(lines[-1] != "data: [DONE]" for lines in answers), "all answers say that they are whole"
+
+
+def test_where_one_of_several_api_processes_is_killed_all_end(started, tiny_llama):
+    with started("--api-server-count", "2") as server:
+        server.listen_and_stream(tiny_llama)
+        os.kill(server.named("VLLM::APIServer_1").pid, signal.SIGKILL)
+        assert server.wait_until_gone() != 0
+        with socket.create_server(("127.0.0.1", server.port)):
+            pass
 
 
 @pytest.mark.parametrize("stage", ["Starting: vllm serve", r"\(EngineCore pid", r"\(Worker pid"])
