@@ -26,7 +26,10 @@ NEXT_TURN_SHARE = 0.4  # of the prompts go on after an answer: they cost least, 
 MOST_TURNS_TOKENS = 640  # of what is gone on with
 MOST_ANSWERS = 64  # of each split that can be gone on with: the newest, whose keys and values are still there
 PASSAGE_SHARE = 0.3  # of the others ask about a text that the model wrote earlier
-CODE_SHARE = 0.3  # of the rest open like a programmer's
+# So much of the rest opens like a programmer's, until the model shows what it is made for: an empty opening gives what
+# its training data asked (Xu et al., Magpie, ICLR 2025), and these answers hold code or not.
+CODE_SHARE, CODE_PRIOR = 0.3, 20  # answers that this first guess counts for
+CODE_MARK = "```"
 USER_SHARE = 1 / 3  # of the prompts, while those given by the user last
 SYSTEM_SHARE = 0.3  # have another system prompt than the chat template's own
 MIN_PASSAGE_TOKENS = 96
@@ -38,6 +41,7 @@ class Prompt(NamedTuple):
     ids: list[int]
     kind: int
     split: int
+    is_free: bool = False  # of an empty opening
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class PromptSource:
         splits = splits_of_prompts(user_prompts, self.seed)
         self._user = deque(Prompt(ids, KINDS.index("user"), splits[number]) for number, ids in asked)
         self._seen: set[int] = set()
+        self.free_answers = self.free_code = 0  # answers to prompts of empty openings, and those with code
         self._counts: Counter[int] = Counter()  # of conversations by split, the user's left out
         self._passages: dict[int, deque[list[int]]] = {
             split: deque(maxlen=MOST_PASSAGES) for split in (TRAIN, VALIDATION, TEST)
@@ -72,6 +77,7 @@ class PromptSource:
 
     def learn(self, store: RowStore) -> None:
         """Know what was asked and answered before this start."""
+        self.free_answers, self.free_code = store.facts.get("free_answers", 0), store.facts.get("free_code", 0)
         for text in store.texts():
             prompt = Prompt(text.prompt, text.kind, text.split)
             self.goes_on(prompt)
@@ -90,7 +96,18 @@ class PromptSource:
         """No conversation came of it."""
         self._counts[prompt.split] -= prompt.kind != KINDS.index("user")
 
+    def facts(self) -> dict[str, int]:
+        """What `learn` finds in the store again."""
+        return {"free_answers": self.free_answers, "free_code": self.free_code}
+
+    @property
+    def code_share(self) -> float:
+        return (CODE_SHARE * CODE_PRIOR + self.free_code) / (CODE_PRIOR + self.free_answers)
+
     def answered(self, prompt: Prompt, answer: list[int]) -> None:
+        if prompt.is_free:
+            self.free_answers += 1
+            self.free_code += self._has_code(answer)
         if len(answer) >= MIN_PASSAGE_TOKENS:
             self._passages[prompt.split].append(answer)
         is_short = len(prompt.ids) + len(answer) <= MOST_TURNS_TOKENS
@@ -118,7 +135,7 @@ class PromptSource:
                 return None
             self._counts[split] += 1
             return Prompt(ids, KINDS.index("passage"), split)
-        kind = "code" if rng.random() < CODE_SHARE else "open"
+        kind = "code" if rng.random() < self.code_share else "open"
         before, after = self._affixes(rng)
         text = rng.choice(CODE_OPENINGS if kind == "code" else OPENINGS)
         self._counts[split] += 1
@@ -126,7 +143,7 @@ class PromptSource:
 
     def _next_turn(self, split: int, rng: random.Random) -> Prompt | None:
         before, answer = self._answers[split].pop()
-        words = rng.choice(NEXT_TURNS_ON_CODE if KINDS[before.kind] == "code" else NEXT_TURNS)
+        words = rng.choice(NEXT_TURNS_ON_CODE if self._has_code(answer) else NEXT_TURNS)
         ids = before.ids + answer + self.chat.next_turn(words)
         if not self.is_new(ids):
             return None
@@ -140,11 +157,14 @@ class PromptSource:
         if len(text) < MIN_PROMPT_CHARACTERS or not self.is_new(ids):
             self.failed(opening)
             return None
-        return Prompt(ids, opening.kind, opening.split)
+        return Prompt(ids, opening.kind, opening.split, is_free=not opening.text)
 
     def start(self, opening: Opening) -> list[int]:
         """Token ids that the model goes on from when it writes a prompt."""
         return self.chat.start(opening.before + opening.text)
+
+    def _has_code(self, answer: list[int]) -> bool:
+        return CODE_MARK in self.chat.tokenizer.decode(answer)
 
     def _encode(self, text: str) -> list[int]:
         """None of it where the tokenizer refuses."""

@@ -224,7 +224,7 @@ class Synthesiser:
 
     def keep(self, *, all_under_way: bool = False) -> None:
         """Put what is finished into the store, and what has been under way for long beside it."""
-        self.store.append(self.finished, next_number=self.number)
+        self.store.append(self.finished, next_number=self.number, **self.prompts.facts())
         self.finished.clear()
         self.kept_at = now = time.monotonic()
         unfinished = []

@@ -2,7 +2,7 @@
 
 # An empty one leaves the whole prompt to the model.
 OPENINGS = (
-    "", "", "", "", "", "", "", "",
+    "", "", "", "", "", "", "", "", "", "", "", "", "", "", "", "",
     "What is", "What are the", "How do", "How does", "How can I", "Why", "Why did", "Who", "Who was", "Who won the",
     "When was", "When did", "Where is", "Where was", "Which", "In what year", "How many", "What is the name of",
     "Can you explain", "Is it", "What happens if", "What is the difference between",

@@ -7,6 +7,9 @@ import logging
 import pytest
 
 from apparate_llm.prepare.chat import BREAK, ChatFormat, LeftOut
+from apparate_llm.prepare.prompts import KINDS, Prompt, PromptSource
+from apparate_llm.prepare.rows import TRAIN
+from apparate_llm.prepare.store import RowStore
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -263,6 +266,25 @@ def test_the_users_words_end_where_the_text_after_them_begins():
     assert chat.stops(chat.affixes()[1]) == {"stop_token_ids": chat.encode("<|im_end|>")}
     assert chat.stops(" [/INST] ") == {"stop": ["[/INST]"]}
     assert chat.stops(BREAK) == {"stop": [BREAK]} and chat.stops("") == {}
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0.0, 0.06), (0.6, 0.55), (1.0, 0.86)])
+def test_a_model_that_asks_itself_for_code_is_asked_for_code(code, expected, tmp_path):
+    """By its answers where it may ask what it likes; kept over a restart."""
+    tokenizer = letters(CHATML)
+    chat = ChatFormat(tokenizer, max_model_len=2048)
+    source = PromptSource(chat, user_prompts=[], seed=0)
+    for number in range(80):
+        answer = tokenizer.encode("```python" if number < 80 * code else "words")
+        source.answered(Prompt(tokenizer.encode("a"), 0, TRAIN, is_free=True), answer)
+        source.answered(Prompt(tokenizer.encode("b"), 0, TRAIN), tokenizer.encode("```"))  # not its own choice
+    store = RowStore(tmp_path)
+    store.append([], **source.facts())
+    again = PromptSource(chat, user_prompts=[], seed=0)
+    again.learn(RowStore(tmp_path))
+    drawn = [again.draw(number) for number in range(1000)]
+    of_code = sum(opening.kind == KINDS.index("code") for opening in drawn)
+    assert of_code / len(drawn) == pytest.approx(expected, abs=0.06)
 
 
 # ---- mistral-common
