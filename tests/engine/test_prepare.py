@@ -182,8 +182,8 @@ def test_tokens_are_drawn_with_their_probabilities_among_the_best(tiny_llama):
     assert set(drawn) <= set(tokens.tolist())
     counts = torch.bincount(torch.tensor(drawn), minlength=model.config.vocab_size)[tokens]
     expected = times * probability / probability.sum()
-    off = (counts - expected).abs() / expected.sqrt()
-    assert off.max() < 4.5, "some token comes too often or too seldom"
+    off = ((counts - expected).abs() / expected.sqrt())[expected >= 5]
+    assert len(off) > 10 and off.max() < 4.5, "some token comes too often or too seldom"
 
 
 def check_rows(folder: Path, rows: Rows, texts: list[tuple[list[int], list[int]]]) -> None:
