@@ -15,7 +15,7 @@ from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 
 from apparate_llm.api.answers import Caller
-from apparate_llm.engine.token_origins import REPORT_KEY, Origin
+from apparate_llm.exits.token_origins import REPORT_KEY, Origin
 
 logger = init_logger("vllm.apparate")
 DIVERGED = (Origin.HELD_DIVERGED, Origin.RELEASED_DIVERGED)

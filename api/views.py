@@ -4,7 +4,7 @@ from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, class_of
 from apparate_llm.core import shares_of
-from apparate_llm.engine.classes import UNNAMED
+from apparate_llm.exits.tenants import UNNAMED
 
 FILE_KNOBS = ("ramps", "feedback_log", "state")  # paths on the server
 TIMELESS = ("clock_s", "active", "depth")

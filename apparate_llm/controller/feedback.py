@@ -69,8 +69,8 @@ class FeedbackLog:
         self._rounds = spent
 
     def completed(self, took: Any, verdicts: Iterable[Any]) -> None:
-        """took: engine.clock.Took, None where the step cannot be timed and is left out; verdicts:
-        engine.verdicts.Verdict."""
+        """took: exits.step_clock.Took, None where the step cannot be timed and is left out; verdicts:
+        exits.ledger.Verdict."""
         spent, self._rounds = self._rounds, []
         if took is None:
             return

@@ -16,14 +16,14 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm
 from apparate_llm.controller.budget import AccuracyBudget
-from apparate_llm.engine.classes import shares_of
-from apparate_llm.engine.clock import StepClock
 from apparate_llm.engine.live import LivePolicy, changed, learned_of, plain_exits, requests_follow
 from apparate_llm.engine.parallel import Peers
-from apparate_llm.engine.recount import drop_exits
 from apparate_llm.engine.rounds import Rounds, Row
-from apparate_llm.engine.safety import Safety
-from apparate_llm.engine.verdicts import PendingVerdict, Verdict, VerdictLedger
+from apparate_llm.exits.ledger import PendingVerdict, Verdict, VerdictLedger
+from apparate_llm.exits.recount import drop_exits
+from apparate_llm.exits.safety import Safety
+from apparate_llm.exits.step_clock import StepClock
+from apparate_llm.exits.tenants import shares_of
 
 logger = init_logger("vllm.apparate")
 T = TypeVar("T")

@@ -11,11 +11,11 @@ from apparate_llm.controller.budget import Bucket
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
 from apparate_llm.controller.state import check_numbers
-from apparate_llm.engine.classes import UNNAMED, allowed_bound, class_bound
 from apparate_llm.engine.eligibility import is_releasable, may_exit, stop_token_ids
 from apparate_llm.engine.rounds import Rounds
-from apparate_llm.engine.token_origins import trace_of
-from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+from apparate_llm.exits.ledger import RequestExits, VerdictLedger
+from apparate_llm.exits.tenants import UNNAMED, allowed_bound, class_bound
+from apparate_llm.exits.token_origins import trace_of
 
 logger = init_logger("vllm.apparate")
 MOST_LOGGED = 500  # characters of what a request asked for

@@ -9,10 +9,10 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.feedback import FeedbackLog
 from apparate_llm.controller.policy import Policy
 from apparate_llm.controller.state import ControllerState, resolve_path
-from apparate_llm.engine.clock import Took
-from apparate_llm.engine.distributions import Distributions
-from apparate_llm.engine.safety import Asides
-from apparate_llm.engine.verdicts import Verdict
+from apparate_llm.exits.histograms import Distributions
+from apparate_llm.exits.ledger import Verdict
+from apparate_llm.exits.safety import Asides
+from apparate_llm.exits.step_clock import Took
 from apparate_llm.machine import cache_folder
 
 

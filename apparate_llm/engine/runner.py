@@ -24,7 +24,6 @@ from apparate_llm.engine.eligibility import custom_processors
 from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.engine.greedy import check, first_rows, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
-from apparate_llm.engine.judge import best_and_regret, judge_by_sampling, judge_held
 from apparate_llm.engine.live import LivePolicy, exits_of
 from apparate_llm.engine.memory import Memory
 from apparate_llm.engine.output import EarlyExitOutput
@@ -32,8 +31,9 @@ from apparate_llm.engine.rounds import Rounds, Row
 from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.shadow import Shadow
 from apparate_llm.engine.state_key import state_key_of
-from apparate_llm.engine.verdicts import PendingVerdict, RequestExits
 from apparate_llm.engine.vllm_args import forget_knobs
+from apparate_llm.exits.ledger import PendingVerdict, RequestExits
+from apparate_llm.exits.verify import best_and_regret, judge_by_sampling, judge_held
 from apparate_llm.models.mixin import ramps_of
 
 logger = init_logger("vllm.apparate")

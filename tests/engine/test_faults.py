@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from apparate_llm.config import RequestKnobs
-from apparate_llm.engine import judge, live, output, runner
-from apparate_llm.engine.distributions import Histogram
-from apparate_llm.engine.token_origins import REPORT_KEY
+from apparate_llm.engine import live, output, runner
+from apparate_llm.exits import verify
+from apparate_llm.exits.histograms import Histogram
+from apparate_llm.exits.token_origins import REPORT_KEY
 from tests.harness import Engine, greedy, token_prompts
 
 PROMPTS = token_prompts(2, length=20, shared=30)
@@ -70,7 +71,7 @@ TARGETS = [
     "runner module.exits_of",
     "runner module.best_and_regret",
     "runner module.judge_by_sampling",
-    "judge module.best_and_regret",
+    "verify module.best_and_regret",
     "live module.parse_request_knobs",
     "output.extending",
 ]
@@ -94,7 +95,7 @@ def owner_of(engine: Engine, name: str) -> Any:
         "rounds": own.rounds,
         "scheduler": engine.scheduler,
         "runner module": runner,
-        "judge module": judge,
+        "verify module": verify,
         "live module": live,
         "output": output.EarlyExitOutput,
     }[name]

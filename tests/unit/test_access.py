@@ -28,7 +28,7 @@ from apparate_llm.config import (
     parse_request_knobs,
     shown,
 )
-from apparate_llm.engine.classes import UNNAMED, shares_of
+from apparate_llm.exits.tenants import UNNAMED, shares_of
 
 LOCAL, STRANGER = ("127.0.0.1", 1), ("192.0.2.7", 1)
 CLASSES = {

@@ -9,9 +9,9 @@ from vllm.sampling_params import SamplingParams
 
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.controller.budget import REQUEST_ALLOWANCE, AccuracyBudget
-from apparate_llm.engine.classes import shares_of
 from apparate_llm.engine.live import exits_of, requests_follow
-from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+from apparate_llm.exits.ledger import RequestExits, VerdictLedger
+from apparate_llm.exits.tenants import shares_of
 
 NUM_STEPS = 6000
 SHORT, LONG = 10, 400

@@ -32,7 +32,7 @@ def test_every_knob_is_a_flag_and_flags_give_what_json_gives():
         "class_metrics": False,
         "state": "none",
     }
-    assert {*raw, "classes"} == set(EarlyExitConfig.model_fields)  # its flag is a file: test_classes.py
+    assert {*raw, "classes"} == set(EarlyExitConfig.model_fields)  # its flag is a file: test_tenants.py
     flags = [part for name, value in raw.items() for part in ("--" + name.replace("_", "-"), str(value))]
     assert from_flags(*flags) == parse_config(raw)
 

@@ -19,9 +19,9 @@ from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware
 from apparate_llm.config import parse_config, shown
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome
-from apparate_llm.engine.classes import shares_of
-from apparate_llm.engine.distributions import Histogram
-from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+from apparate_llm.exits.histograms import Histogram
+from apparate_llm.exits.ledger import RequestExits, VerdictLedger
+from apparate_llm.exits.tenants import shares_of
 
 CONFIG = parse_config({"policy": "static", "tpt_target_ms": 30.0, "accuracy_bound": 0.5, "classes": {"fast": {}}})
 FOLDER = Path(api.__path__[0])

@@ -4,9 +4,9 @@ import pytest
 
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, Outcome
-from apparate_llm.engine.recount import drop_exits
-from apparate_llm.engine.token_origins import Trace
-from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+from apparate_llm.exits.ledger import RequestExits, VerdictLedger
+from apparate_llm.exits.recount import drop_exits
+from apparate_llm.exits.token_origins import Trace
 
 
 def exits(first: int, count: int) -> list[Exit]:

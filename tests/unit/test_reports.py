@@ -15,7 +15,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from apparate_llm.api.answers import Caller
 from apparate_llm.api.reports import TOKENS_AT_ONCE, Choice, reporting, texts_of
-from apparate_llm.engine.token_origins import REPORT_KEY
+from apparate_llm.exits.token_origins import REPORT_KEY
 
 EOS, BOS = 256, 257
 DELTA, CUMULATIVE, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY

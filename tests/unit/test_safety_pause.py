@@ -1,6 +1,6 @@
 """When exits come back after a failure."""
 
-from apparate_llm.engine.safety import FIRST_PAUSE_S, HOUR_S, MOST_RETURNS, Asides, Safety
+from apparate_llm.exits.safety import FIRST_PAUSE_S, HOUR_S, MOST_RETURNS, Asides, Safety
 from tests.logged import logged
 
 

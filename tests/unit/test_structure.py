@@ -21,6 +21,7 @@ LAYERS = (
     ("redact", "address", "admin", "coverage", "flags", "machine", "launch", "knobs", "progress", "quiet_log"),
     ("ramps", "patches"),
     ("controller", "models"),
+    ("exits",),
     ("engine",),
     ("api", "plugin", "default_model", "doctor", "replay", "chat", "serve"),
     ("eval",),

@@ -4,8 +4,8 @@ import pytest
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit
-from apparate_llm.engine.token_origins import MAX_UNCLAIMED, REPORT_KEY, Reports, Trace, trace_of
-from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+from apparate_llm.exits.ledger import RequestExits, VerdictLedger
+from apparate_llm.exits.token_origins import MAX_UNCLAIMED, REPORT_KEY, Reports, Trace, trace_of
 
 
 def exit_at(position: int, token_id: int = 5, depth: int = 2) -> Exit:

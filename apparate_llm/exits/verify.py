@@ -8,7 +8,7 @@ import torch
 
 from apparate_llm.argmax import best_tokens
 from apparate_llm.controller.policy import Policy
-from apparate_llm.engine.verdicts import RequestExits, Verdict, VerdictLedger
+from apparate_llm.exits.ledger import RequestExits, Verdict, VerdictLedger
 
 
 class Drafts(Protocol):

@@ -5,8 +5,8 @@ import pytest
 from apparate_llm.cli import build_parser
 from apparate_llm.config import ConfigError, RequestKnobs, parse_config, parse_request_knobs, shown
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
-from apparate_llm.engine.classes import UNNAMED, shares_of
 from apparate_llm.engine.vllm_args import vllm_args
+from apparate_llm.exits.tenants import UNNAMED, shares_of
 from apparate_llm.knobs import knobs_from, read_classes
 
 CLASSES = {"interactive": {"tpt_target_ms": 20, "accuracy_bound": 0.02}, "batch": {"early_exit": 0}}

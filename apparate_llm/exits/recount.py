@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from apparate_llm.controller.budget import NANO
 from apparate_llm.core import Exit, ExitCounts, Outcome
-from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+from apparate_llm.exits.ledger import RequestExits, VerdictLedger
 
 
 def drop_exits(

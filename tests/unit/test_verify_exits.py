@@ -6,8 +6,8 @@ import torch
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit
-from apparate_llm.engine.judge import judge_held
-from apparate_llm.engine.verdicts import RequestExits, VerdictLedger
+from apparate_llm.exits.ledger import RequestExits, VerdictLedger
+from apparate_llm.exits.verify import judge_held
 
 VOCAB, STOP = 10, 7
 

@@ -2,8 +2,8 @@ import pytest
 
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, Outcome
-from apparate_llm.engine.classes import ClassShare
-from apparate_llm.engine.verdicts import SETTLED_TOKENS, RequestExits, VerdictLedger
+from apparate_llm.exits.ledger import SETTLED_TOKENS, RequestExits, VerdictLedger
+from apparate_llm.exits.tenants import ClassShare
 from tests.logged import logged
 
 

@@ -1,13 +1,20 @@
 """Times of the engine's steps. With tensor parallelism rank 0's clock is everybody's, so that all decide alike."""
 
 from time import monotonic, process_time
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from apparate_llm.controller.policy import Policy
-from apparate_llm.engine.parallel import Peers
 
 STOPPED_S = 0.5  # of a step, from which it may be one in which the process was stopped
 RAN_FRAC = 0.25  # of a step that the process had a CPU, below which it was
+
+
+class Ranks(Protocol):
+    """Of one tensor parallel group."""
+
+    def share_floats(self, values: list[float]) -> list[float]:
+        """Rank 0's values, on every rank."""
+        ...
 
 
 class Took(NamedTuple):
@@ -19,7 +26,7 @@ class Took(NamedTuple):
 class StepClock:
     """A step lasts from the end of one step's rounds to the end of the next one's."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Ranks) -> None:
         self.peers = peers
         self.now_s = monotonic()  # when the last completion pass was sampled
         self.last: Took | None = None  # None where the step was no plain decode step, or `pass_ms` is

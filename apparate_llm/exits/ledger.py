@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol
 from apparate_llm.config import RequestKnobs
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome
-from apparate_llm.engine.classes import ClassShare
-from apparate_llm.engine.distributions import Distributions, Histogram
-from apparate_llm.engine.safety import Asides
-from apparate_llm.engine.token_origins import Reports, Trace
+from apparate_llm.exits.histograms import Distributions, Histogram
+from apparate_llm.exits.safety import Asides
+from apparate_llm.exits.tenants import ClassShare
+from apparate_llm.exits.token_origins import Reports, Trace
 
 logger = logging.getLogger("vllm.apparate")
 LEAST_TOKENS = 16  # a request must have for its time per token to count

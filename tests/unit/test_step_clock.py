@@ -2,9 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from apparate_llm.engine import clock as module
-from apparate_llm.engine.clock import StepClock, Took
 from apparate_llm.engine.parallel import Peers
+from apparate_llm.exits import step_clock as module
+from apparate_llm.exits.step_clock import StepClock, Took
 
 
 @pytest.fixture
