@@ -142,6 +142,7 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from apparate_llm.patches.ledger import apply_all
+    from apparate_llm.patches.overrides import check_those_of
 
     gc.freeze()  # nor does any of it later: vLLM's processes, forks of this one, look for it as they start
     gc.enable()
@@ -160,6 +161,7 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     check_understood(args, wanted)
     if SPECULATION in wanted:
         check_set_up(args)
+        check_those_of("engine.", "api.")  # here one line is enough; in an engine it were the last one of a trace
     configure_logging_from_args(args)
     try:
         command.validate(args)

@@ -1,8 +1,10 @@
-"""A patch is made for one version of one piece of source: anything else stops the start."""
+"""A patch, or an override of one of vLLM's methods, is made for one version of one piece of source: anything else stops
+the start."""
 
 import hashlib
 import inspect
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,17 +33,43 @@ class Patch:
     process: Process = "worker"  # in which it is applied
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """Methods of one class of vLLM's."""
+
+    ours: str  # class or module within the package that overrides them
+    theirs: str  # qualified name of the class
+    sha256: Mapping[str, str]  # by method, of its source
+
+
 def check_target(patch: Patch, target: Target) -> None:
     """Raise PatchMismatchError unless vLLM's version and the target's source are those the patch was made for."""
     from vllm import __version__ as found_version
 
     if found_version.split("+")[0] != VLLM_VERSION:
         raise PatchMismatchError(f"patch of {patch.target} is for vLLM {VLLM_VERSION}, found {found_version}")
-    found = source_sha256(target)
-    if found != patch.source_sha256:
-        raise PatchMismatchError(
-            f"patch of {patch.target} is for source {patch.source_sha256[:12]}, found {found[:12]}"
-        )
+    _check_source(f"patch of {patch.target}", patch.source_sha256, source_sha256(target))
+
+
+def check_overrides(entry: Overrides) -> None:
+    """Raise PatchMismatchError unless the source of each method is what ours was made for."""
+    for name, expected in entry.sha256.items():
+        target = named(f"{entry.theirs}.{name}")
+        _check_source(f"{entry.ours}: its override of {entry.theirs}.{name}", expected, source_sha256(target))
+
+
+def _check_source(what: str, expected: str, found: str) -> None:
+    if found != expected:
+        raise PatchMismatchError(f"{what} is for source {expected[:12]}, found {found[:12]}")
+
+
+def named(target: str) -> Target:
+    """What a qualified name of vLLM's stands for; raises PatchMismatchError where there is none."""
+    try:
+        found: Target = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError):
+        raise PatchMismatchError(f"vLLM has no {target} any more") from None
+    return found
 
 
 def is_ours(speculative_config: object) -> bool:

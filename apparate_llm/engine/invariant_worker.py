@@ -14,6 +14,7 @@ from apparate_llm.engine.batch_invariance import Coverage, before_loading, befor
 from apparate_llm.engine.compared_passes import different_passes
 from apparate_llm.machine import cache_folder
 from apparate_llm.patches.ledger import apply_all
+from apparate_llm.patches.overrides import check_those_of
 
 logger = init_logger("vllm.apparate")
 COVERED = "early_exit_batch_invariance"  # in vLLM's additional settings, which its compile cache has in its key
@@ -26,6 +27,7 @@ class BatchInvariantWorker(CPUWorker):
         if config_from_vllm(self.vllm_config).batch_invariant:
             self.coverage = Coverage({}, [])
             before_loading(self.vllm_config)
+        check_those_of("engine.invariant_worker", "engine.batch_invariance")
         for target in apply_all():  # before vLLM's worker builds a runner, which builds the logits processors
             logger.info("Patched %s", target)
         super().init_device()  # type: ignore[no-untyped-call]  # vLLM's

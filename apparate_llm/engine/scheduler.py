@@ -16,6 +16,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from apparate_llm.patches.ledger import apply_all
+from apparate_llm.patches.overrides import check_those_of
 
 logger = init_logger("vllm.apparate")
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class EarlyExitScheduler(Scheduler):
         self.has_drafts = False  # the last step's came with its output
         self.num_failures = 0
         apply_all("engine")
+        check_those_of("engine.scheduler")
         # Rounds deeper than 0 write KV for the newest token and the exits after it.
         self.num_lookahead_tokens = max(self.num_lookahead_tokens, self.num_spec_tokens)
         # vLLM pads a resumed request's single row with draft placeholders (-1) for CUDA graphs; there are none here

@@ -16,6 +16,7 @@ from apparate_llm.config import ConfigError, shown
 from apparate_llm.engine.background import run_in_background
 from apparate_llm.engine.invariant_worker import BatchInvariantWorker
 from apparate_llm.engine.runner import EarlyExitRunner
+from apparate_llm.patches.overrides import check_those_of
 
 logger = init_logger("vllm.apparate")
 
@@ -25,6 +26,7 @@ class EarlyExitWorker(BatchInvariantWorker):
 
     def init_device(self) -> None:
         check_supported(self.vllm_config)
+        check_those_of("engine.worker", "engine.runner", "engine.fallback")
         super().init_device()
         # vLLM's worker builds its own runner; nothing is loaded into it yet.
         self.model_runner = EarlyExitRunner(self.vllm_config, torch.device("cpu"))

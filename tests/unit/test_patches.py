@@ -1,20 +1,28 @@
 import ast
 import os
+import re
+import subprocess
+import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from apparate_llm import patches
+from apparate_llm.eval.servers import free_port
 from apparate_llm.patches import guard
 from apparate_llm.patches.cpu_expand_kernel import expand
 from apparate_llm.patches.ledger import LEDGER, apply_all
+from apparate_llm.patches.overrides import OVERRIDES
 from tests.logged import logged
 
 FOLDER = Path(next(iter(patches.__path__))).resolve()
-FRAMEWORK = {"__init__", "guard", "ledger"}
+FRAMEWORK = {"__init__", "guard", "ledger", "overrides"}
+NOT_METHODS = {"__module__", "__doc__", "__qualname__", "__annotations__", "__dict__", "__weakref__", "_abc_impl"}
 
 
 def patch_named(file: str) -> guard.Patch:
@@ -41,6 +49,78 @@ def test_a_patch_refuses_other_source_and_other_versions(monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.33.1")
     with pytest.raises(guard.PatchMismatchError, match=r"for vLLM 0.32.0, found 0.33.1"):
         guard.check_target(patch, cpu_triton_utils._expand_kernel_impl)
+
+
+def overridden_by(name: str) -> set[tuple[str, str]]:
+    """(vLLM's class, method) that a class of ours overrides."""
+    found: Any = guard.named(f"apparate_llm.{name}")
+    pairs = set()
+    for method in vars(found).keys() - NOT_METHODS:
+        for base in found.__mro__[1:]:
+            if base.__module__.startswith("vllm.") and callable(vars(base).get(method)):
+                pairs.add((f"{base.__module__}.{base.__qualname__}", method))
+                break
+    return pairs
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        "engine.runner.EarlyExitRunner",
+        "engine.fallback.FallbackRunner",
+        "engine.worker.EarlyExitWorker",
+        "engine.invariant_worker.BatchInvariantWorker",
+        "engine.scheduler.EarlyExitScheduler",
+    ],
+)
+def test_every_method_of_vllms_that_we_override_is_listed_with_its_source(ours):
+    entries = [entry for entry in OVERRIDES if entry.ours == ours]
+    assert {(entry.theirs, name) for entry in entries for name in entry.sha256} == overridden_by(ours)
+    for entry in entries:
+        guard.check_overrides(entry)
+
+
+def test_a_method_that_has_changed_or_is_gone_is_named_in_one_line():
+    entry = next(entry for entry in OVERRIDES if "_sample" in entry.sha256)
+    changed = replace(entry, sha256={**entry.sha256, "_sample": "0" * 64})
+    with pytest.raises(
+        guard.PatchMismatchError, match=r"GPUModelRunner\._sample is for source 000000000000, found 5cb5"
+    ):
+        guard.check_overrides(changed)
+    with pytest.raises(guard.PatchMismatchError, match=r"vLLM has no \S+GPUModelRunner\._sampled any more"):
+        guard.check_overrides(replace(entry, sha256={"_sampled": "0" * 64}))
+
+
+def test_a_falsified_hash_stops_the_start_with_one_line(tiny_llama, lens_ramps, tmp_path):
+    """The whole command, with a hash in which one figure is another."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from apparate_llm.patches import overrides\n"
+        "for entry in overrides.OVERRIDES:\n"
+        "    if '_sample' in entry.sha256:\n"
+        "        entry.sha256['_sample'] = '0' + entry.sha256['_sample'][1:]\n"
+    )
+    command = [sys.executable, "-m", "apparate_llm.cli", "serve", str(tiny_llama), "--port", str(free_port())]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(FOLDER.parent)])}
+    done = subprocess.run(
+        [*command, "--ramps", str(lens_ramps(depth=3))], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "GPUModelRunner._sample is for source 0cb5" in last
+
+
+def test_the_tool_for_a_new_vllm_shows_what_changed(monkeypatch, capsys):
+    from scripts import check_vllm
+
+    assert check_vllm.main([]) == 0
+    entry = next(entry for entry in OVERRIDES if "_sample" in entry.sha256)
+    monkeypatch.setitem(entry.sha256, "_sample", "0" * 64)
+    monkeypatch.setitem(entry.sha256, "_gone", "0" * 64)
+    assert check_vllm.main([]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"GPUModelRunner\._sample\n.*changed: 5cb5\w+ in \S+gpu_model_runner.py:\d+", said)
+    assert re.search(r"GPUModelRunner\._gone\n.*: gone", said) and "2 to read again" in said
 
 
 def test_patches_are_for_the_vllm_that_is_installed_with_us():
