@@ -170,12 +170,22 @@ def parse_config(raw: object) -> EarlyExitConfig:
         raise ConfigError(f"early_exit: {_problems(error, EarlyExitConfig)}") from None
 
 
+def effective_bound(config: EarlyExitConfig, *, class_name: str | None = None, asked: float | None = None) -> float:
+    """The accuracy bound that a request goes by: its own, else its class's, else the server's; never looser than the
+    server's without `allow_looser_requests`."""
+    own = config.classes.get(class_name) if class_name is not None else None
+    wanted = asked if asked is not None else own.accuracy_bound if own is not None else None
+    if wanted is None:
+        return config.accuracy_bound
+    return wanted if config.allow_looser_requests else min(wanted, config.accuracy_bound)
+
+
 def check_classes(config: EarlyExitConfig) -> None:
     """Raises ConfigError for classes that a server cannot start with."""
     keys: dict[str, str] = {}
     for name, own in config.classes.items():
         bound = own.accuracy_bound
-        if bound is not None and bound > config.accuracy_bound and not config.allow_looser_requests:
+        if bound is not None and bound > effective_bound(config, class_name=name):
             raise ConfigError(
                 f"early_exit: classes: {name}: accuracy_bound: at most the server's {config.accuracy_bound:g} without "
                 f"allow_looser_requests, got {bound:g}"
@@ -216,9 +226,8 @@ def parse_request_knobs(
         raise ConfigError(f"vllm_xargs: {_problems(error, RequestKnobs)}") from None
     name = _class_name(knobs.early_exit_class, config, key_class)
     own = config.classes[name] if name is not None else RequestClass.model_validate({})
-    bound, whose = config.accuracy_bound, "the server's"
-    if own.accuracy_bound is not None and (own.accuracy_bound < bound or config.allow_looser_requests):
-        bound, whose = own.accuracy_bound, f"class {name}'s"
+    bound = effective_bound(config, class_name=name)
+    whose = "the server's" if bound == config.accuracy_bound else f"class {name}'s"
     if knobs.accuracy_bound is not None and knobs.accuracy_bound > bound and not config.allow_looser_requests:
         raise ConfigError(f"vllm_xargs: accuracy_bound: at most {whose} {bound:g}, got {knobs.accuracy_bound:g}")
     if own.early_exit < knobs.early_exit and "early_exit" in knobs.model_fields_set:

@@ -6,7 +6,14 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from apparate_llm.config import ConfigError, EarlyExitConfig, RequestKnobs, parse_live, parse_request_knobs
+from apparate_llm.config import (
+    ConfigError,
+    EarlyExitConfig,
+    RequestKnobs,
+    effective_bound,
+    parse_live,
+    parse_request_knobs,
+)
 from apparate_llm.controller.budget import Bucket
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
@@ -14,7 +21,7 @@ from apparate_llm.controller.state import check_numbers
 from apparate_llm.engine.eligibility import is_releasable, may_exit, stop_token_ids
 from apparate_llm.engine.rounds import Rounds
 from apparate_llm.exits.ledger import RequestExits, VerdictLedger
-from apparate_llm.exits.tenants import UNNAMED, allowed_bound, class_bound
+from apparate_llm.exits.tenants import UNNAMED
 from apparate_llm.exits.token_origins import trace_of
 
 logger = init_logger("vllm.apparate")
@@ -88,20 +95,12 @@ def requests_follow(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
     """Requests under way and the server's budget go by the new knobs; what was spent stays spent."""
     ledger.budget.change_bound(config.accuracy_bound)
     for (_, asked), group in ledger.budget.groups.items():
-        group.follow(_bound(asked, config))
+        group.follow(effective_bound(config, asked=asked))
     for name, share in ledger.classes.items():
-        share.bucket.change_bound(class_bound(config, name))
+        share.bucket.change_bound(effective_bound(config, class_name=name))
     for request in ledger.requests.values():
-        request.bucket.change_bound(bound_of(request.knobs, config))
+        request.bucket.change_bound(effective_bound(config, asked=request.knobs.accuracy_bound))
         request.tpt_target_ms = request.knobs.tpt_target_ms or config.tpt_target_ms
-
-
-def bound_of(knobs: RequestKnobs, config: EarlyExitConfig) -> float:
-    return _bound(knobs.accuracy_bound, config)
-
-
-def _bound(asked: float | None, config: EarlyExitConfig) -> float:
-    return config.accuracy_bound if asked is None else allowed_bound(asked, config)
 
 
 def exits_of(
@@ -116,12 +115,13 @@ def exits_of(
     except Exception as error:
         logger.error("%s; the server's own settings are used", str(error)[:MOST_LOGGED])
         knobs = RequestKnobs.model_validate({})
-    bucket = Bucket.of_request(bound_of(knobs, config))
+    bound = effective_bound(config, asked=knobs.accuracy_bound)
+    bucket = Bucket.of_request(bound)
     name = knobs.early_exit_class or UNNAMED
     share = ledger.classes.get(name)
     releasable, exits = is_releasable(params), others_allow and may_exit(params)
     if knobs.early_exit and releasable and exits:
-        bucket.of_group = ledger.budget.groups.of(name, knobs.accuracy_bound, bound_of(knobs, config))
+        bucket.of_group = ledger.budget.groups.of(name, knobs.accuracy_bound, bound)
         bucket.of_class = share.bucket if share else None
     else:
         bucket.stay_alone()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from apparate_llm.config import EarlyExitConfig
+from apparate_llm.config import EarlyExitConfig, effective_bound
 from apparate_llm.controller.budget import Bucket
 
 UNNAMED = "(none)"  # requests that are of no class, where there are some
@@ -29,19 +29,9 @@ class ClassShare:
         return self.diverged + self.unverified
 
 
-def class_bound(config: EarlyExitConfig, name: str) -> float:
-    """The bound of its requests that ask for none."""
-    own = config.classes[name].accuracy_bound if name in config.classes else None
-    return config.accuracy_bound if own is None else allowed_bound(own, config)
-
-
-def allowed_bound(asked: float, config: EarlyExitConfig) -> float:
-    return asked if config.allow_looser_requests else min(asked, config.accuracy_bound)
-
-
 def shares_of(config: EarlyExitConfig) -> dict[str, ClassShare]:
     """By name; empty where the server has no classes."""
     if not config.classes:
         return {}
     names = [*config.classes, UNNAMED]
-    return {name: ClassShare(Bucket.for_class(class_bound(config, name), len(names))) for name in names}
+    return {name: ClassShare(Bucket.for_class(effective_bound(config, class_name=name), len(names))) for name in names}
