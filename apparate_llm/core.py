@@ -6,7 +6,7 @@ from enum import Enum, StrEnum
 from typing import Any
 
 
-class Verb(Enum):
+class Decision(Enum):
     """What a policy says of one exit."""
 
     RELEASE = "release"  # emit now, never recall
@@ -25,7 +25,7 @@ class Exit:
     confidence: float  # the ramp's own, as calibrated when it was prepared
     greedy: bool = True  # its verdict is the full model's best token; else whether vLLM's sampler keeps it
     probability: float = 0.0  # of agreeing with its verdict; written by the policy
-    verb: Verb = Verb.STOP  # what became of it; written by the rounds
+    decision: Decision = Decision.STOP  # what became of it; written by the rounds
     diverged: bool = False  # held and let through although its verdict differs
     match: int = 0  # tokens before it that occurred before, where it was copied from there; 0: a ramp's
 

@@ -207,13 +207,13 @@ def objectives(text: str) -> dict[str, float]:
 
 
 def _later(name: str) -> Callable[[argparse.Namespace], int]:
-    """A command of `eval/tpt.py`, imported when it runs; leaves by the way that stops the servers, too."""
+    """A command of `eval/run.py`, imported when it runs; leaves by the way that stops the servers, too."""
 
     def run(args: argparse.Namespace) -> int:
-        from apparate_llm.eval import tpt
+        from apparate_llm.eval import run as commands
 
         exit_on_sigterm()
-        command: Callable[[argparse.Namespace], int] = getattr(tpt, name)
+        command: Callable[[argparse.Namespace], int] = getattr(commands, name)
         return command(args)
 
     return run

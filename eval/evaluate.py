@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 
 from apparate_llm.eval.client import Ask, Completion, run_block
-from apparate_llm.eval.loads import Load
+from apparate_llm.eval.host_noise import energy_j, probe_ms, processor_times, stolen_frac
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.store import Block, BlockKey, Store
-from apparate_llm.eval.surroundings import energy_j, probe_ms, processor_times, stolen_frac
 from apparate_llm.eval.systems import BASELINE, System
+from apparate_llm.eval.workloads import Load
 from apparate_llm.progress import Progress, Stage
 
 WARM_UP = (2, 32)  # prompts at once, tokens

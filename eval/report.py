@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apparate_llm.eval.figures import Points, figures
+from apparate_llm.eval.headline import plain_name, summary_sentence, verdict
 from apparate_llm.eval.schema import Results, Run
-from apparate_llm.eval.sentence import plain_name, summary_sentence, verdict
 from apparate_llm.eval.tables import (
     ANSWER_COLUMNS,
     DASH,

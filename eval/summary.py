@@ -10,8 +10,10 @@ import numpy as np
 
 from apparate_llm.eval.client import Completion
 from apparate_llm.eval.code_check import code_passes
-from apparate_llm.eval.loads import Load
-from apparate_llm.eval.measures import (
+from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.quality import final_number, first_difference, is_maths, rouge_l
+from apparate_llm.eval.schema import Exits, Moment, Quality, Ratio, Run
+from apparate_llm.eval.statistics import (
     apart_interval,
     distribution,
     goodput_frac,
@@ -23,11 +25,9 @@ from apparate_llm.eval.measures import (
     shared_chunk_frac,
     tokens_per_s,
 )
-from apparate_llm.eval.prompts import Prompt
-from apparate_llm.eval.quality import final_number, first_difference, is_maths, rouge_l
-from apparate_llm.eval.schema import Exits, Moment, Quality, Ratio, Run
 from apparate_llm.eval.store import Block
 from apparate_llm.eval.systems import BASELINE, OFF, System
+from apparate_llm.eval.workloads import Load
 
 NOISY_SPREAD = 1.25  # 90th over 10th percentile of the probe
 NOISY_STOLEN_FRAC = 0.02

@@ -14,7 +14,7 @@ from apparate_llm.config import EarlyExitConfig, PolicyName
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 
 ROUNDS = 3
 STEPS = 2000
@@ -30,8 +30,10 @@ def step_ms(policy: Policy, budget: AccuracyBudget, buckets: list[Bucket], rng: 
     reaches, num_rows, held = [1.0] * batch, batch, []
     for number, exits in enumerate(offered):
         for i, exit_ in enumerate(exits):
-            verb = policy.decide(exit_, reach=reaches[i], may_release=budget.may_release(buckets[i]), num_rows=num_rows)
-            num_rows += verb is not Verb.STOP
+            decision = policy.decide(
+                exit_, reach=reaches[i], may_release=budget.may_release(buckets[i]), num_rows=num_rows
+            )
+            num_rows += decision is not Decision.STOP
             reaches[i] *= exit_.probability
             held.append((i, exit_))
         policy.round_took(0, batch, 1.0)

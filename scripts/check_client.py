@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 from apparate_llm.eval.client import Ask, Completion, run_block
-from apparate_llm.eval.measures import distribution
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
+from apparate_llm.eval.statistics import distribution
 from apparate_llm.eval.systems import Choice, plain_vllm
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder

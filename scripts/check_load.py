@@ -30,12 +30,12 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from apparate_llm.eval.client import TIMEOUT_S, Ask, Completion, complete
-from apparate_llm.eval.loads import lengths_of
-from apparate_llm.eval.measures import Samples, Statistic, bootstrap, mean_of, p99_of
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
+from apparate_llm.eval.statistics import Samples, Statistic, bootstrap, mean_of, p99_of
 from apparate_llm.eval.systems import Choice, systems_of
 from apparate_llm.eval.tables import with_interval
+from apparate_llm.eval.workloads import lengths_of
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 from scripts.tpt_parts import SAME_STEP_S

@@ -9,7 +9,7 @@ from apparate_llm.controller.calibration import MEMORY_VERDICTS, OnlineCalibrati
 from apparate_llm.controller.costs import ROWS, CostCurve, CostModel
 from apparate_llm.controller.depth import DepthChoice
 from apparate_llm.controller.policy import Policy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 from apparate_llm.ramps.copying import copied_confidence
 
 CALIBRATED_ROUNDS = 4  # later rounds share the last one's calibration
@@ -212,18 +212,18 @@ class AdaptivePolicy(Policy):
         rows_ms = self.costs.completion(num_rows + live * statistics.taken_frac) - self.costs.completion(num_rows)
         return gain >= self._price * (self.costs.round(self.depth, live) + rows_ms)
 
-    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
+    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
         p = exit_.probability = self._calibration(exit_).probability(exit_.confidence)
         if reach * p < self._price * self.costs.completion.of_another(num_rows):
-            verb = Verb.STOP
+            decision = Decision.STOP
         else:
-            verb = Verb.RELEASE if may_release and p >= self.release_confidence else Verb.HOLD
+            decision = Decision.RELEASE if may_release and p >= self.release_confidence else Decision.HOLD
         if not exit_.match:
-            self._statistics(exit_.round_number).observe(verb is not Verb.STOP, p)
-        elif verb is not Verb.STOP:
+            self._statistics(exit_.round_number).observe(decision is not Decision.STOP, p)
+        elif decision is not Decision.STOP:
             num_requests, tokens, rows = self._copied_in_step
             self._copied_in_step = (num_requests, tokens + reach * p, rows + 1)
-        return verb
+        return decision
 
     # ---- divergences
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from apparate_llm.controller.policy import Policy, rounds_within
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 
 FIRST_STEP, LEAST_STEP = 0.01, 0.001
 
@@ -123,13 +123,13 @@ class ApparatePolicy(Policy):
     def start(self, num_requests: int) -> int:
         return rounds_within(self.max_rows, self.max_exits, num_requests)
 
-    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
+    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
         exit_.probability = exit_.confidence
         self._num_offered += 1
         if may_release and 1.0 - exit_.confidence < self.threshold:
             self._num_exits += 1
-            return Verb.RELEASE
-        return Verb.STOP
+            return Decision.RELEASE
+        return Decision.STOP
 
     def verdict(self, exit_: Exit, agrees: bool) -> None:
         self._records.append((Seen(1.0 - exit_.confidence, agrees),))

@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple, TextIO
 
-from apparate_llm.core import Verb
+from apparate_llm.core import Decision
 
 logger = logging.getLogger("vllm.apparate")
 SCHEMA_VERSION = 1
@@ -25,7 +25,7 @@ MAX_BYTES = 32 << 20  # then, and at a start, the file becomes FILE.1, replacing
 PAUSE_S = 60.0  # after which a log that could not be written is tried again
 
 
-TAKEN = {Verb.STOP: 0, Verb.HOLD: 1, Verb.RELEASE: 2}  # offered and not taken, held, released
+TAKEN = {Decision.STOP: 0, Decision.HOLD: 1, Decision.RELEASE: 2}  # offered and not taken, held, released
 
 
 class FeedbackError(ValueError):
@@ -129,7 +129,7 @@ def record_of(took: Any, spent: list[tuple[int, float]], verdicts: Iterable[Any]
             verdict.exit.depth,
             verdict.exit.round_number,
             round(verdict.exit.confidence, 4),
-            TAKEN[verdict.exit.verb],
+            TAKEN[verdict.exit.decision],
             int(verdict.agrees),
             None if regret is None or not math.isfinite(regret) else round(regret, 3),
         ]

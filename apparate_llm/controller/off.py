@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from apparate_llm.controller.policy import Policy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 
 
 @dataclass(slots=True, kw_only=True)
@@ -14,5 +14,5 @@ class OffPolicy(Policy):
     def start(self, num_requests: int) -> int:
         return 0
 
-    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
-        return Verb.STOP
+    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
+        return Decision.STOP

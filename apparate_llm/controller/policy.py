@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 
 
 class Policy(ABC):
@@ -38,7 +38,7 @@ class Policy(ABC):
         return True
 
     @abstractmethod
-    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
+    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
         """What becomes of an exit; sets its `probability`."""
 
     def accepts(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:

@@ -15,7 +15,7 @@ from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.costs import ROWS, CostCurve
 from apparate_llm.controller.feedback import Cycle, LoggedExit
 from apparate_llm.controller.policy import Policy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 
 
 class LogCosts:
@@ -98,7 +98,7 @@ class _Answer:
 
     @property
     def holds(self) -> bool:
-        return bool(self.taken) and self.taken[-1].verb is Verb.HOLD
+        return bool(self.taken) and self.taken[-1].decision is Decision.HOLD
 
 
 def replay(
@@ -164,15 +164,15 @@ def _rounds(
             logged = answer.offered[number]
             exit_ = Exit(0, 0, logged.depth, number, logged.confidence)
             may_release = not answer.holds and budget.may_release(answer.bucket)
-            verb = policy.decide(exit_, reach=answer.reach, may_release=may_release, num_rows=num_rows)
-            if verb is Verb.STOP:
+            decision = policy.decide(exit_, reach=answer.reach, may_release=may_release, num_rows=num_rows)
+            if decision is Decision.STOP:
                 answer.not_taken = exit_
                 continue
-            if verb is Verb.RELEASE:
+            if decision is Decision.RELEASE:
                 budget.release(answer.bucket)
             else:
                 answer.reach *= exit_.probability
-            exit_.verb = verb
+            exit_.decision = decision
             answer.taken.append(exit_)
             num_rows += 1
             going.append(answer)
@@ -189,7 +189,7 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
         logged = answer.offered[number]
         regret = logged.regret_nats or 0.0
         policy.verdict(exit_, logged.agrees)
-        if exit_.verb is Verb.RELEASE:
+        if exit_.decision is Decision.RELEASE:
             result.released += 1
             if logged.agrees:
                 budget.prove_right(answer.bucket)

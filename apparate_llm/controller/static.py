@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from apparate_llm.controller.policy import Policy, rounds_within
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,8 +18,8 @@ class StaticPolicy(Policy):
     def start(self, num_requests: int) -> int:
         return rounds_within(self.max_rows, self.max_exits, num_requests)
 
-    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Verb:
+    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
         exit_.probability = exit_.confidence
         if may_release and exit_.confidence >= self.threshold:
-            return Verb.RELEASE
-        return Verb.HOLD if exit_.confidence >= self.hold_threshold else Verb.STOP
+            return Decision.RELEASE
+        return Decision.HOLD if exit_.confidence >= self.hold_threshold else Decision.STOP

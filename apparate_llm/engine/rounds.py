@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policy import Policy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 from apparate_llm.engine.parallel import Peers
 from apparate_llm.ramps.copying import NOTHING_REPEATED, Repeated, TokenIds, copied_confidence, look_back
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
@@ -174,18 +174,18 @@ class Rounds:
         number = row.num_exits  # each round before has left one
         depth = 0 if match else self.ramps.depth
         exit_ = Exit(row.newest_position + 1 + number, token, depth, number, confidence, row.greedy, match=match)
-        verb = self.policy.decide(exit_, reach=row.reach, may_release=may_release, num_rows=self._num_rows)
-        if verb is Verb.RELEASE:
+        decision = self.policy.decide(exit_, reach=row.reach, may_release=may_release, num_rows=self._num_rows)
+        if decision is Decision.RELEASE:
             assert may_release, "the policy released an exit that it may not"
             self.budget.release(row.bucket)
             row.released.append(exit_)
-        elif verb is Verb.HOLD and row.num_exits < row.max_held:
+        elif decision is Decision.HOLD and row.num_exits < row.max_held:
             row.held.append(exit_)
             row.reach *= exit_.probability
         else:
             row.offered = exit_
             return False
-        exit_.verb = verb
+        exit_.decision = decision
         self._num_rows += 1
         return True
 

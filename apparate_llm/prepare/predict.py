@@ -18,7 +18,7 @@ import numpy as np
 
 from apparate_llm.config import parse_config
 from apparate_llm.controller.adaptive import AdaptivePolicy
-from apparate_llm.eval.loads import block_size
+from apparate_llm.eval.workloads import block_size
 from apparate_llm.prepare.costs import ProfiledCosts
 from apparate_llm.prepare.recorded import Recorded
 from apparate_llm.prepare.simulate import Simulation

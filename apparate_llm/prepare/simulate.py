@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from apparate_llm.controller.adaptive import AdaptivePolicy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 from apparate_llm.prepare.recorded import Recorded
 from apparate_llm.ramps.copying import copied_confidence
 
@@ -206,11 +206,11 @@ class Simulation:
         right = agrees and all(request.right)
         depth = 0 if match else policy.depth
         exit_ = Exit(request.row, 0, depth, len(request.taken), confidence, match=match)
-        verb = policy.decide(exit_, reach=request.reach, may_release=False, num_rows=self._num_rows)
-        if verb is Verb.STOP or not request.may_hold:
+        decision = policy.decide(exit_, reach=request.reach, may_release=False, num_rows=self._num_rows)
+        if decision is Decision.STOP or not request.may_hold:
             request.not_taken = (exit_, right)
             return False
-        exit_.verb = verb
+        exit_.decision = decision
         request.taken.append(exit_)
         request.right.append(right)
         request.reach *= exit_.probability

@@ -129,11 +129,11 @@ def measure(
     """By number of clients: the ratio of mean times per output token, lossless exits / plain vLLM, and its interval.
     Raises RuntimeError where a server does not run."""
     from apparate_llm.eval.evaluate import Evaluation, evaluate
-    from apparate_llm.eval.loads import closed
-    from apparate_llm.eval.measures import ratio_interval, ratio_of
+    from apparate_llm.eval.statistics import ratio_interval, ratio_of
     from apparate_llm.eval.store import Store
     from apparate_llm.eval.summary import cells_of
     from apparate_llm.eval.systems import BASELINE, Choice, early_exits, plain_vllm
+    from apparate_llm.eval.workloads import closed
     from apparate_llm.serve import memory_flags
 
     with _servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:

@@ -5,7 +5,7 @@ import pytest
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.adaptive import AdaptivePolicy
 from apparate_llm.controller.policies import make_policy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 from apparate_llm.ramps.copying import copied_confidence
 
 
@@ -31,10 +31,10 @@ def test_sure_exits_are_released_likely_ones_held_and_hopeless_ones_left():
     policy = make()
     teach(policy, row_ms=1.0)
     assert policy.start(1) == 4
-    assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is Verb.RELEASE
-    assert policy.decide(offered(0.99), reach=1.0, may_release=False, num_rows=1) is Verb.HOLD
-    assert policy.decide(offered(0.6), reach=1.0, may_release=True, num_rows=1) is Verb.HOLD
-    assert policy.decide(offered(0.003), reach=1.0, may_release=True, num_rows=1) is Verb.STOP
+    assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is Decision.RELEASE
+    assert policy.decide(offered(0.99), reach=1.0, may_release=False, num_rows=1) is Decision.HOLD
+    assert policy.decide(offered(0.6), reach=1.0, may_release=True, num_rows=1) is Decision.HOLD
+    assert policy.decide(offered(0.003), reach=1.0, may_release=True, num_rows=1) is Decision.STOP
 
 
 def test_a_text_is_followed_until_it_proves_wrong_and_again_when_it_proves_right():
@@ -100,8 +100,10 @@ def test_verdicts_move_what_a_confidence_is_worth():
     policy.start(1)
     for _ in range(256):
         policy.verdict(offered(0.99), False)
-    assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is not Verb.RELEASE
-    assert policy.decide(offered(0.99, number=1), reach=1.0, may_release=True, num_rows=1) is Verb.RELEASE, "own rounds"
+    assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is not Decision.RELEASE
+    assert policy.decide(offered(0.99, number=1), reach=1.0, may_release=True, num_rows=1) is Decision.RELEASE, (
+        "own rounds"
+    )
 
 
 def test_a_cheap_divergence_that_saves_much_is_taken_when_the_budget_is_full():
@@ -152,12 +154,17 @@ def test_a_longer_step_has_to_bring_more_while_requests_wait_for_their_first_tok
         return num_rounds
 
     assert serve(150, joining=0) > 0
-    assert policy.decide(offered(0.7), **sure) is Verb.HOLD and policy.decide(offered(0.99), **sure) is Verb.RELEASE
+    assert (
+        policy.decide(offered(0.7), **sure) is Decision.HOLD
+        and policy.decide(offered(0.99), **sure) is Decision.RELEASE
+    )
     assert serve(150, joining=1) == 0
     assert policy.status()["waiting_requests"] == pytest.approx(3.6, abs=0.2)
-    assert policy.decide(offered(0.7), **sure) is Verb.STOP and policy.decide(offered(0.99), **sure) is Verb.STOP
+    assert (
+        policy.decide(offered(0.7), **sure) is Decision.STOP and policy.decide(offered(0.99), **sure) is Decision.STOP
+    )
     assert serve(400, joining=0) > 0, "nobody waits any more"
-    assert policy.decide(offered(0.7), **sure) is Verb.HOLD
+    assert policy.decide(offered(0.7), **sure) is Decision.HOLD
 
 
 def test_a_lone_request_keeps_nobody_waiting():
@@ -175,7 +182,7 @@ def test_a_lone_request_keeps_nobody_waiting():
         ]
         for policy in (alone, short_answers)
     ]
-    assert verbs[0] == verbs[1] and set(verbs[0]) == {Verb.HOLD, Verb.STOP}
+    assert verbs[0] == verbs[1] and set(verbs[0]) == {Decision.HOLD, Decision.STOP}
 
 
 def test_prompts_that_a_server_begins_with_do_not_keep_exits_away():

@@ -6,7 +6,7 @@ import random
 from itertools import pairwise
 
 from apparate_llm.controller.adaptive import AdaptivePolicy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 
 PASS_MS = ((1, 45.0), (4, 48.0), (8, 50.0), (16, 54.0), (24, 61.0), (32, 67.0), (48, 76.0), (64, 83.0), (128, 130.0))
 CONFIDENCES = (0.97, 0.9, 0.8, 0.6, 0.4, 0.25, 0.1)  # all equally often, and right
@@ -79,7 +79,7 @@ class Server:
         for i in range(num_requests):
             if self.policy.copies and self.rng.random() < self.copied:
                 exit_ = Exit(0, 0, 0, 0, 0.9, match=12)
-                if self.policy.decide(exit_, reach=1.0, may_release=False, num_rows=rows) is Verb.HOLD:
+                if self.policy.decide(exit_, reach=1.0, may_release=False, num_rows=rows) is Decision.HOLD:
                     held[i].append(exit_)
                     rows += 1
         live = [i for i in range(num_requests) if not held[i]]
@@ -91,7 +91,7 @@ class Server:
             going = []
             for i in live:
                 exit_ = Exit(0, 0, 0, number, self.rng.choice(self.confidences))
-                if self.policy.decide(exit_, reach=reach[i], may_release=False, num_rows=rows) is Verb.HOLD:
+                if self.policy.decide(exit_, reach=reach[i], may_release=False, num_rows=rows) is Decision.HOLD:
                     held[i].append(exit_)
                     reach[i] *= exit_.probability
                     rows += 1

@@ -5,7 +5,7 @@ import pytest
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.apparate import Seen, adjust_ramps, replay_window, tune_thresholds, utilities
 from apparate_llm.controller.policies import make_policy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 
 RIGHT, WRONG = True, False
 
@@ -63,17 +63,17 @@ def verdicts(policy, count: int, *, confidence: float, agrees: bool) -> None:
 def test_it_begins_closed_opens_after_a_window_and_closes_after_a_wrong_one():
     policy = make_policy(EarlyExitConfig(policy="apparate"), depth=0, depths=(0,), num_layers=30)
     sure = Exit(0, 0, 0, 0, 0.9)
-    assert policy.decide(sure, reach=1.0, may_release=True, num_rows=1) is Verb.STOP
+    assert policy.decide(sure, reach=1.0, may_release=True, num_rows=1) is Decision.STOP
     policy.completed(1, 1, 30.0)
     verdicts(policy, 15, confidence=0.9, agrees=True)
     assert policy.threshold == 0.0
     verdicts(policy, 1, confidence=0.9, agrees=True)
     assert policy.threshold > 0.1
-    assert policy.decide(sure, reach=1.0, may_release=True, num_rows=1) is Verb.RELEASE
-    assert policy.decide(sure, reach=1.0, may_release=False, num_rows=1) is Verb.STOP, "it never holds"
+    assert policy.decide(sure, reach=1.0, may_release=True, num_rows=1) is Decision.RELEASE
+    assert policy.decide(sure, reach=1.0, may_release=False, num_rows=1) is Decision.STOP, "it never holds"
     verdicts(policy, 16, confidence=0.9, agrees=False)
     assert policy.threshold <= 0.1
-    assert policy.decide(sure, reach=1.0, may_release=True, num_rows=1) is Verb.STOP
+    assert policy.decide(sure, reach=1.0, may_release=True, num_rows=1) is Decision.STOP
 
 
 def test_every_128_verdicts_the_ramp_is_adjusted():

@@ -11,7 +11,7 @@ import pytest
 
 from apparate_llm import chat, doctor, launch, replay, serve
 from apparate_llm.cli import build_parser, main
-from apparate_llm.eval import tpt
+from apparate_llm.eval import run as evaluation
 from apparate_llm.prepare import command as prepare
 
 SHIPPED = Path(serve.__file__).parent / "assets" / "smollm2-135m-instruct"
@@ -22,7 +22,7 @@ COMMANDS = {
     "replay": (replay, "find_log", ["replay"]),
     "ramps": (prepare, "run_show", ["ramps", "show", "x"]),
     "prepare": (launch, "check_build", ["prepare", "--out", "x"]),
-    "eval": (tpt, "load_results", ["eval", "report", "x"]),
+    "eval": (evaluation, "load_results", ["eval", "report", "x"]),
 }
 
 

@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 
 from apparate_llm.eval.client import Ask, Completion, run_block
-from apparate_llm.eval.measures import distribution, goodput_frac, shared_chunk_frac
+from apparate_llm.eval.statistics import distribution, goodput_frac, shared_chunk_frac
 from tests.fake_server import SPLITTERS, FakeTransport, fake_server, in_virtual_time
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from apparate_llm.eval.compare import compare
 from apparate_llm.eval.figures import Points, figures, system_colors
+from apparate_llm.eval.headline import summary_sentence, verdict
 from apparate_llm.eval.report import render, sections, write_report
-from apparate_llm.eval.sentence import summary_sentence, verdict
 from apparate_llm.eval.tables import DASH, number, small, tables
 from tests.eval_results import a_ratio, a_result, a_run, cells_of, full_result, some_points, spread, text_of, with_exits
 

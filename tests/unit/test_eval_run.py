@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console
 
 from apparate_llm.cli import build_parser, spelt_out
-from apparate_llm.eval import tpt
+from apparate_llm.eval import run as commands
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
-from apparate_llm.eval.loads import closed, poisson, traced
-from apparate_llm.eval.measures import apart_interval, mean_of
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server, free_port
+from apparate_llm.eval.statistics import apart_interval, mean_of
 from apparate_llm.eval.store import BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import Choice, System, plain_vllm, systems_of
+from apparate_llm.eval.workloads import closed, poisson, traced
 from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
 from tests.fake_server import fake_server
@@ -364,7 +364,7 @@ def test_systems_by_name(tiny_llama):
 )
 def test_a_flag_that_would_be_ignored_is_refused(flags, says):
     from apparate_llm.cli import build_parser
-    from apparate_llm.eval.tpt import _loads
+    from apparate_llm.eval.run import _loads
 
     args = build_parser().parse_args(["eval", "tpt", "--out", "x", *flags.split()])
     with pytest.raises(ValueError, match=says):
@@ -373,7 +373,7 @@ def test_a_flag_that_would_be_ignored_is_refused(flags, says):
 
 def test_a_load_that_is_asked_for_again_is_another_one():
     from apparate_llm.cli import build_parser
-    from apparate_llm.eval.tpt import _loads
+    from apparate_llm.eval.run import _loads
 
     args = build_parser().parse_args(["eval", "tpt", "--out", "x", "--concurrency", "1,16,1", "--length", "both"])
     free = ["1 client", "16 clients", "1 client, time 2"]
@@ -413,7 +413,7 @@ def test_servers_started_here_are_asked_with_the_key_they_were_given(monkeypatch
 def settings_of(argv: list[str]) -> tuple[list[str], dict]:
     """The flags that servers get, and the settings that are kept."""
     args = build_parser().parse_args(spelt_out(argv))
-    return tpt._vllm_flags(args, 2), tpt._settings(args, Path("model"), [], [], [])
+    return commands._vllm_flags(args, 2), commands._settings(args, Path("model"), [], [], [])
 
 
 def test_vllm_flags_may_be_written_with_a_blank():

@@ -4,7 +4,7 @@ import pytest
 
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.policies import POLICIES, make_policy
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 
 
 def offered(confidence: float, *, round_number: int = 0, depth: int = 0) -> Exit:
@@ -16,20 +16,20 @@ def make(name: str, **knobs: Any):
 
 
 @pytest.mark.parametrize(
-    ("confidence", "may_release", "verb"),
+    ("confidence", "may_release", "decision"),
     [
-        (0.95, True, Verb.RELEASE),
-        (0.9, True, Verb.RELEASE),
-        (0.95, False, Verb.HOLD),
-        (0.5, True, Verb.HOLD),
-        (0.3, True, Verb.HOLD),
-        (0.29, True, Verb.STOP),
-        (0.0, False, Verb.STOP),
+        (0.95, True, Decision.RELEASE),
+        (0.9, True, Decision.RELEASE),
+        (0.95, False, Decision.HOLD),
+        (0.5, True, Decision.HOLD),
+        (0.3, True, Decision.HOLD),
+        (0.29, True, Decision.STOP),
+        (0.0, False, Decision.STOP),
     ],
 )
-def test_static_compares_with_its_two_thresholds(confidence, may_release, verb):
+def test_static_compares_with_its_two_thresholds(confidence, may_release, decision):
     policy = make("static", threshold=0.9, hold_threshold=0.3)
-    assert policy.decide(offered(confidence), reach=1.0, may_release=may_release, num_rows=1) is verb
+    assert policy.decide(offered(confidence), reach=1.0, may_release=may_release, num_rows=1) is decision
 
 
 def test_static_keeps_the_batch_within_max_rows():
@@ -40,7 +40,7 @@ def test_static_keeps_the_batch_within_max_rows():
 def test_off_never_takes_an_exit():
     policy = make("off")
     assert policy.start(1) == 0
-    assert policy.decide(offered(1.0), reach=1.0, may_release=True, num_rows=1) is Verb.STOP
+    assert policy.decide(offered(1.0), reach=1.0, may_release=True, num_rows=1) is Decision.STOP
 
 
 def test_every_policy_of_the_schema_exists():

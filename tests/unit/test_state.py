@@ -7,7 +7,7 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.feedback import Cycle, FeedbackLog, LoggedExit, read_cycles, read_header
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.state import ControllerState, resolve_path
-from apparate_llm.core import Exit, Verb
+from apparate_llm.core import Decision, Exit
 from apparate_llm.machine import cache_folder
 from tests.logged import logged
 
@@ -126,16 +126,23 @@ class Took:
 
 
 class Verdict:
-    def __init__(self, confidence: float, verb: Verb, *, greedy: bool = True) -> None:
-        self.request_id, self.released, self.agrees, self.regret_nats = "secret prompt", verb is Verb.RELEASE, True, 0.0
-        self.exit = Exit(5, 77, 0, 1, confidence, greedy, verb=verb)
+    def __init__(self, confidence: float, decision: Decision, *, greedy: bool = True) -> None:
+        self.request_id, self.released, self.agrees, self.regret_nats = (
+            "secret prompt",
+            decision is Decision.RELEASE,
+            True,
+            0.0,
+        )
+        self.exit = Exit(5, 77, 0, 1, confidence, greedy, decision=decision)
 
 
 def test_a_feedback_log_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "log.jsonl"
     log = FeedbackLog(path, {"num_layers": 30})
     log.rounds([(1, 1.5)])
-    log.completed(Took, [Verdict(0.9, Verb.HOLD), Verdict(0.99, Verb.RELEASE), Verdict(0.5, Verb.HOLD, greedy=False)])
+    log.completed(
+        Took, [Verdict(0.9, Decision.HOLD), Verdict(0.99, Decision.RELEASE), Verdict(0.5, Decision.HOLD, greedy=False)]
+    )
     log.completed(None, [])
     log.completed(Took, [])
     assert read_header(path)["num_layers"] == 30
@@ -151,7 +158,7 @@ def test_a_feedback_log_is_bounded_and_a_cut_line_is_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
     log = FeedbackLog(path, {"num_layers": 30}, max_bytes=2000)
     for _ in range(1000):
-        log.completed(Took, [Verdict(0.9, Verb.HOLD)])
+        log.completed(Took, [Verdict(0.9, Decision.HOLD)])
     assert sorted(item.name for item in tmp_path.iterdir()) == ["log.jsonl", "log.jsonl.1"]
     assert all(item.stat().st_size < 2300 for item in tmp_path.iterdir())
     complete = len(list(read_cycles(path)))
@@ -176,7 +183,7 @@ def test_a_feedback_log_that_cannot_be_written_is_reported_once_in_a_while(place
     log = FeedbackLog(tmp_path / place, {})
     with logged() as messages:
         for _ in range(5):
-            log.completed(Took, [Verdict(0.9, Verb.HOLD)])
+            log.completed(Took, [Verdict(0.9, Decision.HOLD)])
     assert len(messages) == 1 and "not written" in messages[0]
     assert log.num_lost == 5
     assert not Path("/dev/full").is_file()
@@ -215,7 +222,7 @@ def test_a_disk_that_was_full_for_a_while_leaves_whole_lines(tmp_path, monkeypat
 
 def test_a_regret_without_end_is_logged_as_unknown(tmp_path):
     path = tmp_path / "log.jsonl"
-    verdict = Verdict(0.9, Verb.HOLD)
+    verdict = Verdict(0.9, Decision.HOLD)
     verdict.regret_nats = float("inf")
     FeedbackLog(path, {}).completed(Took, [verdict])
     assert next(read_cycles(path)).exits[0].regret_nats is None

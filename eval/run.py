@@ -18,7 +18,6 @@ from rich.console import Console
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.eval.compare import compare, load_results
 from apparate_llm.eval.evaluate import Evaluation, evaluate
-from apparate_llm.eval.loads import Length, Load, closed, poisson, traced
 from apparate_llm.eval.oracle import oracle_ratios
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.schema import Results
@@ -26,6 +25,7 @@ from apparate_llm.eval.store import Block, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, ratios_of, runs_of, saturation_notes
 from apparate_llm.eval.systems import BASELINE, Choice, System, early_exits, plain_vllm, systems_of
 from apparate_llm.eval.tables import tables
+from apparate_llm.eval.workloads import Length, Load, closed, poisson, traced
 from apparate_llm.files import write_atomically
 from apparate_llm.flags import given_value, one_spelling, split_flag
 from apparate_llm.knobs import knobs_from
