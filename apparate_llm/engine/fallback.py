@@ -16,9 +16,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm
 from apparate_llm.controller.budget import AccuracyBudget
-from apparate_llm.engine.live import LivePolicy, changed, learned_of, plain_exits, requests_follow
 from apparate_llm.engine.parallel import Peers
 from apparate_llm.engine.rounds import Rounds, Row
+from apparate_llm.engine.runtime_config import PolicySwitch, apply_changes, apply_to_requests, learned_of, plain_exits
 from apparate_llm.exits.ledger import PendingVerdict, Verdict, VerdictLedger
 from apparate_llm.exits.recount import drop_exits
 from apparate_llm.exits.safety import Safety
@@ -38,7 +38,7 @@ class FallbackRunner(CPUModelRunner):
         self.clock = StepClock(self.peers)
         self.safety = Safety()
         self.rounds: Rounds | None = None  # None: no exits
-        self.live: LivePolicy | None = None  # None: started without exits
+        self.switch: PolicySwitch | None = None  # None: started without exits
         self._parked: Rounds | None = None  # after a failure, until exits come back
         self._noted: tuple[str, Exception] | None = None  # a failure that the other ranks have not heard of
         self._rows: list[Row] = []  # of the step under way, until its tokens are handed over
@@ -126,34 +126,34 @@ class FallbackRunner(CPUModelRunner):
 
     def _come_back(self, *, by_hand: bool) -> None:
         """Exits again, by a policy that is the same on all ranks and has seen nothing of the failure."""
-        rounds, live = self._parked, self.live
-        if rounds is None or live is None:
+        rounds, switch = self._parked, self.switch
+        if rounds is None or switch is None:
             return
         learned = learned_of(rounds.policy) if self.safety.trusts_policy and self.peers.is_first else {}
-        live.renew(rounds, self.exit_config, self.peers.share_object(learned))
+        switch.renew(rounds, self.exit_config, self.peers.share_object(learned))
         self.rounds, self._parked = rounds, None
         self.safety.returned(self.clock.now_s, by_hand=by_hand)
         self._count_failures()
 
     def check_change(self, changes: object) -> None:
         """Raises ConfigError for knobs that `reconfigure` would refuse."""
-        changed(self.live, self.exit_config, changes)
+        apply_changes(self.switch, self.exit_config, changes)
 
     def reconfigure(self, changes: object) -> None:
         """Serve with other knobs from the next step on, and with exits again after a failure; raises ConfigError if
         they are not allowed."""
-        after = changed(self.live, self.exit_config, changes)
+        after = apply_changes(self.switch, self.exit_config, changes)
         if not self._guarded("change of knobs", lambda: self._take_up(after), False):
             raise ConfigError("early exits failed at this change and are off, the server's log says why")
         self.exit_config = after
-        self._guarded("change of knobs", lambda: requests_follow(self.ledger, after), None)
+        self._guarded("change of knobs", lambda: apply_to_requests(self.ledger, after), None)
         logger.info("Early exits go on with %s", self.exit_config)
 
     def _take_up(self, after: EarlyExitConfig) -> bool:
         if self.safety.is_off:
             self._come_back(by_hand=True)
-        if self.live is not None and self.rounds is not None:
-            self.live.change(self.rounds, self.exit_config, after)
+        if self.switch is not None and self.rounds is not None:
+            self.switch.change(self.rounds, self.exit_config, after)
         return True
 
     def forget(self) -> bool:
@@ -162,9 +162,9 @@ class FallbackRunner(CPUModelRunner):
 
     def _forget(self) -> bool:
         rounds = self.rounds or self._parked
-        if self.live is None or rounds is None:
+        if self.switch is None or rounds is None:
             return False
-        self.live.renew(rounds, self.exit_config, {})
+        self.switch.renew(rounds, self.exit_config, {})
         return True
 
     def check_integrity(self) -> None:

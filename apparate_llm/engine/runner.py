@@ -24,10 +24,10 @@ from apparate_llm.engine.eligibility import custom_processors
 from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.engine.greedy import check, first_rows, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
-from apparate_llm.engine.live import LivePolicy, exits_of
 from apparate_llm.engine.memory import Memory
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.rounds import Rounds, Row
+from apparate_llm.engine.runtime_config import PolicySwitch, admit_request
 from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.shadow import Shadow
 from apparate_llm.engine.state_key import state_key_of
@@ -57,8 +57,8 @@ class EarlyExitRunner(FallbackRunner):
             self.use_aux_hidden_state_outputs = True
         forget_knobs(self.vllm_config, sorted(inner_depths))
         num_layers = self.model_config.get_total_num_hidden_layers()
-        self.live = LivePolicy(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
-        policy = self.live.make(config)
+        self.switch = PolicySwitch(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
+        policy = self.switch.make(config)
         self.rounds = Rounds(
             self,
             ramps=ramps,
@@ -111,7 +111,7 @@ class EarlyExitRunner(FallbackRunner):
                     self.rounds.policy.joined()
 
     def _exits_of(self, params: SamplingParams) -> RequestExits:
-        return exits_of(params, self.exit_config, self.ledger, others_allow=not self.custom_processors)
+        return admit_request(params, self.exit_config, self.ledger, others_allow=not self.custom_processors)
 
     # ---- verdicts: extra logits rows, taken off again before vLLM samples
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from apparate_llm.config import RequestKnobs
-from apparate_llm.engine import live, output, runner
+from apparate_llm.engine import output, runner, runtime_config
 from apparate_llm.exits import verify
 from apparate_llm.exits.histograms import Histogram
 from apparate_llm.exits.token_origins import REPORT_KEY
@@ -68,14 +68,14 @@ TARGETS = [
     "scheduler._check_computed",
     "scheduler._released_of",
     "scheduler.update_draft_token_ids",
-    "runner module.exits_of",
+    "runner module.admit_request",
     "runner module.best_and_regret",
     "runner module.judge_by_sampling",
     "verify module.best_and_regret",
-    "live module.parse_request_knobs",
+    "runtime_config module.parse_request_knobs",
     "output.extending",
 ]
-ASIDE = {"live module.parse_request_knobs"}  # costs the request its knobs
+ASIDE = {"runtime_config module.parse_request_knobs"}  # costs the request its knobs
 ELSEWHERE = {
     "runner.take_draft_token_ids",
     "scheduler._check_computed",
@@ -96,7 +96,7 @@ def owner_of(engine: Engine, name: str) -> Any:
         "scheduler": engine.scheduler,
         "runner module": runner,
         "verify module": verify,
-        "live module": live,
+        "runtime_config module": runtime_config,
         "output": output.EarlyExitOutput,
     }[name]
 
@@ -274,7 +274,7 @@ def test_exits_come_back_by_themselves_after_the_pause(engine, expected):
 
 def test_a_reset_says_whether_it_was_done(engine):
     assert configure(engine) is None
-    with fault(live.LivePolicy, "make", once=True):
+    with fault(runtime_config.PolicySwitch, "make", once=True):
         assert engine.llm.collective_rpc("early_exit_forget") == [False]
     assert engine.llm.collective_rpc("early_exit_forget") == [True], "after a failure, too"
     assert configure(engine) is None

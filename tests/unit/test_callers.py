@@ -9,7 +9,7 @@ from vllm.sampling_params import SamplingParams
 
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.controller.budget import REQUEST_ALLOWANCE, AccuracyBudget
-from apparate_llm.engine.live import exits_of, requests_follow
+from apparate_llm.engine.runtime_config import admit_request, apply_to_requests
 from apparate_llm.exits.ledger import RequestExits, VerdictLedger
 from apparate_llm.exits.tenants import shares_of
 
@@ -38,7 +38,7 @@ class Caller:
         budget = ledger.budget
         if self.left <= 0:
             params = SamplingParams(extra_args=self.knobs, **self.sampling)
-            self.request, self.left = exits_of(params, config, ledger), self.num_tokens
+            self.request, self.left = admit_request(params, config, ledger), self.num_tokens
             ledger.requests[str(id(self))] = self.request
             self.outstanding = self.wrong_in_request = 0  # what had no verdict stays paid
         bucket = self.request.bucket
@@ -153,7 +153,7 @@ def test_a_bound_changed_while_serving_holds_for_each_caller_from_then_on():
     assert at_first[0] + at_first[2] <= 0.2 and 0.25 < at_first[1] <= 0.3
     for changes, bounds in (({"accuracy_bound": 0.01}, (0.01, 0.3)), ({"allow_looser_requests": False}, (0.01, 0.01))):
         config = config.model_copy(update=changes)
-        requests_follow(ledger, config)
+        apply_to_requests(ledger, config)
         found = run(config)
         saved_up = 40 / NUM_STEPS  # at most, of before
         assert (found[0] + found[2]) / 2 <= bounds[0] + saved_up and found[1] <= bounds[1] + saved_up
@@ -163,10 +163,10 @@ def test_bounds_that_nobody_asks_for_any_more_are_forgotten():
     """A caller may name as many as it likes."""
     config = parse_config({"accuracy_bound": 0.5})
     ledger = VerdictLedger(AccuracyBudget(0.5))
-    own = exits_of(SamplingParams(temperature=0.0), config, ledger).bucket
+    own = admit_request(SamplingParams(temperature=0.0), config, ledger).bucket
     ledger.budget.emit(own, 100)
     for number in range(1000):
         params = SamplingParams(temperature=0.0, extra_args={"accuracy_bound": 0.1 + number / 1e5})
-        ledger.budget.emit(exits_of(params, config, ledger).bucket, 1)
+        ledger.budget.emit(admit_request(params, config, ledger).bucket, 1)
     assert len(ledger.budget.shared()) < 100
-    assert exits_of(SamplingParams(temperature=0.0), config, ledger).bucket.of_group is own.of_group
+    assert admit_request(SamplingParams(temperature=0.0), config, ledger).bucket.of_group is own.of_group

@@ -29,7 +29,7 @@ MOST_LOGGED = 500  # characters of what a request asked for
 
 
 @dataclass(slots=True)
-class LivePolicy:
+class PolicySwitch:
     """Makes the policy that the knobs ask for, and remembers what those before it had learned."""
 
     depth: int  # to begin with
@@ -82,16 +82,16 @@ def learned_of(policy: Policy) -> dict[str, Any]:
         return {}
 
 
-def changed(live: LivePolicy | None, config: EarlyExitConfig, changes: object) -> EarlyExitConfig:
+def apply_changes(switch: PolicySwitch | None, config: EarlyExitConfig, changes: object) -> EarlyExitConfig:
     """The knobs with `changes`; raises ConfigError if they are refused."""
-    if live is None:
+    if switch is None:
         raise ConfigError("this server was started without early exits (policy off)")
     after = parse_live(changes, config)
-    live.check(after)
+    switch.check(after)
     return after
 
 
-def requests_follow(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
+def apply_to_requests(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
     """Requests under way and the server's budget go by the new knobs; what was spent stays spent."""
     ledger.budget.change_bound(config.accuracy_bound)
     for (_, asked), group in ledger.budget.groups.items():
@@ -103,7 +103,7 @@ def requests_follow(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
         request.tpt_target_ms = request.knobs.tpt_target_ms or config.tpt_target_ms
 
 
-def exits_of(
+def admit_request(
     params: SamplingParams, config: EarlyExitConfig, ledger: VerdictLedger, *, others_allow: bool = True
 ) -> RequestExits:
     """Of a new request. others_allow: whether what else the server runs leaves
