@@ -36,9 +36,9 @@ def step_ms(policy: Policy, budget: AccuracyBudget, buckets: list[Bucket], rng: 
             num_rows += decision is not Decision.STOP
             reaches[i] *= exit_.probability
             held.append((i, exit_))
-        policy.round_took(0, batch, 1.0)
-        policy.goes_on(number + 1, reaches, num_rows)
-    policy.completed(batch, num_rows, 20.0 + 0.1 * num_rows)
+        policy.on_draft_step(0, batch, 1.0)
+        policy.wants_another_step(number + 1, reaches, num_rows)
+    policy.on_decode_step(batch, num_rows, 20.0 + 0.1 * num_rows)
     for i, exit_ in held:
         agrees = exit_.confidence > 0.3
         if (
@@ -47,7 +47,7 @@ def step_ms(policy: Policy, budget: AccuracyBudget, buckets: list[Bucket], rng: 
             and policy.accepts(0.5, [], budget.fill_frac_of(buckets[i]))
         ):
             budget.accept(buckets[i], 0.5)
-        policy.verdict(exit_, agrees)
+        policy.on_verdict(exit_, agrees)
     for bucket in buckets:
         budget.emit(bucket, 2)
     return (perf_counter() - began) * 1e3

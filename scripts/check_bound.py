@@ -37,9 +37,9 @@ def check_bound(name: PolicyName, *, num_verdicts: int, accuracy_bound: float) -
     """Until there were so many verdicts."""
     config = EarlyExitConfig(policy=name, accuracy_bound=accuracy_bound, max_exits=3)
     policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
-    verdicts, stock = 0, policy.verdict
+    verdicts, stock = 0, policy.on_verdict
 
-    def verdict(self: Policy, exit_: Exit, agrees: bool) -> None:
+    def on_verdict(self: Policy, exit_: Exit, agrees: bool) -> None:
         nonlocal verdicts
         verdicts += 1
         stock(exit_, agrees)
@@ -51,7 +51,7 @@ def check_bound(name: PolicyName, *, num_verdicts: int, accuracy_bound: float) -
             yield cycle
 
     costs = LogCosts(list(logs.cycles(100)))
-    policy.__class__ = type("Counted", (type(policy),), {"__slots__": (), "verdict": verdict})
+    policy.__class__ = type("Counted", (type(policy),), {"__slots__": (), "on_verdict": on_verdict})
     result = replay(until_enough(), costs, policy, accuracy_bound=accuracy_bound, kind="agreement")
     return Checked(verdicts, result.worst_share, result.divergence_frac)
 

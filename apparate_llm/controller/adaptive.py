@@ -152,7 +152,7 @@ class AdaptivePolicy(Policy):
         if self.copies and num_requests:
             self._copies(_load(num_requests)).observe(tokens / num_requests, rows / num_requests)
 
-    def joined(self) -> None:
+    def on_request(self) -> None:
         self._joined += 1
 
     def _weight_of_time(self, num_requests: int) -> float:
@@ -199,14 +199,14 @@ class AdaptivePolicy(Policy):
         self._probe_after[load] = min(2 * after, most)
         return 1
 
-    def follows(self, match: int, greedy: bool) -> bool:
+    def wants_lookup(self, match: int, greedy: bool) -> bool:
         calibration = self._calibration_of(COPIED, 0, greedy)
         if calibration.probability(copied_confidence(match)) >= FOLLOWED_PROBABILITY:
             return True
         self._not_followed += 1
         return self._not_followed % TRIED_EVERY == 0
 
-    def goes_on(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
+    def wants_another_step(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
         statistics, live = self._statistics(number), len(reaches)
         gain = sum(reaches) * statistics.taken_frac * statistics.agreement
         rows_ms = self.costs.completion(num_rows + live * statistics.taken_frac) - self.costs.completion(num_rows)
@@ -238,26 +238,26 @@ class AdaptivePolicy(Policy):
 
     # ---- feedback
 
-    def verdict(self, exit_: Exit, agrees: bool) -> None:
+    def on_verdict(self, exit_: Exit, agrees: bool) -> None:
         self._calibration(exit_).observe(exit_.confidence, agrees)
 
-    def shadow(self, depth: int, active_agrees: bool, agrees: bool) -> None:
+    def on_shadow(self, depth: int, active_agrees: bool, agrees: bool) -> None:
         self.depth_choice.observe(depth, active_agrees, agrees)
 
     def wants_shadow(self) -> bool:
         return len(self.depths) > 1
 
-    def round_took(self, depth: int, num_rows: int, ms: float) -> None:
+    def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
         if depth in self._warm:
             self.costs.observe_round(depth, num_rows, ms)
         else:  # takes several times as long as others, and would count for long
             self._warm.add(depth)
 
-    def passed(self, ms: float) -> None:
+    def on_step(self, ms: float) -> None:
         self._passes += 1
         self._pass_ms += (ms - self._pass_ms) * max(PASS_MEMORY, 1.0 / self._passes)
 
-    def completed(self, num_requests: int, num_rows: int, ms: float) -> None:
+    def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
         self.costs.observe_completion(num_rows, ms)
         if self.wants_shadow():
             before, self.depth = self.depth, self.depth_choice.choose(lambda d: self.best_rate(d, num_requests)[0])

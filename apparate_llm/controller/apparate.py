@@ -131,7 +131,7 @@ class ApparatePolicy(Policy):
             return Decision.RELEASE
         return Decision.STOP
 
-    def verdict(self, exit_: Exit, agrees: bool) -> None:
+    def on_verdict(self, exit_: Exit, agrees: bool) -> None:
         self._records.append((Seen(1.0 - exit_.confidence, agrees),))
         self._num_verdicts += 1
         if self._num_verdicts % self.window == 0:
@@ -143,8 +143,8 @@ class ApparatePolicy(Policy):
             self.depth = adjust_ramps(self.depth, utility, self.depths)
             self._num_offered = self._num_exits = 0
 
-    def round_took(self, depth: int, num_rows: int, ms: float) -> None:
+    def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
         self._round_ms += 0.1 * (ms - self._round_ms)
 
-    def completed(self, num_requests: int, num_rows: int, ms: float) -> None:
+    def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
         self._pass_ms += 0.1 * (ms - self._pass_ms)

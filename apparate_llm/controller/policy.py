@@ -12,9 +12,9 @@ from apparate_llm.core import Decision, Exit
 class Policy(ABC):
     """Base of the policies; deterministic given the same questions and feedback.
 
-    One engine step: `start`, then for each round `decide` once per request that takes part and `goes_on`; later, when
-    the completion pass has run, `accepts` for held exits that their verdict differs from, `verdict` for each exit
-    that got one and `completed` with what it cost.
+    One engine step: `start`, then for each round `decide` once per request that takes part and `wants_another_step`;
+    later, when the completion pass has run, `accepts` for held exits that their verdict differs from, `on_verdict` for
+    each exit that got one and `on_decode_step` with what it cost.
     """
 
     depth: int  # of the ramp it wants; read before each step's rounds
@@ -25,14 +25,14 @@ class Policy(ABC):
     def start(self, num_requests: int) -> int:
         """Most rounds this step may run with so many requests generating; 0: none."""
 
-    def joined(self) -> None:
+    def on_request(self) -> None:
         """A request came: the next step reads its prompt, or the first part of it."""
 
-    def follows(self, match: int, greedy: bool) -> bool:
+    def wants_lookup(self, match: int, greedy: bool) -> bool:
         """Whether to copy on where a request's text repeats its last `match` tokens."""
         return False
 
-    def goes_on(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
+    def wants_another_step(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
         """Whether round `number` (from 1; the first always runs) is worth it. reaches: for each request still taking
         part, the probability that all its held exits agree; num_rows: of the next completion pass as of now."""
         return True
@@ -46,22 +46,22 @@ class Policy(ABC):
         share of the budget's capacity that is there."""
         return False
 
-    def verdict(self, exit_: Exit, agrees: bool) -> None:
+    def on_verdict(self, exit_: Exit, agrees: bool) -> None:
         """The full model's word on an exit."""
 
-    def shadow(self, depth: int, active_agrees: bool, agrees: bool) -> None:
+    def on_shadow(self, depth: int, active_agrees: bool, agrees: bool) -> None:
         """Inactive ramp `depth` and the active one, evaluated on the same state after a checked token."""
 
     def wants_shadow(self) -> bool:
         return False
 
-    def round_took(self, depth: int, num_rows: int, ms: float) -> None:
+    def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
         """One round's time."""
 
-    def passed(self, ms: float) -> None:
+    def on_step(self, ms: float) -> None:
         """Everything of an engine step but its rounds, whether it read prompts or not."""
 
-    def completed(self, num_requests: int, num_rows: int, ms: float) -> None:
+    def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
         """Everything of an engine step but its rounds: a completion pass of `num_rows` decode rows, and no prompt."""
 
     def status(self) -> dict[str, Any]:

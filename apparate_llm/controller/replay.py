@@ -114,7 +114,7 @@ def replay(
             emitted += _verdicts(answer, policy, budget, result)
         for _ in range(cycle.num_requests - len(answers)):
             budget.emit(Bucket.of_request(accuracy_bound), 1)
-        policy.completed(cycle.num_requests, num_rows, completion_ms)
+        policy.on_decode_step(cycle.num_requests, num_rows, completion_ms)
         result.cycles += 1
         result.emitted += emitted
         result.request_ms += (ms + completion_ms) * cycle.num_requests
@@ -156,7 +156,7 @@ def _rounds(
         if not live:
             break
         took = costs.rounds[policy.depth](len(live))
-        policy.round_took(policy.depth, len(live), took)
+        policy.on_draft_step(policy.depth, len(live), took)
         ms += took
         result.rounds += 1
         going = []
@@ -177,7 +177,7 @@ def _rounds(
             num_rows += 1
             going.append(answer)
         live = going
-        if not live or not policy.goes_on(number + 1, [answer.reach for answer in live], num_rows):
+        if not live or not policy.wants_another_step(number + 1, [answer.reach for answer in live], num_rows):
             break
     return num_rows, ms
 
@@ -188,7 +188,7 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
     for number, exit_ in enumerate(answer.taken):
         logged = answer.offered[number]
         regret = logged.regret_nats or 0.0
-        policy.verdict(exit_, logged.agrees)
+        policy.on_verdict(exit_, logged.agrees)
         if exit_.decision is Decision.RELEASE:
             result.released += 1
             if logged.agrees:
@@ -208,7 +208,7 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
             result.regret_nats += regret
     else:
         if answer.not_taken is not None:
-            policy.verdict(answer.not_taken, answer.offered[len(answer.taken)].agrees)
+            policy.on_verdict(answer.not_taken, answer.offered[len(answer.taken)].agrees)
     budget.emit(answer.bucket, emitted + 1)
     return emitted
 

@@ -130,7 +130,11 @@ class Rounds:
             began = now
             going = [i for i in going if not self._follows(live[i])]
             reaches = [live[i].reach for i in going]
-            if not going or number + 1 == num_rounds or not self.policy.goes_on(number + 1, reaches, self._num_rows):
+            if (
+                not going
+                or number + 1 == num_rounds
+                or not self.policy.wants_another_step(number + 1, reaches, self._num_rows)
+            ):
                 break
             live = [live[i] for i in going]
             tokens, state = prediction.token_ids[going], prediction.state[going]
@@ -143,7 +147,7 @@ class Rounds:
         text = self._text(row)
         row.repeated = look_back(text)
         _token, _length, start, match = row.repeated
-        if not match or not self.policy.copies or not self.policy.follows(match, row.greedy):
+        if not match or not self.policy.copies or not self.policy.wants_lookup(match, row.greedy):
             return False
         tokens = text.tolist()
         while row.num_exits < self.max_exits:

@@ -108,7 +108,7 @@ class EarlyExitRunner(FallbackRunner):
             if new.req_id not in self.ledger.requests and new.sampling_params is not None:
                 self.ledger.add_request(new.req_id, self._exits_of(new.sampling_params))
                 if self.rounds is not None:
-                    self.rounds.policy.joined()
+                    self.rounds.policy.on_request()
 
     def _exits_of(self, params: SamplingParams) -> RequestExits:
         return admit_request(params, self.exit_config, self.ledger, others_allow=not self.custom_processors)
@@ -334,7 +334,7 @@ class EarlyExitRunner(FallbackRunner):
         began_s = perf_counter()
         for verdict in self._judged:
             if verdict.follows_text:
-                policy.verdict(verdict.exit, verdict.agrees)
+                policy.on_verdict(verdict.exit, verdict.agrees)
         self.clock.tell(policy)
         controller_ms = (perf_counter() - began_s) * 1e3 + self.rounds.take_deciding_ms()
         self.memory.learned(self.clock.last, self._judged, policy, self.ledger.distributions, controller_ms)
@@ -347,7 +347,7 @@ class EarlyExitRunner(FallbackRunner):
         self.ledger.counts.shallow_blocks += policy.depth * sum(num_rows for num_rows, _ in spent)
         shared = self.clock.shared_rounds(spent)
         for num_rows, ms in shared:
-            policy.round_took(policy.depth, num_rows, ms)
+            policy.on_draft_step(policy.depth, num_rows, ms)
         self.memory.rounds(shared, self.ledger.distributions)
 
     def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int]) -> tuple[list[Row], bool]:

@@ -78,7 +78,7 @@ class Shadow:
         agrees = self._shared(agrees)
         for depth in agrees.keys() - {policy.depth}:
             for active, other in zip(agrees[policy.depth], agrees[depth], strict=True):
-                policy.shadow(depth, active, other)
+                policy.on_shadow(depth, active, other)
 
     def _shared(self, agrees: dict[int, list[bool]]) -> dict[int, list[bool]]:
         """Rank 0's, by depth: two of a ramp's scores may be as good as equal, and ranks differ in which is larger."""

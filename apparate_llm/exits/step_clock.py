@@ -53,9 +53,9 @@ class StepClock:
     def tell(self, policy: Policy) -> None:
         """What the last step took."""
         if self.pass_ms is not None:
-            policy.passed(self.pass_ms)
+            policy.on_step(self.pass_ms)
         if self.last is not None:
-            policy.completed(*self.last)
+            policy.on_decode_step(*self.last)
 
     def start(self) -> None:
         self._began_s, self._began_cpu_s = monotonic(), process_time()

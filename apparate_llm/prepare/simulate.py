@@ -99,7 +99,7 @@ class Simulation:
             while waiting and waiting[0].arrived_ms <= self.now_ms:
                 active.append(self._joins(waiting.popleft()))
                 if self.policy is not None:
-                    self.policy.joined()
+                    self.policy.on_request()
             for request, tpt_ms in self._step(active):
                 active.remove(request)
                 ask(self._passed_ms + TURNAROUND_MS)
@@ -137,9 +137,9 @@ class Simulation:
                 more = request.num_tokens - 1
                 ended.append((request, (self.now_ms - request.first_ms) / more if more else None))
         if self.policy is not None:
-            self.policy.passed(took_ms)
+            self.policy.on_step(took_ms)
             if not prompt_tokens:
-                self.policy.completed(len(active), rows, took_ms)
+                self.policy.on_decode_step(len(active), rows, took_ms)
             over = {id(request) for request, _ in ended}
             self._rounds([request for request in (*going, *began) if id(request) not in over], len(active))
         return ended
@@ -149,13 +149,13 @@ class Simulation:
         if self.policy is None:
             return
         for exit_, right in zip(request.taken, request.right, strict=True):
-            self.policy.verdict(exit_, right)
+            self.policy.on_verdict(exit_, right)
             if not right:
                 break
             request.emitted += 1
         else:
             if request.not_taken is not None:
-                self.policy.verdict(*request.not_taken)
+                self.policy.on_verdict(*request.not_taken)
         request.taken, request.right, request.not_taken, request.reach = [], [], None, 1.0
 
     # ---- as engine/rounds.py does
@@ -173,10 +173,14 @@ class Simulation:
         for number in range(num_rounds if live else 0):
             took_ms = self.costs.round_ms(len(live))
             self.now_ms += took_ms
-            policy.round_took(policy.depth, len(live), took_ms)
+            policy.on_draft_step(policy.depth, len(live), took_ms)
             going = [request for request in live if self._proposes(request) and not self._follows(request)]
             reaches = [request.reach for request in going]
-            if not going or number + 1 == num_rounds or not policy.goes_on(number + 1, reaches, self._num_rows):
+            if (
+                not going
+                or number + 1 == num_rounds
+                or not policy.wants_another_step(number + 1, reaches, self._num_rows)
+            ):
                 break
             live = going
 
@@ -192,7 +196,7 @@ class Simulation:
         if not policy.copies or not recorded.matches or row >= recorded.num_tokens or not all(request.right):
             return False
         match = recorded.matches[row]
-        if not match or not policy.follows(match, True):
+        if not match or not policy.wants_lookup(match, True):
             return False
         for place in range(policy.max_exits - len(request.taken)):
             right = place < recorded.repeats[row]

@@ -22,7 +22,7 @@ def cheap_rounds(engine: Engine):
     policy = engine.runner.rounds.policy
     for depth in policy.depths:
         policy.costs.observe_round(depth, 1, 0.3)
-    deaf = {"__slots__": (), "round_took": lambda self, *args: None, "completed": lambda self, *args: None}
+    deaf = {"__slots__": (), "on_draft_step": lambda self, *args: None, "on_decode_step": lambda self, *args: None}
     policy.__class__ = type("Deaf", (type(policy),), deaf)
     return policy
 
@@ -73,8 +73,8 @@ def test_the_policy_hears_of_passes_that_read_prompts_too(tiny_llama, lens_ramps
     passed, completed = [], []
     ears = {
         "__slots__": (),
-        "passed": lambda self, ms: passed.append(ms),
-        "completed": lambda self, num_requests, num_rows, ms: completed.append((num_requests, ms)),
+        "on_step": lambda self, ms: passed.append(ms),
+        "on_decode_step": lambda self, num_requests, num_rows, ms: completed.append((num_requests, ms)),
     }
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3))) as engine:
         policy = engine.runner.rounds.policy
@@ -168,14 +168,14 @@ def test_a_bad_knob_that_no_api_refused_costs_the_request_its_knobs_and_nothing_
 def test_the_policy_hears_once_of_each_request(tiny_llama, lens_ramps):
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3))) as engine:
         policy, heard = engine.runner.rounds.policy, []
-        listening = {"__slots__": (), "joined": lambda self: heard.append(self)}
+        listening = {"__slots__": (), "on_request": lambda self: heard.append(self)}
         policy.__class__ = type("Listening", (type(policy),), listening)
         engine.tokens(PROMPTS, greedy(30))
     assert len(heard) == len(PROMPTS)
 
 
 def test_a_failing_policy_leaves_plain_serving(tiny_llama, lens_ramps, plain_tokens):
-    for method in ("joined", "start", "decide", "goes_on", "verdict", "completed"):
+    for method in ("on_request", "start", "decide", "wants_another_step", "on_verdict", "on_decode_step"):
         with Engine(tiny_llama, adaptive(lens_ramps(depth=4), max_exits=3)) as engine:
             policy = cheap_rounds(engine)
 
@@ -232,11 +232,11 @@ def test_the_depth_may_change_at_any_step(tiny_llama, tmp_path, plain_tokens):
             seen.add(self.depth)
             return self.max_exits
 
-        def shadow(self, depth, active_agrees, agrees):
+        def on_shadow(self, depth, active_agrees, agrees):
             shadows.append((self.depth, depth, active_agrees, agrees))
 
         runner.shadow.__class__ = type("Eager", (type(runner.shadow),), {"__setattr__": _never_due})
-        turning = {"__slots__": (), "start": start, "shadow": shadow, "goes_on": lambda *_: True}
+        turning = {"__slots__": (), "start": start, "on_shadow": on_shadow, "wants_another_step": lambda *_: True}
         policy.__class__ = type("Turning", (type(policy),), turning)
         assert engine.tokens(PROMPTS, greedy(100)) == plain_tokens
     assert seen == {1, 3, 4}

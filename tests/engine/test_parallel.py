@@ -22,7 +22,7 @@ FAULTS = [
     ("rounds", "_attention_metadata"),
     ("model", "forward_shallow"),
     ("ramps", "predict"),
-    ("policy", "goes_on"),
+    ("policy", "wants_another_step"),
     ("runner", "_commit"),
     ("ledger", "release"),
 ]

@@ -23,8 +23,8 @@ def teach(policy: AdaptivePolicy, *, pass_ms: float = 20.0, row_ms: float = 0.2,
     """What a machine costs."""
     for _ in range(8):
         for rows in (1, 2, 4, 8, 16, 32, 64):
-            policy.completed(1, rows, pass_ms + row_ms * rows)
-            policy.round_took(policy.depth, rows, round_ms)
+            policy.on_decode_step(1, rows, pass_ms + row_ms * rows)
+            policy.on_draft_step(policy.depth, rows, round_ms)
 
 
 def test_sure_exits_are_released_likely_ones_held_and_hopeless_ones_left():
@@ -41,16 +41,16 @@ def test_a_text_is_followed_until_it_proves_wrong_and_again_when_it_proves_right
     policy = make()
     teach(policy)
     policy.start(1)
-    assert policy.copies and policy.follows(16, True) and not make().copies
+    assert policy.copies and policy.wants_lookup(16, True) and not make().copies
 
     def follow(agrees: bool) -> float:
         followed = 0
         for _ in range(400):
-            if policy.follows(16, True):
+            if policy.wants_lookup(16, True):
                 followed += 1
                 exit_ = Exit(9, 1, 0, 0, copied_confidence(16), match=16)
                 policy.decide(exit_, reach=1.0, may_release=False, num_rows=1)
-                policy.verdict(exit_, agrees)
+                policy.on_verdict(exit_, agrees)
         return followed / 400
 
     assert follow(False) < 0.25, "it is tried now and then"
@@ -73,9 +73,9 @@ def test_another_round_pays_while_it_brings_more_than_it_costs():
     policy = make()
     teach(policy, round_ms=2.0)
     policy.start(1)
-    assert policy.goes_on(1, [0.9], 2)
-    assert not policy.goes_on(1, [0.02], 2)
-    assert policy.goes_on(1, [0.1] * 12, 24), "a round shared by many pays sooner"
+    assert policy.wants_another_step(1, [0.9], 2)
+    assert not policy.wants_another_step(1, [0.02], 2)
+    assert policy.wants_another_step(1, [0.1] * 12, 24), "a round shared by many pays sooner"
 
 
 def test_dear_rounds_or_rows_stop_exits_but_for_a_probe():
@@ -99,7 +99,7 @@ def test_verdicts_move_what_a_confidence_is_worth():
     teach(policy)
     policy.start(1)
     for _ in range(256):
-        policy.verdict(offered(0.99), False)
+        policy.on_verdict(offered(0.99), False)
     assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is not Decision.RELEASE
     assert policy.decide(offered(0.99, number=1), reach=1.0, may_release=True, num_rows=1) is Decision.RELEASE, (
         "own rounds"
@@ -119,19 +119,19 @@ def test_a_cheap_divergence_that_saves_much_is_taken_when_the_budget_is_full():
 def test_a_deeper_ramp_that_agrees_more_takes_over_and_gives_way_when_it_costs_too_much():
     policy = make(depths=(0, 2))
     teach(policy)
-    policy.round_took(2, 1, 1.5)
+    policy.on_draft_step(2, 1, 1.5)
     right = {0: 4, 2: 9}  # of ten
 
     def go_on() -> None:
         for i in range(400):
             active, other = policy.depth, 2 - policy.depth
-            policy.shadow(other, active_agrees=i % 10 < right[active], agrees=i % 10 < right[other])
-            policy.completed(1, 2, 20.4)
+            policy.on_shadow(other, active_agrees=i % 10 < right[active], agrees=i % 10 < right[other])
+            policy.on_decode_step(1, 2, 20.4)
 
     go_on()
     assert policy.depth == 2
     for _ in range(50):
-        policy.round_took(2, 1, 15.0)
+        policy.on_draft_step(2, 1, 15.0)
     go_on()
     assert policy.depth == 0
 
@@ -149,7 +149,7 @@ def test_a_longer_step_has_to_bring_more_while_requests_wait_for_their_first_tok
     def serve(num_steps: int, *, joining: int) -> int:
         for _ in range(num_steps):
             for _ in range(joining):
-                policy.joined()
+                policy.on_request()
             num_rounds = policy.start(16)
         return num_rounds
 
@@ -173,7 +173,7 @@ def test_a_lone_request_keeps_nobody_waiting():
         teach(policy, row_ms=1.0)
         for _ in range(100):
             if policy is short_answers:
-                policy.joined()
+                policy.on_request()
             policy.start(1)
     verbs = [
         [
@@ -189,16 +189,16 @@ def test_prompts_that_a_server_begins_with_do_not_keep_exits_away():
     """A first pass that reads four of them was its mean for hundreds of steps, and exits seemed to save nothing."""
     policy = make()
     teach(policy)
-    policy.passed(1250.0)
+    policy.on_step(1250.0)
     for _ in range(40):
-        policy.passed(24.0)
+        policy.on_step(24.0)
     assert policy.start(4) > 0
 
 
 def test_the_first_round_of_a_process_does_not_count():
     policy = make()
     for ms in (3.4, 0.9, 0.9, 0.9):
-        policy.round_took(0, 4, ms)
+        policy.on_draft_step(0, 4, ms)
     assert policy.costs.round(0, 4) == pytest.approx(0.9)
 
 
@@ -213,15 +213,15 @@ def test_slow_rounds_at_first_do_not_keep_exits_away():
     """A server once took next to none for 2000 steps, with a single round in 100, most likely after a slow one."""
     policy = make()
     for _ in range(32):
-        policy.completed(4, 4, 16.0)
+        policy.on_decode_step(4, 4, 16.0)
     for ms in (15.0, 15.0):
-        policy.round_took(0, 4, ms)
+        policy.on_draft_step(0, 4, ms)
     assert policy.best_rate(0, 4)[1] == 0
 
     def steps_until_exits_pay() -> int:
         for step in range(1000):
             if policy.start(4):
-                policy.round_took(0, 4, 1.0)
+                policy.on_draft_step(0, 4, 1.0)
             if policy.best_rate(0, 4)[1]:
                 return step
         return 1000
@@ -235,7 +235,7 @@ def test_what_it_learned_survives_as_json():
     policy.start(1)
     for _ in range(100):
         policy.decide(offered(0.9), reach=1.0, may_release=False, num_rows=1)
-        policy.verdict(offered(0.9), False)
+        policy.on_verdict(offered(0.9), False)
     other = make(depths=(0, 2))
     other.restore(json.loads(json.dumps(policy.state())))
     assert other.state() == policy.state()

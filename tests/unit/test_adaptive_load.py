@@ -52,9 +52,9 @@ class Server:
             plain_ms += pass_ms(num_requests) * self.pace
             tokens += num_requests + sum(map(self.accepted, held))
             reads = self.prompt_ms and self.rng.random() < 1 / 3
-            self.policy.passed(ms + self.prompt_ms * self.pace if reads else ms)
+            self.policy.on_step(ms + self.prompt_ms * self.pace if reads else ms)
             if not reads:
-                self.policy.completed(num_requests, rows, ms)
+                self.policy.on_decode_step(num_requests, rows, ms)
             held, rounds_ms = self.rounds(num_requests)
             taken_ms += rounds_ms
         self.tokens, self.passes = self.tokens + tokens, self.passes + num_requests * num_steps
@@ -63,7 +63,7 @@ class Server:
     def accepted(self, held: list[Exit]) -> int:
         for number, exit_ in enumerate(held):
             agrees = self.rng.random() < exit_.confidence
-            self.policy.verdict(exit_, agrees)
+            self.policy.on_verdict(exit_, agrees)
             if not agrees:
                 return number
         return len(held)
@@ -72,7 +72,7 @@ class Server:
         held: list[list[Exit]] = [[] for _ in range(num_requests)]
         if self.rng.random() < 0.02 * num_requests:  # an answer begins
             if self.joining:
-                self.policy.joined()
+                self.policy.on_request()
             return held, 0.0
         num_rounds = min(self.policy.start(num_requests), 6)
         reach, rows, spent_ms = [1.0] * num_requests, num_requests, 0.0
@@ -84,7 +84,7 @@ class Server:
                     rows += 1
         live = [i for i in range(num_requests) if not held[i]]
         for number in range(num_rounds):
-            if number and not self.policy.goes_on(number, [reach[i] for i in live], rows):
+            if number and not self.policy.wants_another_step(number, [reach[i] for i in live], rows):
                 break
             ms = (1.9 + 0.25 * (len(live) - 1)) * self.pace * self.noise()
             spent_ms += ms
@@ -96,7 +96,7 @@ class Server:
                     reach[i] *= exit_.probability
                     rows += 1
                     going.append(i)
-            self.policy.round_took(0, len(live), ms)
+            self.policy.on_draft_step(0, len(live), ms)
             if not going:
                 break
             live = going

@@ -57,14 +57,14 @@ def verdicts(policy, count: int, *, confidence: float, agrees: bool) -> None:
     for _ in range(count):
         exit_ = Exit(0, 0, policy.depth, 0, confidence)
         policy.decide(exit_, reach=1.0, may_release=True, num_rows=1)
-        policy.verdict(exit_, agrees)
+        policy.on_verdict(exit_, agrees)
 
 
 def test_it_begins_closed_opens_after_a_window_and_closes_after_a_wrong_one():
     policy = make_policy(EarlyExitConfig(policy="apparate"), depth=0, depths=(0,), num_layers=30)
     sure = Exit(0, 0, 0, 0, 0.9)
     assert policy.decide(sure, reach=1.0, may_release=True, num_rows=1) is Decision.STOP
-    policy.completed(1, 1, 30.0)
+    policy.on_decode_step(1, 1, 30.0)
     verdicts(policy, 15, confidence=0.9, agrees=True)
     assert policy.threshold == 0.0
     verdicts(policy, 1, confidence=0.9, agrees=True)
@@ -78,8 +78,8 @@ def test_it_begins_closed_opens_after_a_window_and_closes_after_a_wrong_one():
 
 def test_every_128_verdicts_the_ramp_is_adjusted():
     policy = make_policy(EarlyExitConfig(policy="apparate"), depth=0, depths=(0, 2), num_layers=30)
-    policy.completed(1, 1, 30.0)
-    policy.round_took(0, 1, 20.0)
+    policy.on_decode_step(1, 1, 30.0)
+    policy.on_draft_step(0, 1, 20.0)
     verdicts(policy, 127, confidence=0.2, agrees=False)  # never exits, so the ramp only costs
     assert policy.depth == 0
     verdicts(policy, 1, confidence=0.2, agrees=False)
@@ -89,10 +89,10 @@ def test_every_128_verdicts_the_ramp_is_adjusted():
 def test_two_periods_that_end_within_one_step_adjust_once():
     """All verdicts of a step come before the next exit is offered."""
     policy = make_policy(EarlyExitConfig(policy="apparate"), depth=0, depths=(0, 2, 4), num_layers=30)
-    policy.completed(1, 1, 30.0)
-    policy.round_took(0, 1, 20.0)
+    policy.on_decode_step(1, 1, 30.0)
+    policy.on_draft_step(0, 1, 20.0)
     exit_ = Exit(0, 0, 0, 0, 0.2)
     policy.decide(exit_, reach=1.0, may_release=True, num_rows=1)
     for _ in range(300):
-        policy.verdict(exit_, False)
+        policy.on_verdict(exit_, False)
     assert policy.depth == 2

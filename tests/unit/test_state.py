@@ -17,7 +17,7 @@ IDENTITY = {"model": "m", "ramps": "abc", "cpu": "c"}
 def policy_with(verdicts: int = 0):
     policy = make_policy(EarlyExitConfig(), depth=0, depths=(0,), num_layers=30)
     for _ in range(verdicts):
-        policy.verdict(Exit(0, 0, 0, 0, 0.9), False)
+        policy.on_verdict(Exit(0, 0, 0, 0, 0.9), False)
     return policy
 
 
@@ -78,7 +78,7 @@ def test_what_is_no_number_is_neither_learned_nor_saved(tmp_path):
     before = policy.state()
     exit_ = Exit(0, 0, 0, 0, float("nan"))
     policy.decide(exit_, reach=1.0, may_release=True, num_rows=1)
-    policy.verdict(exit_, False)
+    policy.on_verdict(exit_, False)
     assert policy.state()["calibrations"] == before["calibrations"]
     policy.calibrations[0, 0, True].scale = float("nan")
     with logged() as messages:
