@@ -85,6 +85,7 @@ def instrument(engine: "Engine", profile: Profile) -> None:
     if not engine.has_exits:
         return
     from apparate_llm.controller.policy import Policy
+    from apparate_llm.engine import rounds as rounds_module
 
     for name in ("_judge_held", "_record_released"):
         profile.wrap(runner, name, "verdicts")
@@ -100,7 +101,7 @@ def instrument(engine: "Engine", profile: Profile) -> None:
     profile.wrap(rounds, "predict", ROUNDS + "rest")
     profile.wrap(rounds, "_proposals", ROUNDS + "copy feature")
     profile.wrap(rounds, "_shallow", ROUNDS + "embedding, blocks")
-    profile.wrap(rounds, "_attention_metadata", ROUNDS + "attention metadata")
+    profile.wrap(rounds_module, "attention_of_rows", ROUNDS + "attention metadata")
     for ramps in rounds.ramp_sets.values():
         profile.wrap(ramps.head, "enter", ROUNDS + "first state")
         profile.wrap(ramps.head, "forward", ROUNDS + "head")

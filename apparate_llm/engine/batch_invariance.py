@@ -6,7 +6,7 @@ size depends on how many rows of the request are computed together. Here each is
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +87,11 @@ def before_loading(vllm_config: VllmConfig) -> None:
         shapes.type = DynamicShapesType.BACKED_SIZE_OBLIVIOUS
 
 
-def before_serving(attention_groups: list[list[AttentionGroup]]) -> None:
+def before_serving(groups: Iterable[AttentionGroup]) -> None:
     """Once vLLM has made its metadata builders: long queries are computed in pieces."""
-    for groups in attention_groups:
-        for group in groups:
-            for builder in group.metadata_builders:
-                vars(builder)["rows_per_piece"] = ROWS_PER_PIECE  # read by patches/attention_pieces.py
+    for group in groups:
+        for builder in group.metadata_builders:
+            vars(builder)["rows_per_piece"] = ROWS_PER_PIECE  # read by patches/attention_pieces.py
 
 
 def cover(model: nn.Module, dtype: torch.dtype) -> Coverage:

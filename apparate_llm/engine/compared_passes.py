@@ -10,6 +10,8 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from apparate_llm.engine.batch import attention_groups, block_size
+
 CONTEXTS = (3, 31, 64, 150)  # tokens before the ones tried, one for each request
 NEW_TOKENS = 3  # of each request
 SEED = 20
@@ -59,10 +61,9 @@ def different_passes(runner: GPUModelRunner) -> tuple[int, int]:
 
 
 def _requests(runner: GPUModelRunner) -> list[Request]:
-    if len(runner.attn_groups) != 1 or len(runner.attn_groups[0]) != 1:
+    if len(list(attention_groups(runner))) != 1:
         raise ValueError("its layers do not share one kind of attention")
-    table = runner.input_batch.block_table[0]
-    size = table.block_size
+    size = block_size(runner)
     vocab_size = runner.model_config.get_vocab_size()
     generator = torch.Generator().manual_seed(SEED)
     requests, first = [], 1  # vLLM keeps block 0 for itself
@@ -83,8 +84,8 @@ def _requests(runner: GPUModelRunner) -> list[Request]:
 def _pass(runner: GPUModelRunner, parts: list[tuple[Request, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Final states and scores [num_tokens, ...] of (request, first position, number) each."""
     model: Any = runner.model  # vLLM's runner says only that it is a module
-    group = runner.attn_groups[0][0]
-    size = runner.input_batch.block_table[0].block_size
+    (group,) = attention_groups(runner)
+    size = block_size(runner)
     spans = [range(first, first + number) for _, first, number in parts]
     positions = torch.tensor([position for span in spans for position in span])  # int64
     tokens = torch.cat([request.tokens[first : first + number] for request, first, number in parts])

@@ -16,6 +16,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm
 from apparate_llm.controller.budget import AccuracyBudget
+from apparate_llm.engine.batch import batch_of, shorten
 from apparate_llm.engine.parallel import Peers
 from apparate_llm.engine.rounds import Rounds, Row
 from apparate_llm.engine.runtime_config import PolicySwitch, apply_changes, apply_to_requests, learned_of, plain_exits
@@ -100,14 +101,11 @@ class FallbackRunner(CPUModelRunner):
 
     def _settle(self) -> None:
         """Withdraw what the step under way released, and make the ledger add up; rank 0's is everybody's."""
-        batch, undone = self.input_batch, {}
+        undone = {}
         for row in self._rows:
             if row.released:
-                start, request_id = row.newest_position + 1, batch.req_ids[row.request_index]
-                state = self.requests[request_id]
-                del state.output_token_ids[start - state.num_prompt_tokens :]
-                batch.num_tokens_no_spec[row.request_index] = start
-                undone[request_id] = row.released
+                shorten(self, row.request_index, row.newest_position + 1)
+                undone[batch_of(self).request_ids[row.request_index]] = row.released
         emitted = {request_id: len(state.output_token_ids) for request_id, state in self.requests.items()}
         drop_exits(self.ledger, undone=undone, emitted=emitted, now_s=self.clock.now_s)
         self._know_requests()

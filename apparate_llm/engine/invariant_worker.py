@@ -10,6 +10,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from apparate_llm.config import config_from_vllm
 from apparate_llm.coverage import keep
+from apparate_llm.engine.batch import attention_groups
 from apparate_llm.engine.batch_invariance import Coverage, before_loading, before_serving, cover
 from apparate_llm.engine.compared_passes import different_passes
 from apparate_llm.machine import cache_folder
@@ -42,7 +43,7 @@ class BatchInvariantWorker(CPUWorker):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         if self.coverage is not None:
-            before_serving(self.model_runner.attn_groups)
+            before_serving(attention_groups(self.model_runner))
         times = super().compile_or_warm_up_model()
         if self.coverage is not None:
             self._compare_passes(self.coverage)

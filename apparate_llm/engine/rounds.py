@@ -1,6 +1,7 @@
 """Shallow rounds: blocks [0, depth) and the ramp, one row per live request, several times over."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from vllm.config import CompilationMode
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
+from apparate_llm.engine.batch import attention_of_rows, batch_of, num_slots
 from apparate_llm.engine.parallel import Peers
 from apparate_llm.ramps.copying import NOTHING_REPEATED, Repeated, TokenIds, copied_confidence, look_back
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
@@ -70,6 +71,7 @@ class Rounds:
         self.peers = peers
         self._deciding_ms = 0.0
         self._num_rows = 0  # of the next completion pass, as of now
+        self._texts: Callable[[int, int], TokenIds]  # of the step under way
 
     def take_deciding_ms(self) -> float:
         """What the policy's decisions took since this was asked last."""
@@ -94,7 +96,7 @@ class Rounds:
 
     def start(self) -> int | None:
         """Most rounds that the policy wants in the step under way, 0 where texts are followed only; None: no exits."""
-        num_rounds = min(self.policy.start(self.runner.input_batch.num_reqs), self.max_exits)
+        num_rounds = min(self.policy.start(batch_of(self.runner).num_requests), self.max_exits)
         return num_rounds if num_rounds or self.policy.copies else None
 
     def run(
@@ -107,7 +109,8 @@ class Rounds:
         same shape each, its residual streams at the ramp's inner depths.
         """
         began = perf_counter()
-        self._num_rows = self.runner.input_batch.num_reqs
+        batch = batch_of(self.runner)
+        self._texts, self._num_rows = batch.text, batch.num_requests
         live = [row for row in rows if not self._follows(row)]
         if not live or not num_rounds:
             return []
@@ -160,7 +163,7 @@ class Rounds:
 
     def _text(self, row: Row) -> TokenIds:
         """Tokens of a row's request, its exits included."""
-        text: TokenIds = self.runner.input_batch.token_ids_cpu[row.request_index, : row.newest_position + 1]
+        text = self._texts(row.request_index, row.newest_position + 1)
         exits = [exit_.token_id for exit_ in (*row.released, *row.held)]
         return np.append(text, exits) if exits else text
 
@@ -214,7 +217,7 @@ class Rounds:
             with self.peers.meeting_in_model():
                 hidden = self.runner.model.forward_shallow(0, tokens, positions)
             return hidden
-        attention, slots = self._attention_metadata([row.request_index for row in live], positions)
+        attention, slots = attention_of_rows(self.runner, [row.request_index for row in live], positions)
         config = self.runner.vllm_config
         with (
             set_forward_context(attention, config, num_tokens=len(live), slot_mapping=slots),
@@ -223,48 +226,8 @@ class Rounds:
             hidden = self.runner.model.forward_shallow(depth, tokens, positions)
         return hidden
 
-    def _attention_metadata(
-        self, request_indices: list[int], positions: torch.Tensor
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Per-layer attention metadata and slot mappings of one query row per request."""
-        runner = self.runner
-        num_rows = len(request_indices)
-        seq_lens = (positions + 1).int()
-        query_start = torch.arange(num_rows + 1, dtype=torch.int32)
-        attention: dict[str, Any] = {}
-        slots: dict[str, torch.Tensor] = {}
-        for group_id, groups in enumerate(runner.attn_groups):
-            table = runner.input_batch.block_table[group_id]
-            blocks = table.get_device_tensor(runner.input_batch.num_reqs)[request_indices]
-            block_of = torch.gather(blocks, 1, (positions // table.block_size)[:, None])[:, 0].long()
-            slot_mapping = block_of * table.block_size + positions % table.block_size
-            common = CommonAttentionMetadata(
-                query_start_loc=query_start,
-                query_start_loc_cpu=query_start,
-                seq_lens=seq_lens,
-                seq_lens_cpu_upper_bound=seq_lens,
-                num_reqs=num_rows,
-                num_actual_tokens=num_rows,
-                max_query_len=1,
-                max_seq_len=int(seq_lens.max()),
-                block_table_tensor=blocks,
-                slot_mapping=slot_mapping,
-                causal=True,
-                positions=positions,
-            )
-            for group in groups:
-                metadata = group.build_metadata(common)
-                for layer_name in group.layer_names:
-                    attention[layer_name] = metadata
-                    slots[layer_name] = slot_mapping
-        return attention, slots
-
     def room(self, request_index: int, newest_position: int) -> int:
         """Rounds whose KV slots (newest_position, newest_position + 1, ...) are allocated already."""
         if self.policy.depth == 0:
             return self.max_exits
-        slots = min(
-            int(table.num_blocks_per_row[request_index]) * table.block_size
-            for table in self.runner.input_batch.block_table.block_tables
-        )
-        return int(np.clip(slots - newest_position, 0, self.max_exits))
+        return int(np.clip(num_slots(self.runner, request_index) - newest_position, 0, self.max_exits))

@@ -5,6 +5,7 @@ from time import perf_counter
 
 import torch
 
+from apparate_llm.engine.batch import batch_of
 from apparate_llm.engine.parallel import Peers
 from apparate_llm.engine.rounds import Rounds
 from apparate_llm.ramps.copying import TokenIds, copy_of
@@ -36,13 +37,14 @@ class Shadow:
         runner = self.rounds.runner
         if runner.clock.now_s < self._due_s:
             return
+        batch = batch_of(runner)
         rows, texts, targets = [], [], []
         for index, checked in enumerate(sampled_token_ids):
-            end = int(runner.input_batch.num_tokens_no_spec[index])
-            newest_row = int(runner.query_start_loc.np[index + 1]) - 1 - num_drafts[index]
+            end = int(batch.num_tokens[index])
+            newest_row = int(batch.first_rows[index + 1]) - 1 - num_drafts[index]
             for accepted in range(1, len(checked)):
                 rows.append(newest_row + accepted)
-                texts.append(runner.input_batch.token_ids_cpu[index, : end - len(checked) + accepted])
+                texts.append(batch.text(index, end - len(checked) + accepted))
                 targets.append(checked[accepted])
         if not rows:
             return

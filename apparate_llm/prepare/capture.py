@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from apparate_llm.engine.batch import batch_of
 from apparate_llm.prepare.engine import CACHE_BLOCK, runner_of
 from apparate_llm.prepare.rows import TOP, Conversation
 
@@ -75,17 +76,17 @@ class Capture:
         out = self._forward(*args, **kwargs)
         if len(self._steps) >= MOST_STEPS:
             self._hand_out()
-        batch, starts = self.runner.input_batch, self.runner.query_start_loc.np
+        batch = batch_of(self.runner)
         keep: list[int] = []
         self._top_rows, self._drawn_rows = [], []
-        for index, given in enumerate(batch.req_ids):
+        for index, given in enumerate(batch.request_ids):
             request_id = given.rpartition("-")[0]  # vLLM appends random characters to the caller's id
             if temperature := self._temperatures.get(request_id):
                 self._drawn_rows.append((index, temperature))
             if (watched := self._watched.get(request_id)) is None:
                 continue
-            first, end = int(starts[index]), int(starts[index + 1])
-            position = int(batch.num_computed_tokens_cpu[index])
+            first, end = int(batch.first_rows[index]), int(batch.first_rows[index + 1])
+            position = int(batch.num_computed_tokens[index])
             # A request that was preempted computes again what it has rows of: those are left out.
             skipped = max(0, watched.next_position - position)
             for row in range(first + skipped, end):

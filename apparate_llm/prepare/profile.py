@@ -314,10 +314,11 @@ class Profiler:
 
     def _begin(self, size: int) -> list[str]:
         """Requests that all generate."""
+        from apparate_llm.engine.batch import batch_of
+
         with self._without_rounds():
             names = self._add(size, PROMPT_TOKENS)
-            batch = self.runner.input_batch
-            while batch.num_reqs < size or any(batch.num_tokens_no_spec[i] <= PROMPT_TOKENS for i in range(size)):
+            while (batch := batch_of(self.runner)).num_requests < size or batch.num_tokens.min() <= PROMPT_TOKENS:
                 self.engine.step()
         return names
 

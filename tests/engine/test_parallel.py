@@ -19,7 +19,7 @@ FAULTS = [
     ("clock", "completed"),
     ("runner", "_live_rows"),
     ("runner", "_learn"),
-    ("rounds", "_attention_metadata"),
+    ("rounds", "_shallow"),
     ("model", "forward_shallow"),
     ("ramps", "predict"),
     ("policy", "wants_another_step"),

@@ -1,0 +1,109 @@
+"""What the rest of the package may know of the inside of vLLM's V1 model runner, and attention metadata made from it.
+
+With `runner.py` the only module that a new runner has to be taught to.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.utils import AttentionGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The requests of the step under way. The arrays are the runner's own: they change with its next step."""
+
+    request_ids: list[str]
+    token_ids: NDArray[np.int32]  # [requests, max_model_len]
+    num_tokens: NDArray[np.int32]  # [requests] of each text
+    num_computed_tokens: NDArray[np.int32]  # [requests] before this step
+    first_rows: NDArray[np.int32]  # [requests + 1] of each in the pass, and the number of all rows
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.request_ids)
+
+    def text(self, index: int, end: int) -> NDArray[np.int32]:
+        """The first `end` tokens of a request."""
+        found: NDArray[np.int32] = self.token_ids[index, :end]
+        return found
+
+
+def batch_of(runner: Any) -> Batch:
+    inside = runner.input_batch
+    number = inside.num_reqs
+    return Batch(
+        request_ids=inside.req_ids,
+        token_ids=inside.token_ids_cpu,
+        num_tokens=inside.num_tokens_no_spec[:number],
+        num_computed_tokens=inside.num_computed_tokens_cpu[:number],
+        first_rows=runner.query_start_loc.np[: number + 1],
+    )
+
+
+def shorten(runner: Any, index: int, num_tokens: int) -> None:
+    """Take tokens off the end of a request's text, in the batch and in its output."""
+    batch = runner.input_batch
+    state = runner.requests[batch.req_ids[index]]
+    del state.output_token_ids[num_tokens - state.num_prompt_tokens :]
+    batch.num_tokens_no_spec[index] = num_tokens
+
+
+def attention_groups(runner: Any) -> Iterator[AttentionGroup]:
+    """Layers that share attention metadata; made by vLLM when it has its KV cache."""
+    for groups in runner.attn_groups:
+        yield from groups
+
+
+def block_size(runner: Any) -> int:
+    """Tokens in a block of the KV cache, as the kernel of the first group of layers has it."""
+    size: int = runner.input_batch.block_table[0].block_size
+    return size
+
+
+def num_slots(runner: Any, index: int) -> int:
+    """Tokens of a request that have a place in the KV cache."""
+    tables = runner.input_batch.block_table.block_tables
+    return min(int(table.num_blocks_per_row[index]) * table.block_size for table in tables)
+
+
+def attention_of_rows(
+    runner: Any, indices: list[int], positions: torch.Tensor
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """By layer: attention metadata and slots [num_rows] of one row for each of these requests, `positions` [num_rows]
+    in their texts."""
+    num_rows = len(indices)
+    seq_lens = (positions + 1).int()
+    query_start = torch.arange(num_rows + 1, dtype=torch.int32)
+    attention: dict[str, Any] = {}
+    slots: dict[str, torch.Tensor] = {}
+    for group_id, groups in enumerate(runner.attn_groups):
+        table = runner.input_batch.block_table[group_id]
+        blocks = table.get_device_tensor(runner.input_batch.num_reqs)[indices]
+        block_of = torch.gather(blocks, 1, (positions // table.block_size)[:, None])[:, 0].long()
+        slot_mapping = block_of * table.block_size + positions % table.block_size
+        common = CommonAttentionMetadata(
+            query_start_loc=query_start,
+            query_start_loc_cpu=query_start,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=num_rows,
+            num_actual_tokens=num_rows,
+            max_query_len=1,
+            max_seq_len=int(seq_lens.max()),
+            block_table_tensor=blocks,
+            slot_mapping=slot_mapping,
+            causal=True,
+            positions=positions,
+        )
+        for group in groups:
+            metadata = group.build_metadata(common)
+            for layer_name in group.layer_names:
+                attention[layer_name] = metadata
+                slots[layer_name] = slot_mapping
+    return attention, slots
