@@ -89,7 +89,8 @@ class Rounds:
         if depth == 0 or config.compilation_config.mode == CompilationMode.NONE:
             return
         try:
-            with set_forward_context(None, config, num_tokens=WARM_ROWS), torch.inference_mode():
+            context = set_forward_context(None, config, num_tokens=WARM_ROWS)
+            with self.peers.compiling_for_meetings(), context, torch.inference_mode():
                 self.runner.model.compile_shallow(depth, WARM_ROWS)
         except Exception:
             logger.exception("Rounds at depth %d take longer, as their blocks could not be compiled", depth)
