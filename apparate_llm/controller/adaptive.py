@@ -1,28 +1,21 @@
 """Policy `adaptive`: as many exits as pay at the measured costs, divergences where they bring most."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from apparate_llm.controller.calibration import MEMORY_VERDICTS, OnlineCalibration
-from apparate_llm.controller.costs import ROWS, CostCurve, CostModel
+from apparate_llm.controller.costs import CostCurve, CostModel
 from apparate_llm.controller.depth import DepthChoice
+from apparate_llm.controller.plan import LoadPlan, load_of
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
 from apparate_llm.ramps.copying import copied_confidence
 
 CALIBRATED_ROUNDS = 4  # later rounds share the last one's calibration
-PLAN_STEPS = 8  # a plan for a number of requests is kept for so many steps
-PLAIN_STEPS = frozenset({4, 8, 16, 32, 64})  # steps without exits, so that plain passes are measured, then every
-PLAIN_EVERY = 256
-FIRST_PROBE = 4  # steps until a single round where exits do not pay any more, then twice as many each time, up to
-PROBE_EVERY = 64  # at least
-FIRST_PROBES_COST_FRAC = 0.1  # of the time that the first of them may take
-PROBE_COST_FRAC = 0.01  # that later ones may
 COPIED = -1  # stands for the depth of exits without a ramp, where calibrations are kept
 FOLLOWED_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
-TRIED_EVERY = 16  # times that they are less likely right, so that a change is noticed
+FOLLOWED_EVERY = 16  # times that they are less likely right, so that a change is noticed
 WAITED_STEPS = 4.0  # for a first token: two, of which the second reads prompts, so that it takes longer than the mean
 JOINED_MEMORY = 1 / 64  # of the moving average of requests that join per step
 MIN_SAVED = 0.03  # share of the engine's time that exits must save where a step has many requests
@@ -48,27 +41,6 @@ class RoundStatistics:
             self.agreement += self.memory * (probability - self.agreement)
 
 
-@dataclass(slots=True)
-class CopyStatistics:
-    """Moving averages over steps in which exits may be copied, per request; at first what makes it try."""
-
-    tokens: float = 0.3  # expected
-    rows: float = 0.3
-    memory: float = 1 / 64
-
-    def observe(self, tokens: float, rows: float) -> None:
-        self.tokens += self.memory * (tokens - self.tokens)
-        self.rows += self.memory * (rows - self.rows)
-
-
-@dataclass(slots=True)
-class RoundsPlan:
-    num_rounds: int
-    price: float  # tokens that a ms must bring
-    copies: bool
-    age: int = 0
-
-
 @dataclass(slots=True, kw_only=True)
 class AdaptivePolicy(Policy):
     depth: int
@@ -84,17 +56,12 @@ class AdaptivePolicy(Policy):
     calibrations: dict[tuple[int, int, bool], OnlineCalibration] = field(default_factory=dict)
     statistics: dict[tuple[int, int], RoundStatistics] = field(default_factory=dict)
     depth_choice: DepthChoice = field(init=False)
-    _plans: dict[int, RoundsPlan] = field(default_factory=dict)
-    _copied: dict[int, CopyStatistics] = field(default_factory=dict)
+    _plans: dict[int, LoadPlan] = field(default_factory=dict)
     _copied_in_step: tuple[int, float, int] = (0, 0.0, 0)  # requests, expected tokens, rows
-    _worthless: dict[int, int] = field(default_factory=dict)  # plans since exits last paid
     _pass_ms: float = 0.0
     _passes: int = 0
     _warm: set[int] = field(default_factory=set)  # depths of which a round has run
-    _steps: dict[int, int] = field(default_factory=dict)  # by number of requests
-    _since_probe: dict[int, int] = field(default_factory=dict)
-    _probe_after: dict[int, float] = field(default_factory=dict)  # steps
-    _price: float = 0.0  # of the step under way
+    _min_tokens_per_ms: float = 0.0  # in the step under way
     _joined: int = 0  # since the last step
     _joined_per_step: float = 0.0
     _not_followed: int = 0
@@ -109,48 +76,41 @@ class AdaptivePolicy(Policy):
         self._joined_per_step += JOINED_MEMORY * (self._joined - self._joined_per_step)
         self._joined = 0
         self._count_copied()
-        load = _load(num_requests)
-        steps = self._steps[load] = self._steps.get(load, 0) + 1
-        plan = self._plan(load, num_requests)
-        self._price = plan.price
-        self.copies = plan.copies and not (steps in PLAIN_STEPS or steps % PLAIN_EVERY == 0)
+        plan = self._plan_of(num_requests)
+        if plan.next_step():
+            rate, num_rounds = self.best_rate(self.depth, num_requests)
+            min_tokens_per_ms = rate * self._weight_of_time(num_requests)
+            plan.renew(num_rounds, min_tokens_per_ms, pays=self._pays(plan, num_requests, rate))
+        self._min_tokens_per_ms = plan.min_tokens_per_ms
+        self.copies = plan.copies and not plan.is_plain_step
         self._copied_in_step = (num_requests, 0.0, 0)
         if plan.num_rounds == 0:
-            return self._probe(load, num_requests)
-        self._probe_after[load] = FIRST_PROBE
+            return 1 if plan.is_probed(self._extra_frac(num_requests)) else 0
+        plan.rounds_pay()
         return self.max_exits if self.copies else 0
 
-    def _plan(self, load: int, num_requests: int) -> RoundsPlan:
-        plan = self._plans.get(load)
-        if plan is None or plan.age >= PLAN_STEPS:
-            rate, num_rounds = self.best_rate(self.depth, num_requests)
-            pays = self._pays(load, num_requests, rate)
-            self._worthless[load] = 0 if pays else self._worthless.get(load, 0) + 1
-            copies = self._worthless[load] % TRIED_EVERY == 0
-            price = rate * self._weight_of_time(num_requests)
-            plan = self._plans[load] = RoundsPlan(num_rounds if pays else 0, price, copies)
-        plan.age += 1
-        return plan
+    def _plan_of(self, num_requests: int) -> LoadPlan:
+        load = load_of(num_requests)
+        found = self._plans.get(load)
+        if found is None:
+            found = self._plans[load] = LoadPlan()
+        return found
 
-    def _pays(self, load: int, num_requests: int, rate: float) -> bool:
+    def _pays(self, plan: LoadPlan, num_requests: int, rate: float) -> bool:
         """Whether exits save a share of the engine's time that is worth a step's being uneven: who gets none waits for
         those of others, and for the prompts that come the sooner. Prompts take the time they take, with exits or
         without; and nobody else is in a lone request's step."""
         plain_ms = self.costs.completion(num_requests)
         saved = 1.0 - num_requests / plain_ms / rate
-        copied = self._copies(load)
-        copied_ms = self.costs.completion(num_requests * (1.0 + copied.rows))
-        saved += max(0.0, 1.0 - copied_ms / plain_ms / (1.0 + copied.tokens))
+        copied_ms = self.costs.completion(num_requests * (1.0 + plan.copied.rows))
+        saved += max(0.0, 1.0 - copied_ms / plain_ms / (1.0 + plan.copied.tokens))
         generating = min(1.0, plain_ms * self.costs.pace / self._pass_ms) if self._pass_ms else 1.0
         return saved * generating >= MIN_SAVED * (1.0 - 1.0 / num_requests)
-
-    def _copies(self, load: int) -> CopyStatistics:
-        return self._copied.setdefault(load, CopyStatistics())
 
     def _count_copied(self) -> None:
         num_requests, tokens, rows = self._copied_in_step
         if self.copies and num_requests:
-            self._copies(_load(num_requests)).observe(tokens / num_requests, rows / num_requests)
+            self._plan_of(num_requests).copied.observe(tokens / num_requests, rows / num_requests)
 
     def on_request(self) -> None:
         self._joined += 1
@@ -185,36 +145,28 @@ class AdaptivePolicy(Policy):
                 best, best_value = (tokens / step_ms, number + 1), value
         return best
 
-    def _probe(self, load: int, num_requests: int) -> int:
-        """A single round now and then where none pays, so that a change is noticed; soon after it did, as a slow round
-        or two may have made rounds look dear."""
-        since = self._since_probe[load] = self._since_probe.get(load, 0) + 1
-        plain = self.costs.completion(num_requests)
-        extra = self.costs.round(self.depth, num_requests) + self.costs.completion(2 * num_requests) - plain
-        most = max(PROBE_EVERY, extra / plain / PROBE_COST_FRAC)
-        after = max(self._probe_after.get(load, FIRST_PROBE), extra / plain / FIRST_PROBES_COST_FRAC)
-        if since < min(after, most):
-            return 0
-        self._since_probe[load] = 0
-        self._probe_after[load] = min(2 * after, most)
-        return 1
+    def _extra_frac(self, num_requests: int) -> float:
+        """What a single round and its exits take, of a step without."""
+        plain_ms = self.costs.completion(num_requests)
+        extra_ms = self.costs.round(self.depth, num_requests) + self.costs.completion(2 * num_requests) - plain_ms
+        return extra_ms / plain_ms
 
     def wants_lookup(self, match: int, greedy: bool) -> bool:
         calibration = self._calibration_of(COPIED, 0, greedy)
         if calibration.probability(copied_confidence(match)) >= FOLLOWED_PROBABILITY:
             return True
         self._not_followed += 1
-        return self._not_followed % TRIED_EVERY == 0
+        return self._not_followed % FOLLOWED_EVERY == 0
 
     def wants_another_step(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
         statistics, live = self._statistics(number), len(reaches)
         gain = sum(reaches) * statistics.taken_frac * statistics.agreement
         rows_ms = self.costs.completion(num_rows + live * statistics.taken_frac) - self.costs.completion(num_rows)
-        return gain >= self._price * (self.costs.round(self.depth, live) + rows_ms)
+        return gain >= self._min_tokens_per_ms * (self.costs.round(self.depth, live) + rows_ms)
 
     def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
         p = exit_.probability = self._calibration(exit_).probability(exit_.confidence)
-        if reach * p < self._price * self.costs.completion.of_another(num_rows):
+        if reach * p < self._min_tokens_per_ms * self.costs.completion.of_another(num_rows):
             decision = Decision.STOP
         else:
             decision = Decision.RELEASE if may_release and p >= self.release_confidence else Decision.HOLD
@@ -262,7 +214,8 @@ class AdaptivePolicy(Policy):
         if self.wants_shadow():
             before, self.depth = self.depth, self.depth_choice.choose(lambda d: self.best_rate(d, num_requests)[0])
             if self.depth != before:
-                self._plans.clear()
+                for plan in self._plans.values():
+                    plan.grow_old()
                 for number in range(CALIBRATED_ROUNDS):  # until it has its own
                     if (known := self.statistics.get((before, number))) is not None:
                         self.statistics.setdefault((self.depth, number), replace(known))
@@ -338,8 +291,3 @@ def _name(depth: int, number: int) -> str:
 def _shared(number: int) -> int:
     """The round whose calibration and statistics a round uses."""
     return number if number < CALIBRATED_ROUNDS else CALIBRATED_ROUNDS - 1
-
-
-def _load(num_requests: int) -> int:
-    """Numbers of requests that share a plan."""
-    return next((rows for rows in ROWS if rows >= num_requests), math.ceil(num_requests / ROWS[-1]) * ROWS[-1])
