@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from apparate_llm.cli import build_parser, spelt_out
-from apparate_llm.eval import run as commands
+from apparate_llm.eval import plan as plans
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server, free_port
@@ -364,7 +364,7 @@ def test_systems_by_name(tiny_llama):
 )
 def test_a_flag_that_would_be_ignored_is_refused(flags, says):
     from apparate_llm.cli import build_parser
-    from apparate_llm.eval.run import _loads
+    from apparate_llm.eval.plan import _loads
 
     args = build_parser().parse_args(["eval", "tpt", "--out", "x", *flags.split()])
     with pytest.raises(ValueError, match=says):
@@ -373,7 +373,7 @@ def test_a_flag_that_would_be_ignored_is_refused(flags, says):
 
 def test_a_load_that_is_asked_for_again_is_another_one():
     from apparate_llm.cli import build_parser
-    from apparate_llm.eval.run import _loads
+    from apparate_llm.eval.plan import _loads
 
     args = build_parser().parse_args(["eval", "tpt", "--out", "x", "--concurrency", "1,16,1", "--length", "both"])
     free = ["1 client", "16 clients", "1 client, time 2"]
@@ -413,7 +413,7 @@ def test_servers_started_here_are_asked_with_the_key_they_were_given(monkeypatch
 def settings_of(argv: list[str]) -> tuple[list[str], dict]:
     """The flags that servers get, and the settings that are kept."""
     args = build_parser().parse_args(spelt_out(argv))
-    return commands._vllm_flags(args, 2), commands._settings(args, Path("model"), [], [], [])
+    return plans._vllm_flags(args.vllm_flag, 2), plans._settings(args, Path("model"), [], [], [])
 
 
 def test_vllm_flags_may_be_written_with_a_blank():

@@ -1,0 +1,204 @@
+"""What one evaluation is to do: its flags, read once."""
+
+import argparse
+import hashlib
+import json
+import shlex
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from apparate_llm.config import EarlyExitConfig
+from apparate_llm.eval.prompts import Prompt, load_prompts
+from apparate_llm.eval.systems import BASELINE, Choice, System, early_exits, plain_vllm, systems_of
+from apparate_llm.eval.workloads import Length, Load, closed, poisson, traced
+from apparate_llm.flags import given_value, one_spelling, split_flag
+from apparate_llm.knobs import knobs_from
+from apparate_llm.launch import check_build
+from apparate_llm.models.architectures import architecture_of
+from apparate_llm.redact import redacted
+from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
+
+SET_HERE = ("model", "host", "port", "uds")
+DEFAULT_CONCURRENCY = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalPlan:
+    choice: Choice
+    systems: list[System]
+    prompts: list[Prompt]
+    loads: list[Load]
+    settings: dict[str, Any]  # shown, and equal in a run that goes on
+    folder: Path
+    repeat: int
+    start_timeout_s: float
+    fresh: bool = True  # whether to begin anew where the folder holds a run
+    slo_ms: dict[str, float]
+    phases: tuple[tuple[str, int], ...] = ()  # (name, number of its first prompt)
+
+
+def quick_plan(args: argparse.Namespace) -> EvalPlan:
+    """Plain vLLM against exits with the knobs given, in a folder that nobody asked for."""
+    config = knobs_from(args)
+    if config.policy != "off":
+        check_build()
+    prompts = load_prompts(args.prompts)[: args.num_prompts]
+    model = model_folder(args.model)
+    preflight_ramps(config, model, architecture_of(model))
+    flags = tuple(_vllm_flags(args.vllm_flag, num_servers=2))
+    choice = Choice(model, flags, tuple(knob_flags(args)), api_key=args.api_key)
+    systems = [plain_vllm(choice), early_exits(name_of(config), choice)]
+    loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
+    return EvalPlan(
+        choice=choice,
+        systems=systems,
+        prompts=prompts,
+        loads=loads,
+        settings=_settings(args, choice.model, systems, prompts, loads),
+        folder=(args.logs or Path(tempfile.mkdtemp(prefix="apparate-eval-"))) / "run",
+        repeat=args.repeat,
+        start_timeout_s=args.start_timeout_s,
+        slo_ms={},
+    )
+
+
+def tpt_plan(args: argparse.Namespace) -> EvalPlan:
+    prompts = load_prompts(args.prompts)[: args.num_prompts]
+    return _plan(args, prompts, _loads(args, prompts), ())
+
+
+def drift_plan(args: argparse.Namespace) -> EvalPlan:
+    """One workload, another, and the first again, asked in order in the life of one server."""
+    parts = [load_prompts(source)[: args.num_prompts] for source in args.workloads]
+    if len(parts) != 2:
+        raise ValueError(f"--workloads: two prompt sets wanted, A,B, got {len(parts)}")
+    first, second = parts
+    prompts = [*first, *second, *first]
+    names = [source.stem for source in args.workloads]
+    starts = (0, len(first), len(first) + len(second))
+    phases = tuple(zip((names[0], names[1], f"{names[0]} again"), starts, strict=True))
+    loads = [closed(len(prompts), args.clients, max_tokens=args.max_tokens, length="free")]
+    return _plan(args, prompts, loads, phases)
+
+
+def _plan(
+    args: argparse.Namespace, prompts: list[Prompt], loads: list[Load], phases: tuple[tuple[str, int], ...]
+) -> EvalPlan:
+    model = model_folder(args.model)
+    names = [name.strip() for name in args.systems.split(",")]
+    knobs = knob_flags(args)
+    knobs_from(args)  # raises for a value that is not allowed
+    num_servers = len(names) + len(args.system) + len(args.accuracy_bounds)
+    flags = tuple(_vllm_flags(args.vllm_flag, num_servers))
+    choice = Choice(model, flags, tuple(knobs), tuple(args.accuracy_bounds), args.hf_layer, args.api_key)
+    systems = systems_of(names, args.base_url, choice)
+    systems += [_own_system(text, choice) for text in args.system]
+    if BASELINE not in (system.name for system in systems):
+        raise ValueError(f"--systems must name {BASELINE}, which all others are compared with")
+    return EvalPlan(
+        choice=choice,
+        systems=systems,
+        prompts=prompts,
+        loads=loads,
+        settings=_settings(args, choice.model, systems, prompts, loads),
+        folder=args.out,
+        repeat=args.repeat,
+        start_timeout_s=args.start_timeout_s,
+        fresh=args.fresh,
+        slo_ms=args.slo or {},
+        phases=phases,
+    )
+
+
+def _own_system(text: str, choice: Choice) -> System:
+    name, _, flags = text.partition("=")
+    knobs = [part for text in shlex.split(flags) for part in (text.split("=", 1) if text[:2] == "--" else [text])]
+    if not name or not knobs or len(knobs) % 2:
+        raise ValueError(f'--system: "NAME=--knob value ..." wanted, got {text!r}')
+    return early_exits(name, choice, *knobs)
+
+
+def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
+    arrivals = next((f"--{name}" for name in ("rate", "trace") if getattr(args, name) is not None), None)
+    if arrivals is not None and args.concurrency is not None:
+        raise ValueError(f"give one of --concurrency and {arrivals}: clients ask when they have their answer")
+    if args.trace is not None:
+        if args.rate is not None:
+            raise ValueError("give one of --rate and --trace: both say when requests arrive")
+        if args.length is not None:
+            raise ValueError("--length does not go with --trace, which sets the answers' lengths")
+        scale, most = args.trace_scale or 1.0, args.num_requests or len(prompts)
+        return [traced(args.trace, prompts, scale=scale, num_requests=most, max_tokens=args.max_tokens)]
+    for flag, given in (("--trace-scale", args.trace_scale), ("--num-requests", args.num_requests)):
+        if given is not None:
+            raise ValueError(f"{flag} is about a --trace, and none is given")
+    lengths: tuple[Length, ...] = ("free", "fixed") if args.length == "both" else (args.length or "free",)
+    loads = []
+    for length in lengths:
+        if args.rate is not None:
+            loads += [
+                poisson(len(prompts), rate, max_tokens=args.max_tokens, length=length, seed=args.seed)
+                for rate in args.rate
+            ]
+        else:
+            loads += [
+                closed(len(prompts), number, max_tokens=args.max_tokens, length=length, seed=args.seed)
+                for number in args.concurrency or DEFAULT_CONCURRENCY
+            ]
+    return _named_apart(loads)
+
+
+def _named_apart(loads: list[Load]) -> list[Load]:
+    """A load that is asked for again, as in --concurrency 1,16,1, is another one."""
+    named: list[Load] = []
+    for load in loads:
+        key = (load.name, load.fixed_length)
+        times = sum((other.name.partition(", time ")[0], other.fixed_length) == key for other in named)
+        named.append(replace(load, name=f"{load.name}, time {times + 1}") if times else load)
+    return named
+
+
+def _settings(
+    args: argparse.Namespace, model: Path, systems: list[System], prompts: list[Prompt], loads: list[Load]
+) -> dict[str, Any]:
+    """What a run that goes on must share with the one that began."""
+    asked = json.dumps([prompt.messages for prompt in prompts]).encode()
+    return {
+        "loads": [[load.name, load.fixed_length] for load in loads],
+        "num_prompts": len(prompts),
+        "prompts_sha256": hashlib.sha256(asked).hexdigest()[:16],
+        "arrivals_sha256": hashlib.sha256(repr(loads).encode()).hexdigest()[:16],
+        "max_tokens": args.max_tokens,
+        "repeat": args.repeat,
+        "model": model.name,
+        "systems": [system.name for system in systems],
+        "knobs": knob_flags(args) + getattr(args, "system", []),
+        "vllm_flags": redacted(args.vllm_flag),
+        "hf_layer": getattr(args, "hf_layer", None),
+    }
+
+
+def _vllm_flags(given: list[str], num_servers: int) -> list[str]:
+    flags = [part for text in given for part in split_flag(text)]
+    for name in SET_HERE:
+        if given_value(one_spelling(flags), name) is not None:
+            raise ValueError(f"--vllm-flag: --{name} is set by the evaluation itself")
+    return flags + memory_flags(flags, num_servers=num_servers)
+
+
+def name_of(config: EarlyExitConfig) -> str:
+    if config.policy == "off":
+        return "off"
+    bound = "lossless" if config.accuracy_bound == 0 else f"epsilon={config.accuracy_bound:g}"
+    return bound if config.policy == "adaptive" else f"{config.policy} {bound}"
+
+
+def knob_flags(args: argparse.Namespace) -> list[str]:
+    """The knobs given on the command line, as flags."""
+    flags = []
+    for name in EarlyExitConfig.model_fields:
+        if (value := getattr(args, name, None)) is not None:
+            flags += ["--" + name.replace("_", "-"), value]
+    return flags
