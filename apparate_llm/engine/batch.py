@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
+from apparate_llm.ramps.copying import TokenIds
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -28,10 +30,9 @@ class Batch:
     def num_requests(self) -> int:
         return len(self.request_ids)
 
-    def text(self, index: int, end: int) -> NDArray[np.int32]:
+    def text(self, index: int, end: int) -> TokenIds:
         """The first `end` tokens of a request."""
-        found: NDArray[np.int32] = self.token_ids[index, :end]
-        return found
+        return self.token_ids[index, :end]
 
 
 def batch_of(runner: Any) -> Batch:
@@ -69,7 +70,7 @@ def block_size(runner: Any) -> int:
 def num_slots(runner: Any, index: int) -> int:
     """Tokens of a request that have a place in the KV cache."""
     tables = runner.input_batch.block_table.block_tables
-    return min(int(table.num_blocks_per_row[index]) * table.block_size for table in tables)
+    return min(int(table.num_blocks_per_row[index] * table.block_size) for table in tables)
 
 
 def attention_of_rows(
