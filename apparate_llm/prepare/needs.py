@@ -1,5 +1,8 @@
 """Memory and disk that a preparation needs, said before it begins, and what is done with less."""
 
+import contextlib
+import ctypes
+import gc
 import json
 import math
 import resource
@@ -190,6 +193,14 @@ def say_needs(run: Run) -> None:
 def _check_memory(need: int) -> None:
     if need > (free := available_memory_bytes()):
         raise ValueError(f"not enough memory: about {gib(need)} needed, {gib(free)} free")
+
+
+def give_back_memory() -> None:
+    """What is not in use any more: of an engine, which what listens in on it refers to and is referred to by, and of a
+    training."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # a C library of another kind
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def gib(size: float) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.prepare.calibrate import calibrate_rounds
-from apparate_llm.prepare.needs import gib, peak_bytes, say_needs
+from apparate_llm.prepare.needs import gib, give_back_memory, peak_bytes, say_needs
 from apparate_llm.prepare.plan import Made, Plan, Run
 from apparate_llm.prepare.profile import LIMIT_S, profile
 from apparate_llm.prepare.prompts import KINDS
@@ -269,6 +269,7 @@ def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
         run.say("profile: done")
         return done
     left_s = math.inf if plan.time_budget_s is None else plan.time_budget_s - run.clock.spent_s
+    give_back_memory()
     with run.progress.stage("profile", total=1.0, facts="starting the model as it is served") as bar:
         result = profile(
             plan.model,

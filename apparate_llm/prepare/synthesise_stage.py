@@ -1,13 +1,10 @@
 """Stage synthesise, as part of a preparation: what a lap adds to the store."""
 
-import contextlib
-import ctypes
-import gc
 from typing import Any
 
 from apparate_llm.prepare.chat import ChatFormat
 from apparate_llm.prepare.engine import generation_engine
-from apparate_llm.prepare.needs import Room, answer_limit, room_for_synthesis
+from apparate_llm.prepare.needs import Room, answer_limit, give_back_memory, room_for_synthesis
 from apparate_llm.prepare.plan import Run
 from apparate_llm.prepare.prompts import PromptSource
 from apparate_llm.prepare.rows import SPLIT_NAMES
@@ -33,13 +30,6 @@ def synthesise_lap(run: Run, lap: Lap) -> dict[str, Any]:
     counts = store.counts
     result = {"rows": counts["rows"], "tokens": counts["answer_tokens"], "seconds": round(run.clock.spent_s)}
     return workspace.write(stage, wanted, result)
-
-
-def give_back_memory() -> None:
-    """Of the engine, which what listens in on it refers to and is referred to by."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # a C library of another kind
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _synthesise(run: Run, lap: Lap, room: Room) -> None:

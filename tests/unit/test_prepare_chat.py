@@ -8,8 +8,9 @@ import pytest
 
 from apparate_llm.prepare.chat import BREAK, ChatFormat, LeftOut
 from apparate_llm.prepare.prompts import KINDS, Prompt, PromptSource
-from apparate_llm.prepare.rows import TRAIN
+from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
 from apparate_llm.prepare.store import RowStore
+from apparate_llm.prepare.topics import NEXT_TURNS, NEXT_TURNS_ON_CODE
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -285,6 +286,31 @@ def test_a_model_that_asks_itself_for_code_is_asked_for_code(code, expected, tmp
     drawn = [again.draw(number) for number in range(1000)]
     of_code = sum(opening.kind == KINDS.index("code") for opening in drawn)
     assert of_code / len(drawn) == pytest.approx(expected, abs=0.06)
+
+
+def test_answers_are_gone_on_with_in_their_own_split_and_about_code_where_they_hold_code():
+    tokenizer = letters(CHATML)
+    source = PromptSource(ChatFormat(tokenizer, max_model_len=2048), user_prompts=[], seed=0)
+    before = {}
+    for split in (TRAIN, VALIDATION, TEST):
+        for words in ("plain", "```python"):
+            prompt, answer = tokenizer.encode(f"{split} {words}"), tokenizer.encode(f"{words}<|im_end|>")
+            source.answered(Prompt(prompt, 0, split), answer)
+            before[tuple(prompt + answer)] = split, "```" in words
+    cut_off = Prompt(tokenizer.encode("cut off"), 0, TRAIN)
+    source.answered(cut_off, tokenizer.encode("in the mid"))
+    seen = set()
+    for number in range(300):
+        drawn = source.draw(number)
+        if isinstance(drawn, Prompt):
+            (key,) = (key for key in before if tuple(drawn.ids[: len(key)]) == key)
+            split, is_code = before[key]
+            turn = tokenizer.decode(drawn.ids[len(key) :])
+            assert drawn.split == split and not drawn.is_free
+            assert any(words in turn for words in (NEXT_TURNS_ON_CODE if is_code else NEXT_TURNS))
+            assert key not in seen, "one next turn for each answer"
+            seen.add(key)
+    assert seen == before.keys()
 
 
 # ---- mistral-common
