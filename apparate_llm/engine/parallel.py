@@ -74,15 +74,6 @@ class Peers:
         finally:
             self.group.device_communicator = stock
 
-    @contextmanager
-    def compiling_for_meetings(self) -> Iterator[None]:
-        """What is compiled within looks the group up when it runs, so that its exchanges can be met for."""
-        stock, self.group.use_custom_op_call = self.group.use_custom_op_call, True
-        try:
-            yield
-        finally:
-            self.group.use_custom_op_call = stock
-
     def share_floats(self, values: list[float]) -> list[float]:
         """Rank 0's values."""
         if self.alone:

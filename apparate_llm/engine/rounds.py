@@ -84,13 +84,13 @@ class Rounds:
         return self.ramp_sets[self.policy.depth]
 
     def compile_blocks(self, depth: int) -> None:
-        """Before serving, where vLLM compiles the model. Blocks that are not or cannot be compiled run as they are."""
+        """Before serving, where vLLM compiles the model. Blocks that are not or cannot be compiled run as they are; so
+        do those of several ranks, which could not meet for the exchanges of compiled ones."""
         config = self.runner.vllm_config
-        if depth == 0 or config.compilation_config.mode == CompilationMode.NONE:
+        if depth == 0 or not self.peers.alone or config.compilation_config.mode == CompilationMode.NONE:
             return
         try:
-            context = set_forward_context(None, config, num_tokens=WARM_ROWS)
-            with self.peers.compiling_for_meetings(), context, torch.inference_mode():
+            with set_forward_context(None, config, num_tokens=WARM_ROWS), torch.inference_mode():
                 self.runner.model.compile_shallow(depth, WARM_ROWS)
         except Exception:
             logger.exception("Rounds at depth %d take longer, as their blocks could not be compiled", depth)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from apparate_llm.engine.batch import batch_of
 from apparate_llm.prepare.engine import CACHE_BLOCK, runner_of
 from apparate_llm.prepare.rows import TOP, Conversation
 
@@ -73,6 +72,8 @@ class Capture:
         return hook
 
     def _watched_forward(self, *args: Any, **kwargs: Any) -> Any:
+        from apparate_llm.engine.batch import batch_of  # vLLM is imported with it
+
         out = self._forward(*args, **kwargs)
         if len(self._steps) >= MOST_STEPS:
             self._hand_out()

@@ -75,6 +75,13 @@ class Started:
         for number, length in enumerate((230, 190, 150, 110)):
             self.listen(f"answer {number}", "POST", "/v1/completions", json={**body, "max_tokens": length})
 
+    def wait_for_the_middle_of_an_answer(self) -> None:
+        """Of the longest one: it has at least half to go."""
+        lines, deadline = self.heard["answer 0"], time.monotonic() + 60
+        while not 3 < len(lines) - max(i for i, line in enumerate(["data: [DONE]", *lines]) if "[DONE]" in line) < 20:
+            assert time.monotonic() < deadline, lines[-3:]
+            time.sleep(0.01)
+
     def wait_until_gone(self, *, within_s: float = END_TIMEOUT_S) -> int:
         """The exit code; every process has ended and every stream with it."""
         deadline = time.monotonic() + within_s
@@ -183,6 +190,7 @@ SPAWNED = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
 def test_where_one_process_is_killed_the_others_end_and_the_port_is_free(started, tiny_llama, killed, variables):
     with started(**variables) as server:
         server.listen_and_stream(tiny_llama)
+        server.wait_for_the_middle_of_an_answer()
         victim = server.process.pid if killed == "API server" else server.named(killed).pid
         os.kill(victim, signal.SIGKILL)
         if killed == "API server":
