@@ -10,8 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -34,14 +33,6 @@ KV_CACHE_BYTES = 1 << 30
 LIMIT_S = 300.0
 UNKNOWN_SPREAD = 0.1  # where there was one turn only
 START_S = 70.0  # of an engine, its libraries and compilation, on a slow day
-WAITING = """
-import os, sys
-parent = os.getppid()
-sys.stdin.readline()
-while os.getppid() == parent:
-    for _ in range(10_000):
-        os.sched_yield()
-"""
 READ_BYTES_PER_S = 8e9  # of weights, per pass
 
 
@@ -129,30 +120,10 @@ def main() -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     until_s = time.monotonic() + args.limit_s
     measured = Measurements(until_s)
-    with _waiting_process() as begin:  # before vLLM binds this process to its cores
-        profiler = Profiler(args.model, args.ramps, depths, eager=args.eager)
-        begin()
-        profiler.run(measured)
+    profiler = Profiler(args.model, args.ramps, depths, eager=args.eager)
+    profiler.run(measured)
     print(json.dumps({"result": measured.result(depths)}), flush=True)
     os._exit(0)  # nothing here needs vLLM's tidy end
-
-
-@contextmanager
-def _waiting_process() -> Iterator[Callable[[], None]]:
-    """A process beside this one that waits as a server's engine process does for its worker, once what this gives is
-    called: by asking again and again. That takes time from this one where their cores share what they compute with."""
-    with subprocess.Popen([sys.executable, "-c", WAITING], stdin=subprocess.PIPE) as process:
-        assert process.stdin is not None
-
-        def begin() -> None:
-            assert process.stdin is not None
-            process.stdin.write(b"\n")
-            process.stdin.flush()
-
-        try:
-            yield begin
-        finally:
-            process.kill()
 
 
 def _die_with_parent() -> None:
