@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import IO, Any
 
 from apparate_llm.launch import server_environment
@@ -33,6 +35,7 @@ KV_CACHE_BYTES = 1 << 30
 LIMIT_S = 300.0
 UNKNOWN_SPREAD = 0.1  # where there was one turn only
 START_S = 70.0  # of an engine, its libraries and compilation, on a slow day
+THREADS_SET = "APPARATE_PROFILE_THREADS"
 READ_BYTES_PER_S = 8e9  # of weights, per pass
 
 
@@ -60,6 +63,7 @@ def profile(
     same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes, whose weights are in small
     pages; `prompt_ms`: tokens -> a step that reads a prompt; `round_ms`: depth -> requests ->
     one round; `spread_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
+    `threads` compute, as many as in a server.
 
     limit_s: it ends about then, with fewer sizes and steps where the model is slow. log: what the engine prints.
     Raises RuntimeError if the engine fails.
@@ -116,14 +120,31 @@ def main() -> None:
     parser.add_argument("limit_s", type=float)
     parser.add_argument("--eager", action="store_true")
     args = parser.parse_args()
+    _begin_with_a_workers_threads()
     depths = [int(depth) for depth in args.depths.split(",")]
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    import torch
+
     until_s = time.monotonic() + args.limit_s
     measured = Measurements(until_s)
     profiler = Profiler(args.model, args.ramps, depths, eager=args.eager)
     profiler.run(measured)
-    print(json.dumps({"result": measured.result(depths)}), flush=True)
+    print(json.dumps({"result": measured.result(depths) | {"threads": torch.get_num_threads()}}), flush=True)
     os._exit(0)  # nothing here needs vLLM's tidy end
+
+
+def _begin_with_a_workers_threads() -> None:
+    """Start this process anew with the threads, and on the cores, that vLLM gives a server's worker: a library that is
+    loaded reads them once. vLLM gives none to an engine that runs in the process it is called from."""
+    if THREADS_SET in os.environ:
+        return
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    parallel = SimpleNamespace(local_world_size=1, data_parallel_rank_local=None, _api_process_count=1)
+    config: Any = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)
+    os.environ[THREADS_SET] = "1"
+    with suppress(RuntimeError, AssertionError), OMPProcessManager(config).configure_omp_envs(0, 0):
+        os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]])
 
 
 def _die_with_parent() -> None:
