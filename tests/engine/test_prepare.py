@@ -107,7 +107,7 @@ def test_the_report_says_what_the_folder_holds(prepared):
             for predicted in (part for item in item["predicted"].values() for part in (item, item["users"])):
                 low, high = predicted["ci95"]
                 assert 0 < low <= predicted["tpt_ratio"] <= high
-        assert report["profile"]["threads"] == max(1, len(os.sched_getaffinity(0)) - 1), "a server keeps a core free"
+        assert 1 <= report["profile"]["threads"] < max(2, len(os.sched_getaffinity(0))), "a server keeps a core free"
         page = html.unescape((folder / "report.html").read_text())
         assert report["advice"]["sentence"] in page
         assert "http://" not in page and "https://" not in page
