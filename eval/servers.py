@@ -30,7 +30,11 @@ class Usage(NamedTuple):
 
 
 class Server:
-    """Context manager around one server process group listening on loopback, or one that is running elsewhere."""
+    """Context manager around one server process group listening on loopback, or one that is running elsewhere.
+
+    It stays in this session: Linux shares cores between sessions, and a client in another one than a server whose
+    processes spin waits up to seconds for each system call.
+    """
 
     def __init__(self, system: System, *, log: Path, start_timeout_s: float) -> None:
         self.system = system
@@ -53,7 +57,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=server_environment(),
-                start_new_session=True,
+                process_group=0,
             )
         # Ends the group once this process is gone, even by kill -9: a server that is paused cannot see that itself.
         self.watcher = subprocess.Popen(
@@ -61,7 +65,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            process_group=0,
         )
         return self
 

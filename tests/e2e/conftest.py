@@ -23,7 +23,7 @@ def running(command: list[str], port: int, log: Path, **environment: str) -> Ite
     env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     env.update(environment)
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env, process_group=0)
     base_url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
