@@ -1,9 +1,9 @@
 """Who may ask `/early_exit/` anything, and who may change anything there.
 
-| the server has | reads | changes, and sees all classes |
+| the server has | reads | changes, and sees all tenants |
 |---|---|---|
-| an admin key | holders of an API key, each its own class; without API keys this machine | holders of the admin key |
-| API keys, no admin key | holders of an API key, each its own class | holders of an API key on this machine |
+| an admin key | holders of an API key, each its own tenant; without API keys this machine | holders of the admin key |
+| API keys, no admin key | holders of an API key, each its own tenant | holders of an API key on this machine |
 | no key | this machine | this machine |
 
 "This machine" is the peer of the socket: a loopback address, or a Unix socket, to which only those can connect whom
@@ -49,7 +49,7 @@ class Visitor:
     """Who sent a request to `/early_exit/`."""
 
     who: str  # for the log
-    may_change: bool  # and sees all classes
+    may_change: bool  # and sees all tenants
     key_digest: str | None = None  # of its API key
 
 

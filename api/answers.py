@@ -35,7 +35,7 @@ NAMES = ("id", "object", "created", "model", "request_id")  # of an answer, in e
 class Caller:
     """One HTTP request."""
 
-    key_class: str | None = None  # of its API key
+    key_tenant: str | None = None  # of its API key
     knobs: dict[str, Any] = field(default_factory=dict)  # ours, out of its body; not all routes pass them on
     wants_report: bool = False
     num_prompts: int = 0  # given to the engine with a wish for a report
@@ -49,9 +49,9 @@ class Caller:
 CALLER: ContextVar[Caller | None] = ContextVar("early_exit_caller", default=None)
 
 
-def classes_by_key(config: EarlyExitConfig) -> dict[str, str]:
-    """Digest of an API key -> class."""
-    return {digest: name for name, own in config.classes.items() for digest in own.api_keys_sha256}
+def tenants_by_key(config: EarlyExitConfig) -> dict[str, str]:
+    """Digest of an API key -> tenant."""
+    return {digest: name for name, own in config.tenants.items() for digest in own.api_keys_sha256}
 
 
 class AnswerMiddleware:
@@ -66,8 +66,8 @@ class AnswerMiddleware:
             await self.app(scope, receive, send)
             return
         caller = Caller()
-        if server.classes_by_key:
-            caller.key_class = server.classes_by_key.get(digest_of(bearer_key(Headers(scope=scope))))
+        if server.tenants_by_key:
+            caller.key_tenant = server.tenants_by_key.get(digest_of(bearer_key(Headers(scope=scope))))
         token = CALLER.set(caller)
         try:
             await self.app(scope, receive, Answer(caller, send))

@@ -60,7 +60,7 @@ def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "failure": next((status["failure"] for status in statuses if status.get("failure")), None),
         "running": sum(status["running"] for status in statuses),
         "counts": counts,
-        "classes": _sum([status["classes"] for status in statuses]),
+        "tenants": _sum([status["tenants"] for status in statuses]),
         "audit": {name: max(status["audit"][name] for status in statuses) for name in first["audit"]},
         "distributions": spreads,
         "budget_left": sum(status["budget_left"] for status in statuses),

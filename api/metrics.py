@@ -21,6 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
+from apparate_llm.renamed import LABELS as OLD_LABELS
+from apparate_llm.renamed import METRICS as OLD_NAMES
+
 logger = init_logger("vllm.apparate")
 POLL_INTERVAL_S = 1.0
 PAGE_WAIT_S = 1.0  # for an engine that takes longer to answer; then the page has the last status
@@ -32,37 +35,44 @@ COUNTERS = {  # field of the counts -> help
     "decode_tokens": "Output tokens but for the first of each answer",
     "decode_seconds": "Time these took, over all requests: by decode_tokens, the mean time per output token",
     "held": "Held exits checked by the full model",
-    "accepted": "Held exits that were emitted",
-    "accepted_diverged": "Held exits emitted although the full model disagreed",
+    "held_accepted": "Held exits that were emitted: accepted drafts",
+    "held_accepted_divergences": "Held exits emitted although the full model disagreed",
     "released": "Exits emitted before their remaining layers ran",
     "verified": "Released exits that have their verdict",
-    "diverged": "Emitted tokens that differ from their verdict",
+    "divergences": "Emitted tokens that differ from their verdict",
     "divergences_at_worst": "The same and the exits without a verdict, should all of them have been wrong",
     "regret_nats": "Over all divergences, how much better the full model's best token was",
     "unverified": "Released exits whose request ended before their verdict",
-    "completion_passes": "Passes through all layers",
-    "rounds": "Shallow rounds",
+    "verification_passes": "Passes through all layers",
+    "draft_steps": "Shallow passes, each for one more exit of a request",
     "targets_met": "Requests that ended within their time per output token",
     "targets_missed": "Requests that were slower than their target",
     "fallbacks": "Times early exits failed and serving went on without them",
     "recoveries": "Times early exits came back after that",
 }
-FIELDS = {"decode_seconds": "decode_s"}  # metric -> field of the counts, where they differ
-CLASS_COUNTERS = {  # of each class of requests
-    "emitted": "Output tokens of the class",
-    "diverged": "Of them, known to differ from their verdict",
+FIELDS = {  # metric -> field of the counts, where they differ
+    "decode_seconds": "decode_s",
+    "held_accepted": "accepted",
+    "held_accepted_divergences": "accepted_diverged",
+    "divergences": "diverged",
+    "verification_passes": "completion_passes",
+    "draft_steps": "rounds",
+}
+TENANT_COUNTERS = {  # of each tenant
+    "emitted": "Output tokens of the tenant",
+    "divergences": "Of them, known to differ from their verdict",
     "divergences_at_worst": "The same and the exits without a verdict, should all of them have been wrong",
-    "unverified": "Released exits of the class whose request ended before their verdict",
-    "decode_tokens": "Output tokens of the class but for the first of each answer",
+    "unverified": "Released exits of the tenant whose request ended before their verdict",
+    "decode_tokens": "Output tokens of the tenant but for the first of each answer",
     "decode_seconds": "Time these took",
-    "targets_met": "Requests of the class that ended within their time per output token",
-    "targets_missed": "Requests of the class that were slower than their target",
+    "targets_met": "Requests of the tenant that ended within their time per output token",
+    "targets_missed": "Requests of the tenant that were slower than their target",
 }
 HISTOGRAMS = {  # distribution -> (name, help, what a unit of the metric is in the distribution's)
     "tpt_ms": ("time_per_output_token_seconds", "Time per output token of requests that ended", 1e3),
-    "tokens_per_pass": ("tokens_per_pass", "Tokens a request gets of one completion pass", 1.0),
-    "completion_ms": ("completion_seconds", "Engine steps without their rounds", 1e3),
-    "round_ms": ("round_seconds", "Shallow rounds", 1e3),
+    "tokens_per_pass": ("tokens_per_pass", "Tokens a request gets of one verification pass", 1.0),
+    "completion_ms": ("verification_pass_seconds", "Engine steps without their draft steps", 1e3),
+    "round_ms": ("draft_step_seconds", "Draft steps", 1e3),
     "controller_ms": ("controller_seconds", "Decisions of the controller, per engine step", 1e3),
     "regret_nats": ("divergence_regret_nats", "Regret of a divergence", 1.0),
 }
@@ -138,7 +148,22 @@ class ExitCollector(Collector):
 
 
 def metrics_of(status: dict[str, Any]) -> Iterable[Metric]:
-    """`status`: the worker's `early_exit_status`."""
+    """With the names of version 0.1. status: the worker's `early_exit_status`."""
+    for metric in present_metrics(status):
+        yield metric
+        if old := OLD_NAMES.get(metric.name.removeprefix(PREFIX)):
+            yield by_its_old_name(metric, PREFIX + old)
+
+
+def by_its_old_name(metric: Metric, old: str) -> Metric:
+    again = Metric(old, f"Old name of {metric.name}, goes with version 0.3", metric.type)
+    for sample in metric.samples:
+        labels = {OLD_LABELS.get(label, label): value for label, value in sample.labels.items()}
+        again.samples.append(sample._replace(name=old + sample.name.removeprefix(metric.name), labels=labels))
+    return again
+
+
+def present_metrics(status: dict[str, Any]) -> Iterable[Metric]:
     counts = status["counts"]
     for name, help_text in COUNTERS.items():
         yield CounterMetricFamily(PREFIX + name, help_text, value=counts[FIELDS.get(name, name)])
@@ -149,10 +174,10 @@ def metrics_of(status: dict[str, Any]) -> Iterable[Metric]:
         for depth, number in by_depth.items():
             exits.add_metric([str(depth), outcome], number)
     yield exits
-    shows_classes = status["classes"] and status["config"].get("class_metrics", True)
-    for name, help_text in CLASS_COUNTERS.items() if shows_classes else ():
-        family = CounterMetricFamily(f"{PREFIX}class_{name}", help_text, labels=["class"])
-        for title, share in status["classes"].items():
+    shows_tenants = status["tenants"] and status["config"].get("tenant_metrics", True)
+    for name, help_text in TENANT_COUNTERS.items() if shows_tenants else ():
+        family = CounterMetricFamily(f"{PREFIX}tenant_{name}", help_text, labels=["tenant"])
+        for title, share in status["tenants"].items():
             family.add_metric([title], share[FIELDS.get(name, name)])
         yield family
     for name, (help_text, value) in gauges_of(status).items():

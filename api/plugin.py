@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from apparate_llm.admin import admin_digests, digest_of
 from apparate_llm.api import metrics
 from apparate_llm.api.access import Access, Visitor, read_object
-from apparate_llm.api.answers import CALLER, AnswerMiddleware, classes_by_key
+from apparate_llm.api.answers import CALLER, AnswerMiddleware, tenants_by_key
 from apparate_llm.api.changes import change_all
 from apparate_llm.api.ending import Ending, wait_for_end
 from apparate_llm.api.engines import ask_all, merged
@@ -29,13 +29,15 @@ from apparate_llm.api.neighbours import FOLDER, Neighbours, follow
 from apparate_llm.api.reports import reporting
 from apparate_llm.api.requests import check_requests
 from apparate_llm.api.turns import Turns
-from apparate_llm.api.views import class_seen, config_view, status_view
+from apparate_llm.api.views import config_view, status_view, tenant_seen
 from apparate_llm.config import (
-    KEY_CLASS_PROOF,
+    KEY_TENANT_PROOF,
     LIVE_KNOBS,
+    ConfigError,
     EarlyExitConfig,
     config_from_vllm,
-    key_class_proof,
+    key_tenant_proof,
+    new_options,
     parse_request_knobs,
     shown,
 )
@@ -64,7 +66,7 @@ class ExitServer:
     neighbours: Neighbours = field(default_factory=Neighbours)
     ending: Ending = field(default_factory=Ending)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)  # kept: an unreferenced task may be collected
-    classes_by_key: dict[str, str] = field(default_factory=dict)
+    tenants_by_key: dict[str, str] = field(default_factory=dict)
 
     last_request_s: float = float("-inf")  # when one came in, on the monotonic clock
 
@@ -118,9 +120,9 @@ class ExitServer:
             if task is not asyncio.current_task():
                 task.cancel()
 
-    def config_in_force(self, class_name: str | None = None) -> dict[str, Any]:
-        """class_name: the one class whose knobs are wanted."""
-        return {"config": config_view(shown(self.config), class_name), "live": LIVE_KNOBS}
+    def config_in_force(self, tenant_name: str | None = None) -> dict[str, Any]:
+        """tenant_name: the one tenant whose knobs are wanted."""
+        return {"config": config_view(shown(self.config), tenant_name), "live": LIVE_KNOBS}
 
 
 async def authorised(request: Request) -> None:
@@ -136,11 +138,11 @@ def visitor_of(request: Request) -> Visitor:
     return visitor
 
 
-def class_seen_by(request: Request, server: ExitServer) -> str | None:
-    """The class that the visitor sees; None: all."""
+def tenant_seen_by(request: Request, server: ExitServer) -> str | None:
+    """The tenant that the visitor sees; None: all."""
     visitor = visitor_of(request)
-    key_class = server.classes_by_key.get(visitor.key_digest or "")
-    return class_seen(server.config, key_class, sees_all=visitor.may_change)
+    key_tenant = server.tenants_by_key.get(visitor.key_digest or "")
+    return tenant_seen(server.config, key_tenant, sees_all=visitor.may_change)
 
 
 def server_of(request: Request) -> ExitServer:
@@ -171,7 +173,7 @@ async def dashboard(request: Request) -> HTMLResponse:
 async def status(request: Request) -> dict[str, Any]:
     """Knobs, depth in use and running totals; 503 where the server runs without early exits."""
     server = server_of(request)
-    return status_view(await server.status(), class_seen_by(request, server))
+    return status_view(await server.status(), tenant_seen_by(request, server))
 
 
 @router.get("/config")
@@ -180,7 +182,7 @@ async def config(request: Request) -> dict[str, Any]:
     server = server_of(request)
     await server.status()
     return {
-        **server.config_in_force(class_seen_by(request, server)),
+        **server.config_in_force(tenant_seen_by(request, server)),
         "may_change": visitor_of(request).may_change,
     }
 
@@ -190,7 +192,10 @@ async def change_config(request: Request) -> dict[str, Any]:
     """Knobs to change, as a JSON object: in force from the next engine step on, for requests under way as well.
     400 says what is not allowed, and changes nothing."""
     server = server_of(request)
-    changes = await read_object(request)
+    try:
+        changes = new_options(await read_object(request))
+    except ConfigError as error:
+        raise HTTPException(400, str(error)) from None
     async with server.changing, server.neighbours.alone():
         before = await change_all(server, changes)
         log_change(visitor_of(request), before, server.config, changes)
@@ -220,29 +225,29 @@ async def events(request: Request) -> StreamingResponse:
         raise HTTPException(503, f"{MAX_STREAMS} clients listen already", {"Retry-After": "10"})
     await freshen(server)
     return StreamingResponse(
-        stream(server, class_seen_by(request, server)),
+        stream(server, tenant_seen_by(request, server)),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-def text_for(server: ExitServer, class_name: str | None) -> str:
-    """The last status that was published, as JSON; class_name: the one class that the listener sees."""
+def text_for(server: ExitServer, tenant_name: str | None) -> str:
+    """The last status that was published, as JSON; tenant_name: the one tenant that the listener sees."""
     status, text = server.collector.status, server.collector.text
-    return text if class_name is None or status is None else json.dumps(status_view(status, class_name))
+    return text if tenant_name is None or status is None else json.dumps(status_view(status, tenant_name))
 
 
-async def stream(server: ExitServer, class_name: str | None = None) -> AsyncIterator[str]:
+async def stream(server: ExitServer, tenant_name: str | None = None) -> AsyncIterator[str]:
     server.num_streams += 1
     try:
         if server.collector.text:
-            yield f"data: {text_for(server, class_name)}\n\n"
+            yield f"data: {text_for(server, tenant_name)}\n\n"
         while True:
             try:
                 text = await asyncio.wait_for(server.collector.next_text(), KEEP_ALIVE_S)
                 if text is None:
                     return
-                yield f"data: {text if class_name is None else text_for(server, class_name)}\n\n"
+                yield f"data: {text if tenant_name is None else text_for(server, tenant_name)}\n\n"
             except TimeoutError:
                 yield ": nothing new\n\n"
     finally:
@@ -251,21 +256,21 @@ async def stream(server: ExitServer, class_name: str | None = None) -> AsyncIter
 
 def watch_requests(server: ExitServer) -> None:
     """Wake the polling, refuse bad early-exit knobs that came past the check at the door (vLLM answers a ValueError
-    raised here with HTTP 400), give a request its class, and report where one asks for it."""
+    raised here with HTTP 400), give a request its tenant, and report where one asks for it."""
     generate = server.engine.generate
 
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         caller = CALLER.get()
         passed = getattr(sampling_params, "extra_args", None)
         given = {**(caller.knobs if caller else {}), **(passed or {})}
-        knobs = parse_request_knobs(given, server.config, caller.key_class if caller else None)
+        knobs = parse_request_knobs(given, server.config, caller.key_tenant if caller else None)
         server.last_request_s = monotonic()
         server.collector.work.set()
         server.neighbours.tell_work()
-        if knobs.early_exit_class is not None:
-            given["early_exit_class"] = knobs.early_exit_class
-        if caller is not None and caller.key_class is not None:
-            given[KEY_CLASS_PROOF] = key_class_proof(server.config, caller.key_class)
+        if knobs.early_exit_tenant is not None:
+            given["early_exit_tenant"] = knobs.early_exit_tenant
+        if caller is not None and caller.key_tenant is not None:
+            given[KEY_TENANT_PROOF] = key_tenant_proof(server.config, caller.key_tenant)
         if given != (passed or {}):
             sampling_params.extra_args = given
         if caller is None or not knobs.early_exit_report:
@@ -293,7 +298,7 @@ def keys_of(args: Namespace) -> list[str]:
 def warn_of_keys(by_key: dict[str, str], keys: list[str]) -> None:
     accepted = {digest_of(key) for key in keys}
     for name in sorted({own for digest, own in by_key.items() if digest not in accepted}):
-        logger.warning("Class %s has an API key that the server does not accept: give it to --api-key as well", name)
+        logger.warning("Tenant %s has an API key that the server does not accept: give it to --api-key as well", name)
 
 
 def access_of(args: Namespace) -> Access:
@@ -324,10 +329,10 @@ class StatusPlugin:
             state.early_exit = server = ExitServer(
                 engine_client,
                 config,
-                classes_by_key=classes_by_key(config),
+                tenants_by_key=tenants_by_key(config),
                 neighbours=Neighbours(os.environ.get(FOLDER)),
             )
-            warn_of_keys(server.classes_by_key, keys_of(args))
+            warn_of_keys(server.tenants_by_key, keys_of(args))
             watch_requests(server)
             REGISTRY.register(server.collector)
             server.run(state)

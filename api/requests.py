@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from apparate_llm.api.answers import CALLER
-from apparate_llm.config import ConfigError, RequestKnobs, parse_request_knobs
+from apparate_llm.config import ConfigError, RequestKnobs, new_request_fields, parse_request_knobs
 
 NO_TEXT = (  # routes that answer with no text of the model
     "/v1/systemone",
@@ -44,9 +44,10 @@ async def checked_request(raw_request: Request) -> None:
     given = knobs_given(body, path)
     if not given:
         return
-    knobs = parse_request_knobs(given, server.config, caller.key_class)
+    knobs = parse_request_knobs(given, server.config, caller.key_tenant)
     if knobs.early_exit_report and (reason := why_no_report(body, path)) is not None:
         raise ConfigError(f"vllm_xargs: early_exit_report: no report {reason}")
+    given = new_request_fields(given)
     caller.knobs = {name: value for name, value in given.items() if name in RequestKnobs.model_fields}
     caller.wants_report = bool(knobs.early_exit_report)
 

@@ -7,8 +7,9 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, get_args, get_origin
 
-from apparate_llm.config import ConfigError, EarlyExitConfig, check_classes, parse_config
+from apparate_llm.config import ConfigError, EarlyExitConfig, check_tenants, new_options, parse_config
 from apparate_llm.redact import without_secrets
+from apparate_llm.renamed import OPTIONS
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -41,19 +42,23 @@ def add_knobs(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = (
             metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
             help=f"{field.description}{default}".replace("%", "%%"),
         )
+    for old, name in OPTIONS.items():
+        if name not in leave_out:
+            parser.add_argument("--" + old.replace("_", "-"), default=None, help=argparse.SUPPRESS)
 
 
 def knobs_from(args: argparse.Namespace, others: dict[str, Any] | None = None) -> EarlyExitConfig:
     """The knobs the user gave; ConfigError names the flag, what was got and what is allowed. others: knobs that came
     another way, which flags may add to and must not contradict."""
-    given: dict[str, Any] = {}
-    for name in EarlyExitConfig.model_fields:
-        if (value := getattr(args, name, None)) is not None:
-            given[name] = read_classes(value) if name == "classes" else value
+    named = {name: getattr(args, name, None) for name in (*EarlyExitConfig.model_fields, *OPTIONS)}
     try:
-        check_agreement(given, others or {})
-        config = parse_config({**(others or {}), **given})
-        check_classes(config)
+        given = new_options({name: value for name, value in named.items() if value is not None})
+        if "tenants" in given:
+            given["tenants"] = read_tenants(given["tenants"])
+        others = new_options(others or {})
+        check_agreement(given, others)
+        config = parse_config({**others, **given})
+        check_tenants(config)
         return config
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("early_exit: ")) from None
@@ -68,21 +73,21 @@ def check_agreement(given: dict[str, Any], others: dict[str, Any]) -> None:
             )
 
 
-def read_classes(name: str) -> dict[str, Any]:
-    """Classes of requests out of a TOML file, one table each; of their `api_keys` only digests are kept. Raises
+def read_tenants(name: str) -> dict[str, Any]:
+    """Tenants out of a TOML file, one table each; of their `api_keys` only digests are kept. Raises
     ConfigError."""
     try:
         found = tomllib.loads(Path(name).expanduser().read_text())
     except (OSError, ValueError) as error:  # no UTF-8, no TOML, a number of too many digits
-        raise ConfigError(f"--classes: cannot read {name}: {error}") from None
+        raise ConfigError(f"--tenants: cannot read {name}: {error}") from None
     except RecursionError:
-        raise ConfigError(f"--classes: cannot read {name}: nested too deeply") from None
+        raise ConfigError(f"--tenants: cannot read {name}: nested too deeply") from None
     for title, table in found.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"--classes: {name}: {title} must be a table, [{title}], got {type(table).__name__}")
+            raise ConfigError(f"--tenants: {name}: {title} must be a table, [{title}], got {type(table).__name__}")
         keys = table.pop("api_keys", [])
         if not isinstance(keys, list) or not all(isinstance(key, str) and key for key in keys):
-            raise ConfigError(f"--classes: {name}: {title}: api_keys must be a list of strings")
+            raise ConfigError(f"--tenants: {name}: {title}: api_keys must be a list of strings")
         if keys:
             digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
             given = table.get("api_keys_sha256", [])

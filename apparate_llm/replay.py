@@ -43,7 +43,7 @@ def add_replay(subparsers: Commands) -> None:
     )
     parser.add_argument("--figure", type=Path, help="draw TPT against divergences (PNG, SVG or PDF)")
     parser.add_argument("--json", type=Path, help="write the rows there")
-    add_knobs(parser, leave_out=("classes",))  # a log does not tell them apart
+    add_knobs(parser, leave_out=("tenants",))  # a log does not tell them apart
     parser.set_defaults(run=run_replay)
 
 

@@ -50,7 +50,7 @@ def add_serve(subparsers: Commands) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="who may change knobs while serving and sees all classes; may be given several times. Better in the "
+        help="who may change knobs while serving and sees all tenants; may be given several times. Better in the "
         f"environment, where no list of processes shows it: {KEY_VARIABLE} (default: this machine only may)",
     )
     add_knobs(parser)
@@ -112,8 +112,8 @@ def name_model(args: argparse.Namespace, vllm_flags: list[str]) -> None:
 
 def check_files(config: EarlyExitConfig) -> None:
     """That the files the engine will write can be written."""
-    for flag, name in (("--feedback-log", config.feedback_log), ("--state", config.state)):
-        if name is None or (flag == "--state" and name == NO_STATE):
+    for flag, name in (("--feedback-log", config.feedback_log), ("--controller-state", config.controller_state)):
+        if name is None or (flag == "--controller-state" and name == NO_STATE):
             continue
         path = Path(name).expanduser()
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -122,12 +122,12 @@ def check_files(config: EarlyExitConfig) -> None:
 
 def keep_state(knobs: dict[str, Any]) -> None:
     """Without a place for what the controller learns, the server runs as well and begins anew at each start."""
-    if knobs.get("state") is None:
+    if knobs.get("controller_state") is None:
         try:
             writable_cache()
         except ConfigError as error:
             print(f"Note: what the controller learns is not kept: {error}", file=sys.stderr, flush=True)
-            knobs["state"] = NO_STATE
+            knobs["controller_state"] = NO_STATE
 
 
 def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:

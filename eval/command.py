@@ -14,8 +14,8 @@ NOT_SHARED = (
     "policy",
     "accuracy_bound",
     "feedback_log",
-    "state",
-    "classes",
+    "controller_state",
+    "tenants",
 )  # a system's own, or a file that only one may write
 OBJECTIVES = ("ttft", "tpt", "e2e")
 TPT_COSTS = """
@@ -57,7 +57,7 @@ def _add_quick(kinds: Commands) -> None:
     quick.add_argument("--json", type=Path, help="write the results there")
     quick.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
     quick.add_argument("--prompts", type=Path, help="prompts, see `eval tpt --help` (default: quick)")
-    add_knobs(quick, leave_out=("classes",))
+    add_knobs(quick, leave_out=("tenants",))
     quick.set_defaults(run=_later("run_quick"))
 
 

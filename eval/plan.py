@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apparate_llm.config import EarlyExitConfig
+from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.systems import BASELINE, Choice, System, early_exits, plain_vllm, systems_of
 from apparate_llm.eval.workloads import Length, Load, closed, poisson, traced
@@ -18,6 +18,7 @@ from apparate_llm.knobs import knobs_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
 from apparate_llm.redact import redacted
+from apparate_llm.renamed import OPTIONS
 from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
 
 SET_HERE = ("model", "host", "port", "uds")
@@ -197,8 +198,6 @@ def name_of(config: EarlyExitConfig) -> str:
 
 def knob_flags(args: argparse.Namespace) -> list[str]:
     """The knobs given on the command line, as flags."""
-    flags = []
-    for name in EarlyExitConfig.model_fields:
-        if (value := getattr(args, name, None)) is not None:
-            flags += ["--" + name.replace("_", "-"), value]
-    return flags
+    named = {name: getattr(args, name, None) for name in (*EarlyExitConfig.model_fields, *OPTIONS)}
+    given = new_options({name: value for name, value in named.items() if value is not None})
+    return [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]

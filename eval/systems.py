@@ -78,11 +78,11 @@ class Choice:
 
 
 def tells_of_exits(base_url: str, api_key: str | None = None) -> bool:
-    """Whether the server has early exits and answers for them, not for one class of requests only; what does not answer
+    """Whether the server has early exits and answers for them, not for one tenant only; what does not answer
     at all is found out later."""
     try:
         answer = httpx.get(f"{base_url}/early_exit/status", headers=authorization(api_key), timeout=10.0)
-        return answer.status_code == 200 and "class" not in answer.json()
+        return answer.status_code == 200 and "tenant" not in answer.json()
     except httpx.HTTPError:
         return False
 
@@ -129,7 +129,7 @@ def _named(name: str, choice: Choice) -> list[System]:
     if name == "off":
         return [early_exits(name, choice, "--policy", "off")]
     if name == "idle":
-        idle = ("--policy", "static", "--accuracy-bound", "0", "--hold-threshold", "1", "--max-rows", "65536")
+        idle = ("--policy", "static", "--accuracy-bound", "0", "--hold-threshold", "1", "--max-batch-tokens", "65536")
         return [early_exits(name, choice, *idle)]
     policy = () if name == "bounded" else ("--policy", name)
     return [
@@ -146,7 +146,7 @@ def plain_vllm(choice: Choice, name: str = BASELINE, *flags: str) -> System:
 def early_exits(name: str, choice: Choice, *knobs: str) -> System:
     """Our server. A later knob wins over an earlier one; state is not kept unless a knob says so, as what is measured
     should not depend on what was served before."""
-    given = {"--state": "none"}
+    given = {"--controller-state": "none"}
     flags = [*choice.knobs, *knobs]
     given |= dict(zip(flags[::2], flags[1::2], strict=True))
     command = (sys.executable, "-m", "apparate_llm.cli", "serve", str(choice.model))

@@ -58,7 +58,7 @@ def main() -> int:
     names: tuple[PolicyName, ...] = ("adaptive", "apparate", "static")
     for name in names:
         for batch, limit in LIMITS_MS.items():
-            config = EarlyExitConfig(policy=name, accuracy_bound=0.05, max_rows=10**6)
+            config = EarlyExitConfig(policy=name, accuracy_bound=0.05, max_batch_tokens=10**6)
             policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
             budget, rng = AccuracyBudget(0.05), random.Random(0)
             buckets = [Bucket.of_request(0.05) for _ in range(batch)]

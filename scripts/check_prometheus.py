@@ -30,11 +30,11 @@ SETTLE_S = 8.0  # the API asks the engine every second, Prometheus the API as of
 COUNTED = {  # metric -> what the evaluation calls it
     "apparate:emitted_total": "emitted",
     "apparate:held_total": "held",
-    "apparate:accepted_total": "accepted",
+    "apparate:held_accepted_total": "accepted",
     "apparate:released_total": "released",
-    "apparate:diverged_total": "diverged",
-    "apparate:completion_passes_total": "completion_passes",
-    "apparate:rounds_total": "rounds",
+    "apparate:divergences_total": "diverged",
+    "apparate:verification_passes_total": "completion_passes",
+    "apparate:draft_steps_total": "rounds",
     "apparate:unverified_total": "unverified",
     "apparate:divergences_at_worst_total": "divergences_at_worst",
 }

@@ -306,7 +306,7 @@ def main() -> int:
     references = references_of(Choice(model, common), pool, args.references, folder / "plain.log")
     knobs = ["--policy", args.policy, "--accuracy-bound", str(args.accuracy_bound)]
     if args.policy == "static":
-        knobs += ["--threshold", "0.5", "--hold-threshold", "0.3", "--max-rows", "1024"]
+        knobs += ["--threshold", "0.5", "--hold-threshold", "0.3", "--max-batch-tokens", "1024"]
     tiny = Choice(model, (*common, "--num-gpu-blocks-override", str(args.kv_blocks)))
     system = early_exits("storm", tiny, *knobs)
     with Server(system, log=folder / "storm.log", start_timeout_s=900) as server:

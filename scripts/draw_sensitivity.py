@@ -34,7 +34,7 @@ def sweep(cycles: list[Cycle], costs: LogCosts, num_layers: int) -> dict[str, li
     lines: dict[str, list[tuple[float, float, float]]] = {}
     depths = tuple(sorted(costs.rounds))
     for name, constant, default in CONSTANTS:
-        config = EarlyExitConfig(policy=name, accuracy_bound=BOUND, max_rows=64)
+        config = EarlyExitConfig(policy=name, accuracy_bound=BOUND, max_batch_tokens=64)
         points = []
         for factor in FACTORS:
             value = type(default)(default * factor)

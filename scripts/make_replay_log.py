@@ -61,8 +61,8 @@ def record(args: argparse.Namespace, log: Path) -> None:
         "accuracy_bound": 0.0,
         "hold_threshold": 0.0,
         "max_exits": MAX_EXITS,
-        "max_rows": 1024,
-        "state": "none",
+        "max_batch_tokens": 1024,
+        "controller_state": "none",
         "feedback_log": str(log),
     }
     batches = [int(size) for size in args.batches.split(",")]

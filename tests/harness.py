@@ -48,7 +48,13 @@ class Engine:
 
         hurry_vllm()
         # Fixed thresholds and no limit on the rows: exits whatever they cost, unless a test asks for something else.
-        base = {"policy": "static", "accuracy_bound": 0.0, "max_exits": 3, "max_rows": 1024, "state": "none"}
+        base = {
+            "policy": "static",
+            "accuracy_bound": 0.0,
+            "max_exits": 3,
+            "max_batch_tokens": 1024,
+            "controller_state": "none",
+        }
         settings = {} if knobs is None else vllm_args(parse_config({**base, **knobs}), architecture_of(model))
         defaults = {
             "dtype": "float32",

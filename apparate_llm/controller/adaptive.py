@@ -51,7 +51,7 @@ class AdaptivePolicy(Policy):
     release_confidence: float = 0.98
     max_regret_nats: float = 1.0
     memory_verdicts: float = MEMORY_VERDICTS
-    waiting_weight: float = 1.0
+    ttft_weight: float = 1.0
     costs: CostModel = field(init=False)
     calibrations: dict[tuple[int, int, bool], OnlineCalibration] = field(default_factory=dict)
     statistics: dict[tuple[int, int], RoundStatistics] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class AdaptivePolicy(Policy):
     def _weight_of_time(self, num_requests: int) -> float:
         """Who waits for a first token waits through all of a step, whatever it brings to others. So a ms counts once
         for the step's requests together and once for each who waits; a lone request keeps nobody waiting."""
-        return 1.0 + self.waiting_weight * self._waiting * (1.0 - 1.0 / num_requests)
+        return 1.0 + self.ttft_weight * self._waiting * (1.0 - 1.0 / num_requests)
 
     @property
     def _waiting(self) -> float:

@@ -97,7 +97,7 @@ class ApparatePolicy(Policy):
     depths: tuple[int, ...]
     accuracy_bound: float
     max_exits: int
-    max_rows: int
+    max_batch_tokens: int
     window: int = 16
     adjust_every: int = 128
     _threshold: float = field(init=False, default=0.0)
@@ -121,7 +121,7 @@ class ApparatePolicy(Policy):
         return self._threshold
 
     def start(self, num_requests: int) -> int:
-        return rounds_within(self.max_rows, self.max_exits, num_requests)
+        return rounds_within(self.max_batch_tokens, self.max_exits, num_requests)
 
     def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
         exit_.probability = exit_.confidence

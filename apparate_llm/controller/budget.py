@@ -6,23 +6,23 @@ verdict may be emitted all the same, at the same price. A divergence is paid fro
 only if all of them can:
 
     the request's own    filled by its tokens, beside an allowance of REQUEST_ALLOWANCE at its start
-    its group's          filled by tokens of requests of the same class with the same bound
-    its class's          filled by tokens of the class, whatever their bounds; where there are classes
+    its group's          filled by tokens of requests of the same tenant with the same bound
+    its tenant's          filled by tokens of the tenant, whatever their bounds; where there are tenants
     the server's         filled by tokens of all groups; what it saves up is capped
 
 So at every moment, even should all exits without a verdict turn out wrong,
 
     divergences of a request  <=  its bound x its emitted tokens + REQUEST_ALLOWANCE
     divergences of a group    <=  its bound x the group's emitted tokens
-    divergences of a class    <=  sum of bound x emitted tokens over its groups
+    divergences of a tenant    <=  sum of bound x emitted tokens over its groups
     divergences of the server <=  sum of bound x emitted tokens over all groups
 
 The group is what holds a caller of many short requests: each of them may differ once before it has earned that, all of
-them together not. Callers of one class with one bound are one to the budget; classes tell them apart.
+them together not. Callers of one tenant with one bound are one to the budget; tenants tell them apart.
 
 None spends what others earned for a stricter or a looser bound:
 - A token earns no bucket more than the bucket's own bound. A request looser than the server, where that is allowed,
-  neither fills nor empties the server's bucket, and likewise the bucket of a class that it is looser than: its own and
+  neither fills nor empties the server's bucket, and likewise the bucket of a tenant that it is looser than: its own and
   its group's hold it.
 - A request that can have no divergence (it takes no exits, or only checked ones) earns for nobody else.
 - A token earns for others once its answer went on after it, or ended there by itself. Those of the last step before a
@@ -45,7 +45,7 @@ from apparate_llm.config import BoundKind
 REQUEST_ALLOWANCE = 1.0  # divergences (or nats) a request may have before it has earned them; 0 where its bound is 0
 HORIZON_TOKENS = 2000  # what the server saves up is capped at what this many tokens earn: no burst after a long calm
 LEAST_CAPACITY = 4.0
-MOST_GROUPS = 64  # of a class that are remembered while none of their requests runs
+MOST_GROUPS = 64  # of a tenant that are remembered while none of their requests runs
 NANO = 10**9
 MOST_NATS = 1e9  # that a divergence is priced at
 
@@ -63,8 +63,8 @@ class Bucket:
     earned_nano: int  # in all, whatever the capacity cut off, the allowance included
     spent_nano: int = 0  # in all, less what came back
     allowance_nano: int = 0  # of what was earned, what was there at the start
-    of_class: "Bucket | None" = None  # of a request: its class's
-    of_group: "Bucket | None" = None  # of a request: that of its class and bound
+    of_tenant: "Bucket | None" = None  # of a request: its tenant's
+    of_group: "Bucket | None" = None  # of a request: that of its tenant and bound
     # Of a request: those beside its own that it fills and pays from. Settled at its first token, and kept: what an exit
     # was paid from is where it comes back.
     shared: "tuple[Bucket, ...] | None" = None
@@ -79,9 +79,9 @@ class Bucket:
         return cls(nano_of(bound), allowance, None, earned_nano=allowance, allowance_nano=allowance)
 
     @classmethod
-    def for_class(cls, bound: float, num_classes: int) -> "Bucket":
-        """What all classes save up is no more than the server does."""
-        capacity = max(int(LEAST_CAPACITY / 2 * NANO), server_capacity_nano(bound) // num_classes)
+    def for_tenant(cls, bound: float, num_tenants: int) -> "Bucket":
+        """What all tenants save up is no more than the server does."""
+        capacity = max(int(LEAST_CAPACITY / 2 * NANO), server_capacity_nano(bound) // num_tenants)
         return cls(nano_of(bound), 0, capacity, 0)
 
     @classmethod
@@ -144,15 +144,15 @@ def server_capacity_nano(bound: float) -> int:
 
 
 class Groups:
-    """The bucket of each class and bound. A caller may name as many bounds as it likes: of a class, the ones that were
-    not asked for longest are forgotten, with what they had saved up."""
+    """The bucket of each tenant and bound. A caller may name as many bounds as it likes: of a tenant, the ones that
+    were not asked for longest are forgotten, with what they had saved up."""
 
     def __init__(self) -> None:
-        self._of_class: dict[str, dict[float | None, Bucket]] = {}  # asked bound -> bucket; the last asked for is last
+        self._of_tenant: dict[str, dict[float | None, Bucket]] = {}  # asked bound -> bucket; the last asked for is last
 
-    def of(self, class_name: str, asked: float | None, bound: float) -> Bucket:
+    def of(self, tenant_name: str, asked: float | None, bound: float) -> Bucket:
         """asked: the bound as it was asked for, None for the server's; bound: what that comes to now."""
-        buckets = self._of_class.setdefault(class_name, {})
+        buckets = self._of_tenant.setdefault(tenant_name, {})
         bucket = buckets.pop(asked, None) or Bucket.of_group_with(bound)
         buckets[asked] = bucket
         if len(buckets) > MOST_GROUPS:
@@ -160,9 +160,9 @@ class Groups:
         return bucket
 
     def items(self) -> Iterator[tuple[tuple[str, float | None], Bucket]]:
-        for class_name, buckets in self._of_class.items():
+        for tenant_name, buckets in self._of_tenant.items():
             for asked, bucket in buckets.items():
-                yield (class_name, asked), bucket
+                yield (tenant_name, asked), bucket
 
 
 class AccuracyBudget:
@@ -181,7 +181,7 @@ class AccuracyBudget:
 
     def fill_frac_of(self, request: Bucket) -> float:
         """The same of what a request may spend: of its group's capacity, where that is less."""
-        shared = [bucket for bucket in self._shared(request) if bucket is not request.of_class]
+        shared = [bucket for bucket in self._shared(request) if bucket is not request.of_tenant]
         return min(map(_fill_frac, shared), default=0.0)
 
     def change_bound(self, bound: float) -> None:
@@ -233,7 +233,7 @@ class AccuracyBudget:
     def _shared(self, request: Bucket) -> tuple[Bucket, ...]:
         if request.shared is None:
             rate_nano = request.per_token_nano
-            tighter = [bucket for bucket in (request.of_class, self.server) if bucket is not None]
+            tighter = [bucket for bucket in (request.of_tenant, self.server) if bucket is not None]
             own = [request.of_group] if request.of_group is not None else []
             request.shared = (*own, *(bucket for bucket in tighter if rate_nano <= bucket.per_token_nano))
         return request.shared

@@ -13,10 +13,10 @@ class StaticPolicy(Policy):
     threshold: float
     hold_threshold: float
     max_exits: int
-    max_rows: int
+    max_batch_tokens: int
 
     def start(self, num_requests: int) -> int:
-        return rounds_within(self.max_rows, self.max_exits, num_requests)
+        return rounds_within(self.max_batch_tokens, self.max_exits, num_requests)
 
     def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
         exit_.probability = exit_.confidence

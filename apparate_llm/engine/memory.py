@@ -26,7 +26,7 @@ class Memory:
 
     def begin(self, config: EarlyExitConfig, identity: dict[str, Any], policy: Policy, *, num_layers: int) -> None:
         """Give `policy` what an earlier start has learned."""
-        path = resolve_path(config.state, identity, cache_folder)
+        path = resolve_path(config.controller_state, identity, cache_folder)
         if path is not None:
             self.state = ControllerState(path, identity, writes=True)
             self.state.restore(policy)

@@ -96,8 +96,8 @@ def apply_to_requests(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
     ledger.budget.change_bound(config.accuracy_bound)
     for (_, asked), group in ledger.budget.groups.items():
         group.follow(effective_bound(config, asked=asked))
-    for name, share in ledger.classes.items():
-        share.bucket.change_bound(effective_bound(config, class_name=name))
+    for name, share in ledger.tenants.items():
+        share.bucket.change_bound(effective_bound(config, tenant_name=name))
     for request in ledger.requests.values():
         request.bucket.change_bound(effective_bound(config, asked=request.knobs.accuracy_bound))
         request.tpt_target_ms = request.knobs.tpt_target_ms or config.tpt_target_ms
@@ -117,12 +117,12 @@ def admit_request(
         knobs = RequestKnobs.model_validate({})
     bound = effective_bound(config, asked=knobs.accuracy_bound)
     bucket = Bucket.of_request(bound)
-    name = knobs.early_exit_class or UNNAMED
-    share = ledger.classes.get(name)
+    name = knobs.early_exit_tenant or UNNAMED
+    share = ledger.tenants.get(name)
     releasable, exits = is_releasable(params), others_allow and may_exit(params)
     if knobs.early_exit and releasable and exits:
         bucket.of_group = ledger.budget.groups.of(name, knobs.accuracy_bound, bound)
-        bucket.of_class = share.bucket if share else None
+        bucket.of_tenant = share.bucket if share else None
     else:
         bucket.stay_alone()
     return RequestExits(

@@ -77,7 +77,7 @@ class EarlyExitWorker(BatchInvariantWorker):
             "running": len(runner.ledger.requests),
             "depth": policy.depth if policy else None,
             "config": shown(runner.exit_config),
-            "classes": {name: share.as_dict() for name, share in runner.ledger.classes.items()},
+            "tenants": {name: share.as_dict() for name, share in runner.ledger.tenants.items()},
             "counts": runner.ledger.counts.as_dict(),
             "audit": asdict(runner.ledger.audit),
             "distributions": runner.ledger.distributions.as_dict(),

@@ -12,7 +12,7 @@ from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome
 from apparate_llm.exits.histograms import Distributions, Histogram
 from apparate_llm.exits.safety import Asides
-from apparate_llm.exits.tenants import ClassShare
+from apparate_llm.exits.tenants import TenantShare
 from apparate_llm.exits.token_origins import Reports, Trace
 
 logger = logging.getLogger("vllm.apparate")
@@ -56,7 +56,7 @@ class RequestExits:
     num_diverged: int = 0
     first_token_s: float | None = None  # on the monotonic clock, of the step that emitted it
     last_token_s: float = 0.0
-    share: ClassShare | None = None  # of its class
+    share: TenantShare | None = None  # of its tenant
     trace: Trace | None = None  # where its tokens came from, if it wants to know
 
     def may_diverge(self, now_s: float) -> bool:
@@ -104,9 +104,9 @@ class VerdictLedger:
     whichever pass computes that position: the next step normally, a later one after a preemption or a short chunk.
     """
 
-    def __init__(self, budget: AccuracyBudget, classes: dict[str, ClassShare] | None = None) -> None:
+    def __init__(self, budget: AccuracyBudget, tenants: dict[str, TenantShare] | None = None) -> None:
         self.budget = budget
-        self.classes = classes or {}  # by name; empty where the server has none
+        self.tenants = tenants or {}  # by name; empty where the server has none
         self.counts = ExitCounts()
         self.audit = Audit()
         self.distributions = Distributions()
@@ -185,7 +185,7 @@ class VerdictLedger:
     def _observe(self, histogram: Histogram, value: float) -> None:
         self.asides.run("A histogram", partial(histogram.observe, value))
 
-    def _totals_of(self, request: RequestExits) -> tuple[ExitCounts | ClassShare, ...]:
+    def _totals_of(self, request: RequestExits) -> tuple[ExitCounts | TenantShare, ...]:
         return (self.counts,) if request.share is None else (self.counts, request.share)
 
     def count_emitted(self, request: RequestExits, num_tokens: int, num_decoded: int, took_s: float) -> None:
@@ -321,7 +321,7 @@ class VerdictLedger:
         held = counts.settled(Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGED, Outcome.HELD_REJECTED)
         assert held == counts.held, f"{held} held exits have an outcome: {counts}"
         assert counts.released + counts.accepted <= counts.emitted, f"more exits than tokens: {counts}"
-        shared = [*self.budget.shared(), *(share.bucket for share in self.classes.values())]
+        shared = [*self.budget.shared(), *(share.bucket for share in self.tenants.values())]
         for bucket in (*shared, *(request.bucket for request in self.requests.values())):
             bucket.check_integrity()
         if self.budget.kind == "agreement":

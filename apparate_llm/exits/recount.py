@@ -67,5 +67,5 @@ def _balance(ledger: VerdictLedger) -> None:
     if budget.kind == "agreement":
         budget.spent_nano = (counts.diverged + counts.unverified) * NANO
     buckets = [request.bucket for request in ledger.requests.values()]
-    for bucket in (*budget.shared(), *(share.bucket for share in ledger.classes.values()), *buckets):
+    for bucket in (*budget.shared(), *(share.bucket for share in ledger.tenants.values()), *buckets):
         bucket.earned_nano = max(bucket.earned_nano, bucket.spent_nano)

@@ -1,4 +1,4 @@
-"""Classes of requests: what each may spend, and what it got."""
+"""Tenants: what each may spend, and what it got."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from apparate_llm.config import EarlyExitConfig, effective_bound
 from apparate_llm.controller.budget import Bucket
 
-UNNAMED = "(none)"  # requests that are of no class, where there are some
+UNNAMED = "(none)"  # requests that are of no tenant, where there are some
 
 
 @dataclass(slots=True)
-class ClassShare:
+class TenantShare:
     bucket: Bucket
     emitted: int = 0
     diverged: int = 0
@@ -29,9 +29,11 @@ class ClassShare:
         return self.diverged + self.unverified
 
 
-def shares_of(config: EarlyExitConfig) -> dict[str, ClassShare]:
-    """By name; empty where the server has no classes."""
-    if not config.classes:
+def shares_of(config: EarlyExitConfig) -> dict[str, TenantShare]:
+    """By name; empty where the server has no tenants."""
+    if not config.tenants:
         return {}
-    names = [*config.classes, UNNAMED]
-    return {name: ClassShare(Bucket.for_class(effective_bound(config, class_name=name), len(names))) for name in names}
+    names = [*config.tenants, UNNAMED]
+    return {
+        name: TenantShare(Bucket.for_tenant(effective_bound(config, tenant_name=name), len(names))) for name in names
+    }

@@ -117,7 +117,7 @@ def _serve(
         depths=(depth,),
         num_layers=num_layers,
         max_exits=config.max_exits,
-        waiting_weight=config.waiting_weight,
+        ttft_weight=config.ttft_weight,
     )
     plain, ours = Simulation(costs.plain()), Simulation(costs, policy)
     found = {}

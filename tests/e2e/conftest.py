@@ -64,7 +64,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractCon
     def start(*flags: str, **environment: str) -> AbstractContextManager[str]:
         port = free_port()
         log = tmp_path_factory.mktemp("logs") / "server.log"
-        command = [sys.executable, "-m", "apparate_llm.cli", "serve", *flags, "--state", "none"]
+        command = [sys.executable, "-m", "apparate_llm.cli", "serve", *flags, "--controller-state", "none"]
         return running([*command, "--host", "127.0.0.1", "--port", str(port)], port, log, **environment)
 
     return start

@@ -15,7 +15,14 @@ def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps,
     prompts.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 3} w7"}) + "\n" for i in range(6)))
     command = [sys.executable, "-m", "apparate_llm.cli", "eval", "quick", str(tiny_llama)]
     command += ["--ramps", str(lens_ramps(depth=4)), "--prompts", str(prompts), "--concurrency", "1,3"]
-    command += ["--policy", "static", "--accuracy-bound", "0", "--max-rows", "64"]  # exits whatever they cost here
+    command += [
+        "--policy",
+        "static",
+        "--accuracy-bound",
+        "0",
+        "--max-batch-tokens",
+        "64",
+    ]  # exits whatever they cost here
     command += ["--max-tokens", "48", "--json", str(tmp_path / "out.json"), "--logs", str(tmp_path / "logs")]
     command += [f"--vllm-flag={flag}" for flag in TINY_FLAGS]
     env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}

@@ -95,7 +95,16 @@ def started(tiny_llama, lens_ramps, tmp_path_factory):
     @contextmanager
     def start(*flags: str, is_ready: bool = True, **variables: str) -> Iterator[Started]:
         port, log = free_port(), tmp_path_factory.mktemp("logs") / "server.log"
-        command = [sys.executable, "-m", "apparate_llm.cli", "serve", str(tiny_llama), "--state", "none", *TINY_FLAGS]
+        command = [
+            sys.executable,
+            "-m",
+            "apparate_llm.cli",
+            "serve",
+            str(tiny_llama),
+            "--controller-state",
+            "none",
+            *TINY_FLAGS,
+        ]
         command += ["--ramps", str(lens_ramps(depth=3)), "--host", "127.0.0.1", "--port", str(port), *flags]
         env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         env |= {"VLLM_LOGGING_LEVEL": "INFO", **variables}

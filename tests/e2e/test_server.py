@@ -129,19 +129,19 @@ def test_an_aborted_stream_leaves_the_server_well(server, client):
 
 
 def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_ramps, tmp_path):
-    """No hidden dependence on our command: vLLM's own server module and flags only; here with API keys, each of a class
-    of its own."""
+    """No hidden dependence on our command: vLLM's own server module and flags only; here with API keys, each of
+    its own tenant."""
     from apparate_llm.config import parse_config
     from apparate_llm.engine.vllm_args import vllm_args
     from tests.e2e.conftest import running
 
     keys = {"mine": "sk-mine", "theirs": "sk-theirs"}
     digests = {name: [hashlib.sha256(key.encode()).hexdigest()] for name, key in keys.items()}
-    classes = {
+    tenants = {
         "mine": {"api_keys_sha256": digests["mine"]},
         "theirs": {"early_exit": 0, "api_keys_sha256": digests["theirs"]},
     }
-    knobs = {"ramps": str(lens_ramps(depth=4)), "policy": "static", "classes": classes}
+    knobs = {"ramps": str(lens_ramps(depth=4)), "policy": "static", "tenants": tenants}
     flags = []
     for name, value in vllm_args(parse_config(knobs), "LlamaForCausalLM").items():
         flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else value]
@@ -167,13 +167,13 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
         assert ask("sk-theirs").json()["usage"]["completion_tokens"] == 40
         counted = status("sk-boss").json()
         assert counted["counts"]["accepted"] == accepted
-        assert counted["classes"]["mine"]["emitted"] == counted["classes"]["theirs"]["emitted"] == 40
+        assert counted["tenants"]["mine"]["emitted"] == counted["tenants"]["theirs"]["emitted"] == 40
         assert not any(key in json.dumps(counted) for key in (*keys.values(), *digests["mine"]))
         seen = status("sk-theirs").json()
         assert (
-            list(seen["classes"]) == ["theirs"] and seen["counts"]["emitted"] == 40 and "mine" not in json.dumps(seen)
+            list(seen["tenants"]) == ["theirs"] and seen["counts"]["emitted"] == 40 and "mine" not in json.dumps(seen)
         )
-        refused = ask("sk-theirs", early_exit_class="mine")
+        refused = ask("sk-theirs", early_exit_tenant="mine")
         assert refused.status_code == 400 and "requests with this API key are theirs" in refused.text
         assert ask("sk-none").status_code == status("sk-none").status_code == 401
         assert httpx.get(f"{base_url}/early_exit/events").status_code == 401
@@ -189,7 +189,7 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
     log = (tmp_path / "log").read_text()
     boss = hashlib.sha256(b"sk-boss").hexdigest()
     assert f"Knobs changed by admin key {boss[:8]} from 127.0.0.1: accuracy_bound 0.01 -> 0.02" in log
-    assert "non-default args" in log  # with our classes in them
+    assert "non-default args" in log  # with our tenants in them
     assert not [secret for secret in ("sk-", boss, *digests["mine"], *digests["theirs"]) if secret in log]
 
 

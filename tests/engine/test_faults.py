@@ -287,7 +287,7 @@ def test_what_is_no_part_of_exits_does_not_switch_them_off(tiny_llama, lens_ramp
         "ramps": str(lens_ramps(depth=4)),
         "hold_threshold": 0.0,
         "feedback_log": "/dev/full",
-        "state": str(tmp_path / "file" / "state.json"),
+        "controller_state": str(tmp_path / "file" / "state.json"),
     }
 
     def fail(self, value):

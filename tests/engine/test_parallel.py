@@ -140,7 +140,7 @@ def test_a_rank_that_fails_where_the_model_is_compiled_leaves_no_other_waiting(t
 def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llama, ranks, tmp_path):
     path = tmp_path / "state.json"
     ramps = build_lens_ramps(tmp_path / "ramps", tiny_llama, depth=2, confidence_offset=6.0, others=(1, 3))
-    knobs = {"ramps": str(ramps), "policy": "adaptive", "accuracy_bound": 0.2, "state": str(path)}
+    knobs = {"ramps": str(ramps), "policy": "adaptive", "accuracy_bound": 0.2, "controller_state": str(path)}
     with Engine(tiny_llama, knobs) as engine:
         engine.tokens(PROMPTS, greedy(40))
     document = json.loads(path.read_text())  # as if two ranks had learned it

@@ -36,7 +36,7 @@ def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, 
 
 
 def test_exits_keep_the_batch_within_max_rows_and_cost_nothing_beyond(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "max_rows": 4}
+    knobs = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "max_batch_tokens": 4}
     with Engine(tiny_llama, knobs) as engine:
         scheduled, stock = [], engine.runner._prepare_inputs
 

@@ -16,13 +16,13 @@ from fastapi import FastAPI, Request
 from apparate_llm.admin import digest_of
 from apparate_llm.api import metrics, plugin
 from apparate_llm.api.access import PROXY_HEADERS, Access, is_local
-from apparate_llm.api.answers import AnswerMiddleware, Caller, classes_by_key
+from apparate_llm.api.answers import AnswerMiddleware, Caller, tenants_by_key
 from apparate_llm.api.plugin import ExitServer, page, router, watch_requests
 from apparate_llm.config import (
-    KEY_CLASS_PROOF,
+    KEY_TENANT_PROOF,
     ConfigError,
     EarlyExitConfig,
-    key_class_proof,
+    key_tenant_proof,
     parse_config,
     parse_live,
     parse_request_knobs,
@@ -31,7 +31,7 @@ from apparate_llm.config import (
 from apparate_llm.exits.tenants import UNNAMED, shares_of
 
 LOCAL, STRANGER = ("127.0.0.1", 1), ("192.0.2.7", 1)
-CLASSES = {
+TENANTS = {
     "mine": {"api_keys_sha256": [digest_of("sk-mine")], "accuracy_bound": 0.004},
     "theirs": {"api_keys_sha256": [digest_of("sk-theirs")], "tpt_target_ms": 33.25},
     "open": {},
@@ -76,7 +76,7 @@ class Engine:
                 "depth": 3,
                 "running": self.running,
                 "config": shown(self.config),
-                "classes": {name: share.as_dict() for name, share in self.shares.items()},
+                "tenants": {name: share.as_dict() for name, share in self.shares.items()},
                 "counts": {"emitted": 4006, "diverged": 6, "divergence_frac": 6 / 4006},
                 "distributions": {"tpt_ms": {"counts": [7777]}},
                 "budget_left": 5.5,
@@ -92,13 +92,13 @@ class Engine:
         return sampling_params
 
 
-def served(*, keys=(), admin=(), classes=None) -> tuple[FastAPI, Engine]:
-    config = parse_config({"classes": classes or {}})
+def served(*, keys=(), admin=(), tenants=None) -> tuple[FastAPI, Engine]:
+    config = parse_config({"tenants": tenants or {}})
     app, engine = FastAPI(), Engine(config)
     app.include_router(page)
     app.include_router(router)
     app.state.early_exit_access = Access(keys, [digest_of(key) for key in admin])
-    app.state.early_exit = ExitServer(engine, config, classes_by_key=classes_by_key(config))
+    app.state.early_exit = ExitServer(engine, config, tenants_by_key=tenants_by_key(config))
     return app, engine
 
 
@@ -125,7 +125,7 @@ def heard(monkeypatch):
 
 @pytest.mark.parametrize(("method", "path", "kwargs"), CHANGES)
 def test_with_an_admin_key_only_its_holder_changes_anything(method, path, kwargs, heard):
-    app, engine = served(keys=["sk-mine", "sk-theirs"], admin=["other", "boss"], classes=CLASSES)
+    app, engine = served(keys=["sk-mine", "sk-theirs"], admin=["other", "boss"], tenants=TENANTS)
     for client in (LOCAL, STRANGER):
         tenant = ask(app, method, path, client=client, key="sk-mine", **kwargs)
         assert tenant.status_code == 403 and "only the admin key may change" in tenant.json()["detail"]
@@ -194,21 +194,21 @@ FOREIGN = ("theirs", "33.25", "7777", "4006", "0.77", "api_keys", digest_of("sk-
 @pytest.mark.parametrize(
     ("key", "own"), [("sk-mine", "mine"), ("sk-theirs", "theirs"), ("sk-plain", UNNAMED), (None, UNNAMED)]
 )
-def test_a_tenant_sees_its_own_class_only(key, own):
+def test_a_tenant_sees_its_own_tenant_only(key, own):
     keys = ["sk-mine", "sk-theirs", "sk-plain"] if key else []
-    app, _ = served(keys=keys, admin=["boss"], classes=CLASSES)
+    app, _ = served(keys=keys, admin=["boss"], tenants=TENANTS)
     status, config = (ask(app, "GET", path, key=key).json() for path in ("/status", "/config"))
-    assert list(status["classes"]) == [own] and status["class"] == own
-    assert status["counts"]["emitted"] == status["classes"][own]["emitted"]
-    assert status["config"] == config["config"] and list(config["config"]["classes"]) in ([own], [])
+    assert list(status["tenants"]) == [own] and status["tenant"] == own
+    assert status["counts"]["emitted"] == status["tenants"][own]["emitted"]
+    assert status["config"] == config["config"] and list(config["config"]["tenants"]) in ([own], [])
     foreign = [word for word in FOREIGN if not (own == "theirs" and word in ("theirs", "33.25"))]
     assert not [word for word in foreign if word in json.dumps([status, config])]
     whole = ask(app, "GET", "/status", key="boss").json()
-    assert list(whole["classes"]) == ["mine", "theirs", "open", UNNAMED] and whole["counts"]["emitted"] == 4006
+    assert list(whole["tenants"]) == ["mine", "theirs", "open", UNNAMED] and whole["counts"]["emitted"] == 4006
 
 
-def test_the_stream_of_events_shows_a_tenant_its_own_class_only():
-    app, engine = served(keys=["sk-mine"], admin=["boss"], classes=CLASSES)
+def test_the_stream_of_events_shows_a_tenant_its_own_tenant_only():
+    app, engine = served(keys=["sk-mine"], admin=["boss"], tenants=TENANTS)
     server = app.state.early_exit
 
     async def listen():
@@ -227,12 +227,12 @@ def test_the_stream_of_events_shows_a_tenant_its_own_class_only():
     first, second = asyncio.run(listen())
     for texts, emitted in ((first, 1000), (second, 5)):
         mine, whole = (json.loads(texts[name].removeprefix("data: ")) for name in ("mine", None))
-        assert list(mine["classes"]) == ["mine"] and mine["counts"]["emitted"] == emitted
+        assert list(mine["tenants"]) == ["mine"] and mine["counts"]["emitted"] == emitted
         assert not [word for word in FOREIGN if word in texts["mine"]]
-        assert "theirs" in whole["classes"] and whole["counts"]["emitted"] == 4006
+        assert "theirs" in whole["tenants"] and whole["counts"]["emitted"] == 4006
 
 
-def test_without_classes_a_holder_of_an_api_key_sees_the_totals():
+def test_without_tenants_a_holder_of_an_api_key_sees_the_totals():
     app, _ = served(keys=["sk"], admin=["boss"])
     assert ask(app, "GET", "/status", key="sk", client=STRANGER).json()["counts"]["emitted"] == 4006
 
@@ -429,9 +429,9 @@ def test_a_body_that_makes_no_sense_is_a_4xx_in_one_short_line(body):
     [
         {"early_exit\ud800": 1},
         {"early_exit_" + "x" * 10_000: 1},
-        {"early_exit_class": "\ud800\n"},
-        {"early_exit_class": "x" * 10_000},
-        {"early_exit_class": ["mine"]},
+        {"early_exit_tenant": "\ud800\n"},
+        {"early_exit_tenant": "x" * 10_000},
+        {"early_exit_tenant": ["mine"]},
         {"accuracy_bound": 10**400},
         {"tpt_target_ms": "x" * 10_000},
         {"early_exit": [[[[[[[[[[1]]]]]]]]]]},
@@ -447,14 +447,14 @@ def test_a_request_s_bad_knob_is_repeated_in_one_short_line_that_can_be_sent(kno
 def test_headers_that_are_no_text_pass_the_middleware_as_a_key_of_nobody():
     app = FastAPI()
     app.add_middleware(AnswerMiddleware)
-    app.state.early_exit = SimpleNamespace(classes_by_key={digest_of("sk-mine"): "mine"})
+    app.state.early_exit = SimpleNamespace(tenants_by_key={digest_of("sk-mine"): "mine"})
     seen = []
 
     @app.post("/v1")
     async def route():
         from apparate_llm.api.answers import CALLER
 
-        seen.append(CALLER.get().key_class)
+        seen.append(CALLER.get().key_tenant)
         return {}
 
     for value in (b"Bearer \xff\xfe", b"\xff", b"", b"Bearer", b"Basic sk-mine", b"bearer sk-mine"):
@@ -462,50 +462,50 @@ def test_headers_that_are_no_text_pass_the_middleware_as_a_key_of_nobody():
     assert seen == [None, None, None, None, None, "mine"]
 
 
-# ---- a class by its key
+# ---- a tenant by its key
 
 
-def test_a_class_with_keys_is_not_for_those_who_name_it():
-    config = parse_config({"classes": {**CLASSES, "both": {"api_keys_sha256": [digest_of("k")], "by_name": True}}})
-    with pytest.raises(ConfigError, match=r"unknown class mine \(allowed: open, both\)"):
-        parse_request_knobs({"early_exit_class": "mine"}, config)
-    assert parse_request_knobs({"early_exit_class": "mine"}, config, "mine").accuracy_bound == 0.004
+def test_a_tenant_with_keys_is_not_for_those_who_name_it():
+    config = parse_config({"tenants": {**TENANTS, "both": {"api_keys_sha256": [digest_of("k")], "by_name": True}}})
+    with pytest.raises(ConfigError, match=r"unknown tenant mine \(allowed: open, both\)"):
+        parse_request_knobs({"early_exit_tenant": "mine"}, config)
+    assert parse_request_knobs({"early_exit_tenant": "mine"}, config, "mine").accuracy_bound == 0.004
     for name in ("open", "both"):
-        assert parse_request_knobs({"early_exit_class": name}, config).early_exit_class == name
+        assert parse_request_knobs({"early_exit_tenant": name}, config).early_exit_tenant == name
 
 
-def test_a_default_class_with_keys_is_not_for_those_who_have_none():
+def test_a_default_tenant_with_keys_is_not_for_those_who_have_none():
     keyed = {"default": {"api_keys_sha256": [digest_of("k")], "early_exit": 0}}
-    config = parse_config({"classes": keyed})
-    assert parse_request_knobs({}, config).early_exit_class is None
+    config = parse_config({"tenants": keyed})
+    assert parse_request_knobs({}, config).early_exit_tenant is None
     assert parse_request_knobs({}, config, "default").early_exit == 0
     keyed["default"]["by_name"] = True
-    assert parse_request_knobs({}, parse_config({"classes": keyed})).early_exit_class == "default"
+    assert parse_request_knobs({}, parse_config({"tenants": keyed})).early_exit_tenant == "default"
 
 
 def test_the_engine_believes_the_api_and_nobody_else():
     """It completes what the API did, and knows no keys: the proof tells it of one."""
-    app, engine = served(keys=["sk-mine"], classes=CLASSES)
+    app, engine = served(keys=["sk-mine"], tenants=TENANTS)
     server = app.state.early_exit
     watch_requests(server)
-    token = plugin.CALLER.set(Caller(key_class="mine"))
+    token = plugin.CALLER.set(Caller(key_tenant="mine"))
     try:
         params = engine.generate("prompt", SimpleNamespace(extra_args=None))
         again = engine.generate("prompt", params)  # vLLM may pass the same ones for several prompts
     finally:
         plugin.CALLER.reset(token)
-    assert parse_request_knobs(again.extra_args, server.config).early_exit_class == "mine"
-    forged = {"early_exit_class": "mine", KEY_CLASS_PROOF: key_class_proof(server.config, "theirs")}
-    for proof in (forged[KEY_CLASS_PROOF], 1, [], "", "x"):
+    assert parse_request_knobs(again.extra_args, server.config).early_exit_tenant == "mine"
+    forged = {"early_exit_tenant": "mine", KEY_TENANT_PROOF: key_tenant_proof(server.config, "theirs")}
+    for proof in (forged[KEY_TENANT_PROOF], 1, [], "", "x"):
         with pytest.raises(ConfigError):
-            parse_request_knobs({**forged, KEY_CLASS_PROOF: proof}, server.config)
+            parse_request_knobs({**forged, KEY_TENANT_PROOF: proof}, server.config)
 
 
-def test_a_class_that_nobody_can_be_of_is_refused():
-    from apparate_llm.config import check_classes
+def test_a_tenant_that_nobody_can_be_of_is_refused():
+    from apparate_llm.config import check_tenants
 
     with pytest.raises(ConfigError, match="a: no request can be of it"):
-        check_classes(parse_config({"classes": {"a": {"by_name": False}}}))
+        check_tenants(parse_config({"tenants": {"a": {"by_name": False}}}))
 
 
 # ---- how often the engine is asked
@@ -550,7 +550,7 @@ def test_an_answer_is_never_older_than_its_question_while_there_is_work(monkeypa
         for number in range(3):
             engine.generate("prompt", SimpleNamespace(extra_args=None))
             engine.shares = {"x": SimpleNamespace(as_dict=lambda number=number: number)}
-            assert (await server.status())["classes"] == {"x": number}
+            assert (await server.status())["tenants"] == {"x": number}
         await asyncio.sleep(0.11)
         asked = engine.num_asked + 1
         for _ in range(20):  # idle: the last answer is as good as any

@@ -133,7 +133,7 @@ def test_where_many_come_and_go_steps_get_longer_only_for_what_is_well_worth_it(
         server = Server(seed, joining=True)
         assert server.ratio(1, 300) < 0.70 and server.ratio(4, 200) < 0.80, seed
         assert tokens_per_pass(server, 16) < 1.25, seed
-        server.policy.waiting_weight = 0.0
+        server.policy.ttft_weight = 0.0
         assert tokens_per_pass(server, 16) > 1.25, seed
 
 

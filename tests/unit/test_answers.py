@@ -26,7 +26,7 @@ def answered(*parts, kind="text/event-stream", reports=({"index": 0},), at=-1, w
     """The client's response where a route sends these parts, and the reports are there by part `at`."""
     app = FastAPI()
     app.add_middleware(AnswerMiddleware)
-    app.state.early_exit = SimpleNamespace(classes_by_key=by_key or {})
+    app.state.early_exit = SimpleNamespace(tenants_by_key=by_key or {})
 
     @app.post("/")
     async def route():
@@ -42,7 +42,7 @@ def answered(*parts, kind="text/event-stream", reports=({"index": 0},), at=-1, w
         if kind == "application/json" and len(parts) == 1:
             caller.reports.extend(reports)
             return Response(parts[0], media_type=kind)
-        return StreamingResponse(body(), media_type=kind, headers={"X-Class": str(caller.key_class)})
+        return StreamingResponse(body(), media_type=kind, headers={"X-Tenant": str(caller.key_tenant)})
 
     async def ask():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://s") as http:
@@ -107,7 +107,7 @@ def test_a_stream_of_another_kind_tells_it_at_its_end():
     assert chunks_of(answered(event(CHUNK), event({"end": 1}))) == [CHUNK, {"end": 1}, {"early_exit": [{"index": 0}]}]
 
 
-def test_a_key_tells_the_class_of_a_request():
+def test_a_key_tells_the_tenant_of_a_request():
     by_key = {sha256(b"sk-1").hexdigest(): "interactive"}
-    assert answered("", key="sk-1", by_key=by_key).headers["X-Class"] == "interactive"
-    assert answered("", key="sk-2", by_key=by_key).headers["X-Class"] == "None"
+    assert answered("", key="sk-1", by_key=by_key).headers["X-Tenant"] == "interactive"
+    assert answered("", key="sk-2", by_key=by_key).headers["X-Tenant"] == "None"

@@ -75,7 +75,7 @@ def strict(**knobs):
 
 
 LOOSER = {"allow_looser_requests": True}
-TWO_CLASSES = {"accuracy_bound": 0.05, "classes": {"tight": {"accuracy_bound": 0.01}, "wide": {"accuracy_bound": 0.05}}}
+TWO_TENANTS = {"accuracy_bound": 0.05, "tenants": {"tight": {"accuracy_bound": 0.01}, "wide": {"accuracy_bound": 0.05}}}
 MIXES = {
     "a looser one that has no use for it": (
         LOOSER,
@@ -94,24 +94,24 @@ MIXES = {
         {"accuracy_bound": 0.1},
         [strict(accuracy_bound=0.01), Caller(0.1, LONG, diverges=False)],
     ),
-    "a stricter one in a class": (
-        TWO_CLASSES,
+    "a stricter one in a tenant": (
+        TWO_TENANTS,
         [
-            strict(early_exit_class="wide", accuracy_bound=0.01),
-            Caller(0.05, LONG, diverges=False, knobs={"early_exit_class": "wide"}),
-            Caller(0.01, LONG, diverges=False, knobs={"early_exit_class": "tight"}),
+            strict(early_exit_tenant="wide", accuracy_bound=0.01),
+            Caller(0.05, LONG, diverges=False, knobs={"early_exit_tenant": "wide"}),
+            Caller(0.01, LONG, diverges=False, knobs={"early_exit_tenant": "tight"}),
         ],
     ),
-    "one that is looser than its class": (
-        {**TWO_CLASSES, **LOOSER},
+    "one that is looser than its tenant": (
+        {**TWO_TENANTS, **LOOSER},
         [
-            strict(early_exit_class="tight"),
-            Caller(0.5, LONG, diverges=False, knobs={"early_exit_class": "tight", "accuracy_bound": 0.5}),
+            strict(early_exit_tenant="tight"),
+            Caller(0.5, LONG, diverges=False, knobs={"early_exit_tenant": "tight", "accuracy_bound": 0.5}),
         ],
     ),
-    "a class without exits": (
-        {"accuracy_bound": 0.01, "classes": {"batch": {"early_exit": 0}}},
-        [strict(), Caller(0.0, LONG, knobs={"early_exit_class": "batch"})],
+    "a tenant without exits": (
+        {"accuracy_bound": 0.01, "tenants": {"batch": {"early_exit": 0}}},
+        [strict(), Caller(0.0, LONG, knobs={"early_exit_tenant": "batch"})],
     ),
 }
 

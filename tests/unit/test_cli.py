@@ -53,7 +53,7 @@ def test_places_that_cannot_be_read_or_written_are_one_line(tiny_llama, tmp_path
         ["eval", "tpt", str(tiny_llama), "--out", "/proc/nowhere", "--systems", "vllm"],
         ["eval", "quick", "--prompts", str(bad)],
         ["ramps", "show", "/dev/null"],
-        ["serve", "--classes", str(bad)],
+        ["serve", "--tenants", str(bad)],
         ["serve", "--feedback-log", "/proc/nowhere/log"],
         ["serve", "/dev/null"],
         ["serve", "--port", "70000", str(tiny_llama), "--policy", "off"],

@@ -22,17 +22,17 @@ def test_every_knob_is_a_flag_and_flags_give_what_json_gives():
         "threshold": 0.8,
         "hold_threshold": 0.2,
         "max_exits": 2,
-        "max_rows": 8,
+        "max_batch_tokens": 8,
         "depth": 0,
-        "waiting_weight": 0.5,
+        "ttft_weight": 0.5,
         "ramps": "somewhere",
         "huge_pages": False,
         "batch_invariant": False,
         "feedback_log": "log.jsonl",
-        "class_metrics": False,
-        "state": "none",
+        "tenant_metrics": False,
+        "controller_state": "none",
     }
-    assert {*raw, "classes"} == set(EarlyExitConfig.model_fields)  # its flag is a file: test_tenants.py
+    assert {*raw, "tenants"} == set(EarlyExitConfig.model_fields)  # its flag is a file: test_tenants.py
     flags = [part for name, value in raw.items() for part in ("--" + name.replace("_", "-"), str(value))]
     assert from_flags(*flags) == parse_config(raw)
 
@@ -52,7 +52,7 @@ def test_no_flags_means_the_defaults():
         ("accuracy_bound", "nan", "finite"),
         ("threshold", "0", "greater than 0"),
         ("hold_threshold", "1.5", "less than or equal to 1"),
-        ("waiting_weight", "-1", "greater than or equal to 0"),
+        ("ttft_weight", "-1", "greater than or equal to 0"),
         ("max_exits", "0", "greater than or equal to 1"),
         ("max_exits", "two", "integer"),
         ("depth", "-1", "greater than or equal to 0"),

@@ -60,7 +60,7 @@ class Engine:
             "running": self.running,
             "active": True,
             "failure": None,
-            "classes": {},
+            "tenants": {},
             "audit": {},
             "distributions": {},
             "budget_left": 0.0,

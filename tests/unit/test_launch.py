@@ -75,7 +75,7 @@ def test_settings_that_are_no_objects_are_refused():
         (["serve", "--port", "http"], "argument --port: invalid int value: 'http'"),
         (["serve", "/nowhere/at/all"], "model folder not found: /nowhere/at/all"),
         (["serve", "--feedback-log", "/nowhere/log"], "--feedback-log: cannot write /nowhere/log"),
-        (["serve", "--state", "/tmp"], "--state: cannot write /tmp"),
+        (["serve", "--controller-state", "/tmp"], "--controller-state: cannot write /tmp"),
         (["eval", "quick", "--concurrency", "0"], "must be a whole number of at least 1, got '0'"),
         (["eval", "quick", "--prompts", "/nowhere.jsonl"], "cannot read prompts /nowhere.jsonl"),
         (["doctor", "--now"], "unrecognized arguments: --now"),

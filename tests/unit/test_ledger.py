@@ -3,7 +3,7 @@ import pytest
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, Outcome
 from apparate_llm.exits.ledger import SETTLED_TOKENS, RequestExits, VerdictLedger
-from apparate_llm.exits.tenants import ClassShare
+from apparate_llm.exits.tenants import TenantShare
 from tests.logged import logged
 
 
@@ -56,7 +56,7 @@ def test_an_ended_request_leaves_its_open_exits_unverified():
 
 
 def test_exits_that_end_without_a_verdict_count_against_the_bound():
-    share = ClassShare(Bucket.for_class(0.5, 1))
+    share = TenantShare(Bucket.for_tenant(0.5, 1))
     ledger = ledger_with(exit_at(10, 5), exit_at(11, 6), exit_at(12, 7))
     ledger.requests["a"].share = share
     ledger.record(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [6], [0.3])

@@ -155,11 +155,11 @@ def test_a_server_runs_without_a_place_for_its_state(monkeypatch, capsys, tmp_pa
     monkeypatch.setenv("APPARATE_CACHE", "/proc/nowhere")
     knobs: dict = {}
     serve.keep_state(knobs)
-    assert knobs == {"state": "none"}
+    assert knobs == {"controller_state": "none"}
     assert "what the controller learns is not kept: cannot write" in capsys.readouterr().err
-    knobs = {"state": str(tmp_path / "mine")}
+    knobs = {"controller_state": str(tmp_path / "mine")}
     serve.keep_state(knobs)
-    assert knobs == {"state": str(tmp_path / "mine")} and capsys.readouterr().err == ""
+    assert knobs == {"controller_state": str(tmp_path / "mine")} and capsys.readouterr().err == ""
 
 
 def built(monkeypatch, **versions: str) -> None:

@@ -22,8 +22,9 @@ from apparate_llm.core import Exit, ExitCounts, Outcome
 from apparate_llm.exits.histograms import Histogram
 from apparate_llm.exits.ledger import RequestExits, VerdictLedger
 from apparate_llm.exits.tenants import shares_of
+from apparate_llm.renamed import METRICS
 
-CONFIG = parse_config({"policy": "static", "tpt_target_ms": 30.0, "accuracy_bound": 0.5, "classes": {"fast": {}}})
+CONFIG = parse_config({"policy": "static", "tpt_target_ms": 30.0, "accuracy_bound": 0.5, "tenants": {"fast": {}}})
 FOLDER = Path(api.__path__[0])
 
 
@@ -31,7 +32,7 @@ FOLDER = Path(api.__path__[0])
 def status():
     """Of a server that has seen one request: two exits released, one wrong; three held, one of them let through."""
     ledger = VerdictLedger(AccuracyBudget(0.5), shares_of(CONFIG))
-    share = ledger.classes["fast"]
+    share = ledger.tenants["fast"]
     request = RequestExits(releasable=True, bucket=Bucket.of_request(0.5), tpt_target_ms=30.0, share=share)
     ledger.add_request("a", request)
     ledger.emit("a", 10, now_s=0.0)
@@ -53,7 +54,7 @@ def status():
         "running": 0,
         "depth": 2,
         "config": shown(CONFIG),
-        "classes": {name: share.as_dict() for name, share in ledger.classes.items()},
+        "tenants": {name: share.as_dict() for name, share in ledger.tenants.items()},
         "audit": {},
         "counts": ledger.counts.as_dict(),
         "distributions": ledger.distributions.as_dict(),
@@ -79,7 +80,7 @@ def test_the_page_says_what_was_counted(page):
         'apparate:exits_total{depth="0",outcome="held_accepted_diverged"} 1.0',
         'apparate:exits_total{depth="0",outcome="held_rejected"} 1.0',
         "apparate:emitted_total 20.0",
-        "apparate:diverged_total 2.0",
+        "apparate:divergences_total 2.0",
         "apparate:divergence_ratio 0.1",
         "apparate:depth 2.0",
         "apparate:threshold 0.9",
@@ -94,9 +95,12 @@ def test_the_page_says_what_was_counted(page):
         'apparate:divergence_regret_nats_bucket{le="+Inf"} 2.0',
         "apparate:decode_tokens_total 19.0",
         "apparate:decode_seconds_total 0.38",
-        'apparate:class_emitted_total{class="fast"} 20.0',
+        'apparate:tenant_emitted_total{tenant="fast"} 20.0',
+        'apparate:tenant_divergences_total{tenant="fast"} 2.0',
+        'apparate:tenant_emitted_total{tenant="(none)"} 0.0',
+        "apparate:diverged_total 2.0",  # from here by the names of version 0.1
         'apparate:class_diverged_total{class="fast"} 2.0',
-        'apparate:class_emitted_total{class="(none)"} 0.0',
+        'apparate:completion_seconds_bucket{le="+Inf"} 0.0',
     ):
         assert f"\n{line}\n" in page, line
 
@@ -128,7 +132,7 @@ def test_two_engines_are_one_server_of_twice_the_totals(status):
         'apparate:exits_total{depth="0",outcome="released_right"} 1.0',
         'apparate:exits_total{depth="1",outcome="released_right"} 3.0',
         'apparate:tokens_per_pass_bucket{le="12.0"} 4.0',
-        'apparate:class_diverged_total{class="fast"} 4.0',
+        'apparate:tenant_divergences_total{tenant="fast"} 4.0',
         "apparate:accuracy_bound 0.5",
         "apparate:time_per_output_token_seconds_sum 0.04",
     ):
@@ -139,8 +143,8 @@ def test_two_engines_are_one_server_of_twice_the_totals(status):
 
 def test_the_number_for_the_bound_has_exits_without_a_verdict_in_it(status):
     counts = ExitCounts(emitted=20, released=6, verified=3, released_diverged=2, unverified=3).as_dict()
-    fast = {**status["classes"]["fast"], "unverified": 3, "divergences_at_worst": 5}
-    one = json.loads(json.dumps({**status, "counts": counts, "classes": {"fast": fast}}))
+    fast = {**status["tenants"]["fast"], "unverified": 3, "divergences_at_worst": 5}
+    one = json.loads(json.dumps({**status, "counts": counts, "tenants": {"fast": fast}}))
     registry, collector = CollectorRegistry(), ExitCollector()
     registry.register(collector)
     for statuses, number in (([one], 5), ([one, one], 10)):
@@ -150,7 +154,7 @@ def test_the_number_for_the_bound_has_exits_without_a_verdict_in_it(status):
             f"apparate:divergences_at_worst_total {number}.0",
             "apparate:divergences_at_worst_ratio 0.25",
             "apparate:divergence_ratio 0.1",
-            f'apparate:class_divergences_at_worst_total{{class="fast"}} {number}.0',
+            f'apparate:tenant_divergences_at_worst_total{{tenant="fast"}} {number}.0',
         ):
             assert f"\n{line}\n" in page, line
     alerts = (FOLDER / "alerts.yml").read_text()
@@ -175,6 +179,8 @@ def test_outcomes_are_disjoint_and_complete(status):
 def test_what_ships_asks_for_metrics_there_are(name, page):
     text = (FOLDER / name).read_text()
     asked = set(re.findall(r"apparate:\w+", text))
+    old = {f"apparate:{name}{end}" for name in METRICS.values() for end in ("", "_total", "_sum", "_count", "_bucket")}
+    assert not asked & old
     assert len(asked) > 4 and asked <= set(re.findall(r"^(apparate:\w+)[ {]", page, re.MULTILINE))
     read = json.loads(text) if name.endswith("json") else yaml.safe_load(text)
     expressions = (
@@ -211,7 +217,7 @@ def test_the_page_of_several_api_processes_has_our_metrics_too(status, monkeypat
     assert ("\napparate:emitted_total 20.0\n" in text) == (processes > 1)
 
 
-def test_the_figures_of_classes_can_be_taken_off_the_page(status):
+def test_the_figures_of_tenants_can_be_taken_off_the_page(status):
     """The page asks nobody for a key."""
 
     def page_of(**config):
@@ -220,6 +226,6 @@ def test_the_figures_of_classes_can_be_taken_off_the_page(status):
         collector.publish({**status, "config": {**status["config"], **config}})
         return generate_latest(registry).decode()
 
-    assert "apparate:class_" in page_of()
-    closed = page_of(class_metrics=False)
-    assert "apparate:class_" not in closed and "fast" not in closed and "apparate:emitted_total 20.0" in closed
+    assert "apparate:tenant_" in page_of()
+    closed = page_of(tenant_metrics=False)
+    assert "apparate:tenant_" not in closed and "fast" not in closed and "apparate:emitted_total 20.0" in closed

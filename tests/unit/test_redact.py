@@ -14,7 +14,7 @@ from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.redact import VLLM_ARGUMENTS_LOGGER, hide_digests_in_vllm_log, redacted, without_secrets
 
 DIGEST = hashlib.sha256(b"sk-1").hexdigest()
-CLASSES = {"classes": {"mine": {"api_keys_sha256": [DIGEST]}}}
+TENANTS = {"tenants": {"mine": {"api_keys_sha256": [DIGEST]}}}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_all_else_is_shown_as_it_was_given():
 
 
 def test_what_serve_prints_and_its_process_keeps_has_no_key(monkeypatch, capsys, tmp_path):
-    """The whole way: flags, a classes file, the environment."""
+    """The whole way: flags, a tenants file, the environment."""
     started = {}
     monkeypatch.setattr(serve, "start_vllm", lambda flags, wanted: started.update(flags=flags) or 0)
     monkeypatch.setattr(serve, "reexec_with_libraries", lambda: None)
@@ -61,9 +61,9 @@ def test_what_serve_prints_and_its_process_keeps_has_no_key(monkeypatch, capsys,
     monkeypatch.setenv(KEY_VARIABLE, "SECRET-of-the-environment")
     monkeypatch.setenv(DIGESTS_VARIABLE, "")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    file = tmp_path / "classes.toml"
+    file = tmp_path / "tenants.toml"
     file.write_text('[mine]\napi_keys = ["sk-1"]\n')
-    argv = ["serve", str(tmp_path), "--classes", str(file), "--api-key", "SECRET-1", "SECRET-2", "--dtype", "float32"]
+    argv = ["serve", str(tmp_path), "--tenants", str(file), "--api-key", "SECRET-1", "SECRET-2", "--dtype", "float32"]
     assert main([*argv, "--uds", "/none", "--admin-key", "SECRET-3", "--admin-key=SECRET-4"]) == 0
     printed = capsys.readouterr()
     assert "Starting: vllm serve" in printed.err and "--api-key" in printed.err
@@ -99,8 +99,8 @@ def test_the_environment_alone_is_enough():
 
 
 def test_a_configuration_is_logged_without_digests():
-    config = parse_config(CLASSES)
-    assert DIGEST not in f"{config} {config!r}" and config.classes["mine"].api_keys_sha256 == (DIGEST,)
+    config = parse_config(TENANTS)
+    assert DIGEST not in f"{config} {config!r}" and config.tenants["mine"].api_keys_sha256 == (DIGEST,)
     assert DIGEST in str(vllm_args(config, "LlamaForCausalLM"))  # what the filter below is for
 
 
@@ -118,7 +118,7 @@ def test_vllm_logs_its_arguments_without_digests():
     level, logger.level = logger.level, logging.INFO
     logger.addHandler(handler)
     try:
-        logger.info("non-default args: %s", {"seed": 3, "additional_config": {"early_exit": CLASSES}})
+        logger.info("non-default args: %s", {"seed": 3, "additional_config": {"early_exit": TENANTS}})
         logger.info("100 %")
     finally:
         logger.removeHandler(handler)
@@ -127,7 +127,7 @@ def test_vllm_logs_its_arguments_without_digests():
 
 
 @pytest.mark.parametrize(
-    "classes",
+    "tenants",
     [
         {"mine": {"api_keys_sha256": ["SECRET"]}},
         {"mine": {"api_keys_sha256": "SECRET"}},
@@ -135,17 +135,17 @@ def test_vllm_logs_its_arguments_without_digests():
         [{"SECRET": 1}],
     ],
 )
-def test_a_bad_class_does_not_repeat_its_keys(classes):
-    with pytest.raises(ConfigError, match="classes") as error:
-        parse_config({"classes": classes})
+def test_a_bad_tenant_does_not_repeat_its_keys(tenants):
+    with pytest.raises(ConfigError, match="tenants") as error:
+        parse_config({"tenants": tenants})
     assert "SECRET" not in str(error.value)
 
 
 def test_a_list_of_keys_in_the_wrong_place_is_not_repeated(tmp_path):
-    from apparate_llm.knobs import read_classes
+    from apparate_llm.knobs import read_tenants
 
-    file = tmp_path / "classes.toml"
+    file = tmp_path / "tenants.toml"
     file.write_text('api_keys = ["SECRET"]\n')
     with pytest.raises(ConfigError, match="api_keys must be a table") as error:
-        read_classes(str(file))
+        read_tenants(str(file))
     assert "SECRET" not in str(error.value)

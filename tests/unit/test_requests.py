@@ -18,7 +18,7 @@ from vllm.sampling_params import SamplingParams
 from apparate_llm.api.answers import CALLER, AnswerMiddleware
 from apparate_llm.api.plugin import watch_requests
 from apparate_llm.api.requests import check_requests
-from apparate_llm.config import EarlyExitConfig, RequestClass
+from apparate_llm.config import EarlyExitConfig, Tenant
 
 HELLO = [{"role": "user", "content": "hi"}]
 BODIES = {
@@ -53,10 +53,10 @@ def app():
     app.add_middleware(AnswerMiddleware)
     init_exception_handler(app)
     app.state.args = SimpleNamespace(log_error_stack=False)
-    classes = {"batch": RequestClass(early_exit=0)}
+    tenants = {"batch": Tenant(early_exit=0)}
     app.state.early_exit = SimpleNamespace(
-        classes_by_key={},
-        config=EarlyExitConfig(classes=classes),
+        tenants_by_key={},
+        config=EarlyExitConfig(tenants=tenants),
         collector=SimpleNamespace(work=asyncio.Event()),
         neighbours=SimpleNamespace(tell_work=lambda: None),
     )
@@ -92,9 +92,9 @@ BAD = [
     ({"accuracy_bound": 0.9}, "accuracy_bound: at most the server's 0.01, got 0.9"),
     ({"accuracy_bound": [0.1]}, "accuracy_bound: Input should be a valid number"),
     ({"tpt_target_ms": -1}, "tpt_target_ms: Input should be greater than 0"),
-    ({"early_exit_class": "none"}, "unknown class none (allowed: batch)"),
-    ({"early_exit_class": ["batch"]}, "early_exit_class: Input should be a valid string"),
-    ({"early_exit_class": "batch", "early_exit": 1}, "requests of class batch take no exits"),
+    ({"early_exit_tenant": "none"}, "unknown tenant none (allowed: batch)"),
+    ({"early_exit_tenant": ["batch"]}, "early_exit_tenant: Input should be a valid string"),
+    ({"early_exit_tenant": "batch", "early_exit": 1}, "requests of tenant batch take no exits"),
 ]
 
 
@@ -168,5 +168,5 @@ def test_knobs_that_a_route_does_not_pass_on_hold_all_the_same(app):
 
     app.state.openai_serving_completion.create_completion = beam
     path = "/v1/completions"
-    ask(app, path, body_of(path, {"early_exit_class": "batch", "other": 1}, use_beam_search=True))
-    assert given == [{"early_exit_class": "batch"}] * 2
+    ask(app, path, body_of(path, {"early_exit_tenant": "batch", "other": 1}, use_beam_search=True))
+    assert given == [{"early_exit_tenant": "batch"}] * 2

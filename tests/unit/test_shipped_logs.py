@@ -31,11 +31,14 @@ def test_adaptive_beats_the_best_static_threshold_and_the_papers_policy(log, bou
     adaptive = run(log, "adaptive", accuracy_bound=bound)
     assert adaptive.worst_share <= bound
     statics = [
-        run(log, "static", accuracy_bound=bound, threshold=threshold, max_rows=max_rows, max_exits=4)
+        run(log, "static", accuracy_bound=bound, threshold=threshold, max_batch_tokens=max_batch_tokens, max_exits=4)
         for threshold in THRESHOLDS
-        for max_rows in (4, 1024)
+        for max_batch_tokens in (4, 1024)
     ]
-    paper = [run(log, "apparate", accuracy_bound=bound, max_rows=max_rows, max_exits=4) for max_rows in (4, 1024)]
+    paper = [
+        run(log, "apparate", accuracy_bound=bound, max_batch_tokens=max_batch_tokens, max_exits=4)
+        for max_batch_tokens in (4, 1024)
+    ]
     for other in statics + paper:
         assert adaptive.tpt_ratio < other.tpt_ratio
 

@@ -1,4 +1,4 @@
-"""Classes of requests: what a file may say, whose a request is, and that none spends what another has earned."""
+"""Tenants: what a file may say, whose a request is, and that none spends what another has earned."""
 
 import pytest
 
@@ -7,41 +7,41 @@ from apparate_llm.config import ConfigError, RequestKnobs, parse_config, parse_r
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.exits.tenants import UNNAMED, shares_of
-from apparate_llm.knobs import knobs_from, read_classes
+from apparate_llm.knobs import knobs_from, read_tenants
 
-CLASSES = {"interactive": {"tpt_target_ms": 20, "accuracy_bound": 0.02}, "batch": {"early_exit": 0}}
+TENANTS = {"interactive": {"tpt_target_ms": 20, "accuracy_bound": 0.02}, "batch": {"early_exit": 0}}
 
 
 def config(**knobs):
-    return parse_config({"accuracy_bound": 0.05, "classes": CLASSES, **knobs})
+    return parse_config({"accuracy_bound": 0.05, "tenants": TENANTS, **knobs})
 
 
 def flags(*argv: str):
     return knobs_from(build_parser().parse_args(["serve", *argv]))
 
 
-def test_a_file_names_classes_and_only_digests_of_its_keys_go_on(tmp_path):
-    file = tmp_path / "classes.toml"
+def test_a_file_names_tenants_and_only_digests_of_its_keys_go_on(tmp_path):
+    file = tmp_path / "tenants.toml"
     file.write_text(
         '[interactive]\ntpt_target_ms = 20\naccuracy_bound = 0.005\napi_keys = ["sk-1"]\n[batch]\nearly_exit = 0\n'
     )
-    found = flags("--classes", str(file))
-    assert found.classes["interactive"].tpt_target_ms == 20.0 and found.classes["batch"].early_exit == 0
+    found = flags("--tenants", str(file))
+    assert found.tenants["interactive"].tpt_target_ms == 20.0 and found.tenants["batch"].early_exit == 0
     assert "sk-1" not in str(vllm_args(found, "LlamaForCausalLM"))
-    assert len(found.classes["interactive"].api_keys_sha256) == 1
+    assert len(found.tenants["interactive"].api_keys_sha256) == 1
     assert "api_keys_sha256" not in str(shown(found))
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[a]\ntpt_target = 20\n", r"classes: a: tpt_target: unknown knob \(allowed: early_exit, accuracy_bound"),
-        ("[a]\naccuracy_bound = 2\n", "classes: a: accuracy_bound: Input should be less than 1, got 2"),
+        ("[a]\ntpt_target = 20\n", r"tenants: a: tpt_target: unknown knob \(allowed: early_exit, accuracy_bound"),
+        ("[a]\naccuracy_bound = 2\n", "tenants: a: accuracy_bound: Input should be less than 1, got 2"),
         (
             "[a]\naccuracy_bound = 0.5\n",
             "a: accuracy_bound: at most the server's 0.01 without allow_looser_requests, got 0.5",
         ),
-        ('["a b"]\n', "classes: a b: String should match"),
+        ('["a b"]\n', "tenants: a b: String should match"),
         ("a = 1\n", "a must be a table"),
         ("[a\n", "cannot read"),
         ("[a]\napi_keys = 'k'\n", "api_keys must be a list"),
@@ -50,76 +50,76 @@ def test_a_file_names_classes_and_only_digests_of_its_keys_go_on(tmp_path):
     ],
 )
 def test_a_file_that_says_something_wrong_is_refused(tmp_path, text, says):
-    file = tmp_path / "classes.toml"
+    file = tmp_path / "tenants.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=says):
-        flags("--classes", str(file))
+        flags("--tenants", str(file))
 
 
 def test_a_file_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="--classes: cannot read /nowhere"):
-        read_classes("/nowhere")
+    with pytest.raises(ConfigError, match="--tenants: cannot read /nowhere"):
+        read_tenants("/nowhere")
 
 
-def test_a_request_has_its_class_s_knobs_and_its_own_where_stricter():
-    knobs = parse_request_knobs({"early_exit_class": "interactive"}, config())
+def test_a_request_has_its_tenant_s_knobs_and_its_own_where_stricter():
+    knobs = parse_request_knobs({"early_exit_tenant": "interactive"}, config())
     assert (knobs.accuracy_bound, knobs.tpt_target_ms, knobs.early_exit) == (0.02, 20.0, 1)
     own = parse_request_knobs(
-        {"early_exit_class": "interactive", "accuracy_bound": 0.001, "tpt_target_ms": 30}, config()
+        {"early_exit_tenant": "interactive", "accuracy_bound": 0.001, "tpt_target_ms": 30}, config()
     )
     assert (own.accuracy_bound, own.tpt_target_ms) == (0.001, 30.0)
-    assert parse_request_knobs({"early_exit_class": "batch"}, config()).early_exit == 0
+    assert parse_request_knobs({"early_exit_tenant": "batch"}, config()).early_exit == 0
     assert parse_request_knobs(None, config()) == RequestKnobs.model_validate(
-        {"early_exit_class": None, "early_exit": 1, "tpt_target_ms": None}
+        {"early_exit_tenant": None, "early_exit": 1, "tpt_target_ms": None}
     )
     again = parse_request_knobs(knobs.model_dump(exclude_unset=True), config())  # the engine completes what the API did
     assert again.model_dump() == knobs.model_dump()
 
 
-def test_an_own_class_called_default_has_all_that_name_none():
-    knobs = parse_request_knobs({}, config(classes={"default": {"tpt_target_ms": 40}}))
-    assert (knobs.early_exit_class, knobs.tpt_target_ms) == ("default", 40.0)
+def test_an_own_tenant_called_default_has_all_that_name_none():
+    knobs = parse_request_knobs({}, config(tenants={"default": {"tpt_target_ms": 40}}))
+    assert (knobs.early_exit_tenant, knobs.tpt_target_ms) == ("default", 40.0)
 
 
-def test_the_class_of_an_api_key_decides():
-    assert parse_request_knobs({}, config(), key_class="batch").early_exit_class == "batch"
+def test_the_tenant_of_an_api_key_decides():
+    assert parse_request_knobs({}, config(), key_tenant="batch").early_exit_tenant == "batch"
     with pytest.raises(ConfigError, match="requests with this API key are batch, got interactive"):
-        parse_request_knobs({"early_exit_class": "interactive"}, config(), key_class="batch")
+        parse_request_knobs({"early_exit_tenant": "interactive"}, config(), key_tenant="batch")
 
 
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"early_exit_class": "slow"}, r"unknown class slow \(allowed: interactive, batch\)"),
-        ({"early_exit_class": "interactive", "accuracy_bound": 0.03}, "at most class interactive's 0.02, got 0.03"),
-        ({"early_exit_class": "batch", "early_exit": 1}, "requests of class batch take no exits"),
+        ({"early_exit_tenant": "slow"}, r"unknown tenant slow \(allowed: interactive, batch\)"),
+        ({"early_exit_tenant": "interactive", "accuracy_bound": 0.03}, "at most tenant interactive's 0.02, got 0.03"),
+        ({"early_exit_tenant": "batch", "early_exit": 1}, "requests of tenant batch take no exits"),
     ],
 )
-def test_a_request_cannot_ask_for_more_than_its_class_allows(asked, says):
+def test_a_request_cannot_ask_for_more_than_its_tenant_allows(asked, says):
     with pytest.raises(ConfigError, match=says):
         parse_request_knobs(asked, config())
 
 
-def test_without_classes_none_can_be_named():
-    with pytest.raises(ConfigError, match="the server has no classes"):
-        parse_request_knobs({"early_exit_class": "x"}, parse_config({}))
+def test_without_tenants_none_can_be_named():
+    with pytest.raises(ConfigError, match="the server has no tenants"):
+        parse_request_knobs({"early_exit_tenant": "x"}, parse_config({}))
 
 
-def test_a_bound_lowered_while_serving_holds_for_classes_as_well():
-    assert parse_request_knobs({"early_exit_class": "interactive"}, config(accuracy_bound=0.01)).accuracy_bound == 0.01
+def test_a_bound_lowered_while_serving_holds_for_tenants_as_well():
+    assert parse_request_knobs({"early_exit_tenant": "interactive"}, config(accuracy_bound=0.01)).accuracy_bound == 0.01
 
 
-@pytest.mark.parametrize("with_classes", [True, False])
-def test_many_short_requests_of_one_class_leave_another_its_budget(with_classes):
+@pytest.mark.parametrize("with_tenants", [True, False])
+def test_many_short_requests_of_one_tenant_leave_another_its_budget(with_tenants):
     """Each short request may differ once before it has earned that: enough of them take all that a server without
-    classes has saved up."""
-    shares = shares_of(parse_config({"accuracy_bound": 0.05, "classes": {"greedy": {}, "steady": {}}}))
+    tenants has saved up."""
+    shares = shares_of(parse_config({"accuracy_bound": 0.05, "tenants": {"greedy": {}, "steady": {}}}))
     assert UNNAMED in shares
     budget = AccuracyBudget(0.05)
 
     def request(name):
         bucket = Bucket.of_request(0.05)
-        bucket.of_class = shares[name].bucket if with_classes else None
+        bucket.of_tenant = shares[name].bucket if with_tenants else None
         return bucket
 
     steady, allowed = request("steady"), {"greedy": 0, "steady": 0}
@@ -138,8 +138,8 @@ def test_many_short_requests_of_one_class_leave_another_its_budget(with_classes)
         spend("steady", steady)
     earned = 0.05 * 4000
     assert allowed["greedy"] + allowed["steady"] <= 2 * earned
-    if with_classes:
+    if with_tenants:
         assert allowed["steady"] >= 0.95 * earned and allowed["greedy"] <= earned
     else:
-        assert allowed["steady"] < 0.95 * earned  # what classes are for
+        assert allowed["steady"] < 0.95 * earned  # what tenants are for
     budget.server.check_integrity()

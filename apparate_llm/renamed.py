@@ -1,0 +1,57 @@
+"""Names of version 0.1 that are taken until 0.3, each with a warning."""
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+OPTIONS = {  # old -> new
+    "waiting_weight": "ttft_weight",
+    "max_rows": "max_batch_tokens",
+    "classes": "tenants",
+    "class_metrics": "tenant_metrics",
+    "state": "controller_state",
+}
+REQUEST_FIELDS = {"early_exit_class": "early_exit_tenant"}
+METRICS = {  # new -> old; both are on the page
+    "held_accepted": "accepted",
+    "held_accepted_divergences": "accepted_diverged",
+    "divergences": "diverged",
+    "verification_passes": "completion_passes",
+    "draft_steps": "rounds",
+    "verification_pass_seconds": "completion_seconds",
+    "draft_step_seconds": "round_seconds",
+    "tenant_divergences": "class_diverged",
+    **{
+        f"tenant_{name}": f"class_{name}"
+        for name in (
+            "emitted",
+            "divergences_at_worst",
+            "unverified",
+            "decode_tokens",
+            "decode_seconds",
+            "targets_met",
+            "targets_missed",
+        )
+    },
+}
+LABELS = {"tenant": "class"}
+
+
+def with_new_names(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """`given` with its old names replaced; ValueError where old and new say different things."""
+    renamed = dict(given)
+    for old, new in names.items():
+        if old not in renamed:
+            continue
+        value = renamed.pop(old)
+        if renamed.setdefault(new, value) != value:
+            raise ValueError(f"{old}: the old name of {new}, which says something else")
+        warn(old, new)
+    return renamed
+
+
+@cache
+def warn(old: str, new: str) -> None:
+    """Once in each process."""
+    logging.getLogger("vllm.apparate").warning("%s is called %s now; the old name goes with version 0.3", old, new)
