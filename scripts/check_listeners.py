@@ -26,7 +26,7 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
-from scripts.check_load import Clients, in_window, ratio_of
+from apparate_llm.eval.steady import Clients, in_window, ratio_of
 
 SETTLING_S = 1.5  # after listeners have come or gone, not counted
 

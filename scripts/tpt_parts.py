@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from apparate_llm.eval.client import Completion
+from apparate_llm.eval.steady import SAME_STEP_S
 from apparate_llm.eval.store import Store
 from apparate_llm.eval.systems import BASELINE
-
-SAME_STEP_S = 0.002  # chunks of one step come within
 
 
 def parts(completions: list[Completion]) -> Iterator[tuple[float, float, float]]:

@@ -1,4 +1,4 @@
-from scripts.check_load import ttft_parts
+from apparate_llm.eval.steady import ttft_parts
 
 
 def test_parts_of_a_wait_for_the_first_token():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time per output token over plain vLLM's while the number of clients steps up and down, to within a few percent.
 
-    python -m scripts.check_load [--systems vllm,lossless] [--concurrency 1,16,1] [--json OUT] [vLLM flags]
+    python -m apparate_llm.eval.steady [--systems vllm,lossless] [--concurrency 1,16,1] [--json OUT] [vLLM flags]
 
 From the repository's root. Every server has its own clients, who never stop asking; the servers take turns of a few
 seconds, all but one frozen, in the middle of their answers. So a machine that is slower for ten seconds is slower for
@@ -38,9 +38,9 @@ from apparate_llm.eval.tables import with_interval
 from apparate_llm.eval.workloads import lengths_of
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
-from scripts.tpt_parts import SAME_STEP_S
 
 THAWING_S = 0.3  # of each turn, not counted
+SAME_STEP_S = 0.002  # chunks of one step come within
 STEP_METRICS = ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum", "vllm:generation_tokens_total")
 
 
@@ -165,7 +165,7 @@ def main() -> int:
             servers.append(server)
         levels = [measure(servers, int(number), args) for number in args.concurrency.split(",")]
     if args.json:
-        command = "python -m scripts.check_load " + shlex.join(sys.argv[1:])
+        command = "python -m apparate_llm.eval.steady " + shlex.join(sys.argv[1:])
         args.json.write_text(json.dumps({"command": command, "machine": machine(), "levels": levels}, indent=1) + "\n")
     rows = [row for level in levels for row in level["systems"]]
     return int(any(row.get("ratio", 0.0) > args.limit or row["failed"] for row in rows))

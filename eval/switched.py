@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
 """What exits bring within one server: time per output token and throughput with them over those without.
 
-    python -m scripts.check_switch [--clients 1,16,32] [--accuracy-bound 0] [--json OUT] [vLLM flags]
+    python -m apparate_llm.eval.switched [--clients 1,16,32] [--accuracy-bound 0] [--json OUT] [vLLM flags]
 
 From the repository's root. Clients never stop asking, and the policy is switched between `adaptive` and `off` by turns
 as they go. Between two servers a few percent are hidden by which answers fall into a turn; here both policies have the
-same, if prompts of a kind do not follow each other in the file. What `off` costs over plain vLLM is check_load.py's
-subject. Exit code 1 if throughput is below
---limit of that without exits, or a request failed.
+same, if prompts of a kind do not follow each other in the file. What `off` costs over plain vLLM is steady.py's
+subject. Exit code 1 if throughput is below --limit of that without exits, or a request failed.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
-from scripts.check_load import Clients, in_window, ratio_of
+from apparate_llm.eval.steady import Clients, in_window, ratio_of
 
 POLICIES = ("adaptive", "off")
 COUNTS = ("emitted", "held", "accepted", "released", "diverged", "divergences_at_worst")
@@ -53,7 +52,7 @@ def main() -> int:
         server.wait_ready()
         levels = [measure(server, int(number), args) for number in args.clients.split(",")]
     if args.json:
-        command = "python -m scripts.check_switch " + shlex.join(sys.argv[1:])
+        command = "python -m apparate_llm.eval.switched " + shlex.join(sys.argv[1:])
         args.json.write_text(json.dumps({"command": command, "machine": machine(), "levels": levels}, indent=1) + "\n")
     return int(any(level["throughput"]["ratio"] < args.limit or level["failed"] for level in levels))
 
