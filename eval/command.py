@@ -26,6 +26,12 @@ what it costs:
   intervals narrower: four times as many, half as wide. For the SmolLM2 model, four systems, 12 prompts of 48 tokens,
   three loads and two passes take five minutes (`make bench`)."""
 
+STEADY_COSTS = """
+
+what it costs:
+  A level takes --turns times --turn-s seconds for each system: with the defaults 105 s each. Intervals are as wide as
+  the turns are few: four times as many make them half as wide."""
+
 
 def add_eval(subparsers: Commands) -> None:
     parser = subparsers.add_parser("eval", help="measure what early exits bring")
@@ -33,6 +39,7 @@ def add_eval(subparsers: Commands) -> None:
     _add_quick(kinds)
     _add_tpt(kinds)
     _add_drift(kinds)
+    _add_steady(kinds)
     report: OneLineParser = kinds.add_parser(
         "report", help="draw the report of an evaluation again", allow_abbrev=False
     )
@@ -112,6 +119,44 @@ def _add_drift(kinds: Commands) -> None:
     drift.set_defaults(run=_later("run_drift"), goes_on=True)
 
 
+def _add_steady(kinds: Commands) -> None:
+    steady: OneLineParser = kinds.add_parser(
+        "steady",
+        help="clients that never stop asking: what exits bring and cost under full load",
+        description="Every system has clients that ask again as soon as they have their answer. The systems take turns "
+        "of a few seconds, all others frozen in the middle of their answers, so that ratios are of turns side by side. "
+        "With --switch one server's policy is switched between adaptive and off instead. Leaves results.json in --out, "
+        "written after every level.",
+        epilog=_systems_help() + STEADY_COSTS,
+        formatter_class=Paragraphs,
+        allow_abbrev=False,
+    )
+    steady.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
+    steady.add_argument("--out", type=Path, required=True, help="folder for everything measured")
+    steady.add_argument("--fresh", action="store_true", help="throw away what --out holds of an earlier measurement")
+    steady.add_argument("--systems", default="vllm,lossless", help="the first is the baseline (default: vllm,lossless)")
+    steady.add_argument("--switch", action="store_true", help="switch the policy of the one system named by --systems")
+    steady.add_argument("--clients", type=positive_list, default=[1, 16], help="levels, e.g. 1,16,1 (default: 1,16)")
+    steady.add_argument("--turns", type=positive, default=20, help="of each system, at each level (default: 20)")
+    steady.add_argument("--turn-s", type=above_zero, default=5.0, help="seconds of a turn (default: 5)")
+    steady.add_argument(
+        "--settle-s",
+        type=above_zero,
+        default=5.0,
+        help="seconds that do not count: of each system as a level begins, or after every switch (default: 5)",
+    )
+    steady.add_argument(
+        "--learn-s", type=above_zero, default=30.0, help="with --switch: before the first (default: 30)"
+    )
+    steady.add_argument("--prompts", type=Path, default=Path("chat"), help="prompts, see `eval tpt --help`")
+    steady.add_argument("--num-prompts", type=positive, help="use only the first N prompts")
+    steady.add_argument("--max-tokens", type=positive, default=96, help="longest answer; lengths vary (default: 96)")
+    steady.add_argument("--limit", type=above_zero, help="exit with 1 where TPT over the baseline's is above it")
+    _add_knobs_of_systems(steady)
+    _add_servers(steady)
+    steady.set_defaults(run=_later("run_steady"))
+
+
 def _add_common(parser: OneLineParser, *, repeat: int) -> None:
     parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
     parser.add_argument("--num-prompts", type=positive, help="use only the first N prompts (of each set)")
@@ -122,6 +167,10 @@ def _add_common(parser: OneLineParser, *, repeat: int) -> None:
         default=repeat,
         help=f"passes over the prompts per system and load (default: {repeat})",
     )
+    _add_servers(parser)
+
+
+def _add_servers(parser: OneLineParser) -> None:
     parser.add_argument("--start-timeout-s", type=positive, default=900, help="longest wait for a server")
     parser.add_argument(
         "--vllm-flag",
@@ -137,9 +186,7 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything measured")
     parser.add_argument("--fresh", action="store_true", help="throw away what --out holds of an earlier evaluation")
     parser.add_argument("--systems", default=default, help=f"names, see below (default: {default})")
-    parser.add_argument(
-        "--accuracy-bounds", type=shares, default=[0.05], metavar="E1,E2", help="of system bounded (default: 0.05)"
-    )
+    _add_knobs_of_systems(parser)
     parser.add_argument(
         "--system", action="append", default=[], metavar='"NAME=--knob value"', help="early exits with these knobs"
     )
@@ -153,6 +200,12 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
     parser.add_argument("--hf-layer", type=positive, help="blocks of hf-early-exit's draft (default: half of them)")
     parser.add_argument(
         "--slo", type=objectives, metavar="ttft=MS,tpt=MS", help=f"objectives of goodput: {', '.join(OBJECTIVES)} in ms"
+    )
+
+
+def _add_knobs_of_systems(parser: OneLineParser) -> None:
+    parser.add_argument(
+        "--accuracy-bounds", type=shares, default=[0.05], metavar="E1,E2", help="of system bounded (default: 0.05)"
     )
     add_knobs(parser, leave_out=NOT_SHARED)
 

@@ -40,6 +40,33 @@ class EvalPlan:
     phases: tuple[tuple[str, int], ...] = ()  # (name, number of its first prompt)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyPlan:
+    """What `eval steady` does."""
+
+    choice: Choice
+    systems: list[System]  # the first is what the others are compared with
+    prompts: list[Prompt]
+    levels: list[int]  # clients, one level after the other
+    turns: int  # of each server or policy, at each level
+    turn_s: float
+    settle_s: float  # before what counts: once a level, or after every switch
+    learn_s: float  # with exits, before the first switch
+    max_tokens: int
+    switch: bool  # whether one server's policy is switched
+    limit: float | None  # of TPT / baseline; above it the exit code is 1
+    settings: dict[str, Any]
+    folder: Path
+    start_timeout_s: float
+
+    @property
+    def level_s(self) -> float:
+        """How long a level takes."""
+        if self.switch:
+            return self.learn_s + 2 * self.turns * (self.settle_s + self.turn_s)
+        return len(self.systems) * (self.settle_s + self.turns * self.turn_s)
+
+
 def quick_plan(args: argparse.Namespace) -> EvalPlan:
     """Plain vLLM against exits with the knobs given, in a folder that nobody asked for."""
     config = knobs_from(args)
@@ -82,6 +109,51 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
     phases = tuple(zip((names[0], names[1], f"{names[0]} again"), starts, strict=True))
     loads = [closed(len(prompts), args.clients, max_tokens=args.max_tokens, length="free")]
     return _plan(args, prompts, loads, phases)
+
+
+def steady_plan(args: argparse.Namespace) -> SteadyPlan:
+    model, names = model_folder(args.model), [name.strip() for name in args.systems.split(",")]
+    knobs_from(args)  # raises for a value that is not allowed
+    flags = tuple(_vllm_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds)))
+    choice = Choice(model, flags, tuple(knob_flags(args)), tuple(args.accuracy_bounds), api_key=args.api_key)
+    systems = systems_of(names, [], choice)
+    if problems := [system.problem for system in systems if system.problem]:
+        raise ValueError(problems[0])
+    if args.switch and (len(systems) != 1 or not systems[0].has_exits):
+        named = ", ".join(system.name for system in systems)
+        raise ValueError(f"--switch: --systems must name one system with exits, e.g. lossless, got {named}")
+    if not args.switch and len(systems) < 2:
+        raise ValueError(f"--systems must name two or more, e.g. {BASELINE},lossless, got {systems[0].name}")
+    names = [system.name for system in systems]
+    given = {name: getattr(args, name) for name in ("clients", "turns", "turn_s", "settle_s", "max_tokens", "switch")}
+    prompts = load_prompts(args.prompts)[: args.num_prompts]
+    return SteadyPlan(
+        choice=choice,
+        systems=systems,
+        prompts=prompts,
+        levels=args.clients,
+        turns=args.turns,
+        turn_s=args.turn_s,
+        settle_s=args.settle_s,
+        learn_s=args.learn_s,
+        max_tokens=args.max_tokens,
+        switch=args.switch,
+        limit=args.limit,
+        settings=given
+        | {"model": model.name, "num_prompts": len(prompts), "systems": names, "knobs": knob_flags(args)}
+        | {"vllm_flags": redacted(args.vllm_flag)},
+        folder=_new_folder(args.out, fresh=args.fresh),
+        start_timeout_s=args.start_timeout_s,
+    )
+
+
+def _new_folder(folder: Path, *, fresh: bool) -> Path:
+    """Raises ValueError where it holds something, which `fresh` allows for results of ours."""
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held and not (fresh and "results.json" in held):
+        hint = "give --fresh to measure anew" if "results.json" in held else "choose another --out"
+        raise ValueError(f"--out: {folder} is not empty: {hint}")
+    return folder
 
 
 def _plan(

@@ -1,10 +1,11 @@
-"""`apparate-llm eval tpt`, `quick` and `drift`: one evaluation each, from its flags to its report."""
+"""`apparate-llm eval tpt`, `quick`, `drift` and `steady`: one evaluation each, from its flags to its report."""
 
 import argparse
 import math
 import shlex
 import subprocess
 import sys
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +15,20 @@ from rich.console import Console
 from apparate_llm.eval.compare import compare, load_results
 from apparate_llm.eval.evaluate import Evaluation, evaluate
 from apparate_llm.eval.oracle import oracle_ratios
-from apparate_llm.eval.plan import EvalPlan, drift_plan, quick_plan, tpt_plan
-from apparate_llm.eval.schema import Results
+from apparate_llm.eval.plan import EvalPlan, SteadyPlan, drift_plan, quick_plan, steady_plan, tpt_plan
+from apparate_llm.eval.schema import Results, SteadyResults
+from apparate_llm.eval.servers import Server
+from apparate_llm.eval.steady import measure_level
+from apparate_llm.eval.steady_tables import steady_tables
 from apparate_llm.eval.store import Block, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, ratios_of, runs_of, saturation_notes
+from apparate_llm.eval.switched import switch_level
+from apparate_llm.eval.systems import System
 from apparate_llm.eval.tables import tables
-from apparate_llm.files import write_atomically
+from apparate_llm.files import private_folder, write_atomically
 from apparate_llm.machine import machine
 from apparate_llm.models.architectures import layers_of
-from apparate_llm.progress import Progress
+from apparate_llm.progress import SECONDS, Progress
 from apparate_llm.redact import redacted
 
 if TYPE_CHECKING:
@@ -50,6 +56,57 @@ def run_drift(args: argparse.Namespace) -> int:
     return _run_and_report(drift_plan(args))
 
 
+def run_steady(args: argparse.Namespace) -> int:
+    """1 where a request failed, or a ratio is above the limit."""
+    plan = steady_plan(args)
+    results = SteadyResults(
+        command=_command(),
+        commit=commit(),
+        started=_now(),
+        machine=machine(),
+        settings=plan.settings,
+        systems={system.name: system.started_by for system in plan.systems},
+        levels=[],
+    )
+    logs = plan.folder / "logs"
+    private_folder(logs)
+    console = Console(stderr=True)
+    with ExitStack() as stack, Progress(console) as progress:
+        servers = [_started(system, plan, logs, stack, progress) for system in plan.systems]
+        with progress.stage("measure", total=plan.level_s * len(plan.levels), unit=SECONDS) as stage:
+            for number in plan.levels:
+                if plan.switch:
+                    results.levels.append(switch_level(plan, servers[0], number, stage))
+                else:
+                    results.levels.append(measure_level(plan, servers, number, stage))
+                write_atomically(plan.folder / "results.json", (results.model_dump_json(indent=1) + "\n").encode())
+    Console(width=max(Console().width, TABLE_WIDTH)).print(*steady_tables(results))
+    console.print(f"figures: {plan.folder / 'results.json'}", soft_wrap=True)
+    failed = sum(run.failed for level in results.levels for run in level.runs)
+    if failed:
+        console.print(f"{failed} requests failed", soft_wrap=True)
+    above = [ratio for level in results.levels for ratio in level.ratios if plan.limit and ratio.tpt > plan.limit]
+    return 1 if failed or above else 0
+
+
+def _started(system: System, plan: SteadyPlan, logs: Path, stack: ExitStack, progress: Progress) -> Server:
+    """One after another: starting two at once would take vLLM's memory check by surprise."""
+    log = logs / f"{system.name.replace(' ', '-')}.log"
+    server = stack.enter_context(Server(system, log=log, start_timeout_s=plan.start_timeout_s))
+    with progress.stage(f"start {system.name}", total=math.inf, facts=f"log {log}"):
+        server.wait_ready()
+    server.pause()
+    return server
+
+
+def _command() -> str:
+    return shlex.join(["apparate-llm", *redacted(sys.argv[1:])])
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
 def _run_and_report(plan: EvalPlan) -> int:
     results, folder = _run(plan), plan.folder
     text = f"report: {folder / 'report.html'}  figures: {folder / 'results.json'}"
@@ -60,7 +117,7 @@ def _run_and_report(plan: EvalPlan) -> int:
 def _run(plan: EvalPlan) -> Results:
     store = Store(plan.folder)
     console = Console(stderr=True)
-    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    started = _now()
     if kept := store.open(plan.settings, fresh=plan.fresh):
         console.print(f"going on: {kept} blocks are measured already", soft_wrap=True)
     evaluation = Evaluation(
@@ -88,7 +145,7 @@ def summarise(plan: EvalPlan, blocks: list[Block], dead: dict[str, str], started
     runs = runs_of(cells, Summary(model, layers_of(model), plan.prompts, plan.phases, plan.slo_ms))
     concurrencies = sorted({load.concurrency for load in plan.loads if load.concurrency is not None})
     return Results(
-        command=shlex.join(["apparate-llm", *redacted(sys.argv[1:])]),
+        command=_command(),
         commit=commit(),
         started=started,
         machine=machine(),

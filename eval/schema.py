@@ -114,7 +114,51 @@ class Ratio(_Strict):
     tpt_mean_by_repeat: list[float]
 
 
-class Results(_Strict):
+class SteadyRun(_Strict):
+    """One system, or one policy of a server, with clients that never stop asking. Times are those in which its server
+    ran; None: not known."""
+
+    system: str
+    requests: int | None = None  # answers that began and ended within its turns
+    failed: int
+    output_tokens_per_s: float
+    tpt_by_turn_ms: list[float | None]  # over all answers under way
+    tpt_ms: Distribution | None = None  # over whole answers, as the next
+    ttft_ms: Distribution | None = None
+    ttft_parts: dict[str, float] | None = None  # what first tokens waited for
+    step_ms: float | None = None  # an engine step, mean
+    tokens_per_step: float | None = None
+    prompt_tokens_per_step: float | None = None
+    exits: dict[str, int] | None = None  # None for a system without
+
+
+class SteadyRatio(_Strict):
+    """`system` / `baseline` at one level; below 1 is better, but for throughput."""
+
+    system: str
+    baseline: str
+    tpt: float  # geometric mean over pairs of turns
+    tpt_ci95: tuple[float, float]  # bootstrap over turns, as the next
+    throughput: float
+    throughput_ci95: tuple[float, float]
+    answers_of_both: int | None = None  # what the next are over
+    tpt_mean: float | None = None
+    tpt_mean_ci95: tuple[float, float] | None = None
+    tpt_p99: float | None = None
+    tpt_p99_ci95: tuple[float, float] | None = None
+    ttft_mean: float | None = None
+    ttft_mean_ci95: tuple[float, float] | None = None
+    ttft_p99: float | None = None
+    ttft_p99_ci95: tuple[float, float] | None = None
+
+
+class SteadyLevel(_Strict):
+    clients: int
+    runs: list[SteadyRun]
+    ratios: list[SteadyRatio]
+
+
+class _Measured(_Strict):
     schema_version: int = SCHEMA_VERSION
     command: str
     commit: str | None  # of a source checkout
@@ -122,6 +166,13 @@ class Results(_Strict):
     machine: dict[str, Any]
     settings: dict[str, Any]
     systems: dict[str, str]  # name -> how it was started
+
+
+class SteadyResults(_Measured):
+    levels: list[SteadyLevel]
+
+
+class Results(_Measured):
     skipped: dict[str, str]  # name -> why it could not run
     runs: list[Run]
     ratios: list[Ratio]

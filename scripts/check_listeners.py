@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from apparate_llm.eval.closed_loop import Clients, in_window, ratio_of
 from apparate_llm.eval.prompts import load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import Choice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
-from apparate_llm.eval.steady import Clients, in_window, ratio_of
 
 SETTLING_S = 1.5  # after listeners have come or gone, not counted
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from apparate_llm.eval.client import Completion
-from apparate_llm.eval.steady import SAME_STEP_S
+from apparate_llm.eval.closed_loop import SAME_STEP_S
 from apparate_llm.eval.store import Store
 from apparate_llm.eval.systems import BASELINE
 

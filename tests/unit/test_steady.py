@@ -1,4 +1,154 @@
-from apparate_llm.eval.steady import ttft_parts
+"""`eval steady`: servers that take turns under clients that never stop asking, over fake servers."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from apparate_llm.cli import build_parser
+from apparate_llm.eval import run, switched
+from apparate_llm.eval.plan import SteadyPlan, steady_plan
+from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.schema import SteadyResults
+from apparate_llm.eval.servers import Server
+from apparate_llm.eval.steady import measure_level, ttft_parts
+from apparate_llm.eval.steady_tables import steady_tables
+from apparate_llm.eval.switched import switch_level
+from apparate_llm.eval.systems import Choice, System
+from apparate_llm.progress import SECONDS, Progress
+from tests.fake_server import fake_server
+
+
+@pytest.fixture(scope="module")
+def base_url():
+    with fake_server() as url:
+        yield url
+
+
+def plan_of(folder: Path, systems: list[System], *, switch: bool = False, prompt: str = "steady") -> SteadyPlan:
+    return SteadyPlan(
+        choice=Choice(Path("fake")),
+        systems=systems,
+        prompts=[Prompt([{"role": "user", "content": prompt}])] * 3,
+        levels=[2],
+        turns=2,
+        turn_s=1.0,
+        settle_s=0.2,
+        learn_s=0.2,
+        max_tokens=9,
+        switch=switch,
+        limit=None,
+        settings={},
+        folder=folder,
+        start_timeout_s=5.0,
+    )
+
+
+def level_of(plan: SteadyPlan, servers: list[Server]):
+    with Progress(Console(quiet=True)).stage("measure", total=plan.level_s, unit=SECONDS) as stage:
+        level = switch_level(plan, servers[0], 2, stage) if plan.switch else measure_level(plan, servers, 2, stage)
+        assert stage.done == pytest.approx(plan.level_s)
+    return level
+
+
+def server_of(system: System, folder: Path) -> Server:
+    return Server(system, log=folder / "log", start_timeout_s=5.0)
+
+
+def test_servers_take_turns_and_only_their_own_time_counts(base_url, tmp_path):
+    """A fake server is not frozen in others' turns: so its answers go on, and count for nothing there."""
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    level = level_of(plan_of(tmp_path, systems), [server_of(system, tmp_path) for system in systems])
+    assert [run.system for run in level.runs] == ["vllm", "same"]
+    for found in level.runs:
+        assert found.failed == 0 and found.requests >= 2 and found.step_ms is None and found.exits is None
+        assert all(45 < tpt_ms < 100 for tpt_ms in found.tpt_by_turn_ms) and len(found.tpt_by_turn_ms) == 2
+        assert found.tpt_ms.mean < 100 and 0 < found.output_tokens_per_s < 45  # 2 clients, 6 tokens in 0.35 s
+    (ratio,) = level.ratios
+    assert (ratio.system, ratio.baseline) == ("same", "vllm") and ratio.answers_of_both >= 2
+    assert 0.6 < ratio.tpt < 1.6 and ratio.tpt_ci95[0] <= ratio.tpt <= ratio.tpt_ci95[1]
+    assert ratio.throughput_ci95[0] <= ratio.throughput <= ratio.throughput_ci95[1]
+
+
+def test_turns_too_short_for_an_answer_are_said(base_url, tmp_path):
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    plan = plan_of(tmp_path, systems, prompt="refused")
+    with pytest.raises(ValueError, match="no two answers of vllm began and ended within its turns: give more --turns"):
+        level_of(plan, [server_of(system, tmp_path) for system in systems])
+
+
+class WithExits(Server):
+    emitted = 0
+
+    def status(self):
+        self.emitted += 10
+        return {"counts": Counter(emitted=self.emitted)}
+
+
+def test_one_server_s_policy_is_switched(base_url, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(switched, "switch", lambda server, policy: asked.append(policy))
+    system = System("lossless", base_url=base_url, has_exits=True)
+    level = level_of(
+        plan_of(tmp_path, [system], switch=True), [WithExits(system, log=tmp_path / "log", start_timeout_s=5.0)]
+    )
+    assert asked == ["adaptive", "off", "adaptive", "adaptive", "off"]  # learning, then pairs, each the other way round
+    off, on = level.runs
+    assert (off.system, off.exits) == ("off", None)
+    assert (on.system, on.exits["emitted"], on.exits["held"]) == ("adaptive", 20, 0)
+    (ratio,) = level.ratios
+    assert (ratio.system, ratio.baseline, ratio.tpt_mean) == ("adaptive", "off", None) and 0.6 < ratio.tpt < 1.6
+
+
+@pytest.fixture
+def flags(tiny_llama, lens_ramps):
+    def parsed(out: Path, *more: str) -> argparse.Namespace:
+        ramps = ["--ramps", str(lens_ramps(depth=3))]
+        return build_parser().parse_args(["eval", "steady", str(tiny_llama), "--out", str(out), *ramps, *more])
+
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--switch"], "--switch: --systems must name one system with exits, e.g. lossless, got vllm, lossless"),
+        (["--switch", "--systems", "ngram"], "--switch: --systems must name one system with exits"),
+        (["--systems", "vllm"], "--systems must name two or more, e.g. vllm,lossless, got vllm"),
+        (["--systems", "vllm,fast"], "fast"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(flags, tmp_path, more, says):
+    with pytest.raises(ValueError, match=says):
+        steady_plan(flags(tmp_path / "out", *more))
+
+
+def test_results_are_not_written_over_without_fresh(flags, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not empty: give --fresh to measure anew"):
+        steady_plan(flags(tmp_path))
+    assert steady_plan(flags(tmp_path, "--fresh")).folder == tmp_path
+    (tmp_path / "results.json").rename(tmp_path / "mine.json")
+    with pytest.raises(ValueError, match="is not empty: choose another --out"):
+        steady_plan(flags(tmp_path, "--fresh"))
+
+
+@pytest.mark.parametrize(("limit", "code"), [(None, 0), (0.01, 1)])
+def test_results_are_kept_after_every_level(base_url, tmp_path, monkeypatch, capsys, limit, code):
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    plan = plan_of(tmp_path, systems)
+    object.__setattr__(plan, "limit", limit)
+    monkeypatch.setattr(run, "steady_plan", lambda args: plan)
+    assert run.run_steady(argparse.Namespace()) == code
+    results = SteadyResults.model_validate_json((tmp_path / "results.json").read_text())
+    assert [level.clients for level in results.levels] == [2]
+    text = capsys.readouterr().out
+    assert "Clients that never stop asking" in text and "Ratios to vllm" in text and "What first tokens waited" in text
+    assert all(len(line) <= 120 for line in text.splitlines()) and len(steady_tables(results)) == 3
+    assert json.loads((tmp_path / "results.json").read_text())["schema_version"] == 1
 
 
 def test_parts_of_a_wait_for_the_first_token():

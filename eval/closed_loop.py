@@ -1,0 +1,147 @@
+"""Clients that never stop asking, of servers that are frozen in turn: what both kinds of `eval steady` count by."""
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from apparate_llm.eval.client import TIMEOUT_S, Ask, Completion, complete
+from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.servers import Server
+from apparate_llm.eval.statistics import bootstrap
+from apparate_llm.eval.workloads import lengths_of
+
+SAME_STEP_S = 0.002  # chunks of one step come within
+STEP_METRICS = ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum", "vllm:generation_tokens_total")
+
+
+class Turn(NamedTuple):
+    """Of one server, on the monotonic clock."""
+
+    began_s: float
+    ended_s: float
+    counted: bool
+
+
+class Steps(NamedTuple):
+    """Of a server's engine since its start."""
+
+    number: int
+    computed_tokens: int  # of prompts, and generated
+    generated_tokens: int
+
+
+def engine_steps(server: Server) -> Steps | None:
+    """None where the server does not count them as vLLM does."""
+    found = dict.fromkeys(STEP_METRICS, 0.0)
+    answer = httpx.get(f"{server.base_url}/metrics", headers=server.headers, timeout=30.0)
+    if answer.status_code == httpx.codes.NOT_FOUND:
+        return None
+    for family in text_string_to_metric_families(answer.raise_for_status().text):
+        for sample in family.samples:
+            if sample.name in found:
+                found[sample.name] += sample.value
+    return Steps(*map(int, found.values())) if found[STEP_METRICS[0]] else None
+
+
+@dataclass
+class Turns:
+    """When a server was running."""
+
+    turns: list[Turn] = field(default_factory=list)
+
+    def active_s(self, at_s: float) -> float:
+        """For how long it had been running at a moment."""
+        return sum(max(0.0, min(at_s, turn.ended_s) - turn.began_s) for turn in self.turns)
+
+
+@dataclass
+class Clients:
+    """Those of one server: each asks again as soon as it has its answer. Answers' lengths vary, lest clients go in
+    step."""
+
+    server: Server
+    prompts: list[Prompt]
+    number: int
+    max_tokens: int
+    done: list[Completion] = field(default_factory=list)
+    turns: Turns = field(default_factory=Turns)
+    steps: list[Steps] = field(default_factory=list)  # of the engine, in each turn that counts
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._model = self.server.model_name()
+        self._lengths = lengths_of(len(self.prompts), self.max_tokens, "varied", seed=0)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._ask()))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """After what is under way."""
+        self._ended.set()
+        self.server.resume()
+        self._thread.join()
+
+    async def _ask(self) -> None:
+        limits, url = httpx.Limits(max_connections=self.number), self.server.base_url
+        async with httpx.AsyncClient(
+            base_url=url, headers=self.server.headers, timeout=httpx.Timeout(TIMEOUT_S), limits=limits
+        ) as http:
+            await asyncio.gather(*(self._client(http, first) for first in range(self.number)))
+
+    async def _client(self, http: httpx.AsyncClient, index: int) -> None:
+        while not self._ended.is_set():
+            index %= len(self.prompts)
+            ask = Ask(index, self._lengths[index])
+            messages = self.prompts[index].messages
+            self.done.append(await complete(http, self._model, messages, ask, fixed_length=False, began=0.0))
+            index += self.number
+
+    def run(self, seconds: float, *, counted: bool) -> None:
+        """One turn of the server."""
+        self.server.resume()
+        began = time.monotonic()
+        before = engine_steps(self.server)
+        time.sleep(seconds)
+        after = engine_steps(self.server)
+        self.server.pause()
+        self.turns.turns.append(Turn(began, time.monotonic(), counted))
+        if counted and before is not None and after is not None:
+            self.steps.append(Steps(*(new - old for new, old in zip(after, before, strict=True))))
+
+    def arrivals(self) -> list[list[tuple[float, int]]]:
+        """Of each answer: when it had how many tokens."""
+        return [[(done.started_s + chunk.at_s, chunk.tokens or 0) for chunk in done.chunks] for done in self.done]
+
+    @property
+    def num_failed(self) -> int:
+        return sum(bool(done.error) for done in self.done)
+
+
+def in_window(arrivals: list[list[tuple[float, int]]], began_s: float, ended_s: float) -> tuple[float, int]:
+    """(ms per token, tokens) between two moments, over all answers."""
+    seconds, after_first, tokens = 0.0, 0, 0
+    for answer in arrivals:
+        before = max((number for at_s, number in answer if at_s < began_s), default=0)
+        inside = [(at_s, number) for at_s, number in answer if began_s <= at_s < ended_s]
+        if inside:
+            seconds += inside[-1][0] - inside[0][0]
+            after_first += inside[-1][1] - inside[0][1]
+            tokens += inside[-1][1] - before
+    return (seconds * 1e3 / after_first if after_first else float("nan")), tokens
+
+
+def ratio_of(values: list[float], others: list[float]) -> dict[str, Any]:
+    """Geometric mean of the ratios of pairs, with its 95 % interval; a turn without tokens has none."""
+    logs = np.log([values, others])
+    logs = logs[:, np.isfinite(logs).all(0)]
+    return {
+        "ratio": float(np.exp((logs[0] - logs[1]).mean())),
+        "ci95": bootstrap(logs, lambda sample: np.exp((sample[0] - sample[1]).mean(-1))),
+    }

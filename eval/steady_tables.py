@@ -1,0 +1,80 @@
+"""The results of `eval steady` as tables for the console."""
+
+from rich.table import Table
+
+from apparate_llm.eval.schema import Distribution, SteadyRatio, SteadyResults
+from apparate_llm.eval.tables import DASH, WITH_INTERVAL, console_table, number, with_interval
+
+PARTS = {  # of the wait for a first token
+    "step under way": "step_under_way_ms",
+    "further steps": "further_steps_ms",
+    "own step": "own_step_ms",
+}
+
+
+def steady_tables(results: SteadyResults) -> list[Table]:
+    """Speed, ratios to the baseline, and what first tokens waited for; of at most 120 columns."""
+    cores, cpu = results.machine.get("cores", DASH), results.machine.get("cpu", DASH)
+    tables = [
+        console_table(
+            f"Clients that never stop asking, {cpu}, {cores} cores",
+            ["system", "clients", "TPT ms mean", "p99", "TTFT ms mean", "p99", "tokens/s", "step ms", "failed"],
+            [
+                [
+                    run.system,
+                    str(level.clients),
+                    *_mean_and_p99(run.tpt_ms),
+                    *_mean_and_p99(run.ttft_ms, 0),
+                    number(run.output_tokens_per_s, 1),
+                    number(run.step_ms, 1),
+                    str(run.failed),
+                ]
+                for level in results.levels
+                for run in level.runs
+            ],
+        ),
+        _ratio_table(results),
+    ]
+    waits = [(run, level.clients) for level in results.levels for run in level.runs if run.ttft_parts]
+    if waits:
+        title = "What first tokens waited for, ms, and prompts read in the step that read theirs"
+        rows = [
+            [
+                run.system,
+                str(clients),
+                *(number(run.ttft_parts[name], 0) for name in PARTS.values()),
+                number(run.ttft_parts["prompts_in_own_step"]),
+            ]
+            for run, clients in waits
+            if run.ttft_parts
+        ]
+        tables.append(console_table(title, ["system", "clients", *PARTS, "prompts"], rows))
+    return tables
+
+
+def _ratio_table(results: SteadyResults) -> Table:
+    found = [(ratio, level.clients) for level in results.levels for ratio in level.ratios]
+    baselines = " and ".join(dict.fromkeys(ratio.baseline for ratio, _ in found))
+    columns = ["system", "clients", f"TPT, {WITH_INTERVAL}", f"throughput, {WITH_INTERVAL}"]
+    rows = [
+        [
+            ratio.system,
+            str(clients),
+            with_interval(ratio.tpt, ratio.tpt_ci95, 3),
+            with_interval(ratio.throughput, ratio.throughput_ci95, 3),
+            *_of_answers(ratio),
+        ]
+        for ratio, clients in found
+    ]
+    names = ["TPT mean", "TPT p99", "TTFT mean", "TTFT p99"]
+    if all(ratio.answers_of_both is None for ratio, _ in found):  # one server, and no answer is of one policy
+        names, rows = [], [row[: len(columns)] for row in rows]
+    return console_table(f"Ratios to {baselines}: of turns side by side, and of whole answers", columns + names, rows)
+
+
+def _of_answers(ratio: SteadyRatio) -> list[str]:
+    return [number(value) for value in (ratio.tpt_mean, ratio.tpt_p99, ratio.ttft_mean, ratio.ttft_p99)]
+
+
+def _mean_and_p99(found: Distribution | None, digits: int = 1) -> tuple[str, str]:
+    return (DASH, DASH) if found is None else (number(found.mean, digits), number(found.p99, digits))
