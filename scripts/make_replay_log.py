@@ -74,7 +74,7 @@ def record(args: argparse.Namespace, log: Path) -> None:
         kv_cache_memory_bytes=2 << 30,
         enable_prefix_caching=False,
     )
-    policy: Policy = runner_of(llm).rounds.policy
+    policy: Policy = runner_of(llm).exit_drafter.policy
     sets = [[prompt.messages for prompt in load_prompts(path)] for path in args.prompts or [None]]
     for prompts in sets:
         random.Random(0).shuffle(prompts)

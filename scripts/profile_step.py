@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WARM_TOKENS = 64
 MAX_PROMPT_TOKENS = 1024
 BANDWIDTH_BYTES = 256 << 20
-ROUNDS = "rounds: "
+DRAFTING = "draft steps: "
 THRESHOLD = 0.5  # of exits at a given depth
 
 
@@ -85,27 +85,27 @@ def instrument(engine: "Engine", profile: Profile) -> None:
     if not engine.has_exits:
         return
     from apparate_llm.controller.policy import Policy
-    from apparate_llm.engine import rounds as rounds_module
+    from apparate_llm.engine import shallow_pass
 
     for name in ("_judge_held", "_record_released"):
         profile.wrap(runner, name, "verdicts")
-    profile.wrap(runner, "propose_draft_token_ids", ROUNDS + "rows, commit")
+    profile.wrap(runner, "propose_draft_token_ids", DRAFTING + "rows, commit")
     profile.wrap(runner, "_learn", "controller")
-    rounds = runner.rounds
-    assert rounds is not None, "exits are off"
+    drafter = runner.exit_drafter
+    assert drafter is not None, "exits are off"
     for name in (name for name in vars(Policy) if not name.startswith("_")):
-        if callable(getattr(rounds.policy, name)):
-            profile.wrap(type(rounds.policy), name, "controller")
-    profile.wrap(runner.shadow, "maybe_run", ROUNDS + "shadow")
-    profile.wrap(rounds, "run", ROUNDS + "rest")
-    profile.wrap(rounds, "predict", ROUNDS + "rest")
-    profile.wrap(rounds, "_proposals", ROUNDS + "copy feature")
-    profile.wrap(rounds, "_shallow", ROUNDS + "embedding, blocks")
-    profile.wrap(rounds_module, "attention_of_rows", ROUNDS + "attention metadata")
-    for ramps in rounds.ramp_sets.values():
-        profile.wrap(ramps.head, "enter", ROUNDS + "first state")
-        profile.wrap(ramps.head, "forward", ROUNDS + "head")
-        profile.wrap(ramps, "predict", ROUNDS + "token, confidence")
+        if callable(getattr(drafter.policy, name)):
+            profile.wrap(type(drafter.policy), name, "controller")
+    profile.wrap(runner.shadow, "maybe_run", DRAFTING + "shadow")
+    profile.wrap(drafter, "run", DRAFTING + "rest")
+    profile.wrap(drafter, "predict", DRAFTING + "rest")
+    profile.wrap(drafter, "_proposals", DRAFTING + "copy feature")
+    profile.wrap(drafter.model, "states", DRAFTING + "embedding, blocks")
+    profile.wrap(shallow_pass, "attention_of_rows", DRAFTING + "attention metadata")
+    for ramps in drafter.ramp_sets.values():
+        profile.wrap(ramps.head, "enter", DRAFTING + "first state")
+        profile.wrap(ramps.head, "forward", DRAFTING + "head")
+        profile.wrap(ramps, "predict", DRAFTING + "token, confidence")
 
 
 def bytes_read(engine: "Engine", model: Path, bytes_per_weight: int) -> dict[str, float]:
@@ -122,14 +122,14 @@ def bytes_read(engine: "Engine", model: Path, bytes_per_weight: int) -> dict[str
     read: dict[str, float] = {"worker: lm_head": head}
     read["worker: blocks"] = sum(value for name, value in size.items() if ".layers." in name)
     if engine.has_exits:
-        assert engine.runner.rounds is not None, "exits are off"
-        ramps: nn.Module = engine.runner.rounds.ramps
+        assert engine.runner.exit_drafter is not None, "exits are off"
+        ramps: nn.Module = engine.runner.exit_drafter.ramps
         children = ramps.get_submodule("head").named_children()
         parts: dict[str, int] = {
             name: vars(part)["weight_bytes"] for name, part in children if hasattr(part, "weight_bytes")
         }
-        read[ROUNDS + "first state"] = parts.pop("enter_linear", 0)
-        read[ROUNDS + "head"] = sum(parts.values())
+        read[DRAFTING + "first state"] = parts.pop("enter_linear", 0)
+        read[DRAFTING + "head"] = sum(parts.values())
     return read
 
 

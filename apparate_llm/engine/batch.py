@@ -4,35 +4,13 @@ With `runner.py` the only module that a new runner has to be taught to.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
-from apparate_llm.ramps.copying import TokenIds
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The requests of the step under way. The arrays are the runner's own: they change with its next step."""
-
-    request_ids: list[str]
-    token_ids: NDArray[np.int32]  # [requests, max_model_len]
-    num_tokens: NDArray[np.int32]  # [requests] of each text
-    num_computed_tokens: NDArray[np.int32]  # [requests] before this step
-    first_rows: NDArray[np.int32]  # [requests + 1] of each in the pass, and the number of all rows
-
-    @property
-    def num_requests(self) -> int:
-        return len(self.request_ids)
-
-    def text(self, index: int, end: int) -> TokenIds:
-        """The first `end` tokens of a request."""
-        return self.token_ids[index, :end]
+from apparate_llm.exits.batch import Batch
 
 
 def batch_of(runner: Any) -> Batch:
@@ -42,6 +20,7 @@ def batch_of(runner: Any) -> Batch:
         request_ids=inside.req_ids,
         token_ids=inside.token_ids_cpu,
         num_tokens=inside.num_tokens_no_spec[:number],
+        num_prompt_tokens=inside.num_prompt_tokens[:number],
         num_computed_tokens=inside.num_computed_tokens_cpu[:number],
         first_rows=runner.query_start_loc.np[: number + 1],
     )
@@ -53,6 +32,18 @@ def shorten(runner: Any, index: int, num_tokens: int) -> None:
     state = runner.requests[batch.req_ids[index]]
     del state.output_token_ids[num_tokens - state.num_prompt_tokens :]
     batch.num_tokens_no_spec[index] = num_tokens
+
+
+def append_tokens(runner: Any, index: int, tokens: list[int]) -> None:
+    """Put tokens at the end of a request's text, as vLLM's bookkeeping does with sampled ones."""
+    batch = runner.input_batch
+    start = int(batch.num_tokens_no_spec[index])
+    end = start + len(tokens)
+    assert end <= runner.max_model_len, f"released past the context: {end} > {runner.max_model_len}"
+    batch.token_ids_cpu[index, start:end] = tokens
+    batch.is_token_ids[index, start:end] = True
+    batch.num_tokens_no_spec[index] = end
+    runner.requests[batch.req_ids[index]].output_token_ids.extend(tokens)
 
 
 def attention_groups(runner: Any) -> Iterator[AttentionGroup]:

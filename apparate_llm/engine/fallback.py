@@ -18,7 +18,7 @@ from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm
 from apparate_llm.controller.budget import AccuracyBudget
 from apparate_llm.engine.batch import batch_of, shorten
 from apparate_llm.engine.parallel import Peers
-from apparate_llm.engine.rounds import Rounds, Row
+from apparate_llm.engine.rounds import Drafter, DraftRequest
 from apparate_llm.engine.runtime_config import PolicySwitch, apply_changes, apply_to_requests, learned_of, plain_exits
 from apparate_llm.exits.ledger import PendingVerdict, Verdict, VerdictLedger
 from apparate_llm.exits.recount import drop_exits
@@ -38,11 +38,11 @@ class FallbackRunner(CPUModelRunner):
         self.ledger = self._new_ledger()
         self.clock = StepClock(self.peers)
         self.safety = Safety()
-        self.rounds: Rounds | None = None  # None: no exits
+        self.exit_drafter: Drafter | None = None  # None: no exits
         self.switch: PolicySwitch | None = None  # None: started without exits
-        self._parked: Rounds | None = None  # after a failure, until exits come back
+        self._parked: Drafter | None = None  # after a failure, until exits come back
         self._noted: tuple[str, Exception] | None = None  # a failure that the other ranks have not heard of
-        self._rows: list[Row] = []  # of the step under way, until its tokens are handed over
+        self._rows: list[DraftRequest] = []  # of the step under way, until its tokens are handed over
         self._drafts: list[list[int]] = []  # held exits of the last rounds, as vLLM has them
         self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
         self._released: dict[str, list[int]] = {}  # exits released in the step under way
@@ -84,8 +84,8 @@ class FallbackRunner(CPUModelRunner):
         if self._noted is not None:
             part, self._noted = self._noted[0], None
         self.safety.failed(part, error, self.clock.now_s)
-        if self.rounds is not None:
-            self._parked, self.rounds = self.rounds, None
+        if self.exit_drafter is not None:
+            self._parked, self.exit_drafter = self.exit_drafter, None
         self._pending, self._judged, self.later = [], [], None
         self._drafts[:] = [[] for _ in self._drafts]
         try:
@@ -115,7 +115,7 @@ class FallbackRunner(CPUModelRunner):
         """The ledger has vLLM's requests, no others; those it did not know take no exits."""
         known = self.ledger.requests
         self.ledger.requests = {
-            request_id: known.get(request_id) or plain_exits(len(state.output_token_ids))
+            request_id: known.get(request_id) or plain_exits(len(state.output_token_ids), state.sampling_params)
             for request_id, state in self.requests.items()
         }
 
@@ -124,12 +124,12 @@ class FallbackRunner(CPUModelRunner):
 
     def _come_back(self, *, by_hand: bool) -> None:
         """Exits again, by a policy that is the same on all ranks and has seen nothing of the failure."""
-        rounds, switch = self._parked, self.switch
-        if rounds is None or switch is None:
+        drafter, switch = self._parked, self.switch
+        if drafter is None or switch is None:
             return
-        learned = learned_of(rounds.policy) if self.safety.trusts_policy and self.peers.is_first else {}
-        switch.renew(rounds, self.exit_config, self.peers.share_object(learned))
-        self.rounds, self._parked = rounds, None
+        learned = learned_of(drafter.policy) if self.safety.trusts_policy and self.peers.is_first else {}
+        switch.renew(drafter, self.exit_config, self.peers.share_object(learned))
+        self.exit_drafter, self._parked = drafter, None
         self.safety.returned(self.clock.now_s, by_hand=by_hand)
         self._count_failures()
 
@@ -150,8 +150,8 @@ class FallbackRunner(CPUModelRunner):
     def _take_up(self, after: EarlyExitConfig) -> bool:
         if self.safety.is_off:
             self._come_back(by_hand=True)
-        if self.switch is not None and self.rounds is not None:
-            self.switch.change(self.rounds, self.exit_config, after)
+        if self.switch is not None and self.exit_drafter is not None:
+            self.switch.change(self.exit_drafter, self.exit_config, after)
         return True
 
     def forget(self) -> bool:
@@ -159,10 +159,10 @@ class FallbackRunner(CPUModelRunner):
         return self._guarded("reset", self._forget, False)
 
     def _forget(self) -> bool:
-        rounds = self.rounds or self._parked
-        if self.switch is None or rounds is None:
+        drafter = self.exit_drafter or self._parked
+        if self.switch is None or drafter is None:
             return False
-        self.switch.renew(rounds, self.exit_config, {})
+        self.switch.renew(drafter, self.exit_config, {})
         return True
 
     def check_integrity(self) -> None:

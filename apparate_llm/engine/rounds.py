@@ -1,33 +1,63 @@
-"""Shallow rounds: blocks [0, depth) and the ramp, one row per live request, several times over."""
+"""Drafting exits: draft steps of the first `depth` blocks and the ramp, one row per live request, and lookup of what
+a text repeats."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
-from vllm.config import CompilationMode
-from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
 
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
-from apparate_llm.engine.batch import attention_of_rows, batch_of, num_slots
-from apparate_llm.engine.parallel import Peers
+from apparate_llm.exits.batch import Batch
 from apparate_llm.ramps.copying import NOTHING_REPEATED, Repeated, TokenIds, copied_confidence, look_back
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
 
-logger = init_logger("vllm.apparate")
 
-WARM_ROWS = 4  # for torch a number of 1 were a constant
+class DraftModel(Protocol):
+    """The model that is served, over the batch of the step under way."""
+
+    def compile(self, depth: int) -> None:
+        """Before serving: the first `depth` blocks, where the model is compiled."""
+        ...
+
+    def batch(self) -> Batch: ...
+
+    def states(
+        self, depth: int, request_indices: list[int], tokens: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """[num_rows, hidden_size] residual stream after `depth` blocks of one token `tokens` [num_rows] of each of
+        these requests, at `positions` [num_rows] of their texts; their keys and values go into the KV cache."""
+        ...
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size] of `tokens` [num_tokens]."""
+        ...
+
+    def num_slots(self, request_index: int) -> int:
+        """Tokens of a request that have a place in the KV cache."""
+        ...
+
+    def append(self, request_index: int, tokens: list[int]) -> None:
+        """Make `tokens` ordinary tokens at the end of a request's text."""
+        ...
+
+
+class Ranks(Protocol):
+    """Of one tensor parallel group."""
+
+    def share_prediction(self, prediction: Prediction) -> Prediction:
+        """Rank 0's tokens and confidences, on every rank."""
+        ...
 
 
 @dataclass(slots=True)
-class Row:
-    """One request taking part in this step's rounds."""
+class DraftRequest:
+    """One request taking part in this step's drafting."""
 
     request_index: int  # in vLLM's input batch
     newest_token: int
@@ -50,20 +80,20 @@ class Row:
         return len(self.released) + len(self.held)
 
 
-class Rounds:
-    """Runs the rounds of one engine step over a vLLM runner's model and KV cache."""
+class Drafter:
+    """Drafts the exits of one engine step after the other."""
 
     def __init__(
         self,
-        runner: Any,
+        model: DraftModel,
         *,
         ramps: dict[int, RampSet],
         policy: Policy,
         budget: AccuracyBudget,
         max_exits: int,
-        peers: Peers,
+        peers: Ranks,
     ) -> None:
-        self.runner = runner
+        self.model = model
         self.ramp_sets = ramps
         self.policy = policy
         self.budget = budget
@@ -83,25 +113,13 @@ class Rounds:
         """Of the depth in use."""
         return self.ramp_sets[self.policy.depth]
 
-    def compile_blocks(self, depth: int) -> None:
-        """Before serving, where vLLM compiles the model. Blocks that are not or cannot be compiled run as they are; so
-        do those of several ranks, which could not meet for the exchanges of compiled ones."""
-        config = self.runner.vllm_config
-        if depth == 0 or not self.peers.alone or config.compilation_config.mode == CompilationMode.NONE:
-            return
-        try:
-            with set_forward_context(None, config, num_tokens=WARM_ROWS), torch.inference_mode():
-                self.runner.model.compile_shallow(depth, WARM_ROWS)
-        except Exception:
-            logger.exception("Rounds at depth %d take longer, as their blocks could not be compiled", depth)
-
     def start(self) -> int | None:
         """Most rounds that the policy wants in the step under way, 0 where texts are followed only; None: no exits."""
-        num_rounds = min(self.policy.start(batch_of(self.runner).num_requests), self.max_exits)
+        num_rounds = min(self.policy.start(self.model.batch().num_requests), self.max_exits)
         return num_rounds if num_rounds or self.policy.copies else None
 
     def run(
-        self, rows: list[Row], num_rounds: int, final_states: torch.Tensor, inner_states: list[torch.Tensor]
+        self, rows: list[DraftRequest], num_rounds: int, final_states: torch.Tensor, inner_states: list[torch.Tensor]
     ) -> list[tuple[int, float]]:
         """Fill in `released`, `held` and `offered` of the rows in up to `num_rounds`; returns (rows, ms) of each
         round run. Rows whose text repeats itself at length follow it from there on, without a round.
@@ -110,7 +128,7 @@ class Rounds:
         same shape each, its residual streams at the ramp's inner depths.
         """
         began = perf_counter()
-        batch = batch_of(self.runner)
+        batch = self.model.batch()
         self._texts, self._num_rows = batch.text, batch.num_requests
         live = [row for row in rows if not self._follows(row)]
         if not live or not num_rounds:
@@ -144,7 +162,7 @@ class Rounds:
             tokens, state = prediction.token_ids[going], prediction.state[going]
         return spent
 
-    def _follows(self, row: Row) -> bool:
+    def _follows(self, row: DraftRequest) -> bool:
         """Whether the row's text repeats itself at length, so that what comes there is taken without asking a ramp."""
         if not self.policy.copies and not self.ramps.head.reads_copies:
             return False
@@ -162,13 +180,13 @@ class Rounds:
             start, match = start + 1, match + 1
         return True
 
-    def _text(self, row: Row) -> TokenIds:
+    def _text(self, row: DraftRequest) -> TokenIds:
         """Tokens of a row's request, its exits included."""
         text = self._texts(row.request_index, row.newest_position + 1)
         exits = [exit_.token_id for exit_ in (*row.released, *row.held)]
         return np.append(text, exits) if exits else text
 
-    def _decide(self, row: Row, token: int, confidence: float, *, match: int = 0) -> bool:
+    def _decide(self, row: DraftRequest, token: int, confidence: float, *, match: int = 0) -> bool:
         """Whether the row takes this exit; match: of a copied one."""
         if math.isnan(confidence):  # of scores that are no numbers: no exit, and nothing to learn from
             return False
@@ -197,38 +215,20 @@ class Rounds:
         self._num_rows += 1
         return True
 
-    def predict(self, live: list[Row], tokens: torch.Tensor, state: torch.Tensor, number: int) -> Prediction:
+    def predict(self, live: list[DraftRequest], tokens: torch.Tensor, state: torch.Tensor, number: int) -> Prediction:
         """One round: `tokens` [num_rows] are the rows' newest, `state` [num_rows, hidden_size] the ramp's."""
-        hidden = self._shallow(live, tokens, number)
+        positions = torch.tensor([row.newest_position + number for row in live])
+        hidden = self.model.states(self.ramps.depth, [row.request_index for row in live], tokens, positions)
         proposals = self._proposals(live) if self.ramps.head.reads_copies else None
         return self.ramps.predict(hidden, state, proposals, round_number=number)
 
-    def _proposals(self, live: list[Row]) -> Proposals:
+    def _proposals(self, live: list[DraftRequest]) -> Proposals:
         """What the copy feature makes of each row's text, its exits included."""
         tokens, lengths = torch.tensor([row.repeated[:2] for row in live]).unbind(1)
-        with self.peers.meeting_in_model():
-            return Proposals(tokens, lengths, self.runner.model.model.embed_input_ids(tokens))
-
-    def _shallow(self, live: list[Row], tokens: torch.Tensor, number: int) -> torch.Tensor:
-        """[num_rows, hidden_size] residual stream of each row's newest token after `depth` blocks."""
-        depth = self.ramps.depth
-        positions = torch.tensor([row.newest_position + number for row in live])
-        hidden: torch.Tensor
-        if depth == 0:
-            with self.peers.meeting_in_model():
-                hidden = self.runner.model.forward_shallow(0, tokens, positions)
-            return hidden
-        attention, slots = attention_of_rows(self.runner, [row.request_index for row in live], positions)
-        config = self.runner.vllm_config
-        with (
-            set_forward_context(attention, config, num_tokens=len(live), slot_mapping=slots),
-            self.peers.meeting_in_model(),
-        ):
-            hidden = self.runner.model.forward_shallow(depth, tokens, positions)
-        return hidden
+        return Proposals(tokens, lengths, self.model.embed(tokens))
 
     def room(self, request_index: int, newest_position: int) -> int:
         """Rounds whose KV slots (newest_position, newest_position + 1, ...) are allocated already."""
         if self.policy.depth == 0:
             return self.max_exits
-        return int(np.clip(num_slots(self.runner, request_index) - newest_position, 0, self.max_exits))
+        return int(np.clip(self.model.num_slots(request_index) - newest_position, 0, self.max_exits))

@@ -26,14 +26,15 @@ from apparate_llm.engine.greedy import check, first_rows, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.memory import Memory
 from apparate_llm.engine.output import EarlyExitOutput
-from apparate_llm.engine.rounds import Rounds, Row
+from apparate_llm.engine.rounds import Drafter, DraftRequest
 from apparate_llm.engine.runtime_config import PolicySwitch, admit_request
 from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.shadow import Shadow
+from apparate_llm.engine.shallow_pass import ShallowPass
 from apparate_llm.engine.state_key import state_key_of
 from apparate_llm.engine.vllm_args import forget_knobs
 from apparate_llm.exits.ledger import PendingVerdict, RequestExits
-from apparate_llm.exits.verify import best_and_regret, judge_by_sampling, judge_held
+from apparate_llm.exits.verify import best_and_regret, verdicts_of_sampling, verify_held
 from apparate_llm.models.mixin import ramps_of
 
 logger = init_logger("vllm.apparate")
@@ -59,15 +60,15 @@ class EarlyExitRunner(FallbackRunner):
         num_layers = self.model_config.get_total_num_hidden_layers()
         self.switch = PolicySwitch(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
         policy = self.switch.make(config)
-        self.rounds = Rounds(
-            self,
+        self.exit_drafter = Drafter(
+            ShallowPass(self, self.peers),
             ramps=ramps,
             policy=policy,
             budget=self.ledger.budget,
             max_exits=min(config.max_exits, self.num_spec_tokens),
             peers=self.peers,
         )
-        self.shadow = Shadow(self.rounds, tuple(sorted(inner_depths)), self.peers)
+        self.shadow = Shadow(self.exit_drafter, tuple(sorted(inner_depths)), self.clock, self.peers)
         if self.peers.is_first:
             self.memory.begin(config, state_key_of(self, depths=sorted(ramps)), policy, num_layers=num_layers)
         learned = self.peers.share_object(policy.state())
@@ -88,7 +89,7 @@ class EarlyExitRunner(FallbackRunner):
         return super()._dummy_sampler_run(hidden_states[:1])
 
     def shutdown(self) -> None:
-        self.memory.end(self.rounds.policy if self.rounds is not None else None)
+        self.memory.end(self.exit_drafter.policy if self.exit_drafter is not None else None)
         super().shutdown()
 
     # ---- requests come and go
@@ -107,8 +108,8 @@ class EarlyExitRunner(FallbackRunner):
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id not in self.ledger.requests and new.sampling_params is not None:
                 self.ledger.add_request(new.req_id, self._exits_of(new.sampling_params))
-                if self.rounds is not None:
-                    self.rounds.policy.on_request()
+                if self.exit_drafter is not None:
+                    self.exit_drafter.policy.on_request()
 
     def _exits_of(self, params: SamplingParams) -> RequestExits:
         return admit_request(params, self.exit_config, self.ledger, others_allow=not self.custom_processors)
@@ -202,22 +203,22 @@ class EarlyExitRunner(FallbackRunner):
         self._judged = self.ledger.record(pending, *best_and_regret(logits, token_ids))
 
     def _drafts_to_judge(self, state: ExecuteModelState) -> SpecDecodeMetadata | None:
-        """Held exits whose verdicts take scores; else what is accepted tells them, see `judge_by_sampling`."""
+        """Held exits whose verdicts take scores; else what is accepted tells them, see `verdicts_of_sampling`."""
         metadata, config = state.spec_decode_metadata, self.exit_config
         lossless = config.accuracy_bound == 0 and not config.allow_looser_requests and config.feedback_log is None
-        if self.rounds is None or metadata is None or metadata.max_spec_len == 0 or lossless:
+        if self.exit_drafter is None or metadata is None or metadata.max_spec_len == 0 or lossless:
             return None
         return metadata
 
     def _judge_held(self, drafts: SpecDecodeMetadata, logits: torch.Tensor) -> bool:
-        assert self.rounds is not None
+        assert self.exit_drafter is not None
         now_s = self.clock.now_s
-        self._judged += judge_held(
+        self._judged += verify_held(
             logits,
             drafts,
             self.input_batch.req_ids,
             ledger=self.ledger,
-            policy=self.rounds.policy,
+            policy=self.exit_drafter.policy,
             may_diverge=lambda request_id: self.ledger.requests[request_id].may_diverge(now_s),
         )
         return True
@@ -282,12 +283,12 @@ class EarlyExitRunner(FallbackRunner):
             self._come_back(by_hand=False)
         rows, ends = self._live_rows(sampled_token_ids, num_drafts)
         self._rows = rows
-        if self.rounds is None:
+        if self.exit_drafter is None:
             return
         self._learn()
-        if self.rounds.policy.wants_shadow():
+        if self.exit_drafter.policy.wants_shadow():
             self.shadow.maybe_run(sampled_token_ids, num_drafts, final, inner)
-        num_rounds = self.rounds.start() if rows else None
+        num_rounds = self.exit_drafter.start() if rows else None
         if num_rounds is None:
             return
         propose = partial(self._propose, rows, num_rounds, final, inner)
@@ -298,7 +299,9 @@ class EarlyExitRunner(FallbackRunner):
         else:
             propose()
 
-    def _propose(self, rows: list[Row], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]) -> None:
+    def _propose(
+        self, rows: list[DraftRequest], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]
+    ) -> None:
         """Run the rounds and enter the held exits in the drafts."""
         self._run_rounds(rows, num_rounds, final, inner)
         for row in rows:
@@ -329,20 +332,22 @@ class EarlyExitRunner(FallbackRunner):
 
     def _learn(self) -> None:
         """Tell the policy what the step has shown."""
-        assert self.rounds is not None
-        policy = self.rounds.policy
+        assert self.exit_drafter is not None
+        policy = self.exit_drafter.policy
         began_s = perf_counter()
         for verdict in self._judged:
             if verdict.follows_text:
                 policy.on_verdict(verdict.exit, verdict.agrees)
         self.clock.tell(policy)
-        controller_ms = (perf_counter() - began_s) * 1e3 + self.rounds.take_deciding_ms()
+        controller_ms = (perf_counter() - began_s) * 1e3 + self.exit_drafter.take_deciding_ms()
         self.memory.learned(self.clock.last, self._judged, policy, self.ledger.distributions, controller_ms)
 
-    def _run_rounds(self, rows: list[Row], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]) -> None:
-        assert self.rounds is not None
-        policy = self.rounds.policy
-        spent = self.rounds.run(rows, num_rounds, final, self.shadow.ramp_states(inner))
+    def _run_rounds(
+        self, rows: list[DraftRequest], num_rounds: int, final: torch.Tensor, inner: list[torch.Tensor]
+    ) -> None:
+        assert self.exit_drafter is not None
+        policy = self.exit_drafter.policy
+        spent = self.exit_drafter.run(rows, num_rounds, final, self.shadow.ramp_states(inner))
         self.ledger.counts.rounds += len(spent)
         self.ledger.counts.shallow_blocks += policy.depth * sum(num_rows for num_rows, _ in spent)
         shared = self.clock.shared_rounds(spent)
@@ -350,12 +355,12 @@ class EarlyExitRunner(FallbackRunner):
             policy.on_draft_step(policy.depth, num_rows, ms)
         self.memory.rounds(shared, self.ledger.distributions)
 
-    def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int]) -> tuple[list[Row], bool]:
+    def _live_rows(self, sampled_token_ids: list[list[int]], num_drafts: list[int]) -> tuple[list[DraftRequest], bool]:
         """Count this step's checked tokens; a row for each request that goes on and takes exits, and whether another
         ends here."""
         batch, now_s = self.input_batch, self.clock.now_s
         judged = {verdict.request_id for verdict in self._judged if not verdict.released}
-        takes_drafts = self.rounds is not None and not self._drops_drafts()
+        takes_drafts = self.exit_drafter is not None and not self._drops_drafts()
         rows, ends = [], False
         for index, checked in enumerate(sampled_token_ids):
             if not checked:  # a prompt chunk
@@ -374,19 +379,19 @@ class EarlyExitRunner(FallbackRunner):
             num_context_left = self.max_model_len - end
             self.ledger.checked(exits, num_drafts[index], num_accepted)
             num_unjudged = 0 if request_id in judged else num_drafts[index]
-            self._judged += judge_by_sampling(request_id, exits, checked, end, num_unjudged)
+            self._judged += verdicts_of_sampling(request_id, exits, checked, end, num_unjudged)
             self.ledger.emit(request_id, num_emitted + min(num_left, 0), now_s)
             if num_emitted < len(checked) or checked[-1] in stops or num_left <= 0 or num_context_left <= 0:
                 ends = True
                 self.ledger.ended(request_id)
                 continue
-            if self.rounds is None or not takes_drafts or not exits.takes_exits:
+            if self.exit_drafter is None or not takes_drafts or not exits.takes_exits:
                 continue
-            room = min(num_left, num_context_left, self.rounds.room(index, end - 1))
+            room = min(num_left, num_context_left, self.exit_drafter.room(index, end - 1))
             if room <= 0:
                 continue
             rows.append(
-                Row(
+                DraftRequest(
                     request_index=index,
                     newest_token=checked[-1],
                     newest_position=end - 1,
@@ -401,21 +406,15 @@ class EarlyExitRunner(FallbackRunner):
             )
         return rows, ends
 
-    def _commit(self, row: Row) -> None:
+    def _commit(self, row: DraftRequest) -> None:
         """Make released exits ordinary tokens of the request, as vLLM's bookkeeping does with sampled ones."""
-        batch = self.input_batch
-        request_id = batch.req_ids[row.request_index]
+        assert self.exit_drafter is not None
+        request_id = self.input_batch.req_ids[row.request_index]
         exits = self.ledger.requests[request_id]
         exits.held, exits.offered = row.held, row.offered
         if not row.released:
             return
-        start = int(batch.num_tokens_no_spec[row.request_index])
-        end = start + len(row.released)
-        assert end <= self.max_model_len, f"released past the context: {end} > {self.max_model_len}"
         tokens = [exit_.token_id for exit_ in row.released]
-        batch.token_ids_cpu[row.request_index, start:end] = tokens
-        batch.is_token_ids[row.request_index, start:end] = True
-        batch.num_tokens_no_spec[row.request_index] = end
-        self.requests[request_id].output_token_ids.extend(tokens)
+        self.exit_drafter.model.append(row.request_index, tokens)
         self.ledger.release(request_id, row.released)
         self._released[request_id] = tokens

@@ -1,5 +1,6 @@
 """Knobs changed while serving: between two engine steps, on every rank alike."""
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
 from apparate_llm.controller.state import check_numbers
 from apparate_llm.engine.eligibility import is_releasable, may_exit, stop_token_ids
-from apparate_llm.engine.rounds import Rounds
+from apparate_llm.engine.rounds import Drafter
 from apparate_llm.exits.ledger import RequestExits, VerdictLedger
 from apparate_llm.exits.tenants import UNNAMED
 from apparate_llm.exits.token_origins import trace_of
@@ -54,21 +55,21 @@ class PolicySwitch:
                 f"got {config.max_exits}"
             )
 
-    def change(self, rounds: Rounds, before: EarlyExitConfig, after: EarlyExitConfig) -> None:
-        self._learned[before.policy] = rounds.policy.state()
-        rounds.policy = self.make(after)
-        rounds.max_exits = after.max_exits
+    def change(self, drafter: Drafter, before: EarlyExitConfig, after: EarlyExitConfig) -> None:
+        self._learned[before.policy] = drafter.policy.state()
+        drafter.policy = self.make(after)
+        drafter.max_exits = after.max_exits
         if state := self._learned.get(after.policy):
             if after.depth != "auto":
                 state = {**state, "depth": after.depth}
-            rounds.policy.restore(state)
+            drafter.policy.restore(state)
 
-    def renew(self, rounds: Rounds, config: EarlyExitConfig, learned: dict[str, Any]) -> None:
+    def renew(self, drafter: Drafter, config: EarlyExitConfig, learned: dict[str, Any]) -> None:
         """Begin anew with no more than what was `learned`."""
         self._learned.clear()
-        rounds.policy = self.make(config)
+        drafter.policy = self.make(config)
         if learned:
-            rounds.policy.restore(learned)
+            drafter.policy.restore(learned)
 
 
 def learned_of(policy: Policy) -> dict[str, Any]:
@@ -129,6 +130,7 @@ def admit_request(
         releasable=releasable,
         greedy=params.temperature == 0.0,
         may_exit=exits,
+        max_tokens=max_tokens_of(params),
         stop_token_ids=stop_token_ids(params),
         knobs=knobs,
         bucket=bucket,
@@ -138,9 +140,15 @@ def admit_request(
     )
 
 
-def plain_exits(num_emitted: int) -> RequestExits:
+def plain_exits(num_emitted: int, params: SamplingParams | None) -> RequestExits:
     """Of a request that the ledger has lost sight of: it takes no exits."""
     knobs = RequestKnobs.model_validate({"early_exit": 0})
     bucket = Bucket.of_request(0.0)
     bucket.stay_alone()
-    return RequestExits(releasable=False, bucket=bucket, knobs=knobs, num_emitted=num_emitted)
+    return RequestExits(
+        releasable=False, bucket=bucket, knobs=knobs, max_tokens=max_tokens_of(params), num_emitted=num_emitted
+    )
+
+
+def max_tokens_of(params: SamplingParams | None) -> int:
+    return sys.maxsize if params is None or params.max_tokens is None else params.max_tokens

@@ -5,9 +5,8 @@ from time import perf_counter
 
 import torch
 
-from apparate_llm.engine.batch import batch_of
-from apparate_llm.engine.parallel import Peers
-from apparate_llm.engine.rounds import Rounds
+from apparate_llm.engine.rounds import Drafter
+from apparate_llm.exits.step_clock import Ranks, StepClock
 from apparate_llm.ramps.copying import TokenIds, copy_of
 from apparate_llm.ramps.load import Proposals
 
@@ -19,25 +18,25 @@ class Shadow:
     """Compares all ramps' first-round tokens with the full model's, at positions after an accepted held exit: there
     the pass has the newest token's inner state and the final state of the token before it."""
 
-    def __init__(self, rounds: Rounds, depths: tuple[int, ...], peers: Peers) -> None:
+    def __init__(self, drafter: Drafter, depths: tuple[int, ...], clock: StepClock, peers: Ranks) -> None:
         """depths: of the completion pass's inner states."""
-        self.rounds = rounds
+        self.drafter = drafter
+        self.clock = clock
         self.peers = peers
         self.depths = depths
         self._due_s = 0.0
 
     def ramp_states(self, inner: list[torch.Tensor]) -> list[torch.Tensor]:
         """The inner states that the ramps read, out of all the completion pass gives."""
-        return [inner[self.depths.index(depth)] for depth in self.rounds.ramps.inner]
+        return [inner[self.depths.index(depth)] for depth in self.drafter.ramps.inner]
 
     def maybe_run(
         self, sampled_token_ids: list[list[int]], num_drafts: list[int], final: torch.Tensor, inner: list[torch.Tensor]
     ) -> None:
         """After a completion pass; num_drafts: held exits it checked, per request."""
-        runner = self.rounds.runner
-        if runner.clock.now_s < self._due_s:
+        if self.clock.now_s < self._due_s:
             return
-        batch = batch_of(runner)
+        batch = self.drafter.model.batch()
         rows, texts, targets = [], [], []
         for index, checked in enumerate(sampled_token_ids):
             end = int(batch.num_tokens[index])
@@ -51,7 +50,7 @@ class Shadow:
         began_s = perf_counter()
         self._compare(rows[:MAX_ROWS], texts[:MAX_ROWS], targets[:MAX_ROWS], final, inner)
         (took_s,) = self.peers.share_floats([perf_counter() - began_s])
-        self._due_s = runner.clock.now_s + took_s / COST_FRAC
+        self._due_s = self.clock.now_s + took_s / COST_FRAC
 
     def _compare(
         self,
@@ -61,15 +60,13 @@ class Shadow:
         final: torch.Tensor,
         inner: list[torch.Tensor],
     ) -> None:
-        policy, before = self.rounds.policy, [row - 1 for row in rows]
-        embed = self.rounds.runner.model.model.embed_input_ids
+        policy, before, embed = self.drafter.policy, [row - 1 for row in rows], self.drafter.model.embed
         newest = torch.tensor([int(text[-1]) for text in texts])
         tokens, lengths = torch.tensor([copy_of(text) for text in texts]).unbind(1)
-        with self.peers.meeting_in_model():
-            proposals, newest_states = Proposals(tokens, lengths, embed(tokens)), embed(newest)
+        proposals, newest_states = Proposals(tokens, lengths, embed(tokens)), embed(newest)
         states = [state[before] for state in self.ramp_states(inner)]
         agrees = {}
-        for depth, ramps in self.rounds.ramp_sets.items():
+        for depth, ramps in self.drafter.ramp_sets.items():
             hidden = inner[self.depths.index(depth)][rows] if depth else newest_states
             state = ramps.head.enter(final[before], states)
             given = proposals if ramps.head.reads_copies else None

@@ -35,9 +35,9 @@ class EarlyExitWorker(BatchInvariantWorker):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         times = super().compile_or_warm_up_model()
-        rounds = self.model_runner.rounds
-        if rounds is not None:  # those of a depth that is chosen later would have to be compiled while serving
-            rounds.compile_blocks(rounds.policy.depth)
+        drafter = self.model_runner.exit_drafter
+        if drafter is not None:  # those of a depth that is chosen later would have to be compiled while serving
+            drafter.model.compile(drafter.policy.depth)
         return times
 
     # One message to this process per step instead of three, where nothing has to come in between.
@@ -69,7 +69,7 @@ class EarlyExitWorker(BatchInvariantWorker):
     def early_exit_status(self) -> dict[str, Any]:
         """Knobs, depth in use and running totals, as plain values."""
         runner = self.model_runner
-        policy = runner.rounds.policy if runner.rounds else None
+        policy = runner.exit_drafter.policy if runner.exit_drafter else None
         return {
             "clock_s": monotonic(),
             "active": policy is not None,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,7 @@ class RequestExits:
     bucket: Bucket
     greedy: bool = True
     may_exit: bool = True  # False where even held exits would change the answer
+    max_tokens: int = sys.maxsize  # of the answer
     stop_token_ids: frozenset[int] = frozenset()
     knobs: RequestKnobs = RequestKnobs.model_validate({})  # noqa: RUF009 - frozen
     tpt_target_ms: float | None = None

@@ -26,7 +26,7 @@ def best_and_regret(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[list
     return best.tolist(), (scores[:, 0] - scores[:, 1]).tolist()
 
 
-def judge_held(
+def verify_held(
     logits: torch.Tensor,
     metadata: Drafts,
     request_ids: list[str],
@@ -75,7 +75,7 @@ def judge_held(
     return verdicts
 
 
-def judge_by_sampling(
+def verdicts_of_sampling(
     request_id: str, exits: RequestExits, checked: list[int], end: int, num_drafts: int
 ) -> list[Verdict]:
     """Verdicts that the sampled tokens show, of which the last is at `end` - 1: on `num_drafts` held exits, and on the

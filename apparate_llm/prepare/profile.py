@@ -229,11 +229,11 @@ class Profiler:
         )
         self.engine: Any = self.llm.llm_engine
         self.runner = runner_of(self.llm)
-        self.rounds = self.runner.rounds
+        self.drafter = self.runner.exit_drafter
         self.vocab = self.runner.model_config.get_vocab_size()
         self.depths = depths
         for depth in depths:
-            self.rounds.compile_blocks(depth)
+            self.drafter.model.compile(depth)
         self._number = 0
 
     def run(self, measured: Measurements) -> None:
@@ -272,7 +272,7 @@ class Profiler:
         with self._without_rounds():
             measured.add(("completion", size), _times_ms(self.engine.step, steps))
         for depth in self.depths:
-            self.rounds.policy.depth = depth
+            self.drafter.policy.depth = depth
             rounds_ms: list[float] = []
             for held in _held(size) if depth == self.depths[0] else HELD[:1]:
                 if rounds_ms and measured.left_s <= 0:
@@ -306,13 +306,13 @@ class Profiler:
         passes_ms: list[float] = []
         rounds_ms: list[float] = []
         spent: list[tuple[int, float]] = []
-        stock, self.rounds.max_exits = self.rounds.run, held
+        stock, self.drafter.max_exits = self.drafter.run, held
 
         def run(*args: Any) -> list[tuple[int, float]]:
             spent.extend(stock(*args))
             return spent
 
-        self.rounds.run = run
+        self.drafter.run = run
         try:
             for number in range(WARM_UP + steps):
                 spent.clear()
@@ -324,8 +324,8 @@ class Profiler:
                     passes_ms.append(took_ms)
                     rounds_ms += [ms for rows, ms in spent if rows == size]
         finally:
-            self.rounds.run = stock
-            self.rounds.max_exits = self.runner.num_spec_tokens
+            self.drafter.run = stock
+            self.drafter.max_exits = self.runner.num_spec_tokens
         return passes_ms, rounds_ms
 
     def _checked(self) -> int:
@@ -366,10 +366,10 @@ class _Without:
         self.runner = runner
 
     def __enter__(self) -> None:
-        self.rounds, self.runner.rounds = self.runner.rounds, None
+        self.drafter, self.runner.exit_drafter = self.runner.exit_drafter, None
 
     def __exit__(self, *_: object) -> None:
-        self.runner.rounds = self.rounds
+        self.runner.exit_drafter = self.drafter
 
 
 def _held(size: int) -> list[int]:

@@ -19,7 +19,7 @@ def adaptive(ramps, **knobs):
 def cheap_rounds(engine: Engine):
     """The policy, made to believe that rounds cost a hundredth of a pass: on a tiny model they cost about as much as
     one."""
-    policy = engine.runner.rounds.policy
+    policy = engine.runner.exit_drafter.policy
     for depth in policy.depths:
         policy.costs.observe_round(depth, 1, 0.3)
     deaf = {"__slots__": (), "on_draft_step": lambda self, *args: None, "on_decode_step": lambda self, *args: None}
@@ -77,7 +77,7 @@ def test_the_policy_hears_of_passes_that_read_prompts_too(tiny_llama, lens_ramps
         "on_decode_step": lambda self, num_requests, num_rows, ms: completed.append((num_requests, ms)),
     }
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3))) as engine:
-        policy = engine.runner.rounds.policy
+        policy = engine.runner.exit_drafter.policy
         policy.__class__ = type("Listening", (type(policy),), ears)
         engine.add("first", PROMPTS[0], greedy(60))
         for _ in range(3):
@@ -167,7 +167,7 @@ def test_a_bad_knob_that_no_api_refused_costs_the_request_its_knobs_and_nothing_
 
 def test_the_policy_hears_once_of_each_request(tiny_llama, lens_ramps):
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3))) as engine:
-        policy, heard = engine.runner.rounds.policy, []
+        policy, heard = engine.runner.exit_drafter.policy, []
         listening = {"__slots__": (), "on_request": lambda self: heard.append(self)}
         policy.__class__ = type("Listening", (type(policy),), listening)
         engine.tokens(PROMPTS, greedy(30))
@@ -211,11 +211,11 @@ def test_experience_survives_a_restart(tiny_llama, lens_ramps, tmp_path):
     knobs = adaptive(lens_ramps(depth=4), state=str(path))
     with Engine(tiny_llama, knobs) as engine:
         engine.tokens(PROMPTS, greedy(40))
-        learned = engine.runner.rounds.policy.state()
+        learned = engine.runner.exit_drafter.policy.state()
     with Engine(tiny_llama, knobs) as engine:
-        assert json.loads(json.dumps(engine.runner.rounds.policy.state())) == json.loads(json.dumps(learned))
+        assert json.loads(json.dumps(engine.runner.exit_drafter.policy.state())) == json.loads(json.dumps(learned))
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3), state=str(path))) as engine:  # other ramps
-        assert not engine.runner.rounds.policy.calibrations
+        assert not engine.runner.exit_drafter.policy.calibrations
 
 
 def test_the_depth_may_change_at_any_step(tiny_llama, tmp_path, plain_tokens):
@@ -223,7 +223,7 @@ def test_the_depth_may_change_at_any_step(tiny_llama, tmp_path, plain_tokens):
     ramps = build_lens_ramps(tmp_path / "ramps", tiny_llama, depth=3, confidence_offset=6.0, others=(1, 4))
     with Engine(tiny_llama, adaptive(ramps, max_exits=3)) as engine:
         runner, seen, shadows = engine.runner, set(), []
-        policy, steps = runner.rounds.policy, 0
+        policy, steps = runner.exit_drafter.policy, 0
 
         def start(self, num_requests):  # and takes every exit: what rounds cost here and now is another test's
             nonlocal steps

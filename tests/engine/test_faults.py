@@ -62,15 +62,15 @@ TARGETS = [
     "policy.decide",
     "policy.on_verdict",
     "policy.on_decode_step",
-    "rounds.run",
-    "rounds.predict",
-    "rounds.room",
+    "drafter.run",
+    "drafter.predict",
+    "drafter.room",
     "scheduler._check_computed",
     "scheduler._released_of",
     "scheduler.update_draft_token_ids",
     "runner module.admit_request",
     "runner module.best_and_regret",
-    "runner module.judge_by_sampling",
+    "runner module.verdicts_of_sampling",
     "verify module.best_and_regret",
     "runtime_config module.parse_request_knobs",
     "output.extending",
@@ -91,8 +91,8 @@ def owner_of(engine: Engine, name: str) -> Any:
         "ledger": own.ledger,
         "budget": own.ledger.budget,
         "clock": own.clock,
-        "policy": type(own.rounds.policy),
-        "rounds": own.rounds,
+        "policy": type(own.exit_drafter.policy),
+        "drafter": own.exit_drafter,
         "scheduler": engine.scheduler,
         "runner module": runner,
         "verify module": verify,
@@ -246,13 +246,13 @@ def test_a_policy_that_failed_is_made_anew_and_one_that_fails_again_forgets(engi
     safety = engine.runner.safety
     safety._failed_s.clear()
     engine.tokens(PROMPTS, greedy(NUM_TOKENS))
-    learned = engine.runner.rounds.policy.state()
+    learned = engine.runner.exit_drafter.policy.state()
     for keeps in (True, False):
-        with fault(type(engine.runner.rounds.policy), "start", once=True):
+        with fault(type(engine.runner.exit_drafter.policy), "start", once=True):
             engine.tokens(PROMPTS, greedy(2))
         assert not engine.status()["active"]
         assert configure(engine) is None
-        assert (engine.runner.rounds.policy.state()["calibrations"] == learned["calibrations"]) is keeps
+        assert (engine.runner.exit_drafter.policy.state()["calibrations"] == learned["calibrations"]) is keeps
     assert configure(engine, policy="static") is None
 
 
@@ -295,7 +295,7 @@ def test_what_is_no_part_of_exits_does_not_switch_them_off(tiny_llama, lens_ramp
 
     with Engine(tiny_llama, knobs, **CHUNKS) as engine:
         monkeypatch.setattr(Histogram, "observe", fail)
-        ramps, calls = engine.runner.rounds.ramps, []
+        ramps, calls = engine.runner.exit_drafter.ramps, []
         stock = ramps.predict
 
         def predict(*args, **kwargs):

@@ -19,7 +19,7 @@ FAULTS = [
     ("clock", "completed"),
     ("runner", "_live_rows"),
     ("runner", "_learn"),
-    ("rounds", "_shallow"),
+    ("shallow pass", "states"),
     ("model", "forward_shallow"),
     ("ramps", "predict"),
     ("policy", "wants_another_step"),
@@ -67,15 +67,16 @@ def break_rank(engine: Engine, rank: int, name: str, method: str) -> None:
         runner = worker.model_runner
         if worker.rank != rank:
             return
-        rounds = runner.rounds
+        drafter = runner.exit_drafter
         owner = {
             "runner": runner,
             "ledger": runner.ledger,
             "clock": runner.clock,
-            "rounds": rounds,
+            "drafter": drafter,
+            "shallow pass": drafter.model,
             "model": runner.model,
-            "ramps": rounds.ramps,
-            "policy": type(rounds.policy),
+            "ramps": drafter.ramps,
+            "policy": type(drafter.policy),
         }[name]
         stock = getattr(owner, method)
 
@@ -150,11 +151,11 @@ def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llam
 
     def state(worker: Any) -> Any:
         runner = worker.model_runner
-        return json.loads(json.dumps(runner.rounds.policy.state())), runner.memory.state is not None
+        return json.loads(json.dumps(runner.exit_drafter.policy.state())), runner.memory.state is not None
 
     def see_other_tokens(worker: Any) -> None:
         """Rank 1 alone, in the shadow of the ramp in use."""
-        sets = worker.model_runner.rounds.ramp_sets
+        sets = worker.model_runner.exit_drafter.ramp_sets
         stock = sets[3].predict
         if worker.rank == 1:
             sets[3].predict = lambda *args, **kwargs: (found := stock(*args, **kwargs))._replace(
@@ -162,7 +163,7 @@ def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llam
             )
 
     def shadows(worker: Any) -> Any:
-        choice = worker.model_runner.rounds.policy.depth_choice
+        choice = worker.model_runner.exit_drafter.policy.depth_choice
         return {depth: (own.agreement, own.active_agreement, own.num_samples) for depth, own in choice.shadows.items()}
 
     with Engine(tiny_llama, knobs, **ranks) as engine:

@@ -40,7 +40,7 @@ def test_a_first_token_does_not_wait_for_the_rounds_that_follow_it(tiny_llama, l
             setattr(owner, name, lambda *args, **kwargs: (happened.append(name), stock(*args, **kwargs))[1])
 
         watch(engine.scheduler, "update_from_output")  # takes the step's tokens
-        watch(engine.runner.rounds, "run")
+        watch(engine.runner.exit_drafter, "run")
         engine.add("a", PROMPTS[0], greedy(30))
         assert len(engine.step()["a"]) == 1
         assert happened == ["update_from_output", "run"]

@@ -13,7 +13,7 @@ def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, 
         expected = plain.tokens(PROMPTS, greedy(40))
     knobs = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "threshold": 0.01, "accuracy_bound": bound}
     with Engine(tiny_llama, knobs) as engine:
-        ramps, calls = engine.runner.rounds.ramps, 0
+        ramps, calls = engine.runner.exit_drafter.ramps, 0
         stock = ramps.predict
 
         def predict(*args, **kwargs):

@@ -67,7 +67,7 @@ def test_blocks_that_do_not_compile_run_as_they_are(tiny_models, lens_ramps, mon
     with Engine(tiny_models["qwen3"], knobs) as engine:
         monkeypatch.setattr(engine.runner.model, "compile_shallow", fails)
         monkeypatch.setattr(engine.runner.vllm_config.compilation_config, "mode", CompilationMode.VLLM_COMPILE)
-        engine.runner.rounds.compile_blocks(3)
+        engine.runner.exit_drafter.model.compile(3)
         engine.tokens(token_prompts(1), greedy(20))
         counts = engine.counts()
     assert [depth for depth, _rows in asked] == [3]

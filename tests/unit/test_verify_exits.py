@@ -7,7 +7,7 @@ import torch
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit
 from apparate_llm.exits.ledger import RequestExits, VerdictLedger
-from apparate_llm.exits.verify import judge_held
+from apparate_llm.exits.verify import verify_held
 
 VOCAB, STOP = 10, 7
 
@@ -28,7 +28,7 @@ def judged(*drafts: int, best: list[int], stops: frozenset[int] = frozenset({STO
         draft_token_ids=torch.tensor(drafts),
     )
     policy = SimpleNamespace(accepts=lambda *args: True)
-    judge_held(logits, metadata, ["a"], ledger=ledger, policy=policy, may_diverge=lambda request_id: True)
+    verify_held(logits, metadata, ["a"], ledger=ledger, policy=policy, may_diverge=lambda request_id: True)
     return ledger, logits.argmax(1).tolist()
 
 
