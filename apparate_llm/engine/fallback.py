@@ -18,8 +18,8 @@ from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm
 from apparate_llm.controller.budget import AccuracyBudget
 from apparate_llm.engine.batch import batch_of, shorten
 from apparate_llm.engine.parallel import Peers
-from apparate_llm.engine.rounds import Drafter, DraftRequest
 from apparate_llm.engine.runtime_config import PolicySwitch, apply_changes, apply_to_requests, learned_of, plain_exits
+from apparate_llm.exits.draft import Drafter, DraftRequest
 from apparate_llm.exits.ledger import PendingVerdict, Verdict, VerdictLedger
 from apparate_llm.exits.recount import drop_exits
 from apparate_llm.exits.safety import Safety

@@ -24,16 +24,16 @@ from apparate_llm.engine.eligibility import custom_processors
 from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.engine.greedy import check, first_rows, is_plain_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
-from apparate_llm.engine.memory import Memory
 from apparate_llm.engine.output import EarlyExitOutput
-from apparate_llm.engine.rounds import Drafter, DraftRequest
 from apparate_llm.engine.runtime_config import PolicySwitch, admit_request
 from apparate_llm.engine.seeds import kept
-from apparate_llm.engine.shadow import Shadow
 from apparate_llm.engine.shallow_pass import ShallowPass
 from apparate_llm.engine.state_key import state_key_of
 from apparate_llm.engine.vllm_args import forget_knobs
+from apparate_llm.exits.draft import Drafter, DraftRequest
 from apparate_llm.exits.ledger import PendingVerdict, RequestExits
+from apparate_llm.exits.memory import Memory
+from apparate_llm.exits.shadow import Shadow
 from apparate_llm.exits.verify import best_and_regret, verdicts_of_sampling, verify_held
 from apparate_llm.models.mixin import ramps_of
 

@@ -20,7 +20,7 @@ from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
 from apparate_llm.controller.state import check_numbers
 from apparate_llm.engine.eligibility import is_releasable, may_exit, stop_token_ids
-from apparate_llm.engine.rounds import Drafter
+from apparate_llm.exits.draft import Drafter
 from apparate_llm.exits.ledger import RequestExits, VerdictLedger
 from apparate_llm.exits.tenants import UNNAMED
 from apparate_llm.exits.token_origins import trace_of

@@ -158,7 +158,7 @@ class Simulation:
                 self.policy.on_verdict(*request.not_taken)
         request.taken, request.right, request.not_taken, request.reach = [], [], None, 1.0
 
-    # ---- as engine/rounds.py does
+    # ---- as exits/draft.py does
 
     def _rounds(self, rows: list[Request], num_requests: int) -> None:
         policy = self.policy

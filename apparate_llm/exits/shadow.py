@@ -5,7 +5,7 @@ from time import perf_counter
 
 import torch
 
-from apparate_llm.engine.rounds import Drafter
+from apparate_llm.exits.draft import Drafter
 from apparate_llm.exits.step_clock import Ranks, StepClock
 from apparate_llm.ramps.copying import TokenIds, copy_of
 from apparate_llm.ramps.load import Proposals
