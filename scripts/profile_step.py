@@ -87,10 +87,10 @@ def instrument(engine: "Engine", profile: Profile) -> None:
     from apparate_llm.controller.policy import Policy
     from apparate_llm.engine import shallow_pass
 
-    for name in ("_judge_held", "_record_released"):
-        profile.wrap(runner, name, "verdicts")
-    profile.wrap(runner, "propose_draft_token_ids", DRAFTING + "rows, commit")
-    profile.wrap(runner, "_learn", "controller")
+    for name in ("verify_released", "verify_held"):
+        profile.wrap(runner.step, name, "verdicts")
+    profile.wrap(runner, "propose_draft_token_ids", DRAFTING + "requests, commit")
+    profile.wrap(runner.step, "learn", "controller")
     drafter = runner.exit_drafter
     assert drafter is not None, "exits are off"
     for name in (name for name in vars(Policy) if not name.startswith("_")):

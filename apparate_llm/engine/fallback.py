@@ -19,10 +19,11 @@ from apparate_llm.controller.budget import AccuracyBudget
 from apparate_llm.engine.batch import batch_of, shorten
 from apparate_llm.engine.parallel import Peers
 from apparate_llm.engine.runtime_config import PolicySwitch, apply_changes, apply_to_requests, learned_of, plain_exits
-from apparate_llm.exits.draft import Drafter, DraftRequest
-from apparate_llm.exits.ledger import PendingVerdict, Verdict, VerdictLedger
+from apparate_llm.exits.draft import Drafter
+from apparate_llm.exits.ledger import VerdictLedger
 from apparate_llm.exits.recount import drop_exits
 from apparate_llm.exits.safety import Safety
+from apparate_llm.exits.step import ExitStep
 from apparate_llm.exits.step_clock import StepClock
 from apparate_llm.exits.tenants import shares_of
 
@@ -35,21 +36,21 @@ class FallbackRunner(CPUModelRunner):
         super().__init__(vllm_config, device)
         self.exit_config = config_from_vllm(vllm_config)
         self.peers = Peers(get_tp_group())
-        self.ledger = self._new_ledger()
         self.clock = StepClock(self.peers)
+        self.step = ExitStep(self._new_ledger(), self.clock, max_model_len=self.max_model_len)
         self.safety = Safety()
         self.exit_drafter: Drafter | None = None  # None: no exits
         self.switch: PolicySwitch | None = None  # None: started without exits
         self._parked: Drafter | None = None  # after a failure, until exits come back
         self._noted: tuple[str, Exception] | None = None  # a failure that the other ranks have not heard of
-        self._rows: list[DraftRequest] = []  # of the step under way, until its tokens are handed over
-        self._drafts: list[list[int]] = []  # held exits of the last rounds, as vLLM has them
-        self._pending: list[PendingVerdict] = []  # verdicts the pass under way will give
-        self._released: dict[str, list[int]] = {}  # exits released in the step under way
-        self._judged: list[Verdict] = []  # on exits, by the step under way
-        # Rounds that wait until the step's tokens have left, where an answer begins or ends: its client has them
-        # sooner, and what it asks next may still join the next step.
-        self.later: Callable[[], None] | None = None
+
+    @property
+    def ledger(self) -> VerdictLedger:
+        return self.step.ledger
+
+    @ledger.setter
+    def ledger(self, ledger: VerdictLedger) -> None:
+        self.step.ledger = ledger
 
     def _new_ledger(self) -> VerdictLedger:
         config = self.exit_config
@@ -86,15 +87,14 @@ class FallbackRunner(CPUModelRunner):
         self.safety.failed(part, error, self.clock.now_s)
         if self.exit_drafter is not None:
             self._parked, self.exit_drafter = self.exit_drafter, None
-        self._pending, self._judged, self.later = [], [], None
-        self._drafts[:] = [[] for _ in self._drafts]
+        self.step.withdraw()
         try:
             self.peers.together(self._settle)
         except Exception:
             logger.exception("The exits do not add up any more, they are counted anew")
             self.ledger = self._new_ledger()
             self._know_requests()
-        self._rows, self._released = [], {}
+        self.step.requests, self.step.released = [], {}
         if self._parked is not None:
             self._parked.budget = self.ledger.budget
         self._count_failures()
@@ -102,10 +102,10 @@ class FallbackRunner(CPUModelRunner):
     def _settle(self) -> None:
         """Withdraw what the step under way released, and make the ledger add up; rank 0's is everybody's."""
         undone = {}
-        for row in self._rows:
-            if row.released:
-                shorten(self, row.request_index, row.newest_position + 1)
-                undone[batch_of(self).request_ids[row.request_index]] = row.released
+        for request in self.step.requests:
+            if request.released:
+                shorten(self, request.request_index, request.newest_position + 1)
+                undone[batch_of(self).request_ids[request.request_index]] = request.released
         emitted = {request_id: len(state.output_token_ids) for request_id, state in self.requests.items()}
         drop_exits(self.ledger, undone=undone, emitted=emitted, now_s=self.clock.now_s)
         self._know_requests()

@@ -53,7 +53,7 @@ class EarlyExitWorker(BatchInvariantWorker):
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         output: ModelRunnerOutput | AsyncModelRunnerOutput = super().sample_tokens(grammar_output)
         runner = self.model_runner
-        if not runner.num_spec_tokens or runner.later or not isinstance(output, ModelRunnerOutput):
+        if not runner.num_spec_tokens or runner.step.later or not isinstance(output, ModelRunnerOutput):
             return output
         return runner.with_drafts(output)
 

@@ -208,13 +208,13 @@ def test_the_feedback_log_tells_what_happened(tiny_llama, lens_ramps, tmp_path):
 
 def test_experience_survives_a_restart(tiny_llama, lens_ramps, tmp_path):
     path = tmp_path / "state.json"
-    knobs = adaptive(lens_ramps(depth=4), state=str(path))
+    knobs = adaptive(lens_ramps(depth=4), controller_state=str(path))
     with Engine(tiny_llama, knobs) as engine:
         engine.tokens(PROMPTS, greedy(40))
         learned = engine.runner.exit_drafter.policy.state()
     with Engine(tiny_llama, knobs) as engine:
         assert json.loads(json.dumps(engine.runner.exit_drafter.policy.state())) == json.loads(json.dumps(learned))
-    with Engine(tiny_llama, adaptive(lens_ramps(depth=3), state=str(path))) as engine:  # other ramps
+    with Engine(tiny_llama, adaptive(lens_ramps(depth=3), controller_state=str(path))) as engine:  # other ramps
         assert not engine.runner.exit_drafter.policy.calibrations
 
 

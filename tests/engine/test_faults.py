@@ -9,7 +9,7 @@ import pytest
 
 from apparate_llm.config import RequestKnobs
 from apparate_llm.engine import output, runner, runtime_config
-from apparate_llm.exits import verify
+from apparate_llm.exits import step, verify
 from apparate_llm.exits.histograms import Histogram
 from apparate_llm.exits.token_origins import REPORT_KEY
 from tests.harness import Engine, greedy, token_prompts
@@ -29,16 +29,18 @@ STATES: dict[str, tuple[dict[str, Any], int]] = {
 TARGETS = [
     "runner._requests_change",
     "runner._with_verdict_rows",
-    "runner._record_released",
-    "runner._judge_held",
+    "step.due",
+    "step.verify_released",
+    "runner._verify_held",
+    "step.verify_held",
     "runner._check",
     "runner._go_on",
-    "runner._live_rows",
-    "runner._learn",
-    "runner._begins_an_answer",
+    "step.emit",
+    "step._count",
+    "step.learn",
     "runner._propose",
-    "runner._run_rounds",
-    "runner._commit",
+    "step.count_drafting",
+    "step.commit",
     "runner.take_draft_token_ids",
     "ledger.add_request",
     "ledger.end_request",
@@ -69,8 +71,8 @@ TARGETS = [
     "scheduler._released_of",
     "scheduler.update_draft_token_ids",
     "runner module.admit_request",
-    "runner module.best_and_regret",
-    "runner module.verdicts_of_sampling",
+    "step module.best_and_regret",
+    "step module.verdicts_of_sampling",
     "verify module.best_and_regret",
     "runtime_config module.parse_request_knobs",
     "output.extending",
@@ -88,6 +90,7 @@ def owner_of(engine: Engine, name: str) -> Any:
     own = engine.runner
     return {
         "runner": own,
+        "step": own.step,
         "ledger": own.ledger,
         "budget": own.ledger.budget,
         "clock": own.clock,
@@ -95,6 +98,7 @@ def owner_of(engine: Engine, name: str) -> Any:
         "drafter": own.exit_drafter,
         "scheduler": engine.scheduler,
         "runner module": runner,
+        "step module": step,
         "verify module": verify,
         "runtime_config module": runtime_config,
         "output": output.EarlyExitOutput,
@@ -259,11 +263,11 @@ def test_a_policy_that_failed_is_made_anew_and_one_that_fails_again_forgets(engi
 def test_exits_come_back_by_themselves_after_the_pause(engine, expected):
     assert configure(engine) is None
     before = engine.counts()
-    with fault(engine.runner, "_learn", once=True):
+    with fault(engine.runner.step, "learn", once=True):
         assert engine.tokens(PROMPTS, greedy(NUM_TOKENS)) == expected["prefill"]
     assert engine.tokens(PROMPTS, greedy(NUM_TOKENS)) == expected["prefill"]
     status = engine.status()
-    assert not status["active"] and status["failure"]["part"] == "rounds" and status["failure"]["returns_in_s"] > 0
+    assert not status["active"] and status["failure"]["part"] == "drafting" and status["failure"]["returns_in_s"] > 0
     engine.runner.safety.returns_s = engine.runner.clock.now_s  # the pause is over
     assert engine.tokens(PROMPTS, greedy(NUM_TOKENS)) == expected["prefill"]
     after = engine.status()

@@ -82,7 +82,7 @@ def test_what_the_server_cannot_do_is_refused(tiny_llama, lens_ramps):
         assert configure(engine, max_exits=9).startswith(
             "early_exit: max_exits: at most 3, which the server was started"
         )
-        assert "cannot be changed while serving" in configure(engine, state="none")
+        assert "cannot be changed while serving" in configure(engine, controller_state="none")
         assert engine.status()["config"] == before
 
 

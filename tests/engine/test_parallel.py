@@ -15,15 +15,15 @@ FAULTS = [
     ("runner", "_requests_change"),
     ("runner", "_with_verdict_rows"),
     ("ledger", "record"),
-    ("runner", "_judge_held"),
+    ("runner", "_verify_held"),
     ("clock", "completed"),
-    ("runner", "_live_rows"),
-    ("runner", "_learn"),
+    ("step", "emit"),
+    ("step", "learn"),
     ("shallow pass", "states"),
     ("model", "forward_shallow"),
     ("ramps", "predict"),
     ("policy", "wants_another_step"),
-    ("runner", "_commit"),
+    ("step", "commit"),
     ("ledger", "release"),
 ]
 
@@ -70,6 +70,7 @@ def break_rank(engine: Engine, rank: int, name: str, method: str) -> None:
         drafter = runner.exit_drafter
         owner = {
             "runner": runner,
+            "step": runner.step,
             "ledger": runner.ledger,
             "clock": runner.clock,
             "drafter": drafter,
