@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from apparate_llm.eval.compare import load_results
+from apparate_llm.eval.schema import Run
 from apparate_llm.eval.tables import (
     at_worst_frac,
     divergence_frac,
@@ -74,16 +75,27 @@ def summary(path: Path, name: str) -> str:
 
 
 def texts(path: Path, model: str) -> str:
-    """A row for each load and system that was started for it: answers, and the share with plain vLLM's text, with that
-    of `off`, and with the system's own under the first load."""
+    """A row for each system that was started for it: answers under each load, and the share with plain vLLM's text,
+    with that of `off`, and with the system's own under the first load, load by load."""
     results = load_results(path)
-    runs = [run for run in results.runs if not results.systems[run.system].startswith("at ")]
+    by_system: dict[str, list[Run]] = {}
+    for run in results.runs:
+        if not results.systems[run.system].startswith("at "):
+            by_system.setdefault(run.system, []).append(run)
     lines = []
-    for run in sorted(runs, key=lambda run: [other.load for other in runs].index(run.load)):
-        shares = (run.identical_frac, run.same_as_off_frac, run.same_as_first_load_frac)
-        cells = [f"[{model}](results/{path.name})", run.load, run.system, str(run.requests), *map(percent, shares)]
+    for system, runs in by_system.items():
+        shares = ([run.identical_frac for run in runs], [run.same_as_off_frac for run in runs])
+        own = [run.same_as_first_load_frac for run in runs[1:]]
+        cells = [f"[{model}](results/{path.name})", system, str(runs[0].requests), *map(in_turn, (*shares, own))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def in_turn(shares: list[float | None]) -> str:
+    """`70.8, 91.7 %`."""
+    if None in shares:
+        return number(None)
+    return ", ".join(percent(share).removesuffix(" %") for share in shares) + " %"
 
 
 if __name__ == "__main__":
