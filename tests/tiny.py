@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
-from apparate_llm.ramps.copying import LONGEST_MATCH
+from apparate_llm.ramps.lookup import LONGEST_MATCH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ from apparate_llm.controller.depth import DepthChoice
 from apparate_llm.controller.plan import LoadPlan, load_of
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
-from apparate_llm.ramps.copying import copied_confidence
+from apparate_llm.ramps.lookup import copied_confidence
 
 CALIBRATED_ROUNDS = 4  # later rounds share the last one's calibration
 COPIED = -1  # stands for the depth of exits without a ramp, where calibrations are kept

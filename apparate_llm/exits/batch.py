@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from apparate_llm.ramps.copying import TokenIds
+from apparate_llm.ramps.lookup import TokenIds
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
 from apparate_llm.exits.batch import Batch
-from apparate_llm.ramps.copying import NOTHING_REPEATED, Repeated, TokenIds, copied_confidence, look_back
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
+from apparate_llm.ramps.lookup import NOTHING_REPEATED, Repeated, TokenIds, copied_confidence, look_back
 
 
 class DraftModel(Protocol):

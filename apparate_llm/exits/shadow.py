@@ -7,8 +7,8 @@ import torch
 
 from apparate_llm.exits.draft import Drafter
 from apparate_llm.exits.step_clock import Ranks, StepClock
-from apparate_llm.ramps.copying import TokenIds, copy_of
 from apparate_llm.ramps.load import Proposals
+from apparate_llm.ramps.lookup import TokenIds, copy_of
 
 COST_FRAC = 0.01  # of the time that goes by
 MAX_ROWS = 4

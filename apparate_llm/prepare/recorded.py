@@ -10,8 +10,8 @@ import torch
 
 from apparate_llm.prepare.rows import Rows
 from apparate_llm.prepare.train import Measured
-from apparate_llm.ramps.copying import LONG_MATCH, look_back
 from apparate_llm.ramps.load import calibrated_all
+from apparate_llm.ramps.lookup import LONG_MATCH, look_back
 
 Tensors = Mapping[str, torch.Tensor]
 Texts = Mapping[int, tuple[list[int], list[int]]]  # conversation -> prompt, answer in token ids

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from apparate_llm.ramps.copying import copies
+from apparate_llm.ramps.lookup import copies
 
 TOP = 16  # best next tokens of the full model kept per row
 LEAD = -1  # `answer_index` of a lead row
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     answer_index: torch.Tensor  # [N] int32, 0, 1, ... or LEAD
     states: dict[int, torch.Tensor]  # depth -> [N, H] residual stream after that many blocks
     final: torch.Tensor  # [N, H] full-depth hidden state after the final norm
-    copied: torch.Tensor  # [N] int32, what followed the longest recent match, see ramps/copying.py
+    copied: torch.Tensor  # [N] int32, what followed the longest recent match, see ramps/lookup.py
     copy_lengths: torch.Tensor  # [N] int8, tokens that match; 0: none, `copied` means nothing
     top_ids: torch.Tensor  # [N, TOP] int32, the full model's best next tokens; undefined in lead rows
     top_logprobs: torch.Tensor  # [N, TOP] float16

@@ -13,7 +13,7 @@ from typing import Protocol
 from apparate_llm.controller.adaptive import AdaptivePolicy
 from apparate_llm.core import Decision, Exit
 from apparate_llm.prepare.recorded import Recorded
-from apparate_llm.ramps.copying import copied_confidence
+from apparate_llm.ramps.lookup import copied_confidence
 
 MAX_PASS_TOKENS = 2048  # vLLM's max_num_batched_tokens of a server
 APART_MS = 1.0  # between requests that begin together: the API reads one after another

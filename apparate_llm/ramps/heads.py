@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from apparate_llm.ramps.checkpoint import HeadShape
-from apparate_llm.ramps.copying import LONGEST_MATCH
+from apparate_llm.ramps.lookup import LONGEST_MATCH
 
 
 class Copies(NamedTuple):
-    """The copy feature's proposals (ramps/copying.py) as a head reads them."""
+    """The copy feature's proposals (ramps/lookup.py) as a head reads them."""
 
     embedding: torch.Tensor  # [num_rows, hidden_size] of the proposed tokens
     lengths: torch.Tensor  # [num_rows] int64, tokens that match; 0: no proposal

@@ -6,7 +6,7 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.adaptive import AdaptivePolicy
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.core import Decision, Exit
-from apparate_llm.ramps.copying import copied_confidence
+from apparate_llm.ramps.lookup import copied_confidence
 
 
 def make(depths=(0,), **knobs) -> AdaptivePolicy:

@@ -18,8 +18,8 @@ from apparate_llm.models.quantised_heads import (
     has_fbgemm,
 )
 from apparate_llm.ramps.checkpoint import HeadShape
-from apparate_llm.ramps.copying import LONGEST_MATCH
 from apparate_llm.ramps.heads import Copies, FusedHead
+from apparate_llm.ramps.lookup import LONGEST_MATCH
 
 SIZE = 64
 needs_int8 = pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no instructions for int8 (AVX-512 VNNI)")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from apparate_llm.ramps.copying import LONG_MATCH, LONGEST_MATCH, MOST_COUNTED, copies, copy_of, look_back
+from apparate_llm.ramps.lookup import LONG_MATCH, LONGEST_MATCH, MOST_COUNTED, copies, copy_of, look_back
 
 
 def by_definition(context):
