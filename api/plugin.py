@@ -39,7 +39,7 @@ from apparate_llm.config import (
     key_tenant_proof,
     new_options,
     parse_request_knobs,
-    shown,
+    public_config,
 )
 
 logger = init_logger("vllm.apparate")
@@ -122,7 +122,7 @@ class ExitServer:
 
     def config_in_force(self, tenant_name: str | None = None) -> dict[str, Any]:
         """tenant_name: the one tenant whose knobs are wanted."""
-        return {"config": config_view(shown(self.config), tenant_name), "live": LIVE_KNOBS}
+        return {"config": config_view(public_config(self.config), tenant_name), "live": LIVE_KNOBS}
 
 
 async def authorised(request: Request) -> None:

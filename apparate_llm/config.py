@@ -326,7 +326,7 @@ def _problems(error: ValidationError, schema: type[BaseModel]) -> str:
     return "; ".join(dict.fromkeys(problems))
 
 
-def shown(config: EarlyExitConfig) -> dict[str, Any]:
+def public_config(config: EarlyExitConfig) -> dict[str, Any]:
     """The knobs as plain values, without what tells of API keys."""
     return config.model_dump(exclude={"tenants": {"__all__": {"api_keys_sha256"}}})
 

@@ -15,7 +15,7 @@ from apparate_llm.sse import event_data_async
 TIMEOUT_S = 600.0
 
 
-class Ask(NamedTuple):
+class PlannedRequest(NamedTuple):
     """One request of a workload."""
 
     prompt_index: int
@@ -84,7 +84,7 @@ class Completion:
 
 
 async def complete(
-    client: httpx.AsyncClient, model: str, messages: Messages, ask: Ask, *, fixed_length: bool, began: float
+    client: httpx.AsyncClient, model: str, messages: Messages, ask: PlannedRequest, *, fixed_length: bool, began: float
 ) -> Completion:
     """Ask for one greedy answer; a failure is recorded, not raised. began: the block's, on the event loop's clock."""
     clock = asyncio.get_running_loop().time
@@ -145,7 +145,7 @@ async def run_block(
     base_url: str,
     model: str,
     prompts: list[Messages],
-    asks: list[Ask],
+    asks: list[PlannedRequest],
     *,
     concurrency: int | None,
     fixed_length: bool = False,
@@ -163,17 +163,17 @@ async def run_block(
     ) as client:
         began = clock()
 
-        async def serve(ask: Ask) -> None:
+        async def serve(ask: PlannedRequest) -> None:
             messages = prompts[ask.prompt_index]
             completion = await complete(client, model, messages, ask, fixed_length=fixed_length, began=began)
             done.append(completion)
             on_done(completion)
 
-        async def client_of(queue: list[Ask]) -> None:
+        async def client_of(queue: list[PlannedRequest]) -> None:
             while queue:
                 await serve(queue.pop(0))
 
-        async def arrive(ask: Ask) -> None:
+        async def arrive(ask: PlannedRequest) -> None:
             assert ask.at_s is not None, f"no arrival time: {ask}"
             await asyncio.sleep(began + ask.at_s - clock())
             await serve(ask)

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from apparate_llm.eval.client import TIMEOUT_S, Ask, Completion, complete
+from apparate_llm.eval.client import TIMEOUT_S, Completion, PlannedRequest, complete
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.statistics import bootstrap
@@ -98,7 +98,7 @@ class Clients:
     async def _client(self, http: httpx.AsyncClient, index: int) -> None:
         while not self._ended.is_set():
             index %= len(self.prompts)
-            ask = Ask(index, self._lengths[index])
+            ask = PlannedRequest(index, self._lengths[index])
             messages = self.prompts[index].messages
             self.done.append(await complete(http, self._model, messages, ask, fixed_length=False, began=0.0))
             index += self.number

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from apparate_llm.eval.client import Ask, Completion, run_block
+from apparate_llm.eval.client import Completion, PlannedRequest, run_block
 from apparate_llm.eval.host_noise import energy_j, probe_ms, processor_times, stolen_frac
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server
@@ -35,7 +35,7 @@ class Evaluation:
     start_timeout_s: float
     dead: dict[str, str] = field(default_factory=dict)  # system -> why it is not measured (any more)
 
-    def keys(self, system: System) -> Iterator[tuple[BlockKey, Load, tuple[Ask, ...]]]:
+    def keys(self, system: System) -> Iterator[tuple[BlockKey, Load, tuple[PlannedRequest, ...]]]:
         for number, load in enumerate(self.loads):
             if is_served(system, load):
                 for repeat in range(self.repeat):
@@ -89,7 +89,7 @@ def _start(evaluation: Evaluation, stack: ExitStack, progress: Progress) -> list
         try:
             with progress.stage(f"start {system.name}", total=math.inf, facts=f"log {log}"):
                 server.wait_ready()
-                _ask(server, evaluation, [Ask(index, WARM_UP[1]) for index in range(WARM_UP[0])], WARM_UP[0])
+                _ask(server, evaluation, [PlannedRequest(index, WARM_UP[1]) for index in range(WARM_UP[0])], WARM_UP[0])
         except (RuntimeError, httpx.HTTPError) as error:
             if system.name == BASELINE:
                 raise RuntimeError(f"the baseline does not run: {error}") from None
@@ -142,7 +142,7 @@ def _measure_block(
     evaluation: Evaluation,
     key: BlockKey,
     load: Load,
-    asks: tuple[Ask, ...],
+    asks: tuple[PlannedRequest, ...],
     stage: Stage,
 ) -> Block:
     probe = probe_ms()
@@ -187,7 +187,7 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 def _ask(
     server: Server,
     evaluation: Evaluation,
-    asks: list[Ask],
+    asks: list[PlannedRequest],
     concurrency: int | None,
     fixed_length: bool = False,
     on_done: Callable[[Completion], None] = lambda completion: None,
@@ -213,7 +213,7 @@ def _running(server: Server) -> Iterator[None]:
     try:
         if server.process is not None:
             messages = [{"role": "user", "content": "Hello"}]
-            ask = Ask(0, WAKING_TOKENS)
+            ask = PlannedRequest(0, WAKING_TOKENS)
             model, headers = server.model_name(), server.headers
             asyncio.run(run_block(server.base_url, model, [messages], [ask], concurrency=1, headers=headers))
         yield

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
-from apparate_llm.eval.schema import Moment, Results, Run
+from apparate_llm.eval.schema import Results, Run, TimelinePoint
 from apparate_llm.eval.statistics import Samples
 from apparate_llm.eval.tables import bounds_of, load_name, loads_of, systems_of
 
@@ -144,7 +144,9 @@ def throughput_latency(ax: Axes, runs: list[Run], colors: dict[str, str]) -> Non
     ax.set_ylim(bottom=0)
 
 
-def divergence(ax: Axes, timelines: dict[str, list[Moment]], colors: dict[str, str], bounds: dict[str, float]) -> None:
+def divergence(
+    ax: Axes, timelines: dict[str, list[TimelinePoint]], colors: dict[str, str], bounds: dict[str, float]
+) -> None:
     """Share of all tokens so far, shaded up to what it is at worst; a dashed line where the bound is."""
     for system, moments in timelines.items():
         known = [moment for moment in moments if moment.divergence_frac is not None]
@@ -219,7 +221,7 @@ def _cdf(ax: Axes, values: dict[str, list[float]], colors: dict[str, str]) -> No
     ax.set_ylim(0, 102)
 
 
-def _phases(moments: list[Moment]) -> list[tuple[str, int, int]]:
+def _phases(moments: list[TimelinePoint]) -> list[tuple[str, int, int]]:
     """(name, first, last token) of each."""
     spans: list[tuple[str, int, int]] = []
     for moment in moments:

@@ -11,7 +11,7 @@ from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.prompts import Prompt, load_prompts
-from apparate_llm.eval.systems import BASELINE, Choice, System, early_exits, plain_vllm, systems_of
+from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits, plain_vllm, systems_of
 from apparate_llm.eval.workloads import Length, Load, closed, poisson, traced
 from apparate_llm.flags import given_value, one_spelling, split_flag
 from apparate_llm.knobs import knobs_from
@@ -27,7 +27,7 @@ DEFAULT_CONCURRENCY = (1, 2, 4, 8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalPlan:
-    choice: Choice
+    choice: ModelChoice
     systems: list[System]
     prompts: list[Prompt]
     loads: list[Load]
@@ -44,7 +44,7 @@ class EvalPlan:
 class SteadyPlan:
     """What `eval steady` does."""
 
-    choice: Choice
+    choice: ModelChoice
     systems: list[System]  # the first is what the others are compared with
     prompts: list[Prompt]
     levels: list[int]  # clients, one level after the other
@@ -76,7 +76,7 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
     model = model_folder(args.model)
     preflight_ramps(config, model, architecture_of(model))
     flags = tuple(_vllm_flags(args.vllm_flag, num_servers=2))
-    choice = Choice(model, flags, tuple(knob_flags(args)), api_key=args.api_key)
+    choice = ModelChoice(model, flags, tuple(knob_flags(args)), api_key=args.api_key)
     systems = [plain_vllm(choice), early_exits(name_of(config), choice)]
     loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
     return EvalPlan(
@@ -115,7 +115,7 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     model, names = model_folder(args.model), [name.strip() for name in args.systems.split(",")]
     knobs_from(args)  # raises for a value that is not allowed
     flags = tuple(_vllm_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds)))
-    choice = Choice(model, flags, tuple(knob_flags(args)), tuple(args.accuracy_bounds), api_key=args.api_key)
+    choice = ModelChoice(model, flags, tuple(knob_flags(args)), tuple(args.accuracy_bounds), api_key=args.api_key)
     systems = systems_of(names, [], choice)
     if problems := [system.problem for system in systems if system.problem]:
         raise ValueError(problems[0])
@@ -165,7 +165,7 @@ def _plan(
     knobs_from(args)  # raises for a value that is not allowed
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds)
     flags = tuple(_vllm_flags(args.vllm_flag, num_servers))
-    choice = Choice(model, flags, tuple(knobs), tuple(args.accuracy_bounds), args.hf_layer, args.api_key)
+    choice = ModelChoice(model, flags, tuple(knobs), tuple(args.accuracy_bounds), args.hf_layer, args.api_key)
     systems = systems_of(names, args.base_url, choice)
     systems += [_own_system(text, choice) for text in args.system]
     if BASELINE not in (system.name for system in systems):
@@ -185,7 +185,7 @@ def _plan(
     )
 
 
-def _own_system(text: str, choice: Choice) -> System:
+def _own_system(text: str, choice: ModelChoice) -> System:
     name, _, flags = text.partition("=")
     knobs = [part for text in shlex.split(flags) for part in (text.split("=", 1) if text[:2] == "--" else [text])]
     if not name or not knobs or len(knobs) % 2:

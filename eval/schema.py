@@ -43,7 +43,7 @@ class Quality(_Strict):
     code_passed_frac: float | None  # prompts with tests
 
 
-class Moment(_Strict):
+class TimelinePoint(_Strict):
     """After one more block of requests."""
 
     phase: str  # of the prompts, one name if there is only one set
@@ -85,7 +85,7 @@ class Run(_Strict):
     same_as_first_load_frac: float | None = None  # the system's own text under the first load; None under that
     regret_nats_per_token: float | None
     quality: Quality | None  # None without a baseline; of that itself, only what needs no comparison
-    timeline: list[Moment]
+    timeline: list[TimelinePoint]
 
     @property
     def divergences_at_worst(self) -> int | None:

@@ -12,7 +12,7 @@ from apparate_llm.eval.client import Completion
 from apparate_llm.eval.code_check import code_passes
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.quality import final_number, first_difference, is_maths, rouge_l
-from apparate_llm.eval.schema import Exits, Moment, Quality, Ratio, Run
+from apparate_llm.eval.schema import Exits, Quality, Ratio, Run, TimelinePoint
 from apparate_llm.eval.statistics import (
     apart_interval,
     distribution,
@@ -34,7 +34,7 @@ NOISY_STOLEN_FRAC = 0.02
 
 
 @dataclass(slots=True)
-class Cell:
+class SystemUnderLoad:
     """All blocks of one system under one load, in the order of repeats and prompts."""
 
     system: System
@@ -75,19 +75,19 @@ class Summary:
     slo_ms: dict[str, float]
 
 
-def cells_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) -> list[Cell]:
+def cells_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) -> list[SystemUnderLoad]:
     by_key: dict[tuple[int, str], list[Block]] = defaultdict(list)
     for block in blocks:
         by_key[block.key.load, block.key.system].append(block)
     return [
-        Cell(system, load, by_key[number, system.name])
+        SystemUnderLoad(system, load, by_key[number, system.name])
         for number, load in enumerate(loads)
         for system in systems
         if (number, system.name) in by_key
     ]
 
 
-def runs_of(cells: list[Cell], summary: Summary) -> list[Run]:
+def runs_of(cells: list[SystemUnderLoad], summary: Summary) -> list[Run]:
     runs = []
     for cell in cells:
         base = _of_system(BASELINE, cell, cells)
@@ -107,12 +107,12 @@ def runs_of(cells: list[Cell], summary: Summary) -> list[Run]:
     return runs
 
 
-def _of_system(name: str, cell: Cell, cells: list[Cell]) -> Cell | None:
+def _of_system(name: str, cell: SystemUnderLoad, cells: list[SystemUnderLoad]) -> SystemUnderLoad | None:
     """Under the same load."""
     return next((other for other in cells if other.system.name == name and other.load is cell.load), None)
 
 
-def _same_frac(cell: Cell, other: Cell | None) -> float | None:
+def _same_frac(cell: SystemUnderLoad, other: SystemUnderLoad | None) -> float | None:
     """Of its answers, those with the very text of the other's to the same prompt."""
     if other is None or other is cell:
         return None
@@ -121,7 +121,7 @@ def _same_frac(cell: Cell, other: Cell | None) -> float | None:
     return _mean([done.text == wanted[done.prompt_index] for done in answers])
 
 
-def _run(cell: Cell, summary: Summary, quality: Quality | None) -> Run:
+def _run(cell: SystemUnderLoad, summary: Summary, quality: Quality | None) -> Run:
     completions, load, blocks = cell.completions, cell.load, cell.blocks
     good = goodput_frac(completions, summary.slo_ms)
     tokens, diverged = output_tokens(completions), cell.total("diverged")
@@ -158,7 +158,7 @@ def _run(cell: Cell, summary: Summary, quality: Quality | None) -> Run:
     )
 
 
-def _exits(cell: Cell) -> Exits | None:
+def _exits(cell: SystemUnderLoad) -> Exits | None:
     if cell.total("held") is None:
         return None
     by_depth: dict[str, int] = defaultdict(int)
@@ -169,7 +169,7 @@ def _exits(cell: Cell) -> Exits | None:
     return Exits(**{name: cell.total(name) for name in names}, by_depth=dict(by_depth))
 
 
-def _blocks_per_token(cell: Cell, num_layers: int) -> float | None:
+def _blocks_per_token(cell: SystemUnderLoad, num_layers: int) -> float | None:
     """Of a system whose passes we know: plain vLLM's run all blocks once a token; held exits that fail cost a row more,
     rounds their shallow blocks."""
     if cell.system.name == BASELINE:
@@ -180,7 +180,7 @@ def _blocks_per_token(cell: Cell, num_layers: int) -> float | None:
     return ((emitted + held - accepted) * num_layers + blocks) / emitted
 
 
-def _timeline(cell: Cell, summary: Summary) -> list[Moment]:
+def _timeline(cell: SystemUnderLoad, summary: Summary) -> list[TimelinePoint]:
     """Block after block. Closed loops only keep the order of the prompts, so only they show phases."""
     moments = []
     tokens = diverged = at_worst = 0
@@ -193,7 +193,7 @@ def _timeline(cell: Cell, summary: Summary) -> list[Moment]:
         first = min((done.prompt_index for done in block.completions), default=0)
         phase = next((name for name, start in reversed(summary.phases) if first >= start), "")
         moments.append(
-            Moment(
+            TimelinePoint(
                 phase=phase,
                 output_tokens=tokens,
                 divergence_frac=None if found is None or not tokens else diverged / tokens,
@@ -241,7 +241,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def ratios_of(cells: list[Cell], runs: list[Run]) -> list[Ratio]:
+def ratios_of(cells: list[SystemUnderLoad], runs: list[Run]) -> list[Ratio]:
     """Every system against plain vLLM under the same load."""
     ratios = []
     for cell, run in zip(cells, runs, strict=True):
@@ -271,7 +271,7 @@ def ratios_of(cells: list[Cell], runs: list[Run]) -> list[Ratio]:
     return ratios
 
 
-def _tpt_by_repeat(cell: Cell) -> list[float | None]:
+def _tpt_by_repeat(cell: SystemUnderLoad) -> list[float | None]:
     by_repeat: dict[int, list[float | None]] = defaultdict(list)
     for block in cell.blocks:
         by_repeat[block.key.repeat] += [done.tpt_ms for done in block.completions]

@@ -60,7 +60,7 @@ class System:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ModelChoice:
     """What all systems of one evaluation have in common."""
 
     model: Path
@@ -87,7 +87,7 @@ def tells_of_exits(base_url: str, api_key: str | None = None) -> bool:
         return False
 
 
-def systems_of(names: list[str], base_urls: list[str], choice: Choice) -> list[System]:
+def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> list[System]:
     """The systems by their names, plain vLLM first; raises ValueError for a name that is none."""
     systems = []
     for name in dict.fromkeys(names):
@@ -106,7 +106,7 @@ def systems_of(names: list[str], base_urls: list[str], choice: Choice) -> list[S
     return sorted(systems, key=lambda system: system.name != BASELINE)
 
 
-def _named(name: str, choice: Choice) -> list[System]:
+def _named(name: str, choice: ModelChoice) -> list[System]:
     if name == "vllm":
         return [plain_vllm(choice)]
     if name == "ngram":
@@ -137,13 +137,13 @@ def _named(name: str, choice: Choice) -> list[System]:
     ]
 
 
-def plain_vllm(choice: Choice, name: str = BASELINE, *flags: str) -> System:
+def plain_vllm(choice: ModelChoice, name: str = BASELINE, *flags: str) -> System:
     """vLLM as it comes, in the same environment."""
     command = (sys.executable, "-m", PLAIN_SERVER, "--model", str(choice.model))
     return System(name, (*command, *choice.vllm_flags, *flags), api_key=choice.own_key)
 
 
-def early_exits(name: str, choice: Choice, *knobs: str) -> System:
+def early_exits(name: str, choice: ModelChoice, *knobs: str) -> System:
     """Our server. A later knob wins over an earlier one; state is not kept unless a knob says so, as what is measured
     should not depend on what was served before."""
     given = {"--controller-state": "none"}
@@ -168,7 +168,7 @@ def early_exits(name: str, choice: Choice, *knobs: str) -> System:
     )
 
 
-def _hugging_face(name: str, choice: Choice) -> System:
+def _hugging_face(name: str, choice: ModelChoice) -> System:
     command: tuple[str, ...] = (sys.executable, "-m", "apparate_llm.eval.hf_server", "--model", str(choice.model))
     if name == "hf-early-exit":
         layer = choice.hf_layer or layers_of(choice.model) // 2

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from apparate_llm.eval.client import Ask
+from apparate_llm.eval.client import PlannedRequest
 from apparate_llm.eval.prompts import Prompt
 
 TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # as in Azure's LLM inference traces
@@ -23,14 +23,14 @@ Length = Literal["free", "fixed", "varied"]
 @dataclass(frozen=True, slots=True)
 class Load:
     name: str
-    blocks: tuple[tuple[Ask, ...], ...]  # the systems take turns block by block
+    blocks: tuple[tuple[PlannedRequest, ...], ...]  # the systems take turns block by block
     concurrency: int | None = None  # clients of a closed loop; None: every request at its own time
     fixed_length: bool = False
 
 
 def closed(num_prompts: int, concurrency: int, *, max_tokens: int, length: Length, seed: int = 0) -> Load:
     """`concurrency` clients, each sending its next request when it has its answer."""
-    asks = [Ask(index, most) for index, most in enumerate(lengths_of(num_prompts, max_tokens, length, seed))]
+    asks = [PlannedRequest(index, most) for index, most in enumerate(lengths_of(num_prompts, max_tokens, length, seed))]
     size = block_size(concurrency, length)
     blocks = tuple(tuple(asks[start : start + size]) for start in range(0, num_prompts, size))
     name = _name(f"{concurrency} client{'s' * (concurrency > 1)}", length)
@@ -47,7 +47,9 @@ def poisson(num_prompts: int, rate_per_s: float, *, max_tokens: int, length: Len
     """Arrivals without memory, the same ones for every system."""
     gaps = np.random.default_rng(seed).exponential(1 / rate_per_s, num_prompts)
     arrivals, lengths = np.cumsum(gaps) - gaps[0], lengths_of(num_prompts, max_tokens, length, seed)
-    asks = tuple(Ask(i, most, float(at_s)) for i, (at_s, most) in enumerate(zip(arrivals, lengths, strict=True)))
+    asks = tuple(
+        PlannedRequest(i, most, float(at_s)) for i, (at_s, most) in enumerate(zip(arrivals, lengths, strict=True))
+    )
     return Load(_name(f"{rate_per_s:g} requests/s", length), (asks,), None, length == "fixed")
 
 
@@ -77,7 +79,7 @@ def traced(path: Path, prompts: list[Prompt], *, scale: float, num_requests: int
     """
     lengths = np.array([len(prompt.messages[-1]["content"]) / CHARACTERS_PER_TOKEN for prompt in prompts])
     used = np.zeros(len(prompts))
-    asks: list[Ask] = []
+    asks: list[PlannedRequest] = []
     first: datetime | None = None
     for number, (at, context, generated) in enumerate(_trace_rows(path, num_requests), 2):
         first = first or at
@@ -87,7 +89,7 @@ def traced(path: Path, prompts: list[Prompt], *, scale: float, num_requests: int
         # A prompt that was used already must be that much nearer, so that few are asked twice.
         index = int(np.argmin(np.abs(np.log(lengths / max(context, 1))) + used))
         used[index] += 1.0
-        asks.append(Ask(index, min(max(generated, 1), max_tokens), at_s))
+        asks.append(PlannedRequest(index, min(max(generated, 1), max_tokens), at_s))
     return Load(f"{path.stem}, time x {scale:g}", (tuple(asks),), None, fixed_length=True)
 
 

@@ -24,14 +24,14 @@ LIMITS_MS = {1: 0.2, 16: 0.5}
 def step_ms(policy: Policy, budget: AccuracyBudget, buckets: list[Bucket], rng: random.Random) -> float:
     """Time of one step's decisions; the exits are made before it begins."""
     batch = len(buckets)
-    offered = [[Exit(0, 0, 0, number, rng.random() ** 0.3) for _ in buckets] for number in range(ROUNDS)]
+    proposed = [[Exit(0, 0, 0, number, rng.random() ** 0.3) for _ in buckets] for number in range(ROUNDS)]
     began = perf_counter()
     policy.start(batch)
     reaches, num_rows, held = [1.0] * batch, batch, []
-    for number, exits in enumerate(offered):
+    for number, exits in enumerate(proposed):
         for i, exit_ in enumerate(exits):
             decision = policy.decide(
-                exit_, reach=reaches[i], may_release=budget.may_release(buckets[i]), num_rows=num_rows
+                exit_, joint_acceptance=reaches[i], may_release=budget.may_release(buckets[i]), num_rows=num_rows
             )
             num_rows += decision is not Decision.STOP
             reaches[i] *= exit_.probability

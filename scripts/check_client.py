@@ -18,11 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from apparate_llm.eval.client import Ask, Completion, run_block
+from apparate_llm.eval.client import Completion, PlannedRequest, run_block
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.statistics import distribution
-from apparate_llm.eval.systems import Choice, plain_vllm
+from apparate_llm.eval.systems import ModelChoice, plain_vllm
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
@@ -48,7 +48,7 @@ def main() -> int:
     args = parser.parse_args()
     model, prompts = model_folder(args.model), load_prompts(args.prompts)[: args.num_prompts]
     folder = Path(tempfile.mkdtemp(prefix="check-client-"))
-    system = plain_vllm(Choice(model, tuple(memory_flags([]))))
+    system = plain_vllm(ModelChoice(model, tuple(memory_flags([]))))
     with Server(system, log=folder / "server.log", start_timeout_s=900) as server:
         server.wait_ready()
         name = server.model_name()
@@ -72,7 +72,7 @@ def main() -> int:
 
 def ask(base_url: str, model: str, prompts: list[Prompt], max_tokens: int) -> list[tuple[float, Completion]]:
     """All prompts one by one: (moment on the monotonic clock, completion) each."""
-    asks = [Ask(index, max_tokens) for index in range(len(prompts))]
+    asks = [PlannedRequest(index, max_tokens) for index in range(len(prompts))]
     began = time.monotonic()
     call = run_block(base_url, model, [p.messages for p in prompts], asks, concurrency=1, fixed_length=True)
     done, _ = asyncio.run(call)

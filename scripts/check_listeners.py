@@ -24,7 +24,7 @@ import numpy as np
 from apparate_llm.eval.closed_loop import Clients, in_window, ratio_of
 from apparate_llm.eval.prompts import load_prompts
 from apparate_llm.eval.servers import Server
-from apparate_llm.eval.systems import Choice, early_exits
+from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=1.03)
     parser.add_argument("--json", type=Path)
     args, flags = parser.parse_known_args()
-    system = early_exits("exits", Choice(model_folder(args.model), (*memory_flags(flags), *flags)))
+    system = early_exits("exits", ModelChoice(model_folder(args.model), (*memory_flags(flags), *flags)))
     windows: dict[int, list[tuple[float, float, int]]] = {args.listeners: [], 0: []}
     with Server(system, log=Path(tempfile.mkdtemp()) / "server.log", start_timeout_s=900) as server:
         server.wait_ready()

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.controller.budget import REQUEST_ALLOWANCE
-from apparate_llm.eval.client import Ask, run_block
+from apparate_llm.eval.client import PlannedRequest, run_block
 from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
-from apparate_llm.eval.systems import Choice, early_exits
+from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
@@ -47,7 +47,7 @@ def main() -> int:
     args, flags = parser.parse_known_args()
     phases = [(phase, prompts_of(phase)) for phase in args.phase]
     model = model_folder(args.model)
-    choice = Choice(model, vllm_flags=(*memory_flags(flags), "--max-model-len", "4096", *flags))
+    choice = ModelChoice(model, vllm_flags=(*memory_flags(flags), "--max-model-len", "4096", *flags))
     system = early_exits("bounded", choice, "--accuracy-bound", str(args.bound))
     with Server(system, log=Path(tempfile.mkdtemp()) / "server.log", start_timeout_s=900) as server:
         server.wait_ready()
@@ -74,7 +74,7 @@ def ask(server: Server, phase: str, prompts: list[Messages], args: argparse.Name
     before = server.status()["counts"]
     name, goal = server.model_name(), before["emitted"] + args.tokens / len(args.phase)
     while (counts := server.status()["counts"])["emitted"] < goal:
-        asks = [Ask(index, args.max_tokens) for index in range(len(prompts))]
+        asks = [PlannedRequest(index, args.max_tokens) for index in range(len(prompts))]
         done, _ = asyncio.run(run_block(server.base_url, name, prompts, asks, concurrency=args.concurrency))
         if failed := [item.error for item in done if item.error]:
             raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")

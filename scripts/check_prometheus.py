@@ -23,7 +23,7 @@ import httpx
 
 from apparate_llm import api
 from apparate_llm.eval.servers import Server, free_port
-from apparate_llm.eval.systems import Choice, systems_of
+from apparate_llm.eval.systems import ModelChoice, systems_of
 from apparate_llm.serve import memory_flags, model_folder
 
 SETTLE_S = 8.0  # the API asks the engine every second, Prometheus the API as often
@@ -47,7 +47,7 @@ def main() -> int:
     if shutil.which("prometheus") is None:
         parser.error("there is no prometheus on the path")
     folder = Path(tempfile.mkdtemp(prefix="check-prometheus-"))
-    (system,) = systems_of(["bounded"], [], Choice(model_folder(None), (*memory_flags(flags), *flags)))
+    (system,) = systems_of(["bounded"], [], ModelChoice(model_folder(None), (*memory_flags(flags), *flags)))
     with Server(system, log=folder / "server.log", start_timeout_s=900) as server:
         server.wait_ready()
         with_prometheus = start_prometheus(server.base_url, folder)

@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
-from apparate_llm.eval.systems import Choice, early_exits, plain_vllm
+from apparate_llm.eval.systems import ModelChoice, early_exits, plain_vllm
 from apparate_llm.machine import machine
 from apparate_llm.serve import model_folder
 from apparate_llm.sse import event_data_async
@@ -228,7 +228,7 @@ async def answer_one_by_one(server: Server, requests: list[Request]) -> dict[str
         return {key_of(request): await ask(http, model, request) for request in requests}
 
 
-def references_of(choice: Choice, pool: list[Request], file: Path | None, log: Path) -> list[Answers]:
+def references_of(choice: ModelChoice, pool: list[Request], file: Path | None, log: Path) -> list[Answers]:
     """Plain vLLM's answers, one request at a time; `file` has those of earlier runs, and gets the others."""
     kept = json.loads(file.read_text()) if file is not None and file.exists() else {}
     known = kept.setdefault(shlex.join([str(choice.model), *choice.vllm_flags]), {})
@@ -303,11 +303,11 @@ def main() -> int:
     common: tuple[str, ...] = ("--dtype", "float32", "--max-model-len", "1024", "--block-size", "32")
     common += ("--kv-cache-memory-bytes", str(1 << 30), *flags)
     pool = pool_of([prompt.messages for prompt in load_prompts(args.prompts)[: args.num_prompts]])
-    references = references_of(Choice(model, common), pool, args.references, folder / "plain.log")
+    references = references_of(ModelChoice(model, common), pool, args.references, folder / "plain.log")
     knobs = ["--policy", args.policy, "--accuracy-bound", str(args.accuracy_bound)]
     if args.policy == "static":
         knobs += ["--threshold", "0.5", "--hold-threshold", "0.3", "--max-batch-tokens", "1024"]
-    tiny = Choice(model, (*common, "--num-gpu-blocks-override", str(args.kv_blocks)))
+    tiny = ModelChoice(model, (*common, "--num-gpu-blocks-override", str(args.kv_blocks)))
     system = early_exits("storm", tiny, *knobs)
     with Server(system, log=folder / "storm.log", start_timeout_s=900) as server:
         server.wait_ready()

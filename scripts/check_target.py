@@ -25,7 +25,7 @@ from openai.types.chat import ChatCompletionChunk
 from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.statistics import bootstrap
-from apparate_llm.eval.systems import Choice, early_exits
+from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=1.05)
     parser.add_argument("--json", type=Path)
     args, flags = parser.parse_known_args()
-    choice = Choice(model_folder(args.model), (*memory_flags(flags), *flags))
+    choice = ModelChoice(model_folder(args.model), (*memory_flags(flags), *flags))
     system = early_exits("exits", choice, "--accuracy-bound", str(args.accuracy_bound))
     prompts, rounds = load_prompts(args.prompts), []
     with Server(system, log=Path(tempfile.mkdtemp()) / "server.log", start_timeout_s=900) as server:

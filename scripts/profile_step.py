@@ -99,7 +99,7 @@ def instrument(engine: "Engine", profile: Profile) -> None:
     profile.wrap(runner.shadow, "maybe_run", DRAFTING + "shadow")
     profile.wrap(drafter, "run", DRAFTING + "rest")
     profile.wrap(drafter, "predict", DRAFTING + "rest")
-    profile.wrap(drafter, "_proposals", DRAFTING + "copy feature")
+    profile.wrap(drafter, "_proposals", DRAFTING + "lookup feature")
     profile.wrap(drafter.model, "states", DRAFTING + "embedding, blocks")
     profile.wrap(shallow_pass, "attention_of_rows", DRAFTING + "attention metadata")
     for ramps in drafter.ramp_sets.values():

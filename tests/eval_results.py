@@ -7,7 +7,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from apparate_llm.eval.figures import Points
-from apparate_llm.eval.schema import Distribution, Exits, Moment, Quality, Ratio, Results, Run
+from apparate_llm.eval.schema import Distribution, Exits, Quality, Ratio, Results, Run, TimelinePoint
 
 Interval = tuple[float, float]
 
@@ -41,7 +41,7 @@ def with_exits(
 ) -> Run:
     share = divergences / 2000
     moments = [
-        Moment(phase=phase, output_tokens=tokens, divergence_frac=share, block_divergence_frac=None, tpt_ms=tpt)
+        TimelinePoint(phase=phase, output_tokens=tokens, divergence_frac=share, block_divergence_frac=None, tpt_ms=tpt)
         for tokens, phase in ((500, "chat"), (1000, "chat"), (1500, "code"), (2000, "code"))
     ]
     unverified, by_depth = 7 * bool(divergences), {"9": 500, "15": 162}

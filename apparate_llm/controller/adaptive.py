@@ -10,11 +10,11 @@ from apparate_llm.controller.depth import DepthChoice
 from apparate_llm.controller.plan import LoadPlan, load_of
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
-from apparate_llm.ramps.lookup import copied_confidence
+from apparate_llm.ramps.lookup import lookup_confidence
 
 CALIBRATED_ROUNDS = 4  # later rounds share the last one's calibration
-COPIED = -1  # stands for the depth of exits without a ramp, where calibrations are kept
-FOLLOWED_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
+LOOKED_UP = -1  # stands for the depth of exits without a ramp, where calibrations are kept
+LOOKUP_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
 FOLLOWED_EVERY = 16  # times that they are less likely right, so that a change is noticed
 WAITED_STEPS = 4.0  # for a first token: two, of which the second reads prompts, so that it takes longer than the mean
 JOINED_MEMORY = 1 / 64  # of the moving average of requests that join per step
@@ -24,7 +24,7 @@ PASS_MEMORY = 1 / 128  # of the moving average of a pass's time
 
 @dataclass(slots=True)
 class RoundStatistics:
-    """Moving averages over exits offered in one round."""
+    """Moving averages over exits proposed in one round."""
 
     taken_frac: float = 0.9
     agreement: float = 0.6  # probability of those taken
@@ -47,7 +47,7 @@ class AdaptivePolicy(Policy):
     depths: tuple[int, ...]
     num_layers: int
     max_exits: int
-    copies: bool = False
+    looks_up: bool = False
     release_confidence: float = 0.98
     max_regret_nats: float = 1.0
     memory_verdicts: float = MEMORY_VERDICTS
@@ -57,7 +57,7 @@ class AdaptivePolicy(Policy):
     statistics: dict[tuple[int, int], RoundStatistics] = field(default_factory=dict)
     depth_choice: DepthChoice = field(init=False)
     _plans: dict[int, LoadPlan] = field(default_factory=dict)
-    _copied_in_step: tuple[int, float, int] = (0, 0.0, 0)  # requests, expected tokens, rows
+    _looked_up_in_step: tuple[int, float, int] = (0, 0.0, 0)  # requests, expected tokens, rows
     _pass_ms: float = 0.0
     _passes: int = 0
     _warm: set[int] = field(default_factory=set)  # depths of which a round has run
@@ -82,12 +82,12 @@ class AdaptivePolicy(Policy):
             min_tokens_per_ms = rate * self._weight_of_time(num_requests)
             plan.renew(num_rounds, min_tokens_per_ms, pays=self._pays(plan, num_requests, rate))
         self._min_tokens_per_ms = plan.min_tokens_per_ms
-        self.copies = plan.copies and not plan.is_plain_step
-        self._copied_in_step = (num_requests, 0.0, 0)
+        self.looks_up = plan.looks_up and not plan.is_plain_step
+        self._looked_up_in_step = (num_requests, 0.0, 0)
         if plan.num_rounds == 0:
             return 1 if plan.is_probed(self._extra_frac(num_requests)) else 0
         plan.rounds_pay()
-        return self.max_exits if self.copies else 0
+        return self.max_exits if self.looks_up else 0
 
     def _plan_of(self, num_requests: int) -> LoadPlan:
         load = load_of(num_requests)
@@ -102,15 +102,15 @@ class AdaptivePolicy(Policy):
         without; and nobody else is in a lone request's step."""
         plain_ms = self.costs.completion(num_requests)
         saved = 1.0 - num_requests / plain_ms / rate
-        copied_ms = self.costs.completion(num_requests * (1.0 + plan.copied.rows))
-        saved += max(0.0, 1.0 - copied_ms / plain_ms / (1.0 + plan.copied.tokens))
+        lookup_ms = self.costs.completion(num_requests * (1.0 + plan.lookup.rows))
+        saved += max(0.0, 1.0 - lookup_ms / plain_ms / (1.0 + plan.lookup.tokens))
         generating = min(1.0, plain_ms * self.costs.pace / self._pass_ms) if self._pass_ms else 1.0
         return saved * generating >= MIN_SAVED * (1.0 - 1.0 / num_requests)
 
     def _count_copied(self) -> None:
-        num_requests, tokens, rows = self._copied_in_step
-        if self.copies and num_requests:
-            self._plan_of(num_requests).copied.observe(tokens / num_requests, rows / num_requests)
+        num_requests, tokens, rows = self._looked_up_in_step
+        if self.looks_up and num_requests:
+            self._plan_of(num_requests).lookup.observe(tokens / num_requests, rows / num_requests)
 
     def on_request(self) -> None:
         self._joined += 1
@@ -152,8 +152,8 @@ class AdaptivePolicy(Policy):
         return extra_ms / plain_ms
 
     def wants_lookup(self, match: int, greedy: bool) -> bool:
-        calibration = self._calibration_of(COPIED, 0, greedy)
-        if calibration.probability(copied_confidence(match)) >= FOLLOWED_PROBABILITY:
+        calibration = self._calibration_of(LOOKED_UP, 0, greedy)
+        if calibration.probability(lookup_confidence(match)) >= LOOKUP_PROBABILITY:
             return True
         self._not_followed += 1
         return self._not_followed % FOLLOWED_EVERY == 0
@@ -164,17 +164,17 @@ class AdaptivePolicy(Policy):
         rows_ms = self.costs.completion(num_rows + live * statistics.taken_frac) - self.costs.completion(num_rows)
         return gain >= self._min_tokens_per_ms * (self.costs.round(self.depth, live) + rows_ms)
 
-    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
+    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
         p = exit_.probability = self._calibration(exit_).probability(exit_.confidence)
-        if reach * p < self._min_tokens_per_ms * self.costs.completion.of_another(num_rows):
+        if joint_acceptance * p < self._min_tokens_per_ms * self.costs.completion.of_another(num_rows):
             decision = Decision.STOP
         else:
             decision = Decision.RELEASE if may_release and p >= self.release_confidence else Decision.HOLD
         if not exit_.match:
             self._statistics(exit_.round_number).observe(decision is not Decision.STOP, p)
         elif decision is not Decision.STOP:
-            num_requests, tokens, rows = self._copied_in_step
-            self._copied_in_step = (num_requests, tokens + reach * p, rows + 1)
+            num_requests, tokens, rows = self._looked_up_in_step
+            self._looked_up_in_step = (num_requests, tokens + joint_acceptance * p, rows + 1)
         return decision
 
     # ---- divergences
@@ -222,7 +222,7 @@ class AdaptivePolicy(Policy):
 
     def _calibration(self, exit_: Exit) -> OnlineCalibration:
         if exit_.match:
-            return self._calibration_of(COPIED, 0, exit_.greedy)
+            return self._calibration_of(LOOKED_UP, 0, exit_.greedy)
         return self._calibration_of(exit_.depth, _shared(exit_.round_number), exit_.greedy)
 
     def _calibration_of(self, depth: int, number: int, greedy: bool) -> OnlineCalibration:
@@ -285,7 +285,7 @@ class AdaptivePolicy(Policy):
 
 
 def _name(depth: int, number: int) -> str:
-    return "copied" if depth == COPIED else f"depth {depth}, round {number + 1}"
+    return "copied" if depth == LOOKED_UP else f"depth {depth}, round {number + 1}"
 
 
 def _shared(number: int) -> int:

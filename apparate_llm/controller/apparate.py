@@ -123,7 +123,7 @@ class ApparatePolicy(Policy):
     def start(self, num_requests: int) -> int:
         return rounds_within(self.max_batch_tokens, self.max_exits, num_requests)
 
-    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
+    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
         exit_.probability = exit_.confidence
         self._num_offered += 1
         if may_release and 1.0 - exit_.confidence < self.threshold:
@@ -136,7 +136,7 @@ class ApparatePolicy(Policy):
         self._num_verdicts += 1
         if self._num_verdicts % self.window == 0:
             self._to_search = tuple(self._records)
-        # A second period that ends within one step has offered nothing since the first.
+        # A second period that ends within one step has proposed nothing since the first.
         if self._num_verdicts % self.adjust_every == 0 and self._num_offered:
             exit_frac = self._num_exits / self._num_offered
             (utility,) = utilities([exit_frac], [0.0, self._pass_ms], [self._round_ms])

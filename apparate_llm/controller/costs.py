@@ -1,4 +1,4 @@
-"""What a completion pass and a round cost on this machine, measured while serving.
+"""What a verification pass and a round cost on this machine, measured while serving.
 
 Machines get slower and faster by the minute, most of all shared ones. What decides is how costs compare, so every
 time is divided by the pace of the moment before it is averaged: ms at pace 1.
@@ -138,7 +138,7 @@ PRIOR_ROUND_SHARE = 0.05
 
 @dataclass(slots=True)
 class CostModel:
-    """Completion passes by rows; rounds by depth and rows. All in ms at pace 1."""
+    """Verification passes by rows; rounds by depth and rows. All in ms at pace 1."""
 
     num_layers: int
     pace: float = 1.0  # how much slower than that the machine is now

@@ -1,4 +1,4 @@
-"""The feedback log: what exits were offered, what the full model said, and what it cost. No text, no tokens,
+"""The feedback log: what exits were proposed, what the full model said, and what it cost. No text, no tokens,
 and nothing of exits that were copied without a ramp.
 
 One JSON object per line: first a header, then one cycle per line (see `Cycle`).
@@ -25,7 +25,7 @@ MAX_BYTES = 32 << 20  # then, and at a start, the file becomes FILE.1, replacing
 PAUSE_S = 60.0  # after which a log that could not be written is tried again
 
 
-TAKEN = {Decision.STOP: 0, Decision.HOLD: 1, Decision.RELEASE: 2}  # offered and not taken, held, released
+TAKEN = {Decision.STOP: 0, Decision.HOLD: 1, Decision.RELEASE: 2}  # proposed and not taken, held, released
 
 
 class FeedbackError(ValueError):
@@ -43,7 +43,7 @@ class LoggedExit(NamedTuple):
 
 
 class Cycle(NamedTuple):
-    """Rounds of one step and the completion pass that followed."""
+    """Rounds of one step and the verification pass that followed."""
 
     num_requests: int
     num_rows: int
@@ -169,7 +169,7 @@ def read_cycles(path: Path) -> Iterator[Cycle]:
                 return
             try:
                 requests, rows, ms, rounds, exits = json.loads(line)
-                offered = [LoggedExit(a, d, n, c, taken, bool(ok), regret) for a, d, n, c, taken, ok, regret in exits]
-                yield Cycle(requests, rows, ms, [(r, t) for r, t in rounds], offered)
+                proposed = [LoggedExit(a, d, n, c, taken, bool(ok), regret) for a, d, n, c, taken, ok, regret in exits]
+                yield Cycle(requests, rows, ms, [(r, t) for r, t in rounds], proposed)
             except (ValueError, TypeError):
                 raise FeedbackError(f"{path}:{number}: not a cycle") from None

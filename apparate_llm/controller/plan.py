@@ -16,7 +16,7 @@ PROBE_COST_FRAC = 0.01  # that later ones may
 
 
 @dataclass(slots=True)
-class CopyStatistics:
+class LookupStatistics:
     """Moving averages over steps in which exits may be copied, per request; at first what makes it try."""
 
     tokens: float = 0.3  # expected
@@ -34,8 +34,8 @@ class LoadPlan:
 
     num_rounds: int = 0
     min_tokens_per_ms: float = 0.0  # that an exit must bring
-    copies: bool = True
-    copied: CopyStatistics = field(default_factory=CopyStatistics)
+    looks_up: bool = True
+    lookup: LookupStatistics = field(default_factory=LookupStatistics)
     _age: int = PLAN_STEPS  # steps since it was made: none was yet
     _steps: int = 0  # at this load
     _worthless: int = 0  # plans since exits last paid
@@ -54,7 +54,7 @@ class LoadPlan:
         self._worthless = 0 if pays else self._worthless + 1
         self.num_rounds = num_rounds if pays else 0
         self.min_tokens_per_ms = min_tokens_per_ms
-        self.copies = self._worthless % TRIED_EVERY == 0
+        self.looks_up = self._worthless % TRIED_EVERY == 0
 
     def grow_old(self) -> None:
         """The next step makes it anew."""

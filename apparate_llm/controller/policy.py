@@ -13,13 +13,13 @@ class Policy(ABC):
     """Base of the policies; deterministic given the same questions and feedback.
 
     One engine step: `start`, then for each round `decide` once per request that takes part and `wants_another_step`;
-    later, when the completion pass has run, `accepts` for held exits that their verdict differs from, `on_verdict` for
-    each exit that got one and `on_decode_step` with what it cost.
+    later, when the verification pass has run, `accepts` for held exits that their verdict differs from, `on_verdict`
+    for each exit that got one and `on_decode_step` with what it cost.
     """
 
     depth: int  # of the ramp it wants; read before each step's rounds
     depths: tuple[int, ...]  # ramps there are; a single one where the depth is fixed
-    copies: bool = False  # whether exits may be copied, without a ramp, in the step that `start` began
+    looks_up: bool = False  # whether exits may be copied, without a ramp, in the step that `start` began
 
     @abstractmethod
     def start(self, num_requests: int) -> int:
@@ -34,11 +34,11 @@ class Policy(ABC):
 
     def wants_another_step(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
         """Whether round `number` (from 1; the first always runs) is worth it. reaches: for each request still taking
-        part, the probability that all its held exits agree; num_rows: of the next completion pass as of now."""
+        part, the probability that all its held exits agree; num_rows: of the next verification pass as of now."""
         return True
 
     @abstractmethod
-    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
+    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
         """What becomes of an exit; sets its `probability`."""
 
     def accepts(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
@@ -62,7 +62,7 @@ class Policy(ABC):
         """Everything of an engine step but its rounds, whether it read prompts or not."""
 
     def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
-        """Everything of an engine step but its rounds: a completion pass of `num_rows` decode rows, and no prompt."""
+        """Everything of an engine step but its rounds: a verification pass of `num_rows` decode rows, and no prompt."""
 
     def status(self) -> dict[str, Any]:
         """Plain values for the status page."""
@@ -77,5 +77,5 @@ class Policy(ABC):
 
 
 def rounds_within(max_batch_tokens: int, max_exits: int, num_requests: int) -> int:
-    """Rounds with which the next completion pass stays within `max_batch_tokens`, a row per request and exit."""
+    """Rounds with which the next verification pass stays within `max_batch_tokens`, a row per request and exit."""
     return max(0, min(max_exits, max_batch_tokens // max(num_requests, 1) - 1))

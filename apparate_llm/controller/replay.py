@@ -1,6 +1,6 @@
 """Any policy on a feedback log, offline: what it would have emitted, how wrong and how fast.
 
-The log's cycles are taken one after another, each with the exits that were offered in it and their verdicts. A policy
+The log's cycles are taken one after another, each with the exits that were proposed in it and their verdicts. A policy
 that takes fewer exits than the log's would go on from an earlier token than the log's next cycle does; that is
 ignored, as the next cycle is still a fair sample of what follows. What a log does not hold (rounds it did not run)
 cannot be taken. Verdicts come at the end of their cycle.
@@ -22,7 +22,7 @@ class LogCosts:
     """What passes and rounds took in a log: medians by rows, between them linear."""
 
     def __init__(self, cycles: Sequence[Cycle]) -> None:
-        """Raises ValueError where the log has no completion pass or no round."""
+        """Raises ValueError where the log has no verification pass or no round."""
         passes: dict[int, list[float]] = {}
         rounds: dict[int, dict[int, list[float]]] = {}
         for cycle in cycles:
@@ -91,10 +91,10 @@ class _Answer:
     """One request in one cycle."""
 
     bucket: Bucket
-    offered: list[LoggedExit]  # by round
+    proposed: list[LoggedExit]  # by round
     taken: list[Exit] = field(default_factory=list)
     not_taken: Exit | None = None
-    reach: float = 1.0
+    joint_acceptance: float = 1.0
 
     @property
     def holds(self) -> bool:
@@ -126,12 +126,12 @@ def replay(
 
 
 def _answers(cycle: Cycle, depth: int, buckets: dict[int, Bucket], accuracy_bound: float) -> list[_Answer]:
-    offered: dict[int, dict[int, LoggedExit]] = {}
+    proposed: dict[int, dict[int, LoggedExit]] = {}
     for exit_ in cycle.exits:
         if exit_.depth == depth:
-            offered.setdefault(exit_.request, {})[exit_.round_number] = exit_
+            proposed.setdefault(exit_.request, {})[exit_.round_number] = exit_
     answers = []
-    for request, by_round in offered.items():
+    for request, by_round in proposed.items():
         if request not in buckets:
             buckets[request] = Bucket.of_request(accuracy_bound)
         in_order: list[LoggedExit] = []
@@ -149,10 +149,10 @@ def _rounds(
     budget: AccuracyBudget,
     result: Replayed,
 ) -> tuple[int, float]:
-    """Rows of the completion pass that follows, and ms of the rounds."""
-    num_rows, ms, live = cycle.num_requests, 0.0, [answer for answer in answers if answer.offered]
+    """Rows of the verification pass that follows, and ms of the rounds."""
+    num_rows, ms, live = cycle.num_requests, 0.0, [answer for answer in answers if answer.proposed]
     for number in range(policy.start(cycle.num_requests)):
-        live = [answer for answer in live if number < len(answer.offered)]
+        live = [answer for answer in live if number < len(answer.proposed)]
         if not live:
             break
         took = costs.rounds[policy.depth](len(live))
@@ -161,23 +161,27 @@ def _rounds(
         result.rounds += 1
         going = []
         for answer in live:
-            logged = answer.offered[number]
+            logged = answer.proposed[number]
             exit_ = Exit(0, 0, logged.depth, number, logged.confidence)
             may_release = not answer.holds and budget.may_release(answer.bucket)
-            decision = policy.decide(exit_, reach=answer.reach, may_release=may_release, num_rows=num_rows)
+            decision = policy.decide(
+                exit_, joint_acceptance=answer.joint_acceptance, may_release=may_release, num_rows=num_rows
+            )
             if decision is Decision.STOP:
                 answer.not_taken = exit_
                 continue
             if decision is Decision.RELEASE:
                 budget.release(answer.bucket)
             else:
-                answer.reach *= exit_.probability
+                answer.joint_acceptance *= exit_.probability
             exit_.decision = decision
             answer.taken.append(exit_)
             num_rows += 1
             going.append(answer)
         live = going
-        if not live or not policy.wants_another_step(number + 1, [answer.reach for answer in live], num_rows):
+        if not live or not policy.wants_another_step(
+            number + 1, [answer.joint_acceptance for answer in live], num_rows
+        ):
             break
     return num_rows, ms
 
@@ -186,7 +190,7 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
     """Exits that are emitted."""
     emitted = 0
     for number, exit_ in enumerate(answer.taken):
-        logged = answer.offered[number]
+        logged = answer.proposed[number]
         regret = logged.regret_nats or 0.0
         policy.on_verdict(exit_, logged.agrees)
         if exit_.decision is Decision.RELEASE:
@@ -208,7 +212,7 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
             result.regret_nats += regret
     else:
         if answer.not_taken is not None:
-            policy.on_verdict(answer.not_taken, answer.offered[len(answer.taken)].agrees)
+            policy.on_verdict(answer.not_taken, answer.proposed[len(answer.taken)].agrees)
     budget.emit(answer.bucket, emitted + 1)
     return emitted
 
@@ -220,7 +224,7 @@ def oracle(cycles: Iterable[Cycle], costs: LogCosts, *, depth: int) -> Replayed:
     for cycle in cycles:
         lengths = []
         for answer in _answers(cycle, depth, result.buckets, 0.0):
-            wrong = next((i for i, exit_ in enumerate(answer.offered) if not exit_.agrees), len(answer.offered))
+            wrong = next((i for i, exit_ in enumerate(answer.proposed) if not exit_.agrees), len(answer.proposed))
             lengths.append(wrong)
         ms = sum(
             costs.rounds[depth](sum(length > number for length in lengths)) for number in range(max(lengths, default=0))

@@ -18,7 +18,7 @@ class StaticPolicy(Policy):
     def start(self, num_requests: int) -> int:
         return rounds_within(self.max_batch_tokens, self.max_exits, num_requests)
 
-    def decide(self, exit_: Exit, *, reach: float, may_release: bool, num_rows: int) -> Decision:
+    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
         exit_.probability = exit_.confidence
         if may_release and exit_.confidence >= self.threshold:
             return Decision.RELEASE

@@ -54,7 +54,7 @@ class EarlyExitRunner(FallbackRunner):
         ramps, depth = ramps_of(self.model)
         inner_depths = set(ramps[depth].inner) | (ramps.keys() - {0} if len(ramps) > 1 else set())
         if inner_depths:
-            self.get_model().set_inner_state_depths(tuple(sorted(inner_depths)))  # type: ignore[operator]
+            self.get_model().set_aux_state_depths(tuple(sorted(inner_depths)))  # type: ignore[operator]
             self.use_aux_hidden_state_outputs = True
         forget_knobs(self.vllm_config, sorted(inner_depths))
         num_layers = self.model_config.get_total_num_hidden_layers()

@@ -42,4 +42,4 @@ def forget_knobs(vllm_config: "VllmConfig", inner_depths: list[int]) -> None:
     additional = vllm_config.additional_config
     assert isinstance(additional, dict), f"knobs came out of {type(additional)}"
     others = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
-    vllm_config.additional_config = others | {"early_exit_inner_depths": inner_depths}
+    vllm_config.additional_config = others | {"early_exit_aux_depths": inner_depths}

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from apparate_llm.config import ConfigError, shown
+from apparate_llm.config import ConfigError, public_config
 from apparate_llm.engine.background import run_in_background
 from apparate_llm.engine.invariant_worker import BatchInvariantWorker
 from apparate_llm.engine.runner import EarlyExitRunner
@@ -76,7 +76,7 @@ class EarlyExitWorker(BatchInvariantWorker):
             "failure": runner.safety.status(monotonic()),
             "running": len(runner.ledger.requests),
             "depth": policy.depth if policy else None,
-            "config": shown(runner.exit_config),
+            "config": public_config(runner.exit_config),
             "tenants": {name: share.as_dict() for name, share in runner.ledger.tenants.items()},
             "counts": runner.ledger.counts.as_dict(),
             "audit": asdict(runner.ledger.audit),

@@ -15,7 +15,7 @@ from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
 from apparate_llm.exits.batch import Batch
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
-from apparate_llm.ramps.lookup import NOTHING_REPEATED, Repeated, TokenIds, copied_confidence, look_back
+from apparate_llm.ramps.lookup import NO_LOOKUP, Lookup, TokenIds, look_up, lookup_confidence
 
 
 class DraftModel(Protocol):
@@ -62,7 +62,7 @@ class DraftRequest:
     request_index: int  # in vLLM's input batch
     newest_token: int
     newest_position: int
-    state_row: int  # row of the completion pass that predicted the newest token
+    state_row: int  # row of the verification pass that predicted the newest token
     max_released: int  # exits that may still be emitted
     max_held: int  # exits worth checking; a held one past this could not save a step
     may_release: bool
@@ -71,9 +71,9 @@ class DraftRequest:
     stop_token_ids: frozenset[int]
     released: list[Exit] = field(default_factory=list)
     held: list[Exit] = field(default_factory=list)
-    offered: Exit | None = None  # proposed and not taken
-    reach: float = 1.0  # probability that all held exits agree
-    repeated: Repeated = NOTHING_REPEATED  # of its text with its exits
+    not_taken: Exit | None = None  # proposed and not taken
+    joint_acceptance: float = 1.0  # probability that all held exits agree
+    lookup: Lookup = NO_LOOKUP  # of its text with its exits
 
     @property
     def num_exits(self) -> int:
@@ -100,7 +100,7 @@ class Drafter:
         self.max_exits = max_exits
         self.peers = peers
         self._deciding_ms = 0.0
-        self._num_rows = 0  # of the next completion pass, as of now
+        self._num_rows = 0  # of the next verification pass, as of now
         self._texts: Callable[[int, int], TokenIds]  # of the step under way
 
     def take_deciding_ms(self) -> float:
@@ -116,26 +116,26 @@ class Drafter:
     def start(self) -> int | None:
         """Most rounds that the policy wants in the step under way, 0 where texts are followed only; None: no exits."""
         num_rounds = min(self.policy.start(self.model.batch().num_requests), self.max_exits)
-        return num_rounds if num_rounds or self.policy.copies else None
+        return num_rounds if num_rounds or self.policy.looks_up else None
 
     def run(
-        self, rows: list[DraftRequest], num_rounds: int, final_states: torch.Tensor, inner_states: list[torch.Tensor]
+        self, rows: list[DraftRequest], num_rounds: int, final_states: torch.Tensor, aux_states: list[torch.Tensor]
     ) -> list[tuple[int, float]]:
-        """Fill in `released`, `held` and `offered` of the rows in up to `num_rounds`; returns (rows, ms) of each
+        """Fill in `released`, `held` and `not_taken` of the rows in up to `num_rounds`; returns (rows, ms) of each
         round run. Rows whose text repeats itself at length follow it from there on, without a round.
 
-        final_states [num_tokens, hidden_size] are the completion pass's, after the final norm; inner_states, of the
-        same shape each, its residual streams at the ramp's inner depths.
+        final_states [num_tokens, hidden_size] are the verification pass's, after the final norm; aux_states, of the
+        same shape each, its residual streams at the ramp's auxiliary depths.
         """
         began = perf_counter()
         batch = self.model.batch()
         self._texts, self._num_rows = batch.text, batch.num_requests
-        live = [row for row in rows if not self._follows(row)]
+        live = [row for row in rows if not self._takes_lookup(row)]
         if not live or not num_rounds:
             return []
         tokens = torch.tensor([row.newest_token for row in live])
         state_rows = [row.state_row for row in live]
-        state = self.ramps.head.enter(final_states[state_rows], [inner[state_rows] for inner in inner_states])
+        state = self.ramps.head.enter(final_states[state_rows], [inner[state_rows] for inner in aux_states])
         spent: list[tuple[int, float]] = []
         for number in range(num_rounds):
             prediction = self.peers.share_prediction(self.predict(live, tokens, state, number))
@@ -150,31 +150,31 @@ class Drafter:
             self._deciding_ms += (now - predicted) * 1e3
             spent.append((len(live), (now - began) * 1e3))
             began = now
-            going = [i for i in going if not self._follows(live[i])]
-            reaches = [live[i].reach for i in going]
+            going = [i for i in going if not self._takes_lookup(live[i])]
+            joint = [live[i].joint_acceptance for i in going]
             if (
                 not going
                 or number + 1 == num_rounds
-                or not self.policy.wants_another_step(number + 1, reaches, self._num_rows)
+                or not self.policy.wants_another_step(number + 1, joint, self._num_rows)
             ):
                 break
             live = [live[i] for i in going]
             tokens, state = prediction.token_ids[going], prediction.state[going]
         return spent
 
-    def _follows(self, row: DraftRequest) -> bool:
+    def _takes_lookup(self, row: DraftRequest) -> bool:
         """Whether the row's text repeats itself at length, so that what comes there is taken without asking a ramp."""
-        if not self.policy.copies and not self.ramps.head.reads_copies:
+        if not self.policy.looks_up and not self.ramps.head.reads_lookup:
             return False
         text = self._text(row)
-        row.repeated = look_back(text)
-        _token, _length, start, match = row.repeated
-        if not match or not self.policy.copies or not self.policy.wants_lookup(match, row.greedy):
+        row.lookup = look_up(text)
+        _token, _length, start, match = row.lookup
+        if not match or not self.policy.looks_up or not self.policy.wants_lookup(match, row.greedy):
             return False
         tokens = text.tolist()
         while row.num_exits < self.max_exits:
             token = tokens[start]
-            if not self._decide(row, token, copied_confidence(match), match=match) or token in row.stop_token_ids:
+            if not self._decide(row, token, lookup_confidence(match), match=match) or token in row.stop_token_ids:
                 break
             tokens.append(token)
             start, match = start + 1, match + 1
@@ -200,16 +200,18 @@ class Drafter:
         number = row.num_exits  # each round before has left one
         depth = 0 if match else self.ramps.depth
         exit_ = Exit(row.newest_position + 1 + number, token, depth, number, confidence, row.greedy, match=match)
-        decision = self.policy.decide(exit_, reach=row.reach, may_release=may_release, num_rows=self._num_rows)
+        decision = self.policy.decide(
+            exit_, joint_acceptance=row.joint_acceptance, may_release=may_release, num_rows=self._num_rows
+        )
         if decision is Decision.RELEASE:
             assert may_release, "the policy released an exit that it may not"
             self.budget.release(row.bucket)
             row.released.append(exit_)
         elif decision is Decision.HOLD and row.num_exits < row.max_held:
             row.held.append(exit_)
-            row.reach *= exit_.probability
+            row.joint_acceptance *= exit_.probability
         else:
-            row.offered = exit_
+            row.not_taken = exit_
             return False
         exit_.decision = decision
         self._num_rows += 1
@@ -219,15 +221,15 @@ class Drafter:
         """One round: `tokens` [num_rows] are the rows' newest, `state` [num_rows, hidden_size] the ramp's."""
         positions = torch.tensor([row.newest_position + number for row in live])
         hidden = self.model.states(self.ramps.depth, [row.request_index for row in live], tokens, positions)
-        proposals = self._proposals(live) if self.ramps.head.reads_copies else None
+        proposals = self._proposals(live) if self.ramps.head.reads_lookup else None
         return self.ramps.predict(hidden, state, proposals, round_number=number)
 
     def _proposals(self, live: list[DraftRequest]) -> Proposals:
-        """What the copy feature makes of each row's text, its exits included."""
-        tokens, lengths = torch.tensor([row.repeated[:2] for row in live]).unbind(1)
+        """What the lookup feature makes of each row's text, its exits included."""
+        tokens, lengths = torch.tensor([row.lookup[:2] for row in live]).unbind(1)
         return Proposals(tokens, lengths, self.model.embed(tokens))
 
-    def room(self, request_index: int, newest_position: int) -> int:
+    def free_slots(self, request_index: int, newest_position: int) -> int:
         """Rounds whose KV slots (newest_position, newest_position + 1, ...) are allocated already."""
         if self.policy.depth == 0:
             return self.max_exits

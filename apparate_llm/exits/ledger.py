@@ -25,7 +25,7 @@ SETTLED_TOKENS = 500  # below so many, a single divergence is a large share
 class PendingVerdict(NamedTuple):
     request_id: str
     exit: Exit
-    row: int  # row of the completion pass whose logits give the verdict
+    row: int  # row of the verification pass whose logits give the verdict
 
 
 class Verdict(NamedTuple):
@@ -51,10 +51,10 @@ class RequestExits:
     tpt_target_ms: float | None = None
     outstanding: list[Exit] = field(default_factory=list)  # released, no verdict yet
     held: list[Exit] = field(default_factory=list)  # of the last rounds, in order
-    offered: Exit | None = None  # what the ramp proposed next and the policy did not take
+    not_taken: Exit | None = None  # what the ramp proposed next and the policy did not take
     num_emitted: int = 0
     num_unshared: int = 0  # tokens that have earned for this request only: those of its last step
-    num_since_pass: int = 0  # emitted after the last completion pass: released exits
+    num_since_pass: int = 0  # emitted after the last verification pass: released exits
     num_diverged: int = 0
     first_token_s: float | None = None  # on the monotonic clock, of the step that emitted it
     last_token_s: float = 0.0
@@ -210,7 +210,7 @@ class VerdictLedger:
     def drop_held(self) -> None:
         """The full model has looked at no held exit, nor will it."""
         for request in self.requests.values():
-            request.held, request.offered = [], None
+            request.held, request.not_taken = [], None
 
     def checked(self, request: RequestExits, num_held: int, num_accepted: int) -> None:
         """The full model has looked at the first `num_held` held exits and emits `num_accepted` of them; divergences

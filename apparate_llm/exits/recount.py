@@ -21,7 +21,7 @@ def drop_exits(
             ledger.budget.prove_right(request.bucket)
         out = [exit_ for exit_ in request.outstanding if not any(exit_ is other for other in withdrawn)]
         ledger.leave_unverified(request, out)
-        request.outstanding, request.held, request.offered, request.num_since_pass = [], [], None, 0
+        request.outstanding, request.held, request.not_taken, request.num_since_pass = [], [], None, 0
         if request_id in emitted:
             _count_rest(ledger, request, emitted[request_id], now_s)
     _recount(ledger.counts)

@@ -1,4 +1,4 @@
-"""Shadow evaluation: what the ramps that are not in use would have said, on states that the completion pass has
+"""Shadow evaluation: what the ramps that are not in use would have said, on states that the verification pass has
 anyway."""
 
 from time import perf_counter
@@ -8,7 +8,7 @@ import torch
 from apparate_llm.exits.draft import Drafter
 from apparate_llm.exits.step_clock import Ranks, StepClock
 from apparate_llm.ramps.load import Proposals
-from apparate_llm.ramps.lookup import TokenIds, copy_of
+from apparate_llm.ramps.lookup import TokenIds, looked_up
 
 COST_FRAC = 0.01  # of the time that goes by
 MAX_ROWS = 4
@@ -16,10 +16,10 @@ MAX_ROWS = 4
 
 class Shadow:
     """Compares all ramps' first-round tokens with the full model's, at positions after an accepted held exit: there
-    the pass has the newest token's inner state and the final state of the token before it."""
+    the pass has the newest token's auxiliary hidden state and the final state of the token before it."""
 
     def __init__(self, drafter: Drafter, depths: tuple[int, ...], clock: StepClock, peers: Ranks) -> None:
-        """depths: of the completion pass's inner states."""
+        """depths: of the verification pass's auxiliary hidden states."""
         self.drafter = drafter
         self.clock = clock
         self.peers = peers
@@ -27,13 +27,13 @@ class Shadow:
         self._due_s = 0.0
 
     def ramp_states(self, inner: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The inner states that the ramps read, out of all the completion pass gives."""
+        """The auxiliary hidden states that the ramps read, out of all the verification pass gives."""
         return [inner[self.depths.index(depth)] for depth in self.drafter.ramps.inner]
 
     def maybe_run(
         self, sampled_token_ids: list[list[int]], num_drafts: list[int], final: torch.Tensor, inner: list[torch.Tensor]
     ) -> None:
-        """After a completion pass; num_drafts: held exits it checked, per request."""
+        """After a verification pass; num_drafts: held exits it checked, per request."""
         if self.clock.now_s < self._due_s:
             return
         batch = self.drafter.model.batch()
@@ -62,14 +62,14 @@ class Shadow:
     ) -> None:
         policy, before, embed = self.drafter.policy, [row - 1 for row in rows], self.drafter.model.embed
         newest = torch.tensor([int(text[-1]) for text in texts])
-        tokens, lengths = torch.tensor([copy_of(text) for text in texts]).unbind(1)
+        tokens, lengths = torch.tensor([looked_up(text) for text in texts]).unbind(1)
         proposals, newest_states = Proposals(tokens, lengths, embed(tokens)), embed(newest)
         states = [state[before] for state in self.ramp_states(inner)]
         agrees = {}
         for depth, ramps in self.drafter.ramp_sets.items():
             hidden = inner[self.depths.index(depth)][rows] if depth else newest_states
             state = ramps.head.enter(final[before], states)
-            given = proposals if ramps.head.reads_copies else None
+            given = proposals if ramps.head.reads_lookup else None
             prediction = ramps.predict(hidden, state, given, round_number=0)
             agrees[depth] = [
                 token == target for token, target in zip(prediction.token_ids.tolist(), targets, strict=True)

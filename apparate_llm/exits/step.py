@@ -116,7 +116,7 @@ class ExitStep:
                 is_turn = True
                 self.ledger.ended(request_id)
             elif drafter is not None and exits.takes_exits:
-                room = min(num_left, self.max_model_len - end, drafter.room(index, end - 1))
+                room = min(num_left, self.max_model_len - end, drafter.free_slots(index, end - 1))
                 if room > 0:
                     num_rejected = num_drafts[index] - (len(checked) - 1)
                     state_row = int(batch.first_rows[index + 1]) - 1 - num_rejected
@@ -183,7 +183,7 @@ class ExitStep:
         for request in requests:
             request_id = request_ids[request.request_index]
             exits = self.ledger.requests[request_id]
-            exits.held, exits.offered = request.held, request.offered
+            exits.held, exits.not_taken = request.held, request.not_taken
             if request.released:
                 tokens = [exit_.token_id for exit_ in request.released]
                 model.append(request.request_index, tokens)

@@ -19,7 +19,7 @@ class Ranks(Protocol):
 
 class Took(NamedTuple):
     num_requests: int
-    num_rows: int  # of the completion pass: one per request and exit
+    num_rows: int  # of the verification pass: one per request and exit
     completion_ms: float  # everything of the step but its rounds
 
 
@@ -28,7 +28,7 @@ class StepClock:
 
     def __init__(self, peers: Ranks) -> None:
         self.peers = peers
-        self.now_s = monotonic()  # when the last completion pass was sampled
+        self.now_s = monotonic()  # when the last verification pass was sampled
         self.last: Took | None = None  # None where the step was no plain decode step, or `pass_ms` is
         self.pass_ms: float | None = None  # of any step, None where the engine had idled or been stopped
         self._began_s: float | None = None

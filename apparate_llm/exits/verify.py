@@ -1,4 +1,4 @@
-"""Verdicts on held exits: from the logits of the completion pass that vLLM's rejection sampler is about to read, or
+"""Verdicts on held exits: from the logits of the verification pass that vLLM's rejection sampler is about to read, or
 from the tokens it took."""
 
 from collections.abc import Callable
@@ -85,9 +85,9 @@ def verdicts_of_sampling(
         Verdict(request_id, exit_, False, i < num_accepted)
         for i, exit_ in enumerate(exits.held[: min(num_drafts, num_accepted + 1)])
     ]
-    offered = exits.offered
-    if offered is not None and end - len(checked) <= offered.position < end:
-        agrees = checked[offered.position - end] == offered.token_id
-        verdicts.append(Verdict(request_id, offered, False, agrees))
-    exits.held, exits.offered = [], None
+    not_taken = exits.not_taken
+    if not_taken is not None and end - len(checked) <= not_taken.position < end:
+        agrees = checked[not_taken.position - end] == not_taken.token_id
+        verdicts.append(Verdict(request_id, not_taken, False, agrees))
+    exits.held, exits.not_taken = [], None
     return verdicts

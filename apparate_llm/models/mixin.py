@@ -1,4 +1,4 @@
-"""What early exits add to a vLLM decoder class: depth-limited forward, inner states, ramps.
+"""What early exits add to a vLLM decoder class: depth-limited forward, auxiliary hidden states, ramps.
 
 Works on any class whose `model` has `embed_input_ids`, `layers` called as `layer(positions, hidden, residual)` and a
 final `norm`, which is how vLLM writes Llama, Mistral, Qwen2 and Qwen3.
@@ -50,7 +50,7 @@ class EarlyExitMixin(_Base):
         """Residual stream after blocks [0, depth): [num_rows, hidden_size].
 
         Needs a forward context whose attention metadata covers these rows; writes the KV of these blocks, which the
-        completion pass later writes again with the same values.
+        verification pass later writes again with the same values.
         """
         compiled = self._compiled_shallow.get(depth)
         return self._shallow(depth, input_ids, positions) if compiled is None else compiled(input_ids, positions)
@@ -70,7 +70,7 @@ class EarlyExitMixin(_Base):
         states: torch.Tensor = hidden if residual is None else hidden + residual
         return states
 
-    def set_inner_state_depths(self, depths: tuple[int, ...]) -> None:
+    def set_aux_state_depths(self, depths: tuple[int, ...]) -> None:
         """Make the full pass return (final states, [residual stream after d blocks for d in depths])."""
         self.model._set_aux_hidden_state_layers(depths)
 

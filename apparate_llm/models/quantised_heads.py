@@ -101,7 +101,7 @@ class QuantisedHead(nn.Module):
     a few rows.
     """
 
-    reads_copies = True
+    reads_lookup = True
 
     def __init__(self, head: FusedHead, linear: type[Int8Linear] | type[HalfLinear] | type[PlainLinear]) -> None:
         super().__init__()

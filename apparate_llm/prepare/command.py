@@ -165,7 +165,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     check_build()
     reexec_with_libraries(environment())
 
-    from apparate_llm.prepare.plan import Plan, automatic_inner, automatic_intermediate_size
+    from apparate_llm.prepare.plan import Plan, automatic_aux_depths, automatic_intermediate_size
     from apparate_llm.prepare.workspace import Workspace
 
     exit_on_sigterm()
@@ -175,7 +175,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         model=model,
         out=args.out,
         depths=parse_depths(args.depths, info.num_hidden_layers),
-        inner=automatic_inner(info.num_hidden_layers),
+        inner=automatic_aux_depths(info.num_hidden_layers),
         tokens=args.tokens,
         time_budget_s=None if args.tokens else args.time_budget or duration(DEFAULT_TIME_BUDGET),
         seed=args.seed,
@@ -218,7 +218,7 @@ def run_show(args: argparse.Namespace) -> int:
         f"{manifest.kind} ramps for {base.architecture}, {base.num_hidden_layers} blocks ({base.fingerprint})"
     )
     vocabulary = f"ramp vocabulary {manifest.ramp_vocab} of {base.vocab_size} tokens"
-    console.print(f"{size / 1e6:.1f} MB, {vocabulary}, inner depths {manifest.inner or 'none'}")
+    console.print(f"{size / 1e6:.1f} MB, {vocabulary}, auxiliary depths {manifest.inner or 'none'}")
     training = manifest.training
     if "answer_tokens" in training:
         console.print(f"trained on {training['answer_tokens']:,} answer tokens; {training['data']}")

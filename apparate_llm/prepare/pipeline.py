@@ -259,7 +259,7 @@ def _training_facts(run: Run, made: Made) -> dict[str, Any]:
 
 
 def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
-    """Stage profile: what a completion pass and each depth's round cost on this machine."""
+    """Stage profile: what a verification pass and each depth's round cost on this machine."""
     from apparate_llm.machine import machine
 
     plan, workspace = run.plan, run.workspace

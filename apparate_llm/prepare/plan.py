@@ -44,7 +44,7 @@ def automatic_depths(num_layers: int) -> tuple[int, ...]:
     return (0, max(1, round(num_layers / 12)))[:num_layers]
 
 
-def automatic_inner(num_layers: int) -> tuple[int, ...]:
+def automatic_aux_depths(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({num_layers // 2, num_layers * 3 // 4} - {0}))
 
 

@@ -11,7 +11,7 @@ import torch
 from apparate_llm.prepare.rows import Rows
 from apparate_llm.prepare.train import Measured
 from apparate_llm.ramps.load import calibrated_all
-from apparate_llm.ramps.lookup import LONG_MATCH, look_back
+from apparate_llm.ramps.lookup import LONG_MATCH, look_up
 
 Tensors = Mapping[str, torch.Tensor]
 Texts = Mapping[int, tuple[list[int], list[int]]]  # conversation -> prompt, answer in token ids
@@ -113,7 +113,7 @@ def copies_of(prompt: Sequence[int], answer: Sequence[int]) -> tuple[tuple[int, 
     text = np.array([*prompt, *answer], dtype=np.int64)
     matches, repeats = [], []
     for place in range(len(prompt), len(text)):
-        found = look_back(text[:place])
+        found = look_up(text[:place])
         matches.append(found.match)
         right = 0
         if found.match >= LONG_MATCH:

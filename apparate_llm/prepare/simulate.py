@@ -13,7 +13,7 @@ from typing import Protocol
 from apparate_llm.controller.adaptive import AdaptivePolicy
 from apparate_llm.core import Decision, Exit
 from apparate_llm.prepare.recorded import Recorded
-from apparate_llm.ramps.lookup import copied_confidence
+from apparate_llm.ramps.lookup import lookup_confidence
 
 MAX_PASS_TOKENS = 2048  # vLLM's max_num_batched_tokens of a server
 APART_MS = 1.0  # between requests that begin together: the API reads one after another
@@ -41,7 +41,7 @@ class Request:
     taken: list[Exit] = field(default_factory=list)  # held, to be checked by the next pass
     right: list[bool] = field(default_factory=list)  # of each of these
     not_taken: tuple[Exit, bool] | None = None
-    reach: float = 1.0  # probability that all held exits agree
+    joint_acceptance: float = 1.0  # probability that all held exits agree
 
     def __post_init__(self) -> None:
         self.unread = self.recorded.prompt_tokens
@@ -156,7 +156,7 @@ class Simulation:
         else:
             if request.not_taken is not None:
                 self.policy.on_verdict(*request.not_taken)
-        request.taken, request.right, request.not_taken, request.reach = [], [], None, 1.0
+        request.taken, request.right, request.not_taken, request.joint_acceptance = [], [], None, 1.0
 
     # ---- as exits/draft.py does
 
@@ -166,7 +166,7 @@ class Simulation:
         if not rows:
             return
         num_rounds = min(policy.start(num_requests), policy.max_exits)
-        if not num_rounds and not policy.copies:
+        if not num_rounds and not policy.looks_up:
             return
         self._num_rows = num_requests
         live = [request for request in rows if request.emitted + 1 < request.max_tokens and not self._follows(request)]
@@ -175,7 +175,7 @@ class Simulation:
             self.now_ms += took_ms
             policy.on_draft_step(policy.depth, len(live), took_ms)
             going = [request for request in live if self._proposes(request) and not self._follows(request)]
-            reaches = [request.reach for request in going]
+            reaches = [request.joint_acceptance for request in going]
             if (
                 not going
                 or number + 1 == num_rounds
@@ -193,14 +193,14 @@ class Simulation:
         """Whether a request's text repeats itself, so that no ramp is asked."""
         policy, recorded, row = self.policy, request.recorded, request.row
         assert policy is not None
-        if not policy.copies or not recorded.matches or row >= recorded.num_tokens or not all(request.right):
+        if not policy.looks_up or not recorded.matches or row >= recorded.num_tokens or not all(request.right):
             return False
         match = recorded.matches[row]
         if not match or not policy.wants_lookup(match, True):
             return False
         for place in range(policy.max_exits - len(request.taken)):
             right = place < recorded.repeats[row]
-            if not self._decide(request, copied_confidence(match + place), right, match=match + place):
+            if not self._decide(request, lookup_confidence(match + place), right, match=match + place):
                 break
         return True
 
@@ -210,13 +210,15 @@ class Simulation:
         right = agrees and all(request.right)
         depth = 0 if match else policy.depth
         exit_ = Exit(request.row, 0, depth, len(request.taken), confidence, match=match)
-        decision = policy.decide(exit_, reach=request.reach, may_release=False, num_rows=self._num_rows)
+        decision = policy.decide(
+            exit_, joint_acceptance=request.joint_acceptance, may_release=False, num_rows=self._num_rows
+        )
         if decision is Decision.STOP or not request.may_hold:
             request.not_taken = (exit_, right)
             return False
         exit_.decision = decision
         request.taken.append(exit_)
         request.right.append(right)
-        request.reach *= exit_.probability
+        request.joint_acceptance *= exit_.probability
         self._num_rows += 1
         return request.row < request.recorded.num_tokens

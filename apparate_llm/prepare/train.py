@@ -58,7 +58,7 @@ class BaseParts(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     depth: int
-    inner: tuple[int, ...] = ()  # depths of the inner states that the first round's state joins
+    inner: tuple[int, ...] = ()  # depths of the auxiliary hidden states that the first round's state joins
     intermediate_size: int = 1536
     batch_rows: int = BATCH_ROWS
     learning_rate: float = 2e-3

@@ -132,13 +132,13 @@ def measure(
     from apparate_llm.eval.statistics import ratio_interval, ratio_of
     from apparate_llm.eval.store import Store
     from apparate_llm.eval.summary import cells_of
-    from apparate_llm.eval.systems import BASELINE, Choice, early_exits, plain_vllm
+    from apparate_llm.eval.systems import BASELINE, ModelChoice, early_exits, plain_vllm
     from apparate_llm.eval.workloads import closed
     from apparate_llm.serve import memory_flags
 
     with _servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
         flags = ["--max-model-len", str(context_length(model))]
-        choice = Choice(model, (*flags, *memory_flags(flags, num_servers=2)))
+        choice = ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2)))
         knobs = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
         systems = [plain_vllm(choice), early_exits(SYSTEM, choice, *knobs)]
         loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]

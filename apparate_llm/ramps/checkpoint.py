@@ -25,7 +25,7 @@ class HeadShape:
     ramp_vocab: int
     eps: float
     intermediate_size: int = 0
-    num_inner: int = 0  # inner states of the full pass that `enter` reads beside the final one
+    num_inner: int = 0  # auxiliary hidden states of the full pass that `enter` reads beside the final one
 
 
 class BaseModelInfo(BaseModel):
@@ -70,7 +70,7 @@ class RampManifest(BaseModel):
     default_depth: int
     ramp_vocab: int = Field(gt=0)
     intermediate_size: int = Field(ge=0)
-    # depths of the inner states that the first round's state joins to the final one
+    # depths of the auxiliary hidden states that the first round's state joins to the final one
     inner: list[int] = Field(default_factory=list)
     # depth -> one (scale, offset) per round: confidence = sigmoid(scale * logit(max probability) + offset)
     calibration: dict[int, list[tuple[float, float]]]
@@ -115,7 +115,9 @@ def read_manifest(folder: Path) -> RampManifest:
         raise RampError(f"damaged {manifest_path}: default depth {manifest.default_depth} not in {manifest.depths}")
     blocks = manifest.base_model.num_hidden_layers
     if manifest.inner != sorted({depth for depth in manifest.inner if 0 < depth < blocks}):
-        raise RampError(f"damaged {manifest_path}: inner depths {manifest.inner} (allowed: rising, 1 to {blocks - 1})")
+        raise RampError(
+            f"damaged {manifest_path}: auxiliary depths {manifest.inner} (allowed: rising, 1 to {blocks - 1})"
+        )
     if missing := [depth for depth in manifest.depths if not manifest.calibration.get(depth)]:
         raise RampError(f"damaged {manifest_path}: no calibration for depth {missing[0]}")
     if (found := sha256_of(weights_path)) != manifest.weights_sha256:

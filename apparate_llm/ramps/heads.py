@@ -1,9 +1,9 @@
 """Ramp heads: one depth's hidden state -> next token of the ramp vocabulary.
 
-In a completion pass `enter` makes the state that the first round starts from; each round then calls the head:
+In a verification pass `enter` makes the state that the first round starts from; each round then calls the head:
     hidden  [num_rows, hidden_size]  residual stream of the newest token after `depth` blocks (depth 0: its embedding)
     state   [num_rows, hidden_size]  from `enter`, or the head's own output state of the round before
-    copies                           what the copy feature proposes for each row, see `Copies`
+    copies                           what the lookup feature proposes for each row, see `Copies`
 -> (scores [num_rows, ramp_vocab], and where the head reads copies one more column for the proposed token;
     output state [num_rows, hidden_size]).
 """
@@ -19,7 +19,7 @@ from apparate_llm.ramps.lookup import LONGEST_MATCH
 
 
 class Copies(NamedTuple):
-    """The copy feature's proposals (ramps/lookup.py) as a head reads them."""
+    """The lookup feature's proposals (ramps/lookup.py) as a head reads them."""
 
     embedding: torch.Tensor  # [num_rows, hidden_size] of the proposed tokens
     lengths: torch.Tensor  # [num_rows] int64, tokens that match; 0: no proposal
@@ -29,7 +29,7 @@ class Copies(NamedTuple):
 class Head(Protocol):
     """What every head is, as written at the top of this module."""
 
-    reads_copies: bool
+    reads_lookup: bool
 
     def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor: ...
 
@@ -48,9 +48,9 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 
 
 class LensHead(nn.Module):
-    """The model's own final norm and lm_head on the inner state (the logit lens); nothing is trained."""
+    """The model's own final norm and lm_head on the auxiliary hidden state (the logit lens); nothing is trained."""
 
-    reads_copies = False
+    reads_lookup = False
 
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
@@ -71,11 +71,12 @@ class FusedHead(nn.Module):
     """Trained head: reads the newest token together with what the full model made of the tokens before it.
 
     As in the EAGLE draft heads (Li et al., ICML 2024; EAGLE-3, 2025) the state carries over from round to round, and
-    the first one joins inner states of several depths. There is no attention of its own: the copy feature stands in,
-    and the extra column of the scores lets the head pick its token where that is not of the ramp vocabulary.
+    the first one joins auxiliary hidden states of several depths. There is no attention of its own: the lookup
+    feature stands in, and the extra column of the scores lets the head pick its token where that is not of the ramp
+    vocabulary.
     """
 
-    reads_copies = True
+    reads_lookup = True
     dropout = 0.0  # while training only
 
     def __init__(self, shape: HeadShape) -> None:

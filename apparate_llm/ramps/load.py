@@ -13,7 +13,7 @@ from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, Copies, Head
 
 
 class Proposals(NamedTuple):
-    """What the copy feature proposes for each row, see ramps/lookup.py."""
+    """What the lookup feature proposes for each row, see ramps/lookup.py."""
 
     tokens: torch.Tensor  # [num_rows] int64
     lengths: torch.Tensor  # [num_rows] int64

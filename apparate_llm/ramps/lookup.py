@@ -15,7 +15,7 @@ MOST_COUNTED = 32  # of them
 TokenIds = NDArray[np.integer]
 
 
-class Repeated(NamedTuple):
+class Lookup(NamedTuple):
     """What a text has repeated of itself, by its last tokens."""
 
     token: int  # that followed the longest match, up to LONGEST_MATCH tokens
@@ -24,16 +24,16 @@ class Repeated(NamedTuple):
     match: int  # length of that one, up to MOST_COUNTED; 0: none
 
 
-NOTHING_REPEATED = Repeated(0, 0, 0, 0)
+NO_LOOKUP = Lookup(0, 0, 0, 0)
 
 
-def look_back(context: TokenIds, most: int = MOST_COUNTED) -> Repeated:
+def look_up(context: TokenIds, most: int = MOST_COUNTED) -> Lookup:
     """Matches of up to `most` of the last tokens with earlier ones, of equally long ones the latest.
 
     context [n] integers, the newest token last.
     """
     if len(context) < 2:
-        return NOTHING_REPEATED
+        return NO_LOOKUP
     token = length = start = match = 0
     ends = np.flatnonzero(context[:-1] == context[-1])  # positions of earlier occurrences of the newest token
     same = 0
@@ -45,23 +45,23 @@ def look_back(context: TokenIds, most: int = MOST_COUNTED) -> Repeated:
             start, match = best + 1, same
         ends = ends[ends >= same]
         ends = ends[context[ends - same] == context[-1 - same]]
-    return Repeated(token, length, start, match)
+    return Lookup(token, length, start, match)
 
 
-def copy_of(context: TokenIds) -> tuple[int, int]:
+def looked_up(context: TokenIds) -> tuple[int, int]:
     """(token that followed the longest match of the last tokens, length of the match); length 0: no match."""
-    found = look_back(context, LONGEST_MATCH)
+    found = look_up(context, LONGEST_MATCH)
     return found.token, found.length
 
 
-def copied_confidence(match: int) -> float:
+def lookup_confidence(match: int) -> float:
     """Probability that a text which repeats `match` tokens goes on to repeat them, LONG_MATCH at least: roughly what
     68,000 tokens of a model's own answers say (docs/ramps.md)."""
     return 1.0 - 1.3 / match
 
 
 def copies(context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`copy_of(context[: i + 1])` for every i: tokens [n] int32 and lengths [n] int8, in one pass over the text."""
+    """`looked_up(context[: i + 1])` for every i: tokens [n] int32 and lengths [n] int8, in one pass over the text."""
     tokens = np.zeros(len(context), dtype=np.int32)
     lengths = np.zeros(len(context), dtype=np.int8)
     ids = context.tolist()

@@ -66,7 +66,7 @@ TARGETS = [
     "policy.on_decode_step",
     "drafter.run",
     "drafter.predict",
-    "drafter.room",
+    "drafter.free_slots",
     "scheduler._check_computed",
     "scheduler._released_of",
     "scheduler.update_draft_token_ids",

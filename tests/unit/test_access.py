@@ -26,7 +26,7 @@ from apparate_llm.config import (
     parse_config,
     parse_live,
     parse_request_knobs,
-    shown,
+    public_config,
 )
 from apparate_llm.exits.tenants import UNNAMED, shares_of
 
@@ -75,7 +75,7 @@ class Engine:
                 "active": True,
                 "depth": 3,
                 "running": self.running,
-                "config": shown(self.config),
+                "config": public_config(self.config),
                 "tenants": {name: share.as_dict() for name, share in self.shares.items()},
                 "counts": {"emitted": 4006, "diverged": 6, "divergence_frac": 6 / 4006},
                 "distributions": {"tpt_ms": {"counts": [7777]}},

@@ -6,7 +6,7 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.adaptive import AdaptivePolicy
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.core import Decision, Exit
-from apparate_llm.ramps.lookup import copied_confidence
+from apparate_llm.ramps.lookup import lookup_confidence
 
 
 def make(depths=(0,), **knobs) -> AdaptivePolicy:
@@ -15,7 +15,7 @@ def make(depths=(0,), **knobs) -> AdaptivePolicy:
     return policy
 
 
-def offered(confidence: float, number: int = 0, depth: int = 0) -> Exit:
+def proposed(confidence: float, number: int = 0, depth: int = 0) -> Exit:
     return Exit(9, 1, depth, number, confidence)
 
 
@@ -31,25 +31,25 @@ def test_sure_exits_are_released_likely_ones_held_and_hopeless_ones_left():
     policy = make()
     teach(policy, row_ms=1.0)
     assert policy.start(1) == 4
-    assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is Decision.RELEASE
-    assert policy.decide(offered(0.99), reach=1.0, may_release=False, num_rows=1) is Decision.HOLD
-    assert policy.decide(offered(0.6), reach=1.0, may_release=True, num_rows=1) is Decision.HOLD
-    assert policy.decide(offered(0.003), reach=1.0, may_release=True, num_rows=1) is Decision.STOP
+    assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.RELEASE
+    assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=False, num_rows=1) is Decision.HOLD
+    assert policy.decide(proposed(0.6), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.HOLD
+    assert policy.decide(proposed(0.003), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.STOP
 
 
 def test_a_text_is_followed_until_it_proves_wrong_and_again_when_it_proves_right():
     policy = make()
     teach(policy)
     policy.start(1)
-    assert policy.copies and policy.wants_lookup(16, True) and not make().copies
+    assert policy.looks_up and policy.wants_lookup(16, True) and not make().looks_up
 
     def follow(agrees: bool) -> float:
         followed = 0
         for _ in range(400):
             if policy.wants_lookup(16, True):
                 followed += 1
-                exit_ = Exit(9, 1, 0, 0, copied_confidence(16), match=16)
-                policy.decide(exit_, reach=1.0, may_release=False, num_rows=1)
+                exit_ = Exit(9, 1, 0, 0, lookup_confidence(16), match=16)
+                policy.decide(exit_, joint_acceptance=1.0, may_release=False, num_rows=1)
                 policy.on_verdict(exit_, agrees)
         return followed / 400
 
@@ -61,11 +61,11 @@ def test_a_text_is_followed_until_it_proves_wrong_and_again_when_it_proves_right
 def test_no_exit_is_copied_in_a_step_that_measures_a_plain_pass():
     policy = make()
     teach(policy)
-    steps = [(policy.start(1), policy.copies) for _ in range(64)]
+    steps = [(policy.start(1), policy.looks_up) for _ in range(64)]
     assert {copies for rounds, copies in steps if rounds == 0} == {False}
     policy = make()
     teach(policy, round_ms=100.0)
-    steps = [(policy.start(1), policy.copies) for _ in range(64)]
+    steps = [(policy.start(1), policy.looks_up) for _ in range(64)]
     assert (0, True) in steps, "they cost no round"
 
 
@@ -99,16 +99,16 @@ def test_verdicts_move_what_a_confidence_is_worth():
     teach(policy)
     policy.start(1)
     for _ in range(256):
-        policy.on_verdict(offered(0.99), False)
-    assert policy.decide(offered(0.99), reach=1.0, may_release=True, num_rows=1) is not Decision.RELEASE
-    assert policy.decide(offered(0.99, number=1), reach=1.0, may_release=True, num_rows=1) is Decision.RELEASE, (
-        "own rounds"
-    )
+        policy.on_verdict(proposed(0.99), False)
+    assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=True, num_rows=1) is not Decision.RELEASE
+    assert (
+        policy.decide(proposed(0.99, number=1), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.RELEASE
+    ), "own rounds"
 
 
 def test_a_cheap_divergence_that_saves_much_is_taken_when_the_budget_is_full():
     policy = make()
-    later = [offered(0.9, 1), offered(0.9, 2)]
+    later = [proposed(0.9, 1), proposed(0.9, 2)]
     for exit_ in later:
         exit_.probability = 0.9
     assert policy.accepts(0.3, [], fill_frac=0.5)
@@ -144,7 +144,7 @@ def test_a_depth_that_was_asked_for_stays():
 def test_a_longer_step_has_to_bring_more_while_requests_wait_for_their_first_token():
     policy = make()
     teach(policy, row_ms=1.0)
-    sure = {"reach": 1.0, "may_release": True, "num_rows": 16}
+    sure = {"joint_acceptance": 1.0, "may_release": True, "num_rows": 16}
 
     def serve(num_steps: int, *, joining: int) -> int:
         for _ in range(num_steps):
@@ -155,16 +155,16 @@ def test_a_longer_step_has_to_bring_more_while_requests_wait_for_their_first_tok
 
     assert serve(150, joining=0) > 0
     assert (
-        policy.decide(offered(0.7), **sure) is Decision.HOLD
-        and policy.decide(offered(0.99), **sure) is Decision.RELEASE
+        policy.decide(proposed(0.7), **sure) is Decision.HOLD
+        and policy.decide(proposed(0.99), **sure) is Decision.RELEASE
     )
     assert serve(150, joining=1) == 0
     assert policy.status()["waiting_requests"] == pytest.approx(3.6, abs=0.2)
     assert (
-        policy.decide(offered(0.7), **sure) is Decision.STOP and policy.decide(offered(0.99), **sure) is Decision.STOP
+        policy.decide(proposed(0.7), **sure) is Decision.STOP and policy.decide(proposed(0.99), **sure) is Decision.STOP
     )
     assert serve(400, joining=0) > 0, "nobody waits any more"
-    assert policy.decide(offered(0.7), **sure) is Decision.HOLD
+    assert policy.decide(proposed(0.7), **sure) is Decision.HOLD
 
 
 def test_a_lone_request_keeps_nobody_waiting():
@@ -177,7 +177,7 @@ def test_a_lone_request_keeps_nobody_waiting():
             policy.start(1)
     verbs = [
         [
-            policy.decide(offered(confidence / 100), reach=1.0, may_release=False, num_rows=1)
+            policy.decide(proposed(confidence / 100), joint_acceptance=1.0, may_release=False, num_rows=1)
             for confidence in range(1, 100)
         ]
         for policy in (alone, short_answers)
@@ -234,8 +234,8 @@ def test_what_it_learned_survives_as_json():
     teach(policy)
     policy.start(1)
     for _ in range(100):
-        policy.decide(offered(0.9), reach=1.0, may_release=False, num_rows=1)
-        policy.on_verdict(offered(0.9), False)
+        policy.decide(proposed(0.9), joint_acceptance=1.0, may_release=False, num_rows=1)
+        policy.on_verdict(proposed(0.9), False)
     other = make(depths=(0, 2))
     other.restore(json.loads(json.dumps(policy.state())))
     assert other.state() == policy.state()

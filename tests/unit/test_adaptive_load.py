@@ -77,9 +77,9 @@ class Server:
         num_rounds = min(self.policy.start(num_requests), 6)
         reach, rows, spent_ms = [1.0] * num_requests, num_requests, 0.0
         for i in range(num_requests):
-            if self.policy.copies and self.rng.random() < self.copied:
+            if self.policy.looks_up and self.rng.random() < self.copied:
                 exit_ = Exit(0, 0, 0, 0, 0.9, match=12)
-                if self.policy.decide(exit_, reach=1.0, may_release=False, num_rows=rows) is Decision.HOLD:
+                if self.policy.decide(exit_, joint_acceptance=1.0, may_release=False, num_rows=rows) is Decision.HOLD:
                     held[i].append(exit_)
                     rows += 1
         live = [i for i in range(num_requests) if not held[i]]
@@ -91,7 +91,10 @@ class Server:
             going = []
             for i in live:
                 exit_ = Exit(0, 0, 0, number, self.rng.choice(self.confidences))
-                if self.policy.decide(exit_, reach=reach[i], may_release=False, num_rows=rows) is Decision.HOLD:
+                if (
+                    self.policy.decide(exit_, joint_acceptance=reach[i], may_release=False, num_rows=rows)
+                    is Decision.HOLD
+                ):
                     held[i].append(exit_)
                     reach[i] *= exit_.probability
                     rows += 1

@@ -7,14 +7,14 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 import aiohttp
 import pytest
 
-from apparate_llm.eval.client import Ask, Completion, run_block
+from apparate_llm.eval.client import Completion, PlannedRequest, run_block
 from apparate_llm.eval.statistics import distribution, goodput_frac, shared_chunk_frac
 from tests.fake_server import SPLITTERS, FakeTransport, fake_server, in_virtual_time
 
 
 def ask(*prompts, concurrency=1, at_s=None):
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    asks = [Ask(index, 9, None if at_s is None else at_s[index]) for index in range(len(prompts))]
+    asks = [PlannedRequest(index, 9, None if at_s is None else at_s[index]) for index in range(len(prompts))]
     seen = []
     call = run_block(
         "http://fake", "m", messages, asks, concurrency=concurrency, on_done=seen.append, transport=FakeTransport()
@@ -111,7 +111,7 @@ def test_failures_are_recorded_and_cost_nobody_else(prompt, says):
 
 def test_a_server_that_is_not_there_is_a_failed_request():
     messages = [[{"role": "user", "content": "steady"}]]
-    ((done,), _) = asyncio.run(run_block("http://127.0.0.1:9", "m", messages, [Ask(0, 9)], concurrency=1))
+    ((done,), _) = asyncio.run(run_block("http://127.0.0.1:9", "m", messages, [PlannedRequest(0, 9)], concurrency=1))
     assert "ConnectError" in done.error
 
 

@@ -18,7 +18,7 @@ from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.statistics import apart_interval, mean_of
 from apparate_llm.eval.store import BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
-from apparate_llm.eval.systems import Choice, System, plain_vllm, systems_of
+from apparate_llm.eval.systems import ModelChoice, System, plain_vllm, systems_of
 from apparate_llm.eval.workloads import closed, poisson, traced
 from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
@@ -334,7 +334,7 @@ def test_bad_traces_are_named(tmp_path, text, says):
 
 
 def test_systems_by_name(tiny_llama):
-    choice = Choice(tiny_llama, bounds=(0.01, 0.05))
+    choice = ModelChoice(tiny_llama, bounds=(0.01, 0.05))
     found = systems_of(["bounded", "ngram", "vllm", "static"], ["other=http://localhost:1/v1"], choice)
     names = ["vllm", "bounded 0.01", "bounded 0.05", "ngram", "static 0.01", "static 0.05", "other"]
     assert [system.name for system in found] == names
@@ -382,13 +382,13 @@ def test_a_load_that_is_asked_for_again_is_another_one():
 
 def test_a_server_that_wants_a_key_gets_it_and_one_that_wants_another_is_said_at_once(tmp_path):
     with fake_server("sk-mine") as url:
-        choice = Choice(tmp_path, api_key="sk-mine")
+        choice = ModelChoice(tmp_path, api_key="sk-mine")
         (system,) = systems_of([], [f"vllm={url}/v1/"], choice)
         assert (system.base_url, system.api_key) == (url, "sk-mine") and "sk-mine" not in repr((system, choice))
         evaluation = evaluation_of(tmp_path / "out", [system], prompts("single"))
         evaluate(evaluation, Progress(Console(quiet=True)))
         assert all(not done.error for block in evaluation.store.blocks() for done in block.completions)
-        (system,) = systems_of([], [f"vllm={url}"], Choice(tmp_path, api_key="sk-other"))
+        (system,) = systems_of([], [f"vllm={url}"], ModelChoice(tmp_path, api_key="sk-other"))
         with (
             pytest.raises(RuntimeError, match="vllm wants another API key"),
             Server(system, log=tmp_path / "log", start_timeout_s=60.0) as server,
@@ -398,11 +398,11 @@ def test_a_server_that_wants_a_key_gets_it_and_one_that_wants_another_is_said_at
 
 def test_servers_started_here_are_asked_with_the_key_they_were_given(monkeypatch, tmp_path):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    assert plain_vllm(Choice(tmp_path)).api_key is None
-    assert plain_vllm(Choice(tmp_path, api_key="sk-user")).api_key == "sk-user"
+    assert plain_vllm(ModelChoice(tmp_path)).api_key is None
+    assert plain_vllm(ModelChoice(tmp_path, api_key="sk-user")).api_key == "sk-user"
     monkeypatch.setenv("VLLM_API_KEY", "sk-environment")
-    assert plain_vllm(Choice(tmp_path, api_key="sk-user")).api_key == "sk-environment"
-    system = plain_vllm(Choice(tmp_path, vllm_flags=("--api_key=sk-flag", "--seed", "3"), api_key="sk-user"))
+    assert plain_vllm(ModelChoice(tmp_path, api_key="sk-user")).api_key == "sk-environment"
+    system = plain_vllm(ModelChoice(tmp_path, vllm_flags=("--api_key=sk-flag", "--seed", "3"), api_key="sk-user"))
     assert system.api_key == "sk-flag"
     assert (
         system.started_by.endswith("--api_key=*** --seed 3")

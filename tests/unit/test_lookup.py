@@ -1,9 +1,9 @@
-"""The copy feature and long matches against their definitions."""
+"""The lookup feature and long matches against their definitions."""
 
 import numpy as np
 import pytest
 
-from apparate_llm.ramps.lookup import LONG_MATCH, LONGEST_MATCH, MOST_COUNTED, copies, copy_of, look_back
+from apparate_llm.ramps.lookup import LONG_MATCH, LONGEST_MATCH, MOST_COUNTED, copies, look_up, looked_up
 
 
 def by_definition(context):
@@ -23,19 +23,19 @@ def test_copies_are_what_followed_the_longest_recent_match(vocab):
         tokens, lengths = copies(text)
         for i in range(len(text)):
             expected = by_definition(text[: i + 1])
-            assert copy_of(text[: i + 1]) == expected
+            assert looked_up(text[: i + 1]) == expected
             assert (int(tokens[i]), int(lengths[i])) == expected
 
 
 def test_the_more_recent_of_two_matches_wins_and_a_longer_one_beats_it():
-    assert copy_of(np.array([5, 1, 5, 2, 5])) == (2, 1)
-    assert copy_of(np.array([9, 5, 1, 7, 5, 2, 9, 5])) == (1, 2)
+    assert looked_up(np.array([5, 1, 5, 2, 5])) == (2, 1)
+    assert looked_up(np.array([9, 5, 1, 7, 5, 2, 9, 5])) == (1, 2)
 
 
 def test_nothing_is_copied_out_of_nothing():
-    assert copy_of(np.array([], dtype=np.int32)) == (0, 0)
-    assert copy_of(np.array([4])) == (0, 0)
-    assert copy_of(np.array([1, 2, 3])) == (0, 0)
+    assert looked_up(np.array([], dtype=np.int32)) == (0, 0)
+    assert looked_up(np.array([4])) == (0, 0)
+    assert looked_up(np.array([1, 2, 3])) == (0, 0)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 1000])
@@ -46,7 +46,7 @@ def test_a_long_match_is_the_longest_and_of_equally_long_ones_the_latest(vocab):
         text = rng.integers(0, vocab, size=rng.integers(1, 60))
         first = rng.integers(0, len(text))
         text = np.append(text, text[first : first + rng.integers(1, 2 * LONG_MATCH)])
-        found, length = look_back(text)[2:]
+        found, length = look_up(text)[2:]
         lengths.add(length)
         matches = [(same_tokens(text, end), end + 1) for end in range(len(text) - 1)]
         longest, start = max(matches, default=(0, 0))

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from apparate_llm import api
 from apparate_llm.api.engines import merged
 from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware
-from apparate_llm.config import parse_config, shown
+from apparate_llm.config import parse_config, public_config
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome
 from apparate_llm.exits.histograms import Histogram
@@ -53,7 +53,7 @@ def status():
         "active": True,
         "running": 0,
         "depth": 2,
-        "config": shown(CONFIG),
+        "config": public_config(CONFIG),
         "tenants": {name: share.as_dict() for name, share in ledger.tenants.items()},
         "audit": {},
         "counts": ledger.counts.as_dict(),

@@ -18,9 +18,9 @@ def test_blocks_up_to_k_give_the_full_passes_inner_state(tiny_models, lens_ramps
             return hidden
 
         def record_full(**kwargs):
-            model.set_inner_state_depths((3,))
+            model.set_aux_state_depths((3,))
             final, (inner,) = stock_forward(**kwargs)
-            model.set_inner_state_depths(())
+            model.set_aux_state_depths(())
             for row, (position, token) in enumerate(zip(kwargs["positions"], kwargs["input_ids"], strict=True)):
                 full[int(position), int(token)] = inner[row].clone()
             return final

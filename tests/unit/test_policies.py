@@ -7,7 +7,7 @@ from apparate_llm.controller.policies import POLICIES, make_policy
 from apparate_llm.core import Decision, Exit
 
 
-def offered(confidence: float, *, round_number: int = 0, depth: int = 0) -> Exit:
+def proposed(confidence: float, *, round_number: int = 0, depth: int = 0) -> Exit:
     return Exit(position=9, token_id=1, depth=depth, round_number=round_number, confidence=confidence)
 
 
@@ -29,7 +29,7 @@ def make(name: str, **knobs: Any):
 )
 def test_static_compares_with_its_two_thresholds(confidence, may_release, decision):
     policy = make("static", threshold=0.9, hold_threshold=0.3)
-    assert policy.decide(offered(confidence), reach=1.0, may_release=may_release, num_rows=1) is decision
+    assert policy.decide(proposed(confidence), joint_acceptance=1.0, may_release=may_release, num_rows=1) is decision
 
 
 def test_static_keeps_the_batch_within_max_rows():
@@ -40,7 +40,7 @@ def test_static_keeps_the_batch_within_max_rows():
 def test_off_never_takes_an_exit():
     policy = make("off")
     assert policy.start(1) == 0
-    assert policy.decide(offered(1.0), reach=1.0, may_release=True, num_rows=1) is Decision.STOP
+    assert policy.decide(proposed(1.0), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.STOP
 
 
 def test_every_policy_of_the_schema_exists():

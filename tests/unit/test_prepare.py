@@ -12,7 +12,7 @@ from apparate_llm.prepare.capture import top_tokens
 from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
 from apparate_llm.prepare.pipeline import disk_errors
-from apparate_llm.prepare.plan import automatic_depths, automatic_inner
+from apparate_llm.prepare.plan import automatic_aux_depths, automatic_depths
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
 from apparate_llm.prepare.splits import BLOCK, next_split, sources, split_of, splits_of_prompts
 from apparate_llm.prepare.store import RowStore
@@ -395,7 +395,7 @@ def test_bad_depths_and_durations_say_what_is_allowed():
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 28, 80])
 def test_depths_chosen_for_a_model_are_different_blocks_of_it(num_layers):
-    depths, inner = automatic_depths(num_layers), automatic_inner(num_layers)
+    depths, inner = automatic_depths(num_layers), automatic_aux_depths(num_layers)
     assert list(depths) == sorted({depth for depth in depths if 0 <= depth < num_layers}) and depths[0] == 0
     assert list(inner) == sorted({depth for depth in inner if 0 < depth < num_layers})
 

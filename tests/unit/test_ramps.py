@@ -165,8 +165,8 @@ def test_every_flipped_byte_of_the_weights_is_found(folder):
         ({"schema_version": 2}, "schema_version"),
         ({"surprise": 1}, "surprise"),
         ({"calibration": {}}, "no calibration for depth 2"),
-        ({"inner": [3, 1]}, r"inner depths \[3, 1\] \(allowed: rising, 1 to 3\)"),
-        ({"inner": [4]}, "inner depths"),
+        ({"inner": [3, 1]}, r"auxiliary depths \[3, 1\] \(allowed: rising, 1 to 3\)"),
+        ({"inner": [4]}, "auxiliary depths"),
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused_in_one_line(folder, change, says):

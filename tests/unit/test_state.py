@@ -77,7 +77,7 @@ def test_what_is_no_number_is_neither_learned_nor_saved(tmp_path):
     policy = policy_with(20)
     before = policy.state()
     exit_ = Exit(0, 0, 0, 0, float("nan"))
-    policy.decide(exit_, reach=1.0, may_release=True, num_rows=1)
+    policy.decide(exit_, joint_acceptance=1.0, may_release=True, num_rows=1)
     policy.on_verdict(exit_, False)
     assert policy.state()["calibrations"] == before["calibrations"]
     policy.calibrations[0, 0, True].scale = float("nan")

@@ -17,7 +17,7 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.steady import measure_level, ttft_parts
 from apparate_llm.eval.steady_tables import steady_tables
 from apparate_llm.eval.switched import switch_level
-from apparate_llm.eval.systems import Choice, System
+from apparate_llm.eval.systems import ModelChoice, System
 from apparate_llm.progress import SECONDS, Progress
 from tests.fake_server import fake_server
 
@@ -30,7 +30,7 @@ def base_url():
 
 def plan_of(folder: Path, systems: list[System], *, switch: bool = False, prompt: str = "steady") -> SteadyPlan:
     return SteadyPlan(
-        choice=Choice(Path("fake")),
+        choice=ModelChoice(Path("fake")),
         systems=systems,
         prompts=[Prompt([{"role": "user", "content": prompt}])] * 3,
         levels=[2],

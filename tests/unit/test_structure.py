@@ -196,16 +196,16 @@ def test_a_mistake_across_a_link_is_a_type_error(tmp_path):
     """With the project's own settings, as `make test` runs mypy."""
     planted = tmp_path / "planted.py"
     planted.write_text(
-        "from apparate_llm.eval.client import Ask\n"
+        "from apparate_llm.eval.client import PlannedRequest\n"
         "from apparate_llm.patches.guard import Patch\n"
-        'broken: int = Ask("not an int", nonsense=3)\n'
+        'broken: int = PlannedRequest("not an int", nonsense=3)\n'
         'Patch(file=3, nonsense="x")\n'
     )
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(planted)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     for what in (
-        'planted.py:3: error: Unexpected keyword argument "nonsense" for "Ask"',
+        'planted.py:3: error: Unexpected keyword argument "nonsense" for "PlannedRequest"',
         "planted.py:3: error: Incompatible types in assignment",
         'planted.py:4: error: Unexpected keyword argument "nonsense" for "Patch"',
     ):

@@ -3,7 +3,7 @@
 import pytest
 
 from apparate_llm.cli import build_parser
-from apparate_llm.config import ConfigError, RequestKnobs, parse_config, parse_request_knobs, shown
+from apparate_llm.config import ConfigError, RequestKnobs, parse_config, parse_request_knobs, public_config
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.exits.tenants import UNNAMED, shares_of
@@ -29,7 +29,7 @@ def test_a_file_names_tenants_and_only_digests_of_its_keys_go_on(tmp_path):
     assert found.tenants["interactive"].tpt_target_ms == 20.0 and found.tenants["batch"].early_exit == 0
     assert "sk-1" not in str(vllm_args(found, "LlamaForCausalLM"))
     assert len(found.tenants["interactive"].api_keys_sha256) == 1
-    assert "api_keys_sha256" not in str(shown(found))
+    assert "api_keys_sha256" not in str(public_config(found))
 
 
 @pytest.mark.parametrize(
