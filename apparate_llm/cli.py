@@ -38,7 +38,7 @@ def build_parser() -> OneLineParser:
 def spelt_out(argv: list[str]) -> list[str]:
     """The flags of `serve` in one spelling, as vLLM takes many; those of the other commands as they are, but for a
     flag that is another one's value, which argparse takes behind = only."""
-    from apparate_llm.flags import normalised
+    from apparate_llm.vllm_flags import normalised
 
     if argv[:1] == ["serve"]:
         return ["serve", *normalised(argv[1:])]

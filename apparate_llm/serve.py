@@ -15,7 +15,6 @@ from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
 from apparate_llm.default_model import NAME, default_model
 from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.vllm_args import vllm_args
-from apparate_llm.flags import given_value, normalised, parse_object, without
 from apparate_llm.knobs import Commands, OneLineParser, add_knobs, knobs_from
 from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
 from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
@@ -23,6 +22,7 @@ from apparate_llm.machine import available_memory_bytes, cache_folder, writable_
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
 from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
 from apparate_llm.redact import redacted
+from apparate_llm.vllm_flags import given_value, normalised, parse_object, without
 
 SPECULATION = "speculative_config"  # a setting of every server with exits, and of no other
 SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of it

@@ -13,13 +13,13 @@ from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits, plain_vllm, systems_of
 from apparate_llm.eval.workloads import Length, Load, closed, poisson, traced
-from apparate_llm.flags import given_value, one_spelling, split_flag
 from apparate_llm.knobs import knobs_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS
 from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
+from apparate_llm.vllm_flags import given_value, one_spelling, split_flag
 
 SET_HERE = ("model", "host", "port", "uds")
 DEFAULT_CONCURRENCY = (1, 2, 4, 8)

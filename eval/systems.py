@@ -12,10 +12,10 @@ import httpx
 from apparate_llm.address import authorization, server_url
 from apparate_llm.config import parse_config
 from apparate_llm.controller.policies import POLICIES
-from apparate_llm.flags import given_value, normalised
 from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.redact import redacted
 from apparate_llm.serve import preflight_ramps
+from apparate_llm.vllm_flags import given_value, normalised
 
 BASELINE = "vllm"
 PLAIN_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # vLLM's own server, as a module

@@ -8,7 +8,6 @@ import pytest
 from apparate_llm.cli import build_parser, main, spelt_out
 from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
-from apparate_llm.flags import OTHER_NAMES, SHORTEST, WITHOUT_NO, given_value, normalised, value_of
 from apparate_llm.knobs import knobs_from
 from apparate_llm.serve import (
     as_flags,
@@ -19,6 +18,7 @@ from apparate_llm.serve import (
     name_model,
     own_knobs,
 )
+from apparate_llm.vllm_flags import OTHER_NAMES, SHORTEST, WITHOUT_NO, given_value, normalised, value_of
 
 SETTINGS = vllm_args(parse_config({"accuracy_bound": 0.0}), "LlamaForCausalLM")
 
@@ -136,7 +136,7 @@ def test_a_switch_turned_off_in_a_configuration_file_is_off(understood, tmp_path
         (["/a", "--model", "/b"], "two models are named: /a and --model /b"),
     ],
 )
-def test_flags_that_cannot_be_read_are_one_line(flags, says):
+def test_vllm_flags_that_cannot_be_read_are_one_line(flags, says):
     with pytest.raises(ConfigError, match=says) as error:
         normalised(flags)
     assert "\n" not in str(error.value)
@@ -216,7 +216,7 @@ def test_parts_of_an_object_given_whole_and_by_keys_are_all_kept():
     ],
     ids=" ".join,
 )
-def test_flags_that_contradict_early_exits_are_refused_in_every_spelling(flags, tmp_path):
+def test_vllm_flags_that_contradict_early_exits_are_refused_in_every_spelling(flags, tmp_path):
     with pytest.raises(ConfigError, match="contradicts early exits") as error:
         merge_settings(SETTINGS, normalised(flags))
     assert "\n" not in str(error.value)
@@ -226,7 +226,7 @@ def test_flags_that_contradict_early_exits_are_refused_in_every_spelling(flags, 
         assert merge_settings(off, normalised(flags)) == (off, normalised(flags))
 
 
-def test_flags_that_say_what_early_exits_say_are_no_contradiction():
+def test_vllm_flags_that_say_what_early_exits_say_are_no_contradiction():
     flags = ["--worker-cls=auto", "--scheduler-cls", SETTINGS["scheduler_cls"], "--speculative-config", ""]
     flags += ["--hf-overrides.architectures+", "EarlyExitLlamaForCausalLM"]
     assert merge_settings(SETTINGS, normalised(flags)) == (SETTINGS, [])
