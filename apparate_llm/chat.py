@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from apparate_llm.address import add_api_key, authorization, server_url
-from apparate_llm.knobs import Commands, OneLineParser, positive
+from apparate_llm.flags import Commands, OneLineParser, positive
 from apparate_llm.sse import event_data
 
 if TYPE_CHECKING:

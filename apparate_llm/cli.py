@@ -9,7 +9,7 @@ import traceback
 from pydantic import ValidationError
 
 from apparate_llm import __version__
-from apparate_llm.knobs import OneLineParser
+from apparate_llm.flags import OneLineParser
 from apparate_llm.lifeline import STDERR, Terminated
 from apparate_llm.redact import without_secrets
 

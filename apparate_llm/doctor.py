@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from apparate_llm.config import ConfigError
 from apparate_llm.coverage import kept
-from apparate_llm.knobs import Commands
+from apparate_llm.flags import Commands
 from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
 from apparate_llm.machine import available_memory_bytes, cache_folder, total_memory_bytes, writable_cache
 from apparate_llm.patches.guard import VLLM_VERSION

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.drawing import Axes
 from apparate_llm.files import replacing, write_atomically
-from apparate_llm.knobs import Commands, OneLineParser, add_knobs, knobs_from
+from apparate_llm.flags import Commands, OneLineParser, add_knobs, knobs_from
 from apparate_llm.redact import redacted
 
 if TYPE_CHECKING:

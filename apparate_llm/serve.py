@@ -15,7 +15,7 @@ from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
 from apparate_llm.default_model import NAME, default_model
 from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.vllm_args import vllm_args
-from apparate_llm.knobs import Commands, OneLineParser, add_knobs, knobs_from
+from apparate_llm.flags import Commands, OneLineParser, add_knobs, knobs_from
 from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
 from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache

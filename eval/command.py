@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.knobs import Commands, OneLineParser, Paragraphs, add_knobs, positive
+from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_knobs, positive
 from apparate_llm.lifeline import exit_on_sigterm
 
 DEFAULT_SYSTEMS = "vllm,lossless,bounded,ngram,hf-early-exit"

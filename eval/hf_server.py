@@ -23,7 +23,7 @@ from pydantic import AliasPath, BaseModel, Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from apparate_llm.knobs import OneLineParser, positive
+from apparate_llm.flags import OneLineParser, positive
 
 Step = tuple[str, int, str | None]  # text, tokens of the answer so far (an end token is one), finish reason
 Chunk = dict[str, object]  # JSON

@@ -13,7 +13,7 @@ from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits, plain_vllm, systems_of
 from apparate_llm.eval.workloads import Length, Load, closed, poisson, traced
-from apparate_llm.knobs import knobs_from
+from apparate_llm.flags import knobs_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
 from apparate_llm.redact import redacted

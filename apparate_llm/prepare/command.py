@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.eval.command import positive_list
-from apparate_llm.knobs import OneLineParser, Paragraphs, positive
+from apparate_llm.flags import OneLineParser, Paragraphs, positive
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.progress import Progress
 from apparate_llm.quiet_log import log_of_engines

@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm, parse_config, parse_request_knobs
-from apparate_llm.knobs import OneLineParser, add_knobs, knobs_from
+from apparate_llm.flags import OneLineParser, add_knobs, knobs_from
 
 
 def from_flags(*flags: str) -> EarlyExitConfig:

@@ -11,7 +11,7 @@ from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.eval.compare import load_results
-from apparate_llm.knobs import knobs_from
+from apparate_llm.flags import knobs_from
 from apparate_llm.vllm_flags import given_value
 
 ROOT = Path(__file__).resolve().parents[2]

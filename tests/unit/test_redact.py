@@ -142,7 +142,7 @@ def test_a_bad_tenant_does_not_repeat_its_keys(tenants):
 
 
 def test_a_list_of_keys_in_the_wrong_place_is_not_repeated(tmp_path):
-    from apparate_llm.knobs import read_tenants
+    from apparate_llm.flags import read_tenants
 
     file = tmp_path / "tenants.toml"
     file.write_text('api_keys = ["SECRET"]\n')

@@ -19,7 +19,7 @@ from apparate_llm.config import (
     parse_request_knobs,
 )
 from apparate_llm.eval.plan import knob_flags
-from apparate_llm.knobs import knobs_from
+from apparate_llm.flags import knobs_from
 
 ROOT = Path(__file__).parents[2]
 OLD_VALUES = {"waiting_weight": 0.5, "max_rows": 8, "class_metrics": False, "state": "none"}

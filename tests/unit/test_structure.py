@@ -18,7 +18,7 @@ TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 # From the bottom up: what stands in a layer imports from its own and from those above it in this list, never below.
 LAYERS = (
     ("core", "config", "renamed", "files", "sse", "argmax", "drawing", "lifeline"),
-    ("redact", "address", "admin", "coverage", "vllm_flags", "machine", "launch", "knobs", "progress", "quiet_log"),
+    ("redact", "address", "admin", "coverage", "vllm_flags", "machine", "launch", "flags", "progress", "quiet_log"),
     ("ramps", "patches"),
     ("controller", "models"),
     ("exits",),

@@ -7,7 +7,7 @@ from apparate_llm.config import ConfigError, RequestKnobs, parse_config, parse_r
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.exits.tenants import UNNAMED, shares_of
-from apparate_llm.knobs import knobs_from, read_tenants
+from apparate_llm.flags import knobs_from, read_tenants
 
 TENANTS = {"interactive": {"tpt_target_ms": 20, "accuracy_bound": 0.02}, "batch": {"early_exit": 0}}
 

@@ -8,7 +8,7 @@ import pytest
 from apparate_llm.cli import build_parser, main, spelt_out
 from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
-from apparate_llm.knobs import knobs_from
+from apparate_llm.flags import knobs_from
 from apparate_llm.serve import (
     as_flags,
     check_set_up,
