@@ -36,7 +36,7 @@ class Caller:
     """One HTTP request."""
 
     key_tenant: str | None = None  # of its API key
-    knobs: dict[str, Any] = field(default_factory=dict)  # ours, out of its body; not all routes pass them on
+    options: dict[str, Any] = field(default_factory=dict)  # ours, out of its body; not all routes pass them on
     wants_report: bool = False
     num_prompts: int = 0  # given to the engine with a wish for a report
     reports: list[dict[str, Any]] = field(default_factory=list)  # one for each of its choices, once they ended

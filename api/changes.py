@@ -1,4 +1,4 @@
-"""Knobs changed while serving: on all ranks of all engines, or on none."""
+"""Options changed while serving: on all ranks of all engines, or on none."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ CONFIGURE = "early_exit_configure"
 
 
 async def change_all(server: Any, changes: dict[str, Any]) -> EarlyExitConfig:
-    """The knobs before. server: the `ExitServer`, which takes those in force up before and after. Raises HTTPException:
-    400 where they are not allowed, 503 where an engine failed at them. Nothing has changed then."""
+    """The options before. server: the `ExitServer`, which takes those in force up before and after. Raises
+    HTTPException: 400 where they are not allowed, 503 where an engine failed at them. Nothing has changed then."""
     try:
         parse_live(changes, server.config)  # what makes no sense costs the engine nothing
     except ConfigError as error:
@@ -43,7 +43,7 @@ async def _take_back(server: Any, values: dict[str, Any]) -> None:
     except Exception as error:
         failure = str(error) or type(error).__name__
     if failure:
-        logger.error("A change of knobs failed and could not be taken back everywhere: %s", failure)
+        logger.error("A change of options failed and could not be taken back everywhere: %s", failure)
 
 
 def _first(answers: list[str | None]) -> str | None:

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 logger = init_logger("vllm.apparate")
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # vLLM makes one where there are several such processes
-WORK, KNOBS = "apparate.work", "apparate.knobs"  # what there is news of
+WORK, OPTIONS = "apparate.work", "apparate.options"  # what there is news of
 TELL_INTERVAL_S = 0.2
 LOOK_INTERVAL_S = 0.2
 LOCK_INTERVAL_S = 0.02
@@ -28,7 +28,7 @@ class Neighbours:
     def __init__(self, folder: str | None = None) -> None:
         self._folder = Path(folder) if folder else None
         self._told_s = float("-inf")
-        self._known = {news: self._time_of(news) for news in (WORK, KNOBS)}
+        self._known = {news: self._time_of(news) for news in (WORK, OPTIONS)}
 
     @property
     def exist(self) -> bool:
@@ -40,9 +40,9 @@ class Neighbours:
             self._told_s = time.monotonic()
             self._tell(WORK)
 
-    def tell_knobs(self) -> None:
+    def tell_options(self) -> None:
         if self._folder is not None:
-            self._tell(KNOBS)
+            self._tell(OPTIONS)
 
     def hear(self, news: str) -> bool:
         """Whether another process has told of it since this was called last."""
@@ -55,7 +55,7 @@ class Neighbours:
         if self._folder is None:
             yield
             return
-        with (self._folder / KNOBS).open("a") as file:
+        with (self._folder / OPTIONS).open("a") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,14 +81,14 @@ class Neighbours:
 
 
 async def follow(neighbours: Neighbours, work: asyncio.Event, take_up: Callable[[], Awaitable[object]]) -> None:
-    """Wake the polling for work of others; take up the knobs that they changed."""
+    """Wake the polling for work of others; take up the options that they changed."""
     while True:
         await asyncio.sleep(LOOK_INTERVAL_S)
         if neighbours.hear(WORK):
             work.set()
-        if neighbours.hear(KNOBS):
+        if neighbours.hear(OPTIONS):
             try:
                 await take_up()
             except Exception as error:  # the polling takes them up later
-                logger.warning("Knobs that another API process changed are not taken up yet: %s", error)
+                logger.warning("Options that another API process changed are not taken up yet: %s", error)
             work.set()

@@ -32,13 +32,13 @@ from apparate_llm.api.turns import Turns
 from apparate_llm.api.views import config_view, status_view, tenant_seen
 from apparate_llm.config import (
     KEY_TENANT_PROOF,
-    LIVE_KNOBS,
+    LIVE_OPTIONS,
     ConfigError,
     EarlyExitConfig,
     config_from_vllm,
     key_tenant_proof,
     new_options,
-    parse_request_knobs,
+    parse_request_options,
     public_config,
 )
 
@@ -95,9 +95,9 @@ class ExitServer:
         return await self._statuses.now()
 
     async def _status(self) -> dict[str, Any]:
-        """Also takes up the knobs in force: another API process may have changed them."""
+        """Also takes up the options in force: another API process may have changed them."""
         status = merged(await self.ask("early_exit_status"))
-        self.config = self.config.model_copy(update={name: status["config"][name] for name in LIVE_KNOBS})
+        self.config = self.config.model_copy(update={name: status["config"][name] for name in LIVE_OPTIONS})
         return status
 
     def run(self, state: State) -> None:
@@ -108,7 +108,7 @@ class ExitServer:
         self.tasks = [asyncio.create_task(one) for one in work]
 
     async def take_up(self) -> None:
-        """The knobs in force, whoever has changed them."""
+        """The options in force, whoever has changed them."""
         self.collector.publish(await self.changed_status())
 
     async def end_with(self, state: State) -> None:
@@ -121,8 +121,8 @@ class ExitServer:
                 task.cancel()
 
     def config_in_force(self, tenant_name: str | None = None) -> dict[str, Any]:
-        """tenant_name: the one tenant whose knobs are wanted."""
-        return {"config": config_view(public_config(self.config), tenant_name), "live": LIVE_KNOBS}
+        """tenant_name: the one tenant whose options are wanted."""
+        return {"config": config_view(public_config(self.config), tenant_name), "live": LIVE_OPTIONS}
 
 
 async def authorised(request: Request) -> None:
@@ -171,14 +171,14 @@ async def dashboard(request: Request) -> HTMLResponse:
 
 @router.get("/status")
 async def status(request: Request) -> dict[str, Any]:
-    """Knobs, depth in use and running totals; 503 where the server runs without early exits."""
+    """Options, depth in use and running totals; 503 where the server runs without early exits."""
     server = server_of(request)
     return status_view(await server.status(), tenant_seen_by(request, server))
 
 
 @router.get("/config")
 async def config(request: Request) -> dict[str, Any]:
-    """The knobs in force and those that may change."""
+    """The options in force and those that may change."""
     server = server_of(request)
     await server.status()
     return {
@@ -189,7 +189,7 @@ async def config(request: Request) -> dict[str, Any]:
 
 @router.patch("/config", dependencies=[Depends(may_change)])
 async def change_config(request: Request) -> dict[str, Any]:
-    """Knobs to change, as a JSON object: in force from the next engine step on, for requests under way as well.
+    """Options to change, as a JSON object: in force from the next engine step on, for requests under way as well.
     400 says what is not allowed, and changes nothing."""
     server = server_of(request)
     try:
@@ -199,13 +199,13 @@ async def change_config(request: Request) -> dict[str, Any]:
     async with server.changing, server.neighbours.alone():
         before = await change_all(server, changes)
         log_change(visitor_of(request), before, server.config, changes)
-        server.neighbours.tell_knobs()
+        server.neighbours.tell_options()
     return server.config_in_force()
 
 
 def log_change(visitor: Visitor, before: EarlyExitConfig, after: EarlyExitConfig, names: Iterable[str]) -> None:
     told = ", ".join(f"{name} {getattr(before, name)} -> {getattr(after, name)}" for name in names)
-    logger.info("Knobs changed by %s: %s", visitor.who, told or "none named")
+    logger.info("Options changed by %s: %s", visitor.who, told or "none named")
 
 
 @router.post("/reset", dependencies=[Depends(may_change)])
@@ -255,25 +255,25 @@ async def stream(server: ExitServer, tenant_name: str | None = None) -> AsyncIte
 
 
 def watch_requests(server: ExitServer) -> None:
-    """Wake the polling, refuse bad early-exit knobs that came past the check at the door (vLLM answers a ValueError
+    """Wake the polling, refuse bad early-exit options that came past the check at the door (vLLM answers a ValueError
     raised here with HTTP 400), give a request its tenant, and report where one asks for it."""
     generate = server.engine.generate
 
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         caller = CALLER.get()
         passed = getattr(sampling_params, "extra_args", None)
-        given = {**(caller.knobs if caller else {}), **(passed or {})}
-        knobs = parse_request_knobs(given, server.config, caller.key_tenant if caller else None)
+        given = {**(caller.options if caller else {}), **(passed or {})}
+        options = parse_request_options(given, server.config, caller.key_tenant if caller else None)
         server.last_request_s = monotonic()
         server.collector.work.set()
         server.neighbours.tell_work()
-        if knobs.early_exit_tenant is not None:
-            given["early_exit_tenant"] = knobs.early_exit_tenant
+        if options.early_exit_tenant is not None:
+            given["early_exit_tenant"] = options.early_exit_tenant
         if caller is not None and caller.key_tenant is not None:
             given[KEY_TENANT_PROOF] = key_tenant_proof(server.config, caller.key_tenant)
         if given != (passed or {}):
             sampling_params.extra_args = given
-        if caller is None or not knobs.early_exit_report:
+        if caller is None or not options.early_exit_report:
             return generate(prompt, sampling_params, *args, **kwargs)
         caller.wants_report = True
         return reporting(
@@ -304,7 +304,7 @@ def warn_of_keys(by_key: dict[str, str], keys: list[str]) -> None:
 def access_of(args: Namespace) -> Access:
     keys, admin_keys = keys_of(args), admin_digests(os.environ)
     if any(digest_of(key) in admin_keys for key in keys):
-        logger.warning("An admin key is an API key, too: all that have it may change the knobs of the server")
+        logger.warning("An admin key is an API key, too: all that have it may change the options of the server")
     return Access(keys, admin_keys)
 
 

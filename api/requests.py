@@ -1,8 +1,8 @@
 """What a request's body says of early exits, checked before its route runs.
 
 All of vLLM's routes that take JSON depend on `validate_json_request`, and FastAPI lets an application put another
-function in its place. There the body is parsed already, and nothing is sent yet: a bad knob is HTTP 400 on a route that
-streams as well, and on one whose request never reaches the engine as it came (beam search).
+function in its place. There the body is parsed already, and nothing is sent yet: a bad option is HTTP 400 on a route
+that streams as well, and on one whose request never reaches the engine as it came (beam search).
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from apparate_llm.api.answers import CALLER
-from apparate_llm.config import ConfigError, RequestKnobs, new_request_fields, parse_request_knobs
+from apparate_llm.config import ConfigError, RequestOptions, new_request_fields, parse_request_options
 
 NO_TEXT = (  # routes that answer with no text of the model
     "/v1/systemone",
@@ -41,18 +41,18 @@ async def checked_request(raw_request: Request) -> None:
     except (ValueError, RecursionError):
         raise HTTPException(400, "the body is not valid JSON") from None
     path = raw_request.scope["route"].path
-    given = knobs_given(body, path)
+    given = options_given(body, path)
     if not given:
         return
-    knobs = parse_request_knobs(given, server.config, caller.key_tenant)
-    if knobs.early_exit_report and (reason := why_no_report(body, path)) is not None:
+    options = parse_request_options(given, server.config, caller.key_tenant)
+    if options.early_exit_report and (reason := why_no_report(body, path)) is not None:
         raise ConfigError(f"vllm_xargs: early_exit_report: no report {reason}")
     given = new_request_fields(given)
-    caller.knobs = {name: value for name, value in given.items() if name in RequestKnobs.model_fields}
-    caller.wants_report = bool(knobs.early_exit_report)
+    caller.options = {name: value for name, value in given.items() if name in RequestOptions.model_fields}
+    caller.wants_report = bool(options.early_exit_report)
 
 
-def knobs_given(body: object, path: str) -> dict[str, Any]:
+def options_given(body: object, path: str) -> dict[str, Any]:
     """What `vllm_xargs` holds; vLLM says what is wrong where that is no object."""
     if not isinstance(body, dict):
         return {}

@@ -1,4 +1,4 @@
-"""What of a status, and of the knobs, one tenant may see: its own figures, and what is in force for it."""
+"""What of a status, and of the options, one tenant may see: its own figures, and what is in force for it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from apparate_llm.config import EarlyExitConfig, tenant_of
 from apparate_llm.core import shares_of
 from apparate_llm.exits.tenants import UNNAMED
 
-FILE_KNOBS = ("ramps", "feedback_log", "controller_state")  # paths on the server
+FILE_OPTIONS = ("ramps", "feedback_log", "controller_state")  # paths on the server
 TIMELESS = ("clock_s", "active", "depth")
 COUNTS = (
     "emitted",
@@ -29,11 +29,11 @@ def tenant_seen(config: EarlyExitConfig, key_tenant: str | None, *, sees_all: bo
 
 
 def config_view(config: dict[str, Any], name: str | None) -> dict[str, Any]:
-    """Of the knobs in force as plain values."""
+    """Of the options in force as plain values."""
     if name is None:
         return config
-    kept = {knob: value for knob, value in config.items() if knob not in FILE_KNOBS}
-    return {**kept, "tenants": {own: knobs for own, knobs in config["tenants"].items() if own == name}}
+    kept = {option: value for option, value in config.items() if option not in FILE_OPTIONS}
+    return {**kept, "tenants": {own: options for own, options in config["tenants"].items() if own == name}}
 
 
 def status_view(status: dict[str, Any], name: str | None) -> dict[str, Any]:

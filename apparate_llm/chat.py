@@ -112,7 +112,7 @@ class ChatClient:
         self.url = server_url(args.url, "--url")
         timeout = httpx.Timeout(TOKEN_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         self.http = httpx.Client(base_url=self.url, headers=authorization(args.api_key), timeout=timeout)
-        self.knobs = {"early_exit_report": 1} | ({"early_exit": 0} if args.no_exits else {})
+        self.options = {"early_exit_report": 1} | ({"early_exit": 0} if args.no_exits else {})
         self.body = {"max_tokens": args.max_tokens, "temperature": args.temperature}
         self.body["model"] = args.model or self._first_model()
 
@@ -147,7 +147,7 @@ class ChatClient:
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "vllm_xargs": self.knobs,
+            "vllm_xargs": self.options,
         }
         answer = Answer()
         try:

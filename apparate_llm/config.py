@@ -1,4 +1,4 @@
-"""The one schema of every early-exit knob. CLI flags, `--additional-config` and docs derive from it."""
+"""The one schema of every early-exit option. CLI flags, `--additional-config` and docs derive from it."""
 
 import hashlib
 import reprlib
@@ -18,11 +18,11 @@ LONGEST_NAME = 100  # characters of what a caller sent that a message repeats
 
 
 class ConfigError(ValueError):
-    """A knob was given something it does not take. The message is one line for the user."""
+    """An option was given something it does not take. The message is one line for the user."""
 
 
 class Tenant(BaseModel):
-    """Knobs for all requests of one tenant, or of one use."""
+    """Options for all requests of one tenant, or of one use."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -134,7 +134,7 @@ class EarlyExitConfig(BaseModel):
 
 
 # What may change while the server runs.
-LIVE_KNOBS = (
+LIVE_OPTIONS = (
     "policy",
     "accuracy_bound",
     "tpt_target_ms",
@@ -148,7 +148,7 @@ LIVE_KNOBS = (
 )
 
 
-class RequestKnobs(BaseModel):
+class RequestOptions(BaseModel):
     """What a request may set for itself, in `vllm_xargs`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -165,7 +165,7 @@ class RequestKnobs(BaseModel):
 def parse_config(raw: object) -> EarlyExitConfig:
     """Validate what came from a flag, a file or a caller; raises ConfigError with one readable line."""
     if not isinstance(raw, dict):
-        raise ConfigError(f"early_exit must be an object of knobs, got {type(raw).__name__}")
+        raise ConfigError(f"early_exit must be an object of options, got {type(raw).__name__}")
     try:
         return EarlyExitConfig.model_validate(new_options(raw))
     except ValidationError as error:
@@ -219,44 +219,46 @@ def check_tenants(config: EarlyExitConfig) -> None:
 
 
 def parse_live(changes: object, config: EarlyExitConfig) -> EarlyExitConfig:
-    """The knobs of a running server with some of them changed; raises ConfigError."""
+    """The options of a running server with some of them changed; raises ConfigError."""
     if not isinstance(changes, dict):
-        raise ConfigError(f"early_exit must be an object of knobs, got {type(changes).__name__}")
+        raise ConfigError(f"early_exit must be an object of options, got {type(changes).__name__}")
     changes = new_options(changes)
-    if fixed := [_name(name) for name in changes if name not in LIVE_KNOBS]:
-        raise ConfigError(f"early_exit: {fixed[0]}: cannot be changed while serving (allowed: {', '.join(LIVE_KNOBS)})")
+    if fixed := [_name(name) for name in changes if name not in LIVE_OPTIONS]:
+        raise ConfigError(
+            f"early_exit: {fixed[0]}: cannot be changed while serving (allowed: {', '.join(LIVE_OPTIONS)})"
+        )
     return parse_config({**config.model_dump(), **changes})
 
 
-def parse_request_knobs(
+def parse_request_options(
     extra_args: Mapping[str, object] | None, config: EarlyExitConfig, key_tenant: str | None = None
-) -> RequestKnobs:
+) -> RequestOptions:
     """Our part of a request's `vllm_xargs`, which other plugins may use as well, completed by its tenant's; raises
     ConfigError. key_tenant: the tenant of the request's API key, which decides."""
     key_tenant = key_tenant or _proven_tenant(extra_args, config)
     ours = {
         name: value
         for name, value in new_request_fields(extra_args or {}).items()
-        if name in RequestKnobs.model_fields or name.startswith("early_exit")
+        if name in RequestOptions.model_fields or name.startswith("early_exit")
     }
     try:
-        knobs = RequestKnobs.model_validate(ours)
+        options = RequestOptions.model_validate(ours)
     except ValidationError as error:
-        raise ConfigError(f"vllm_xargs: {_problems(error, RequestKnobs)}") from None
-    name = _tenant_name(knobs.early_exit_tenant, config, key_tenant)
+        raise ConfigError(f"vllm_xargs: {_problems(error, RequestOptions)}") from None
+    name = _tenant_name(options.early_exit_tenant, config, key_tenant)
     own = config.tenants[name] if name is not None else Tenant.model_validate({})
     bound = effective_bound(config, tenant_name=name)
     whose = "the server's" if bound == config.accuracy_bound else f"tenant {name}'s"
-    if knobs.accuracy_bound is not None and knobs.accuracy_bound > bound and not config.allow_looser_requests:
-        raise ConfigError(f"vllm_xargs: accuracy_bound: at most {whose} {bound:g}, got {knobs.accuracy_bound:g}")
-    if own.early_exit < knobs.early_exit and "early_exit" in knobs.model_fields_set:
+    if options.accuracy_bound is not None and options.accuracy_bound > bound and not config.allow_looser_requests:
+        raise ConfigError(f"vllm_xargs: accuracy_bound: at most {whose} {bound:g}, got {options.accuracy_bound:g}")
+    if own.early_exit < options.early_exit and "early_exit" in options.model_fields_set:
         raise ConfigError(f"vllm_xargs: early_exit: requests of tenant {name} take no exits, got 1")
-    completed: dict[str, Any] = {"early_exit_tenant": name, "early_exit": min(own.early_exit, knobs.early_exit)}
-    if knobs.accuracy_bound is None and own.accuracy_bound is not None:
+    completed: dict[str, Any] = {"early_exit_tenant": name, "early_exit": min(own.early_exit, options.early_exit)}
+    if options.accuracy_bound is None and own.accuracy_bound is not None:
         completed["accuracy_bound"] = bound
-    if knobs.tpt_target_ms is None:
+    if options.tpt_target_ms is None:
         completed["tpt_target_ms"] = own.tpt_target_ms
-    return knobs.model_copy(update=completed)
+    return options.model_copy(update=completed)
 
 
 def tenant_of(config: EarlyExitConfig, key_tenant: str | None) -> str | None:
@@ -312,22 +314,22 @@ def _problems(error: ValidationError, schema: type[BaseModel]) -> str:
     problems = []
     for item in error.errors(include_url=False):
         loc = [part for part in item["loc"] if part != "[key]"]
-        knob = ": ".join(_name(part) if isinstance(part, str) else str(part) for part in loc)
+        option = ": ".join(_name(part) if isinstance(part, str) else str(part) for part in loc)
         if item["type"] == "extra_forbidden":
             known = schema if len(item["loc"]) == 1 else Tenant
-            problems.append(f"{knob}: unknown knob (allowed: {', '.join(known.model_fields)})")
+            problems.append(f"{option}: unknown option (allowed: {', '.join(known.model_fields)})")
             continue
         got = item["input"]
         may_hold_keys = isinstance(got, str if "api_keys_sha256" in loc else list | tuple | dict)
         hides = loc[:1] == ["tenants"] and may_hold_keys
         problems.append(
-            f"{knob + ': ' if loc else ''}{item['msg']}, got {type(got).__name__ if hides else _SHORT.repr(got)}"
+            f"{option + ': ' if loc else ''}{item['msg']}, got {type(got).__name__ if hides else _SHORT.repr(got)}"
         )
     return "; ".join(dict.fromkeys(problems))
 
 
 def public_config(config: EarlyExitConfig) -> dict[str, Any]:
-    """The knobs as plain values, without what tells of API keys."""
+    """The options as plain values, without what tells of API keys."""
     return config.model_dump(exclude={"tenants": {"__all__": {"api_keys_sha256"}}})
 
 
@@ -339,7 +341,7 @@ class WithAdditionalConfig(Protocol):
 
 
 def config_from_vllm(vllm_config: WithAdditionalConfig) -> EarlyExitConfig:
-    """The knobs of a server, out of vLLM's `--additional-config '{"early_exit": {...}}'`."""
+    """The options of a server, out of vLLM's `--additional-config '{"early_exit": {...}}'`."""
     additional = vllm_config.additional_config
     raw = additional.get(ADDITIONAL_CONFIG_KEY, {}) if isinstance(additional, dict) else {}
     config = parse_config(raw)

@@ -1,4 +1,4 @@
-"""argparse flags derived from the knob schema."""
+"""argparse flags derived from the option schema."""
 
 import argparse
 import hashlib
@@ -29,7 +29,7 @@ class Paragraphs(argparse.HelpFormatter):
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
-def add_knobs(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
+def add_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
     group = parser.add_argument_group("early exits")
     for name, field in EarlyExitConfig.model_fields.items():
         if name in leave_out:
@@ -47,9 +47,9 @@ def add_knobs(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = (
             parser.add_argument("--" + old.replace("_", "-"), default=None, help=argparse.SUPPRESS)
 
 
-def knobs_from(args: argparse.Namespace, others: dict[str, Any] | None = None) -> EarlyExitConfig:
-    """The knobs the user gave; ConfigError names the flag, what was got and what is allowed. others: knobs that came
-    another way, which flags may add to and must not contradict."""
+def options_from(args: argparse.Namespace, others: dict[str, Any] | None = None) -> EarlyExitConfig:
+    """The options the user gave; ConfigError names the flag, what was got and what is allowed. others: options that
+    came another way, which flags may add to and must not contradict."""
     named = {name: getattr(args, name, None) for name in (*EarlyExitConfig.model_fields, *OPTIONS)}
     try:
         given = new_options({name: value for name, value in named.items() if value is not None})

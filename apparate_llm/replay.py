@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.drawing import Axes
 from apparate_llm.files import replacing, write_atomically
-from apparate_llm.flags import Commands, OneLineParser, add_knobs, knobs_from
+from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
 from apparate_llm.redact import redacted
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ def add_replay(subparsers: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME=V1,V2",
-        help="values to try of a knob (threshold=0.8,0.9) or of a policy's parameter (window=8,16,32); repeatable",
+        help="values to try of an option (threshold=0.8,0.9) or of a policy's parameter (window=8,16,32); repeatable",
     )
     parser.add_argument("--figure", type=Path, help="draw TPT against divergences (PNG, SVG or PDF)")
     parser.add_argument("--json", type=Path, help="write the rows there")
-    add_knobs(parser, leave_out=("tenants",))  # a log does not tell them apart
+    add_options(parser, leave_out=("tenants",))  # a log does not tell them apart
     parser.set_defaults(run=run_replay)
 
 
@@ -58,7 +58,7 @@ def run_replay(args: argparse.Namespace) -> int:
     from apparate_llm.controller.replay import LogCosts
     from apparate_llm.progress import Progress
 
-    config = knobs_from(args)
+    config = options_from(args)
     path = find_log(args.log)
     for out in (args.figure, args.json):
         if out is not None and not out.parent.is_dir():
@@ -116,9 +116,9 @@ def one_row(config: EarlyExitConfig, parameters: Row, header: Row, cycles: "list
     from apparate_llm.controller.policies import make_policy
     from apparate_llm.controller.replay import replay
 
-    knobs = {name: value for name, value in parameters.items() if name in EarlyExitConfig.model_fields}
-    rest = {name: value for name, value in parameters.items() if name not in knobs}
-    config = parse_config({**config.model_dump(), **knobs})
+    options = {name: value for name, value in parameters.items() if name in EarlyExitConfig.model_fields}
+    rest = {name: value for name, value in parameters.items() if name not in options}
+    config = parse_config({**config.model_dump(), **options})
     depths = tuple(sorted(costs.rounds))
     policy = make_policy(
         config,

@@ -15,7 +15,7 @@ from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
 from apparate_llm.default_model import NAME, default_model
 from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.vllm_args import vllm_args
-from apparate_llm.flags import Commands, OneLineParser, add_knobs, knobs_from
+from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
 from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
 from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
@@ -50,17 +50,17 @@ def add_serve(subparsers: Commands) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="who may change knobs while serving and sees all tenants; may be given several times. Better in the "
+        help="who may change options while serving and sees all tenants; may be given several times. Better in the "
         f"environment, where no list of processes shows it: {KEY_VARIABLE} (default: this machine only may)",
     )
-    add_knobs(parser)
+    add_options(parser)
     parser.set_defaults(run=run_serve)
 
 
 def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     """Raises ValueError subclasses for bad input; does not return if the server starts."""
     name_model(args, vllm_flags)
-    config = knobs_from(args, own_knobs(vllm_flags))
+    config = options_from(args, own_options(vllm_flags))
     if config.policy != "off" or vllm_build() is None:
         check_build()
     check_files(config)
@@ -120,14 +120,14 @@ def check_files(config: EarlyExitConfig) -> None:
             raise ConfigError(f"{flag}: cannot write {name}: it must be a file in a folder that exists")
 
 
-def keep_state(knobs: dict[str, Any]) -> None:
+def keep_state(options: dict[str, Any]) -> None:
     """Without a place for what the controller learns, the server runs as well and begins anew at each start."""
-    if knobs.get("controller_state") is None:
+    if options.get("controller_state") is None:
         try:
             writable_cache()
         except ConfigError as error:
             print(f"Note: what the controller learns is not kept: {error}", file=sys.stderr, flush=True)
-            knobs["controller_state"] = NO_STATE
+            options["controller_state"] = NO_STATE
 
 
 def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
@@ -201,13 +201,13 @@ def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str, loa
     choose_depth(manifest, config.depth)
 
 
-def own_knobs(flags: list[str]) -> dict[str, Any]:
+def own_options(flags: list[str]) -> dict[str, Any]:
     """Early exits' part of the user's `--additional-config`; raises ConfigError."""
     text = given_value(flags, "additional-config")
-    knobs = {} if text is None else parse_object("additional-config", text).get(ADDITIONAL_CONFIG_KEY, {})
-    if not isinstance(knobs, dict):
-        raise ConfigError(f"--additional-config: {ADDITIONAL_CONFIG_KEY} must be an object of knobs, got {knobs!r}")
-    return knobs
+    options = {} if text is None else parse_object("additional-config", text).get(ADDITIONAL_CONFIG_KEY, {})
+    if not isinstance(options, dict):
+        raise ConfigError(f"--additional-config: {ADDITIONAL_CONFIG_KEY} must be an object of options, got {options!r}")
+    return options
 
 
 def merge_settings(settings: dict[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:

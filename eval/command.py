@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_knobs, positive
+from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
 from apparate_llm.lifeline import exit_on_sigterm
 
 DEFAULT_SYSTEMS = "vllm,lossless,bounded,ngram,hf-early-exit"
@@ -64,7 +64,7 @@ def _add_quick(kinds: Commands) -> None:
     quick.add_argument("--json", type=Path, help="write the results there")
     quick.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
     quick.add_argument("--prompts", type=Path, help="prompts, see `eval tpt --help` (default: quick)")
-    add_knobs(quick, leave_out=("tenants",))
+    add_options(quick, leave_out=("tenants",))
     quick.set_defaults(run=_later("run_quick"))
 
 
@@ -152,7 +152,7 @@ def _add_steady(kinds: Commands) -> None:
     steady.add_argument("--num-prompts", type=positive, help="use only the first N prompts")
     steady.add_argument("--max-tokens", type=positive, default=96, help="longest answer; lengths vary (default: 96)")
     steady.add_argument("--limit", type=above_zero, help="exit with 1 where TPT over the baseline's is above it")
-    _add_knobs_of_systems(steady)
+    _add_options_of_systems(steady)
     _add_servers(steady)
     steady.set_defaults(run=_later("run_steady"))
 
@@ -186,9 +186,9 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything measured")
     parser.add_argument("--fresh", action="store_true", help="throw away what --out holds of an earlier evaluation")
     parser.add_argument("--systems", default=default, help=f"names, see below (default: {default})")
-    _add_knobs_of_systems(parser)
+    _add_options_of_systems(parser)
     parser.add_argument(
-        "--system", action="append", default=[], metavar='"NAME=--knob value"', help="early exits with these knobs"
+        "--system", action="append", default=[], metavar='"NAME=--option value"', help="early exits with these options"
     )
     parser.add_argument(
         "--base-url",
@@ -203,11 +203,11 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
     )
 
 
-def _add_knobs_of_systems(parser: OneLineParser) -> None:
+def _add_options_of_systems(parser: OneLineParser) -> None:
     parser.add_argument(
         "--accuracy-bounds", type=shares, default=[0.05], metavar="E1,E2", help="of system bounded (default: 0.05)"
     )
-    add_knobs(parser, leave_out=NOT_SHARED)
+    add_options(parser, leave_out=NOT_SHARED)
 
 
 def _systems_help() -> str:

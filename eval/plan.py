@@ -13,7 +13,7 @@ from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits, plain_vllm, systems_of
 from apparate_llm.eval.workloads import Length, Load, closed, poisson, traced
-from apparate_llm.flags import knobs_from
+from apparate_llm.flags import options_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
 from apparate_llm.redact import redacted
@@ -68,15 +68,15 @@ class SteadyPlan:
 
 
 def quick_plan(args: argparse.Namespace) -> EvalPlan:
-    """Plain vLLM against exits with the knobs given, in a folder that nobody asked for."""
-    config = knobs_from(args)
+    """Plain vLLM against exits with the options given, in a folder that nobody asked for."""
+    config = options_from(args)
     if config.policy != "off":
         check_build()
     prompts = load_prompts(args.prompts)[: args.num_prompts]
     model = model_folder(args.model)
     preflight_ramps(config, model, architecture_of(model))
     flags = tuple(_vllm_flags(args.vllm_flag, num_servers=2))
-    choice = ModelChoice(model, flags, tuple(knob_flags(args)), api_key=args.api_key)
+    choice = ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key)
     systems = [plain_vllm(choice), early_exits(name_of(config), choice)]
     loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
     return EvalPlan(
@@ -113,9 +113,9 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     model, names = model_folder(args.model), [name.strip() for name in args.systems.split(",")]
-    knobs_from(args)  # raises for a value that is not allowed
+    options_from(args)  # raises for a value that is not allowed
     flags = tuple(_vllm_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds)))
-    choice = ModelChoice(model, flags, tuple(knob_flags(args)), tuple(args.accuracy_bounds), api_key=args.api_key)
+    choice = ModelChoice(model, flags, tuple(option_flags(args)), tuple(args.accuracy_bounds), api_key=args.api_key)
     systems = systems_of(names, [], choice)
     if problems := [system.problem for system in systems if system.problem]:
         raise ValueError(problems[0])
@@ -140,7 +140,7 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         switch=args.switch,
         limit=args.limit,
         settings=given
-        | {"model": model.name, "num_prompts": len(prompts), "systems": names, "knobs": knob_flags(args)}
+        | {"model": model.name, "num_prompts": len(prompts), "systems": names, "options": option_flags(args)}
         | {"vllm_flags": redacted(args.vllm_flag)},
         folder=_new_folder(args.out, fresh=args.fresh),
         start_timeout_s=args.start_timeout_s,
@@ -161,11 +161,11 @@ def _plan(
 ) -> EvalPlan:
     model = model_folder(args.model)
     names = [name.strip() for name in args.systems.split(",")]
-    knobs = knob_flags(args)
-    knobs_from(args)  # raises for a value that is not allowed
+    options = option_flags(args)
+    options_from(args)  # raises for a value that is not allowed
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds)
     flags = tuple(_vllm_flags(args.vllm_flag, num_servers))
-    choice = ModelChoice(model, flags, tuple(knobs), tuple(args.accuracy_bounds), args.hf_layer, args.api_key)
+    choice = ModelChoice(model, flags, tuple(options), tuple(args.accuracy_bounds), args.hf_layer, args.api_key)
     systems = systems_of(names, args.base_url, choice)
     systems += [_own_system(text, choice) for text in args.system]
     if BASELINE not in (system.name for system in systems):
@@ -187,10 +187,10 @@ def _plan(
 
 def _own_system(text: str, choice: ModelChoice) -> System:
     name, _, flags = text.partition("=")
-    knobs = [part for text in shlex.split(flags) for part in (text.split("=", 1) if text[:2] == "--" else [text])]
-    if not name or not knobs or len(knobs) % 2:
-        raise ValueError(f'--system: "NAME=--knob value ..." wanted, got {text!r}')
-    return early_exits(name, choice, *knobs)
+    options = [part for text in shlex.split(flags) for part in (text.split("=", 1) if text[:2] == "--" else [text])]
+    if not name or not options or len(options) % 2:
+        raise ValueError(f'--system: "NAME=--option value ..." wanted, got {text!r}')
+    return early_exits(name, choice, *options)
 
 
 def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
@@ -247,7 +247,7 @@ def _settings(
         "repeat": args.repeat,
         "model": model.name,
         "systems": [system.name for system in systems],
-        "knobs": knob_flags(args) + getattr(args, "system", []),
+        "options": option_flags(args) + getattr(args, "system", []),
         "vllm_flags": redacted(args.vllm_flag),
         "hf_layer": getattr(args, "hf_layer", None),
     }
@@ -268,8 +268,8 @@ def name_of(config: EarlyExitConfig) -> str:
     return bound if config.policy == "adaptive" else f"{config.policy} {bound}"
 
 
-def knob_flags(args: argparse.Namespace) -> list[str]:
-    """The knobs given on the command line, as flags."""
+def option_flags(args: argparse.Namespace) -> list[str]:
+    """The options given on the command line, as flags."""
     named = {name: getattr(args, name, None) for name in (*EarlyExitConfig.model_fields, *OPTIONS)}
     given = new_options({name: value for name, value in named.items() if value is not None})
     return [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]

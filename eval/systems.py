@@ -65,7 +65,7 @@ class ModelChoice:
 
     model: Path
     vllm_flags: tuple[str, ...] = ()
-    knobs: tuple[str, ...] = ()  # of every system with early exits
+    options: tuple[str, ...] = ()  # of every system with early exits
     bounds: tuple[float, ...] = (0.05,)
     hf_layer: int | None = None  # blocks of the draft of hf-early-exit; None: half of them
     api_key: str | None = field(default=None, repr=False)  # that the user has given us
@@ -143,11 +143,11 @@ def plain_vllm(choice: ModelChoice, name: str = BASELINE, *flags: str) -> System
     return System(name, (*command, *choice.vllm_flags, *flags), api_key=choice.own_key)
 
 
-def early_exits(name: str, choice: ModelChoice, *knobs: str) -> System:
-    """Our server. A later knob wins over an earlier one; state is not kept unless a knob says so, as what is measured
-    should not depend on what was served before."""
+def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
+    """Our server. A later option wins over an earlier one; state is not kept unless an option says so, as what is
+    measured should not depend on what was served before."""
     given = {"--controller-state": "none"}
-    flags = [*choice.knobs, *knobs]
+    flags = [*choice.options, *options]
     given |= dict(zip(flags[::2], flags[1::2], strict=True))
     command = (sys.executable, "-m", "apparate_llm.cli", "serve", str(choice.model))
     config = parse_config({key[2:].replace("-", "_"): value for key, value in given.items()})

@@ -57,14 +57,18 @@ RUNS: dict[str, tuple[bool, bool, dict[str, Any], bool, str | None]] = {
 
 
 def run(
-    name: str, args: argparse.Namespace, prompts: list[Messages], knobs: dict[str, Any], queue: "Queue[dict[str, Any]]"
+    name: str,
+    args: argparse.Namespace,
+    prompts: list[Messages],
+    options: dict[str, Any],
+    queue: "Queue[dict[str, Any]]",
 ) -> None:
     from tests.harness import Engine, greedy
 
     exits, one_by_one, vllm, aborts, _ = RUNS[name]
     defaults = {"max_model_len": 1024, "kv_cache_memory_bytes": 2 << 30, "dtype": args.dtype}
     compiled = {"enforce_eager": args.dtype == "float32"}
-    own = knobs if exits else {"policy": "off"} if name.startswith("off") else None
+    own = options if exits else {"policy": "off"} if name.startswith("off") else None
     with Engine(args.model, own, **{**defaults, **compiled, **vllm}) as engine:
         token_prompts = [engine.chat_prompt(chat) for chat in prompts]
         preempted = 0
@@ -153,9 +157,9 @@ def main() -> int:
     chats = [prompt.messages for prompt in load_prompts(args.prompts)]
     chats = [chat for chat in chats if sum(len(m["content"]) for m in chat) < 1200][: args.num_prompts]
     chats = [[{"role": "system", "content": SYSTEM}, *chat] for chat in chats]
-    knobs: dict[str, Any] = {"policy": args.policy, "hold_threshold": args.hold_threshold}
+    options: dict[str, Any] = {"policy": args.policy, "hold_threshold": args.hold_threshold}
     if args.depth is not None:
-        knobs["depth"] = args.depth
+        options["depth"] = args.depth
     context = multiprocessing.get_context("spawn")
     outcome: dict[str, Any] = {}
     failed = False
@@ -169,7 +173,7 @@ def main() -> int:
             continue
         reference = references.get(name)
         queue = context.Queue()
-        process = context.Process(target=run, args=(name, args, chats, knobs, queue))
+        process = context.Process(target=run, args=(name, args, chats, options, queue))
         process.start()
         result = queue.get(timeout=3600)
         process.join()

@@ -304,11 +304,11 @@ def main() -> int:
     common += ("--kv-cache-memory-bytes", str(1 << 30), *flags)
     pool = pool_of([prompt.messages for prompt in load_prompts(args.prompts)[: args.num_prompts]])
     references = references_of(ModelChoice(model, common), pool, args.references, folder / "plain.log")
-    knobs = ["--policy", args.policy, "--accuracy-bound", str(args.accuracy_bound)]
+    options = ["--policy", args.policy, "--accuracy-bound", str(args.accuracy_bound)]
     if args.policy == "static":
-        knobs += ["--threshold", "0.5", "--hold-threshold", "0.3", "--max-batch-tokens", "1024"]
+        options += ["--threshold", "0.5", "--hold-threshold", "0.3", "--max-batch-tokens", "1024"]
     tiny = ModelChoice(model, (*common, "--num-gpu-blocks-override", str(args.kv_blocks)))
-    system = early_exits("storm", tiny, *knobs)
+    system = early_exits("storm", tiny, *options)
     with Server(system, log=folder / "storm.log", start_timeout_s=900) as server:
         server.wait_ready()
         storm = asyncio.run(raise_storm(server, pool, references, args))

@@ -69,17 +69,17 @@ def one_round(
     client: openai.OpenAI, model: str, messages: Messages, max_tokens: int, *, swapped: bool
 ) -> dict[str, Any]:
     """(TPT in ms, divergences at worst) of `lossless`, `fast` and `target`, and the target in ms."""
-    knobs: dict[str, dict[str, float]] = {"lossless": {"accuracy_bound": 0.0}, "fast": {}}
+    options: dict[str, dict[str, float]] = {"lossless": {"accuracy_bound": 0.0}, "fast": {}}
     found: dict[str, Any] = {}
-    for name in sorted(knobs, reverse=swapped):
-        found[name] = ask(client, model, messages, max_tokens, knobs[name])
+    for name in sorted(options, reverse=swapped):
+        found[name] = ask(client, model, messages, max_tokens, options[name])
     found["target_ms"] = float(np.sqrt(found["lossless"][0] * found["fast"][0]))
     found["target"] = ask(client, model, messages, max_tokens, {"tpt_target_ms": found["target_ms"]})
     return found
 
 
 def ask(
-    client: openai.OpenAI, model: str, messages: Messages, max_tokens: int, knobs: dict[str, float]
+    client: openai.OpenAI, model: str, messages: Messages, max_tokens: int, options: dict[str, float]
 ) -> tuple[float, int]:
     """(TPT in ms as the client sees it, divergences at worst) of one answer of `max_tokens` tokens."""
     stream = client.chat.completions.create(
@@ -88,7 +88,7 @@ def ask(
         temperature=0,
         max_tokens=max_tokens,
         stream=True,
-        extra_body={"ignore_eos": True, "vllm_xargs": {**knobs, "early_exit_report": 1}},
+        extra_body={"ignore_eos": True, "vllm_xargs": {**options, "early_exit_report": 1}},
     )
     times, report = [], None
     for chunk in stream:

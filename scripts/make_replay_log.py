@@ -56,7 +56,7 @@ def record(args: argparse.Namespace, log: Path) -> None:
     from apparate_llm.serve import model_folder
 
     model = model_folder(args.model)
-    knobs = {
+    options = {
         "policy": "static",
         "accuracy_bound": 0.0,
         "hold_threshold": 0.0,
@@ -68,7 +68,7 @@ def record(args: argparse.Namespace, log: Path) -> None:
     batches = [int(size) for size in args.batches.split(",")]
     llm = LLM(
         str(model),
-        **vllm_args(parse_config(knobs), architecture_of(model)),
+        **vllm_args(parse_config(options), architecture_of(model)),
         max_model_len=2048,
         max_num_seqs=max(batches),
         kv_cache_memory_bytes=2 << 30,

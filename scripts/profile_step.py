@@ -153,13 +153,13 @@ def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> No
     from tests import conftest  # noqa: F401 - sets vLLM's environment before it is imported
     from tests.harness import Engine, greedy
 
-    knobs = None
+    options = None
     if system != "plain":
-        knobs = {"policy": "adaptive", "accuracy_bound": 0.0 if system == "lossless" else args.bound, "max_exits": 6}
+        options = {"policy": "adaptive", "accuracy_bound": 0.0 if system == "lossless" else args.bound, "max_exits": 6}
         if args.depth is not None:
-            knobs |= {"policy": "static", "depth": args.depth, "threshold": THRESHOLD}
+            options |= {"policy": "static", "depth": args.depth, "threshold": THRESHOLD}
     vllm: dict[str, Any] = {"dtype": args.dtype, "enforce_eager": False, "max_model_len": 2048, "max_num_seqs": 64}
-    with Engine(args.model, knobs, kv_cache_memory_bytes=1 << 30, **vllm) as engine:
+    with Engine(args.model, options, kv_cache_memory_bytes=1 << 30, **vllm) as engine:
         texts = [engine.chat_prompt(prompt.messages) for prompt in load_prompts(args.prompts)]
         fitting = [text for text in texts if len(text["prompt_token_ids"]) < MAX_PROMPT_TOKENS]
         prompts = fitting[: args.num_prompts]

@@ -41,9 +41,9 @@ def hurry_vllm() -> None:
 
 
 class Engine:
-    """Context manager around one vLLM engine; `knobs=None` is plain vLLM. Checks integrity on leaving."""
+    """Context manager around one vLLM engine; `options=None` is plain vLLM. Checks integrity on leaving."""
 
-    def __init__(self, model: Path, knobs: dict[str, Any] | None = None, **vllm: Any) -> None:
+    def __init__(self, model: Path, options: dict[str, Any] | None = None, **vllm: Any) -> None:
         from vllm import LLM
 
         hurry_vllm()
@@ -55,7 +55,7 @@ class Engine:
             "max_batch_tokens": 1024,
             "controller_state": "none",
         }
-        settings = {} if knobs is None else vllm_args(parse_config({**base, **knobs}), architecture_of(model))
+        settings = {} if options is None else vllm_args(parse_config({**base, **options}), architecture_of(model))
         defaults = {
             "dtype": "float32",
             "enforce_eager": True,

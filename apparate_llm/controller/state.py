@@ -97,8 +97,8 @@ def check_numbers(state: Any) -> None:
 
 
 def resolve_path(given: str | None, identity: dict[str, Any], cache: Callable[[], Path]) -> Path | None:
-    """From the knob: a file, `none`, or the default place. None: keep nothing. cache: its folder, ConfigError if there
-    is none."""
+    """From the option: a file, `none`, or the default place. None: keep nothing. cache: its folder, ConfigError if
+    there is none."""
     if given == NONE:
         return None
     if given is not None:

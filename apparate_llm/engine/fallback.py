@@ -134,17 +134,17 @@ class FallbackRunner(CPUModelRunner):
         self._count_failures()
 
     def check_change(self, changes: object) -> None:
-        """Raises ConfigError for knobs that `reconfigure` would refuse."""
+        """Raises ConfigError for options that `reconfigure` would refuse."""
         apply_changes(self.switch, self.exit_config, changes)
 
     def reconfigure(self, changes: object) -> None:
-        """Serve with other knobs from the next step on, and with exits again after a failure; raises ConfigError if
+        """Serve with other options from the next step on, and with exits again after a failure; raises ConfigError if
         they are not allowed."""
         after = apply_changes(self.switch, self.exit_config, changes)
-        if not self._guarded("change of knobs", lambda: self._take_up(after), False):
+        if not self._guarded("change of options", lambda: self._take_up(after), False):
             raise ConfigError("early exits failed at this change and are off, the server's log says why")
         self.exit_config = after
-        self._guarded("change of knobs", lambda: apply_to_requests(self.ledger, after), None)
+        self._guarded("change of options", lambda: apply_to_requests(self.ledger, after), None)
         logger.info("Early exits go on with %s", self.exit_config)
 
     def _take_up(self, after: EarlyExitConfig) -> bool:

@@ -30,7 +30,7 @@ from apparate_llm.engine.runtime_config import PolicySwitch, admit_request
 from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.shallow_pass import ShallowPass
 from apparate_llm.engine.state_key import state_key_of
-from apparate_llm.engine.vllm_args import forget_knobs
+from apparate_llm.engine.vllm_args import forget_options
 from apparate_llm.exits.draft import Drafter, DraftRequest
 from apparate_llm.exits.ledger import PendingVerdict, RequestExits
 from apparate_llm.exits.memory import Memory
@@ -56,7 +56,7 @@ class EarlyExitRunner(FallbackRunner):
         if inner_depths:
             self.get_model().set_aux_state_depths(tuple(sorted(inner_depths)))  # type: ignore[operator]
             self.use_aux_hidden_state_outputs = True
-        forget_knobs(self.vllm_config, sorted(inner_depths))
+        forget_options(self.vllm_config, sorted(inner_depths))
         num_layers = self.model_config.get_total_num_hidden_layers()
         self.switch = PolicySwitch(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
         policy = self.switch.make(config)

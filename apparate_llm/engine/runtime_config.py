@@ -1,4 +1,4 @@
-"""Knobs changed while serving: between two engine steps, on every rank alike."""
+"""Options changed while serving: between two engine steps, on every rank alike."""
 
 import sys
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from vllm.sampling_params import SamplingParams
 from apparate_llm.config import (
     ConfigError,
     EarlyExitConfig,
-    RequestKnobs,
+    RequestOptions,
     effective_bound,
     parse_live,
-    parse_request_knobs,
+    parse_request_options,
 )
 from apparate_llm.controller.budget import Bucket
 from apparate_llm.controller.policies import make_policy
@@ -31,7 +31,7 @@ MOST_LOGGED = 500  # characters of what a request asked for
 
 @dataclass(slots=True)
 class PolicySwitch:
-    """Makes the policy that the knobs ask for, and remembers what those before it had learned."""
+    """Makes the policy that the options ask for, and remembers what those before it had learned."""
 
     depth: int  # to begin with
     depths: tuple[int, ...]  # ramps there are
@@ -45,7 +45,7 @@ class PolicySwitch:
         return make_policy(config, depth=depth, depths=depths, num_layers=self.num_layers)
 
     def check(self, config: EarlyExitConfig) -> None:
-        """Raises ConfigError for knobs that this server cannot serve with."""
+        """Raises ConfigError for options that this server cannot serve with."""
         if config.depth != "auto" and config.depth not in self.depths:
             allowed = ", ".join(map(str, self.depths))
             raise ConfigError(f"early_exit: depth: this server has ramps at {allowed}, got {config.depth}")
@@ -84,7 +84,7 @@ def learned_of(policy: Policy) -> dict[str, Any]:
 
 
 def apply_changes(switch: PolicySwitch | None, config: EarlyExitConfig, changes: object) -> EarlyExitConfig:
-    """The knobs with `changes`; raises ConfigError if they are refused."""
+    """The options with `changes`; raises ConfigError if they are refused."""
     if switch is None:
         raise ConfigError("this server was started without early exits (policy off)")
     after = parse_live(changes, config)
@@ -93,36 +93,36 @@ def apply_changes(switch: PolicySwitch | None, config: EarlyExitConfig, changes:
 
 
 def apply_to_requests(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
-    """Requests under way and the server's budget go by the new knobs; what was spent stays spent."""
+    """Requests under way and the server's budget go by the new options; what was spent stays spent."""
     ledger.budget.change_bound(config.accuracy_bound)
     for (_, asked), group in ledger.budget.groups.items():
         group.follow(effective_bound(config, asked=asked))
     for name, share in ledger.tenants.items():
         share.bucket.change_bound(effective_bound(config, tenant_name=name))
     for request in ledger.requests.values():
-        request.bucket.change_bound(effective_bound(config, asked=request.knobs.accuracy_bound))
-        request.tpt_target_ms = request.knobs.tpt_target_ms or config.tpt_target_ms
+        request.bucket.change_bound(effective_bound(config, asked=request.options.accuracy_bound))
+        request.tpt_target_ms = request.options.tpt_target_ms or config.tpt_target_ms
 
 
 def admit_request(
     params: SamplingParams, config: EarlyExitConfig, ledger: VerdictLedger, *, others_allow: bool = True
 ) -> RequestExits:
     """Of a new request. others_allow: whether what else the server runs leaves
-    room for exits. A bad knob was refused by the API already, where it runs with our plugin; else it falls back to the
-    server's, whatever it was."""
+    room for exits. A bad option was refused by the API already, where it runs with our plugin; else it falls back to
+    the server's, whatever it was."""
     given = params.extra_args if isinstance(params.extra_args, dict) else {}
     try:
-        knobs = parse_request_knobs(given, config)
+        options = parse_request_options(given, config)
     except Exception as error:
         logger.error("%s; the server's own settings are used", str(error)[:MOST_LOGGED])
-        knobs = RequestKnobs.model_validate({})
-    bound = effective_bound(config, asked=knobs.accuracy_bound)
+        options = RequestOptions.model_validate({})
+    bound = effective_bound(config, asked=options.accuracy_bound)
     bucket = Bucket.of_request(bound)
-    name = knobs.early_exit_tenant or UNNAMED
+    name = options.early_exit_tenant or UNNAMED
     share = ledger.tenants.get(name)
     releasable, exits = is_releasable(params), others_allow and may_exit(params)
-    if knobs.early_exit and releasable and exits:
-        bucket.of_group = ledger.budget.groups.of(name, knobs.accuracy_bound, bound)
+    if options.early_exit and releasable and exits:
+        bucket.of_group = ledger.budget.groups.of(name, options.accuracy_bound, bound)
         bucket.of_tenant = share.bucket if share else None
     else:
         bucket.stay_alone()
@@ -132,21 +132,21 @@ def admit_request(
         may_exit=exits,
         max_tokens=max_tokens_of(params),
         stop_token_ids=stop_token_ids(params),
-        knobs=knobs,
+        options=options,
         bucket=bucket,
         share=share,
-        tpt_target_ms=knobs.tpt_target_ms or config.tpt_target_ms,
-        trace=trace_of(given) if knobs.early_exit_report else None,
+        tpt_target_ms=options.tpt_target_ms or config.tpt_target_ms,
+        trace=trace_of(given) if options.early_exit_report else None,
     )
 
 
 def plain_exits(num_emitted: int, params: SamplingParams | None) -> RequestExits:
     """Of a request that the ledger has lost sight of: it takes no exits."""
-    knobs = RequestKnobs.model_validate({"early_exit": 0})
+    options = RequestOptions.model_validate({"early_exit": 0})
     bucket = Bucket.of_request(0.0)
     bucket.stay_alone()
     return RequestExits(
-        releasable=False, bucket=bucket, knobs=knobs, max_tokens=max_tokens_of(params), num_emitted=num_emitted
+        releasable=False, bucket=bucket, options=options, max_tokens=max_tokens_of(params), num_emitted=num_emitted
     )
 
 

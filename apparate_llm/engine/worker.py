@@ -67,7 +67,7 @@ class EarlyExitWorker(BatchInvariantWorker):
     # Reached with `collective_rpc`.
 
     def early_exit_status(self) -> dict[str, Any]:
-        """Knobs, depth in use and running totals, as plain values."""
+        """Options, depth in use and running totals, as plain values."""
         runner = self.model_runner
         policy = runner.exit_drafter.policy if runner.exit_drafter else None
         return {
@@ -88,7 +88,7 @@ class EarlyExitWorker(BatchInvariantWorker):
         }
 
     def early_exit_configure(self, changes: dict[str, Any], is_trial: bool = False) -> str | None:
-        """Change knobs from the next step on; one line on why not, where they are not allowed. is_trial: change
+        """Change options from the next step on; one line on why not, where they are not allowed. is_trial: change
         nothing."""
         try:
             if is_trial:

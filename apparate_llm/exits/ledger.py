@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from apparate_llm.config import RequestKnobs
+from apparate_llm.config import RequestOptions
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
 from apparate_llm.core import Exit, ExitCounts, Outcome
 from apparate_llm.exits.histograms import Distributions, Histogram
@@ -47,7 +47,7 @@ class RequestExits:
     may_exit: bool = True  # False where even held exits would change the answer
     max_tokens: int = sys.maxsize  # of the answer
     stop_token_ids: frozenset[int] = frozenset()
-    knobs: RequestKnobs = RequestKnobs.model_validate({})  # noqa: RUF009 - frozen
+    options: RequestOptions = RequestOptions.model_validate({})  # noqa: RUF009 - frozen
     tpt_target_ms: float | None = None
     outstanding: list[Exit] = field(default_factory=list)  # released, no verdict yet
     held: list[Exit] = field(default_factory=list)  # of the last rounds, in order
@@ -71,7 +71,7 @@ class RequestExits:
 
     @property
     def takes_exits(self) -> bool:
-        return self.may_exit and bool(self.knobs.early_exit)
+        return self.may_exit and bool(self.options.early_exit)
 
     @property
     def tpt_ms(self) -> float | None:

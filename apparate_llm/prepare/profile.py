@@ -214,9 +214,9 @@ class Profiler:
         from apparate_llm.prepare.engine import context_length, runner_of
 
         # Static with these thresholds holds every exit, as many as `max_exits` says.
-        knobs = {"ramps": str(ramps), "policy": "static", "controller_state": "none", "accuracy_bound": 0.0}
+        options = {"ramps": str(ramps), "policy": "static", "controller_state": "none", "accuracy_bound": 0.0}
         # The weights go to huge pages when plain vLLM's passes are measured.
-        config = parse_config({**knobs, "hold_threshold": 0.0, "max_batch_tokens": 65536, "huge_pages": False})
+        config = parse_config({**options, "hold_threshold": 0.0, "max_batch_tokens": 65536, "huge_pages": False})
         self.longest = min(max(PROMPTS) + PROMPT_TOKENS + MAX_TOKENS, context_length(model))
         self.llm = LLM(
             str(model),

@@ -139,8 +139,8 @@ def measure(
     with _servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
         flags = ["--max-model-len", str(context_length(model))]
         choice = ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2)))
-        knobs = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
-        systems = [plain_vllm(choice), early_exits(SYSTEM, choice, *knobs)]
+        options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
+        systems = [plain_vllm(choice), early_exits(SYSTEM, choice, *options)]
         loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
         store = Store(Path(folder))
         store.open({"loads": [[load.name, load.fixed_length] for load in loads]}, fresh=True)

@@ -141,9 +141,9 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
         "mine": {"api_keys_sha256": digests["mine"]},
         "theirs": {"early_exit": 0, "api_keys_sha256": digests["theirs"]},
     }
-    knobs = {"ramps": str(lens_ramps(depth=4)), "policy": "static", "tenants": tenants}
+    options = {"ramps": str(lens_ramps(depth=4)), "policy": "static", "tenants": tenants}
     flags = []
-    for name, value in vllm_args(parse_config(knobs), "LlamaForCausalLM").items():
+    for name, value in vllm_args(parse_config(options), "LlamaForCausalLM").items():
         flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else value]
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(tiny_llama), *flags]
@@ -188,7 +188,7 @@ def test_plain_vllm_with_the_documented_flags_serves_exits_too(tiny_llama, lens_
         assert (change("sk-mine"), change("sk-none"), change("sk-boss")) == (403, 401, 200)
     log = (tmp_path / "log").read_text()
     boss = hashlib.sha256(b"sk-boss").hexdigest()
-    assert f"Knobs changed by admin key {boss[:8]} from 127.0.0.1: accuracy_bound 0.01 -> 0.02" in log
+    assert f"Options changed by admin key {boss[:8]} from 127.0.0.1: accuracy_bound 0.01 -> 0.02" in log
     assert "non-default args" in log  # with our tenants in them
     assert not [secret for secret in ("sk-", boss, *digests["mine"], *digests["theirs"]) if secret in log]
 
@@ -266,11 +266,11 @@ def test_the_full_evaluation_of_running_servers_reports_every_system_and_says_wh
     [
         ({"early_exit": 7}, "early_exit: Input should be 0 or 1, got 7"),
         ({"accuracy_bound": 0.9}, "accuracy_bound: at most the server's 0.5, got 0.9"),
-        ({"early_exot": 1, "early_exit_depth": 1}, "early_exit_depth: unknown knob"),
+        ({"early_exot": 1, "early_exit_depth": 1}, "early_exit_depth: unknown option"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_bad_request_knob_is_a_400(server, client, xargs, says, stream):
+def test_a_bad_request_option_is_a_400(server, client, xargs, says, stream):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(
             model="tiny",
@@ -288,17 +288,17 @@ def test_a_request_may_switch_exits_off_for_itself(server, client):
         return httpx.get(f"{server}/early_exit/status").json()["counts"]
 
     before = counts()
-    for knobs in ({"early_exit": 0}, {"accuracy_bound": 0.0}):
+    for options in ({"early_exit": 0}, {"accuracy_bound": 0.0}):
         client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "w1 w2"}],
             max_tokens=40,
             temperature=0,
-            extra_body={"vllm_xargs": knobs, "ignore_eos": True},
+            extra_body={"vllm_xargs": options, "ignore_eos": True},
         )
         after = counts()
         assert after["released"] == before["released"]
-        if knobs.get("early_exit") == 0:
+        if options.get("early_exit") == 0:
             assert after["held"] == before["held"] and after["emitted"] == before["emitted"] + 40
 
 
@@ -429,14 +429,14 @@ def text_of(part):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ROUTES)
-def test_every_route_reports_and_refuses_a_bad_knob(server, path, stream):
+def test_every_route_reports_and_refuses_a_bad_option(server, path, stream):
     body = {"model": "tiny", "temperature": 0, "stream": stream, **ROUTES[path]}
     body |= {"max_output_tokens": 20} if path == "/v1/responses" else {"max_tokens": 20}
 
-    def asking(**knobs):
+    def asking(**options):
         if path == "/inference/v1/generate":
-            return {**body, "sampling_params": {"max_tokens": 20, "temperature": 0, "extra_args": knobs}}
-        return {**body, "vllm_xargs": knobs}
+            return {**body, "sampling_params": {"max_tokens": 20, "temperature": 0, "extra_args": options}}
+        return {**body, "vllm_xargs": options}
 
     with httpx.Client(base_url=server, timeout=60) as http:
         refused = http.post(path, json=asking(early_exit=7))

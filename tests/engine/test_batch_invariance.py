@@ -44,12 +44,12 @@ def test_in_bfloat16_exits_change_no_token_at_any_load():
     assert counts["accepted"] > 0 and counts["held"] > counts["accepted"] and counts["fallbacks"] == 0
 
 
-@pytest.mark.parametrize("knobs", [{"policy": "off"}, {"hold_threshold": 0.0}])
-def test_a_start_compares_whole_passes_and_says_what_it_found(knobs, tiny_llama, lens_ramps, monkeypatch):
+@pytest.mark.parametrize("options", [{"policy": "off"}, {"hold_threshold": 0.0}])
+def test_a_start_compares_whole_passes_and_says_what_it_found(options, tiny_llama, lens_ramps, monkeypatch):
     from apparate_llm.engine import invariant_worker
 
-    knobs = knobs | {"ramps": str(lens_ramps(depth=3))}
-    with logged() as said, Engine(tiny_llama, knobs) as engine:
+    options = options | {"ramps": str(lens_ramps(depth=3))}
+    with logged() as said, Engine(tiny_llama, options) as engine:
         coverage = engine.core.model_executor.driver_worker.worker.coverage
         assert coverage.holds and coverage.passes_compared == 10
     assert not any("batch" in line for line in said)
@@ -63,7 +63,7 @@ def test_a_start_compares_whole_passes_and_says_what_it_found(knobs, tiny_llama,
 
     stock = invariant_worker.cover
     monkeypatch.setattr(invariant_worker, "cover", cover_badly)
-    with logged() as said, Engine(tiny_llama, knobs) as engine:
+    with logged() as said, Engine(tiny_llama, options) as engine:
         assert not engine.core.model_executor.driver_worker.worker.coverage.holds
     assert any("whole passes differ" in line for line in said)
 

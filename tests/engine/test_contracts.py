@@ -155,9 +155,9 @@ def test_an_answer_ends_only_where_the_full_model_ends_it(releasing):
 
 
 def test_a_users_logits_processors_and_prompts_read_in_chunks_by_seeded_requests(tiny_llama, lens_ramps, plain_results):
-    knobs = {"ramps": str(lens_ramps(depth=3)), **RELEASE_ALL}
+    options = {"ramps": str(lens_ramps(depth=3)), **RELEASE_ALL}
     chunks = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
-    with logged() as said, Engine(tiny_llama, knobs, logits_processors=[banning()], **chunks) as engine:
+    with logged() as said, Engine(tiny_llama, options, logits_processors=[banning()], **chunks) as engine:
         assert any("the logits processors Banning may act on any" in line for line in said)
         assert results(engine, make_params(**CUSTOM)) == plain_results["custom"]
         assert results(engine, make_params(**WITHOUT_EXITS["seed"])) == plain_results["seed"]
@@ -166,12 +166,12 @@ def test_a_users_logits_processors_and_prompts_read_in_chunks_by_seeded_requests
 
 
 def test_stop_strings(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
+    options = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
     with Engine(tiny_llama) as plain:
         text = results(plain, make_params())[0][1]
         stop = text.split()[12]
         expected = results(plain, make_params(stop=[stop]))
-    with Engine(tiny_llama, knobs) as engine:
+    with Engine(tiny_llama, options) as engine:
         # Held exits may run past a stop string, which is found in the text, as speculation does; a wrong token that
         # completes one is not let through.
         got = results(engine, make_params(stop=[stop]))
@@ -182,8 +182,8 @@ def test_stop_strings(tiny_llama, lens_ramps):
 
 
 def test_several_answers_to_one_prompt(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=3)), **RELEASE_ALL}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=3)), **RELEASE_ALL}
+    with Engine(tiny_llama, options) as engine:
         (output,) = engine.generate(PROMPTS[:1], make_params(n=3, temperature=1.0, seed=1))
         counts = engine.counts()
     assert [one.index for one in output.outputs] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""The controller at work in an engine: bounds, per-request knobs, targets, log, state, change of depth."""
+"""The controller at work in an engine: bounds, per-request options, targets, log, state, change of depth."""
 
 import json
 
@@ -12,8 +12,8 @@ from tests.tiny import build_lens_ramps, build_tiny_model, make_forgetful
 PROMPTS = token_prompts(6, shared=30)
 
 
-def adaptive(ramps, **knobs):
-    return {"ramps": str(ramps), "policy": "adaptive", **knobs}
+def adaptive(ramps, **options):
+    return {"ramps": str(ramps), "policy": "adaptive", **options}
 
 
 def cheap_rounds(engine: Engine):
@@ -27,7 +27,7 @@ def cheap_rounds(engine: Engine):
     return policy
 
 
-def with_knobs(max_tokens: int, **xargs):
+def with_options(max_tokens: int, **xargs):
     return greedy(max_tokens, extra_args=xargs)
 
 
@@ -94,8 +94,8 @@ def test_the_policy_hears_of_passes_that_read_prompts_too(tiny_llama, lens_ramps
 def test_accepted_divergences_keep_the_bound_and_are_what_the_full_model_says(kind, tiny_llama, lens_ramps):
     """Ask plain vLLM for the next token after every emitted prefix: the divergences must be exactly those counted."""
     bound = 0.1
-    knobs = adaptive(lens_ramps(depth=3), accuracy_bound=bound, bound_kind=kind)
-    with Engine(tiny_llama, knobs) as engine:
+    options = adaptive(lens_ramps(depth=3), accuracy_bound=bound, bound_kind=kind)
+    with Engine(tiny_llama, options) as engine:
         # Whatever the budget pays for: what is tested is the accounting.
         cheap_rounds(engine).max_regret_nats = 1e6
         engine.add("warm", PROMPTS[1], greedy(150))
@@ -139,11 +139,11 @@ def test_requests_choose_for_themselves(tiny_llama, lens_ramps, plain_tokens):
         cheap_rounds(engine).max_regret_nats = 1e6
         engine.tokens(PROMPTS[:2], greedy(100))  # the server can afford divergences from here on
         params = [
-            with_knobs(100),
-            with_knobs(100, accuracy_bound=0.0),
-            with_knobs(100, early_exit=0),
-            with_knobs(100, tpt_target_ms=1e9),
-            with_knobs(100, tpt_target_ms=1e-6),
+            with_options(100),
+            with_options(100, accuracy_bound=0.0),
+            with_options(100, early_exit=0),
+            with_options(100, tpt_target_ms=1e9),
+            with_options(100, tpt_target_ms=1e-6),
         ]
         for index, item in enumerate(params):
             engine.add(str(index), PROMPTS[index], item)
@@ -157,11 +157,11 @@ def test_requests_choose_for_themselves(tiny_llama, lens_ramps, plain_tokens):
     assert seen["2"].held == [] and not seen["2"].takes_exits
 
 
-def test_a_bad_knob_that_no_api_refused_costs_the_request_its_knobs_and_nothing_else(
+def test_a_bad_option_that_no_api_refused_costs_the_request_its_options_and_nothing_else(
     tiny_llama, lens_ramps, plain_tokens
 ):
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3))) as engine:
-        params = with_knobs(100, accuracy_bound="much")
+        params = with_options(100, accuracy_bound="much")
         assert engine.tokens(PROMPTS[:1], params) == plain_tokens[:1]
 
 
@@ -208,11 +208,11 @@ def test_the_feedback_log_tells_what_happened(tiny_llama, lens_ramps, tmp_path):
 
 def test_experience_survives_a_restart(tiny_llama, lens_ramps, tmp_path):
     path = tmp_path / "state.json"
-    knobs = adaptive(lens_ramps(depth=4), controller_state=str(path))
-    with Engine(tiny_llama, knobs) as engine:
+    options = adaptive(lens_ramps(depth=4), controller_state=str(path))
+    with Engine(tiny_llama, options) as engine:
         engine.tokens(PROMPTS, greedy(40))
         learned = engine.runner.exit_drafter.policy.state()
-    with Engine(tiny_llama, knobs) as engine:
+    with Engine(tiny_llama, options) as engine:
         assert json.loads(json.dumps(engine.runner.exit_drafter.policy.state())) == json.loads(json.dumps(learned))
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3), controller_state=str(path))) as engine:  # other ramps
         assert not engine.runner.exit_drafter.policy.calibrations

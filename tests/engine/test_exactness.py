@@ -22,8 +22,8 @@ def expected(tiny_llama):
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_lossless_under(situation, tiny_llama, lens_ramps, expected):
-    knobs = {"ramps": str(lens_ramps(depth=3)), "hold_threshold": 0.0}
-    with Engine(tiny_llama, knobs, **SITUATIONS[situation]) as engine:
+    options = {"ramps": str(lens_ramps(depth=3)), "hold_threshold": 0.0}
+    with Engine(tiny_llama, options, **SITUATIONS[situation]) as engine:
         preemptions = count_preemptions(engine)
         assert engine.tokens(PROMPTS, greedy(60)) == expected
         assert engine.tokens(PROMPTS, greedy(60)) == expected  # prefixes cached now
@@ -44,8 +44,8 @@ def count_preemptions(engine):
 
 
 def test_lossless_while_other_requests_are_aborted(tiny_llama, lens_ramps, expected):
-    knobs = {"ramps": str(lens_ramps(depth=3)), "hold_threshold": 0.0}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=3)), "hold_threshold": 0.0}
+    with Engine(tiny_llama, options) as engine:
         for index, prompt in enumerate(PROMPTS):
             engine.add(str(index), prompt, greedy(60))
         for _ in range(5):
@@ -76,8 +76,8 @@ def test_answers_that_reach_the_end_of_the_context_are_the_same(tiny_llama, lens
         expected = plain.tokens(prompts, greedy(100))
     for depth in (3, 4):
         for bound in (0.0, 0.9):
-            knobs = {"ramps": str(lens_ramps(depth=depth)), "hold_threshold": 0.0, "accuracy_bound": bound}
-            with Engine(tiny_llama, knobs, max_model_len=80) as engine:
+            options = {"ramps": str(lens_ramps(depth=depth)), "hold_threshold": 0.0, "accuracy_bound": bound}
+            with Engine(tiny_llama, options, max_model_len=80) as engine:
                 tokens = engine.tokens(prompts, greedy(100))
             assert [len(answer) for answer in tokens] == [len(answer) for answer in expected]
             if bound == 0.0 or depth == 4:

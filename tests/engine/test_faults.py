@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from apparate_llm.config import RequestKnobs
+from apparate_llm.config import RequestOptions
 from apparate_llm.engine import output, runner, runtime_config
 from apparate_llm.exits import step, verify
 from apparate_llm.exits.histograms import Histogram
@@ -74,10 +74,10 @@ TARGETS = [
     "step module.best_and_regret",
     "step module.verdicts_of_sampling",
     "verify module.best_and_regret",
-    "runtime_config module.parse_request_knobs",
+    "runtime_config module.parse_request_options",
     "output.extending",
 ]
-ASIDE = {"runtime_config module.parse_request_knobs"}  # costs the request its knobs
+ASIDE = {"runtime_config module.parse_request_options"}  # costs the request its options
 ELSEWHERE = {
     "runner.take_draft_token_ids",
     "scheduler._check_computed",
@@ -151,8 +151,8 @@ def expected(tiny_llama):
 
 @pytest.fixture(scope="module")
 def engine(tiny_llama, lens_ramps, expected):
-    knobs = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "threshold": 0.01, "accuracy_bound": 0.9}
-    with Engine(tiny_llama, knobs, **CHUNKS) as engine:
+    options = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "threshold": 0.01, "accuracy_bound": 0.9}
+    with Engine(tiny_llama, options, **CHUNKS) as engine:
         yield engine
 
 
@@ -233,7 +233,7 @@ def test_what_a_request_asks_for_in_any_shape_costs_nobody_anything(engine, expe
         b"x",
         object(),
     ]
-    keys = [*RequestKnobs.model_fields, REPORT_KEY, "early_exit_unknown", 7]
+    keys = [*RequestOptions.model_fields, REPORT_KEY, "early_exit_unknown", 7]
     asked = [{"early_exit_report": 1, key: value} for key in keys for value in values]
     before = engine.counts()
     params = [greedy(2, extra_args=own) for own in asked]
@@ -287,7 +287,7 @@ def test_a_reset_says_whether_it_was_done(engine):
 def test_what_is_no_part_of_exits_does_not_switch_them_off(tiny_llama, lens_ramps, expected, tmp_path, monkeypatch):
     monkeypatch.setattr("apparate_llm.controller.state.SAVE_EVERY_S", 0.0)
     (tmp_path / "file").write_text("")
-    knobs = {
+    options = {
         "ramps": str(lens_ramps(depth=4)),
         "hold_threshold": 0.0,
         "feedback_log": "/dev/full",
@@ -297,7 +297,7 @@ def test_what_is_no_part_of_exits_does_not_switch_them_off(tiny_llama, lens_ramp
     def fail(self, value):
         raise RuntimeError("injected")
 
-    with Engine(tiny_llama, knobs, **CHUNKS) as engine:
+    with Engine(tiny_llama, options, **CHUNKS) as engine:
         monkeypatch.setattr(Histogram, "observe", fail)
         ramps, calls = engine.runner.exit_drafter.ramps, []
         stock = ramps.predict

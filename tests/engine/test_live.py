@@ -1,4 +1,4 @@
-"""Knobs changed while requests are under way: in force with the next step, and nobody loses a token."""
+"""Options changed while requests are under way: in force with the next step, and nobody loses a token."""
 
 import random
 
@@ -57,8 +57,8 @@ def test_off_takes_effect_with_the_next_step_and_on_as_well(tiny_llama, lens_ram
 
 
 def test_a_bound_lowered_to_zero_ends_divergences_at_once(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=3)), "accuracy_bound": 0.5, "threshold": 0.01, "hold_threshold": 0.0}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=3)), "accuracy_bound": 0.5, "threshold": 0.01, "hold_threshold": 0.0}
+    with Engine(tiny_llama, options) as engine:
         for i, prompt in enumerate(PROMPTS):
             engine.add(str(i), prompt, greedy(200))
         for _ in range(12):
@@ -87,8 +87,8 @@ def test_what_the_server_cannot_do_is_refused(tiny_llama, lens_ramps):
 
 
 def test_what_was_learned_comes_back_with_its_policy_unless_it_is_forgotten(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=3)), "policy": "adaptive"}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=3)), "policy": "adaptive"}
+    with Engine(tiny_llama, options) as engine:
         engine.generate(PROMPTS, greedy(40))
         learned = engine.status()["controller"]["completion_ms"].keys()
         assert len(learned) > 0

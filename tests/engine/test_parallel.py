@@ -45,8 +45,8 @@ def expected(tiny_llama, ranks):
 
 @pytest.fixture(scope="module")
 def engine(tiny_llama, lens_ramps, ranks, expected):
-    knobs = {"ramps": str(lens_ramps(depth=3)), "threshold": 0.01, "hold_threshold": 0.0, "accuracy_bound": 0.2}
-    with Engine(tiny_llama, {**knobs, "feedback_log": "/dev/full"}, **ranks) as engine:
+    options = {"ramps": str(lens_ramps(depth=3)), "threshold": 0.01, "hold_threshold": 0.0, "accuracy_bound": 0.2}
+    with Engine(tiny_llama, {**options, "feedback_log": "/dev/full"}, **ranks) as engine:
         yield engine
 
 
@@ -127,8 +127,8 @@ def test_what_fails_on_one_rank_fails_on_both_and_comes_back_on_both(rank, engin
 
 def test_a_rank_that_fails_where_the_model_is_compiled_leaves_no_other_waiting(tiny_llama, lens_ramps, ranks):
     """The other rank is inside the blocks of its round by then."""
-    knobs = {"ramps": str(lens_ramps(depth=3)), "threshold": 0.01, "hold_threshold": 0.0, "accuracy_bound": 0.0}
-    with Engine(tiny_llama, knobs, enforce_eager=False, **ranks) as engine:
+    options = {"ramps": str(lens_ramps(depth=3)), "threshold": 0.01, "hold_threshold": 0.0, "accuracy_bound": 0.0}
+    with Engine(tiny_llama, options, enforce_eager=False, **ranks) as engine:
         tokens = engine.tokens(PROMPTS, greedy(60))
         assert engine.counts()["accepted"] > 0
         for rank in (0, 1):
@@ -142,8 +142,8 @@ def test_a_rank_that_fails_where_the_model_is_compiled_leaves_no_other_waiting(t
 def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llama, ranks, tmp_path):
     path = tmp_path / "state.json"
     ramps = build_lens_ramps(tmp_path / "ramps", tiny_llama, depth=2, confidence_offset=6.0, others=(1, 3))
-    knobs = {"ramps": str(ramps), "policy": "adaptive", "accuracy_bound": 0.2, "controller_state": str(path)}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(ramps), "policy": "adaptive", "accuracy_bound": 0.2, "controller_state": str(path)}
+    with Engine(tiny_llama, options) as engine:
         engine.tokens(PROMPTS, greedy(40))
     document = json.loads(path.read_text())  # as if two ranks had learned it
     document["identity"]["ranks"] = 2
@@ -167,7 +167,7 @@ def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llam
         choice = worker.model_runner.exit_drafter.policy.depth_choice
         return {depth: (own.agreement, own.active_agreement, own.num_samples) for depth, own in choice.shadows.items()}
 
-    with Engine(tiny_llama, knobs, **ranks) as engine:
+    with Engine(tiny_llama, options, **ranks) as engine:
         assert engine.llm.collective_rpc(state) == [(document["state"], True), (document["state"], False)]
         engine.llm.collective_rpc(see_other_tokens)
         engine.tokens(PROMPTS, greedy(100))

@@ -87,8 +87,8 @@ def test_prepared_ramps_serve_without_changing_a_token(model_type, prepared, tin
     with Engine(tiny_models[model_type]) as engine:
         expected = engine.tokens(prompts, greedy(24))
     for depth in (0, 2):
-        knobs = {"ramps": str(folders[model_type]), "depth": depth, "hold_threshold": 0.0}
-        with Engine(tiny_models[model_type], knobs) as engine:
+        options = {"ramps": str(folders[model_type]), "depth": depth, "hold_threshold": 0.0}
+        with Engine(tiny_models[model_type], options) as engine:
             assert engine.tokens(prompts, greedy(24)) == expected
             assert engine.counts()["held"] > 20
 

@@ -9,8 +9,8 @@ RELEASE_ALL = {"accuracy_bound": 0.99, "threshold": 0.01, "hold_threshold": 0.0}
 
 
 def test_a_released_token_leaves_one_step_before_its_completion_pass(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
+    with Engine(tiny_llama, options) as engine:
         engine.add("a", PROMPTS[0], greedy(30))
         early = 0
         while engine.llm.llm_engine.has_unfinished_requests():
@@ -31,8 +31,8 @@ def test_a_released_token_leaves_one_step_before_its_completion_pass(tiny_llama,
 
 
 def test_a_first_token_does_not_wait_for_the_rounds_that_follow_it(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
+    with Engine(tiny_llama, options) as engine:
         happened = []
 
         def watch(owner, name):
@@ -56,8 +56,8 @@ def test_a_first_token_does_not_wait_for_the_rounds_that_follow_it(tiny_llama, l
 
 @pytest.mark.parametrize("depth", [3, 4])
 def test_every_released_exit_gets_its_verdict_unless_its_request_ended(depth, tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=depth)), **RELEASE_ALL}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=depth)), **RELEASE_ALL}
+    with Engine(tiny_llama, options) as engine:
         ended_with_open_exits = 0
         stock = engine.runner.ledger.end_request
 
@@ -86,8 +86,8 @@ def test_every_released_exit_gets_its_verdict_unless_its_request_ended(depth, ti
 @pytest.mark.parametrize("depth", [2, 3])
 def test_verdicts_are_the_full_models_choice_after_what_was_emitted(depth, tiny_llama, lens_ramps):
     """Ask plain vLLM for the next token after every emitted prefix: the divergences must be exactly those recorded."""
-    knobs = {"ramps": str(lens_ramps(depth=depth)), **RELEASE_ALL, "accuracy_bound": 0.9}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=depth)), **RELEASE_ALL, "accuracy_bound": 0.9}
+    with Engine(tiny_llama, options) as engine:
         seen = []
         stock = engine.runner.ledger.record
 
@@ -112,8 +112,8 @@ def test_verdicts_are_the_full_models_choice_after_what_was_emitted(depth, tiny_
 
 def test_the_accuracy_bound_holds_at_every_step(tiny_llama, lens_ramps):
     bound = 0.1
-    knobs = {"ramps": str(lens_ramps(depth=3)), **RELEASE_ALL, "accuracy_bound": bound}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=3)), **RELEASE_ALL, "accuracy_bound": bound}
+    with Engine(tiny_llama, options) as engine:
         for index, prompt in enumerate(PROMPTS):
             engine.add(str(index), prompt, greedy(120))
         while engine.llm.llm_engine.has_unfinished_requests():
@@ -132,11 +132,11 @@ def test_the_accuracy_bound_holds_at_every_step(tiny_llama, lens_ramps):
     ids=["preemption", "short chunks"],
 )
 def test_verdicts_survive(vllm, tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
+    options = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
     prompts = token_prompts(8, shared=70)
     with Engine(tiny_llama) as plain:
         expected = plain.tokens(prompts, greedy(60))
-    with Engine(tiny_llama, knobs, **vllm) as engine:
+    with Engine(tiny_llama, options, **vllm) as engine:
         assert engine.tokens(prompts, greedy(60)) == expected
         counts = engine.counts()
     assert counts["released"] > 100
@@ -146,9 +146,9 @@ def test_verdicts_survive(vllm, tiny_llama, lens_ramps):
 
 def test_identical_requests_side_by_side_keep_their_verdicts_through_preemption(tiny_llama, lens_ramps):
     """The prefix cache may hold another request's copy of the very positions whose verdicts are due."""
-    knobs = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
+    options = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
     prompts = [token_prompts(1, shared=60)[0]] * 8
-    with Engine(tiny_llama, knobs, block_size=32, num_gpu_blocks_override=14, enable_prefix_caching=True) as engine:
+    with Engine(tiny_llama, options, block_size=32, num_gpu_blocks_override=14, enable_prefix_caching=True) as engine:
         at_end = 0
         stock = engine.runner.ledger.end_request
 
@@ -167,8 +167,8 @@ def test_identical_requests_side_by_side_keep_their_verdicts_through_preemption(
 
 
 def test_aborted_requests_leave_nothing_behind(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
+    with Engine(tiny_llama, options) as engine:
         for index, prompt in enumerate(PROMPTS):
             engine.add(str(index), prompt, greedy(60))
         for _ in range(4):
@@ -192,8 +192,8 @@ def test_an_exit_that_is_an_end_token_is_held_and_ends_the_request_there(tiny_ll
         (expected,) = plain.tokens(PROMPTS[:1], greedy(40))
     stop = expected[17]
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, stop_token_ids=[stop])
-    knobs = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
+    with Engine(tiny_llama, options) as engine:
         (output,) = engine.generate(PROMPTS[:1], params)
         counts = engine.counts()
     answer = list(output.outputs[0].token_ids)

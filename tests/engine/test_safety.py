@@ -11,8 +11,8 @@ PROMPTS = token_prompts(4, shared=20)
 def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, lens_ramps):
     with Engine(tiny_llama) as plain:
         expected = plain.tokens(PROMPTS, greedy(40))
-    knobs = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "threshold": 0.01, "accuracy_bound": bound}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "threshold": 0.01, "accuracy_bound": bound}
+    with Engine(tiny_llama, options) as engine:
         ramps, calls = engine.runner.exit_drafter.ramps, 0
         stock = ramps.predict
 
@@ -36,8 +36,8 @@ def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, 
 
 
 def test_exits_keep_the_batch_within_max_rows_and_cost_nothing_beyond(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "max_batch_tokens": 4}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "max_batch_tokens": 4}
+    with Engine(tiny_llama, options) as engine:
         scheduled, stock = [], engine.runner._prepare_inputs
 
         def record(scheduler_output, num_scheduled_tokens):
@@ -78,14 +78,14 @@ def test_a_model_without_shipped_ramps_stops_the_start(tiny_llama):
 
 
 def test_lora_and_missing_parts_are_refused(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=3))}
+    options = {"ramps": str(lens_ramps(depth=3))}
     with pytest.raises(ValueError, match="--enable-lora"):
-        Engine(tiny_llama, knobs, enable_lora=True)
+        Engine(tiny_llama, options, enable_lora=True)
     with pytest.raises(Exception, match="early exits need --scheduler-cls"):
-        Engine(tiny_llama, knobs, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler")
+        Engine(tiny_llama, options, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler")
 
 
-def test_bad_knobs_stop_the_start(tiny_llama, lens_ramps):
+def test_bad_options_stop_the_start(tiny_llama, lens_ramps):
     import json
 
     from apparate_llm.config import ConfigError, parse_config
@@ -93,13 +93,13 @@ def test_bad_knobs_stop_the_start(tiny_llama, lens_ramps):
 
     settings = vllm_args(parse_config({"ramps": str(lens_ramps(depth=3))}), "LlamaForCausalLM")
     settings["additional_config"] = json.loads('{"early_exit": {"max_exit": 3}}')
-    with pytest.raises(ConfigError, match="max_exit: unknown knob"):
+    with pytest.raises(ConfigError, match="max_exit: unknown option"):
         Engine(tiny_llama, **settings)
 
 
 def test_integrity_check_sees_a_lost_exit(tiny_llama, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(depth=4)), "threshold": 0.01, "accuracy_bound": 0.99}
-    with Engine(tiny_llama, knobs) as engine:
+    options = {"ramps": str(lens_ramps(depth=4)), "threshold": 0.01, "accuracy_bound": 0.99}
+    with Engine(tiny_llama, options) as engine:
         engine.add("a", PROMPTS[0], greedy(40))
         while not engine.runner.ledger.counts.outstanding:
             engine.step()

@@ -25,7 +25,7 @@ from apparate_llm.config import (
     key_tenant_proof,
     parse_config,
     parse_live,
-    parse_request_knobs,
+    parse_request_options,
     public_config,
 )
 from apparate_llm.exits.tenants import UNNAMED, shares_of
@@ -425,7 +425,7 @@ def test_a_body_that_makes_no_sense_is_a_4xx_in_one_short_line(body):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         {"early_exit\ud800": 1},
         {"early_exit_" + "x" * 10_000: 1},
@@ -437,9 +437,9 @@ def test_a_body_that_makes_no_sense_is_a_4xx_in_one_short_line(body):
         {"early_exit": [[[[[[[[[[1]]]]]]]]]]},
     ],
 )
-def test_a_request_s_bad_knob_is_repeated_in_one_short_line_that_can_be_sent(knobs):
+def test_a_request_s_bad_option_is_repeated_in_one_short_line_that_can_be_sent(options):
     with pytest.raises(ConfigError) as error:
-        parse_request_knobs(knobs, EarlyExitConfig())
+        parse_request_options(options, EarlyExitConfig())
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
     str(error.value).encode()
 
@@ -468,19 +468,19 @@ def test_headers_that_are_no_text_pass_the_middleware_as_a_key_of_nobody():
 def test_a_tenant_with_keys_is_not_for_those_who_name_it():
     config = parse_config({"tenants": {**TENANTS, "both": {"api_keys_sha256": [digest_of("k")], "by_name": True}}})
     with pytest.raises(ConfigError, match=r"unknown tenant mine \(allowed: open, both\)"):
-        parse_request_knobs({"early_exit_tenant": "mine"}, config)
-    assert parse_request_knobs({"early_exit_tenant": "mine"}, config, "mine").accuracy_bound == 0.004
+        parse_request_options({"early_exit_tenant": "mine"}, config)
+    assert parse_request_options({"early_exit_tenant": "mine"}, config, "mine").accuracy_bound == 0.004
     for name in ("open", "both"):
-        assert parse_request_knobs({"early_exit_tenant": name}, config).early_exit_tenant == name
+        assert parse_request_options({"early_exit_tenant": name}, config).early_exit_tenant == name
 
 
 def test_a_default_tenant_with_keys_is_not_for_those_who_have_none():
     keyed = {"default": {"api_keys_sha256": [digest_of("k")], "early_exit": 0}}
     config = parse_config({"tenants": keyed})
-    assert parse_request_knobs({}, config).early_exit_tenant is None
-    assert parse_request_knobs({}, config, "default").early_exit == 0
+    assert parse_request_options({}, config).early_exit_tenant is None
+    assert parse_request_options({}, config, "default").early_exit == 0
     keyed["default"]["by_name"] = True
-    assert parse_request_knobs({}, parse_config({"tenants": keyed})).early_exit_tenant == "default"
+    assert parse_request_options({}, parse_config({"tenants": keyed})).early_exit_tenant == "default"
 
 
 def test_the_engine_believes_the_api_and_nobody_else():
@@ -494,11 +494,11 @@ def test_the_engine_believes_the_api_and_nobody_else():
         again = engine.generate("prompt", params)  # vLLM may pass the same ones for several prompts
     finally:
         plugin.CALLER.reset(token)
-    assert parse_request_knobs(again.extra_args, server.config).early_exit_tenant == "mine"
+    assert parse_request_options(again.extra_args, server.config).early_exit_tenant == "mine"
     forged = {"early_exit_tenant": "mine", KEY_TENANT_PROOF: key_tenant_proof(server.config, "theirs")}
     for proof in (forged[KEY_TENANT_PROOF], 1, [], "", "x"):
         with pytest.raises(ConfigError):
-            parse_request_knobs({**forged, KEY_TENANT_PROOF: proof}, server.config)
+            parse_request_options({**forged, KEY_TENANT_PROOF: proof}, server.config)
 
 
 def test_a_tenant_that_nobody_can_be_of_is_refused():

@@ -9,8 +9,8 @@ from apparate_llm.core import Decision, Exit
 from apparate_llm.ramps.lookup import lookup_confidence
 
 
-def make(depths=(0,), **knobs) -> AdaptivePolicy:
-    policy = make_policy(EarlyExitConfig(max_exits=4, **knobs), depth=0, depths=depths, num_layers=30)
+def make(depths=(0,), **options) -> AdaptivePolicy:
+    policy = make_policy(EarlyExitConfig(max_exits=4, **options), depth=0, depths=depths, num_layers=30)
     assert isinstance(policy, AdaptivePolicy)
     return policy
 

@@ -22,7 +22,7 @@ LOCAL, STRANGER = ("127.0.0.1", 1), ("192.0.2.7", 1)
 
 
 class Engine:
-    """Changes its knobs as the worker does; `max_exits` above 6 it refuses."""
+    """Changes its options as the worker does; `max_exits` above 6 it refuses."""
 
     def __init__(self) -> None:
         self.config = EarlyExitConfig()
@@ -61,7 +61,7 @@ def ask(app, method, path, *, client=LOCAL, **kwargs) -> httpx.Response:
     return asyncio.run(answer())
 
 
-def test_knobs_change_and_the_answer_says_what_is_in_force():
+def test_options_change_and_the_answer_says_what_is_in_force():
     app, engine = served()
     before = ask(app, "GET", "/config").json()
     assert before["config"]["accuracy_bound"] == 0.01 and "ramps" not in before["live"]
@@ -217,7 +217,7 @@ def test_a_server_without_exits_says_so():
     assert ask(app, "GET", "/status").status_code == ask(app, "PATCH", "/config", json={}).status_code == 503
 
 
-def test_requests_are_held_to_the_knobs_in_force():
+def test_requests_are_held_to_the_options_in_force():
     app, engine = served()
     watch_requests(app.state.early_exit)
 

@@ -11,8 +11,8 @@ def test_lossless_exits_leave_greedy_output_as_it_is(model_type, tiny_models, le
     prompts = token_prompts(8)
     with Engine(tiny_models[model_type]) as plain:
         expected = plain.tokens(prompts, greedy())
-    knobs = {"ramps": str(lens_ramps(model_type, 3)), "hold_threshold": 0.0}
-    with Engine(tiny_models[model_type], knobs) as engine:
+    options = {"ramps": str(lens_ramps(model_type, 3)), "hold_threshold": 0.0}
+    with Engine(tiny_models[model_type], options) as engine:
         assert engine.tokens(prompts, greedy()) == expected
         assert engine.tokens(prompts[:2], greedy(), one_by_one=True) == expected[:2]
         counts = engine.counts()
@@ -22,8 +22,8 @@ def test_lossless_exits_leave_greedy_output_as_it_is(model_type, tiny_models, le
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_perfect_ramp_saves_steps_and_is_never_rejected(model_type, tiny_models, lens_ramps):
-    knobs = {"ramps": str(lens_ramps(model_type, NUM_LAYERS)), "hold_threshold": 0.0, "max_exits": 3}
-    with Engine(tiny_models[model_type], knobs) as engine:
+    options = {"ramps": str(lens_ramps(model_type, NUM_LAYERS)), "hold_threshold": 0.0, "max_exits": 3}
+    with Engine(tiny_models[model_type], options) as engine:
         engine.tokens(token_prompts(1), greedy(42))
         counts = engine.counts()
     assert counts["accepted"] == counts["held"] == 30

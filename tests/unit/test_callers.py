@@ -24,7 +24,7 @@ class Caller:
     bound: float  # what it is held to
     num_tokens: int  # of each request
     diverges: bool = True  # whenever it may
-    knobs: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
     sampling: dict = field(default_factory=lambda: {"temperature": 0.0})
     request: RequestExits | None = None
     left: int = 0  # tokens of the request
@@ -37,7 +37,7 @@ class Caller:
         """Emits one token, or one and an exit."""
         budget = ledger.budget
         if self.left <= 0:
-            params = SamplingParams(extra_args=self.knobs, **self.sampling)
+            params = SamplingParams(extra_args=self.options, **self.sampling)
             self.request, self.left = admit_request(params, config, ledger), self.num_tokens
             ledger.requests[str(id(self))] = self.request
             self.outstanding = self.wrong_in_request = 0  # what had no verdict stays paid
@@ -70,8 +70,8 @@ class Caller:
         assert self.wrong_in_request <= bound * in_request + Fraction(REQUEST_ALLOWANCE)
 
 
-def strict(**knobs):
-    return Caller(0.01, SHORT, knobs=knobs)
+def strict(**options):
+    return Caller(0.01, SHORT, options=options)
 
 
 LOOSER = {"allow_looser_requests": True}
@@ -79,15 +79,15 @@ TWO_TENANTS = {"accuracy_bound": 0.05, "tenants": {"tight": {"accuracy_bound": 0
 MIXES = {
     "a looser one that has no use for it": (
         LOOSER,
-        [strict(), Caller(0.5, LONG, diverges=False, knobs={"accuracy_bound": 0.5})],
+        [strict(), Caller(0.5, LONG, diverges=False, options={"accuracy_bound": 0.5})],
     ),
-    "a looser one that spends": (LOOSER, [strict(), Caller(0.3, LONG, knobs={"accuracy_bound": 0.3})]),
+    "a looser one that spends": (LOOSER, [strict(), Caller(0.3, LONG, options={"accuracy_bound": 0.3})]),
     "several looser ones": (
         LOOSER,
-        [strict(), *(Caller(bound, SHORT, knobs={"accuracy_bound": bound}) for bound in (0.02, 0.1, 0.4))],
+        [strict(), *(Caller(bound, SHORT, options={"accuracy_bound": bound}) for bound in (0.02, 0.1, 0.4))],
     ),
-    "one without exits": ({}, [strict(), Caller(0.0, LONG, knobs={"early_exit": 0})]),
-    "a lossless one": ({}, [strict(), Caller(0.0, LONG, knobs={"accuracy_bound": 0.0})]),
+    "one without exits": ({}, [strict(), Caller(0.0, LONG, options={"early_exit": 0})]),
+    "a lossless one": ({}, [strict(), Caller(0.0, LONG, options={"accuracy_bound": 0.0})]),
     "one that samples": ({}, [strict(), Caller(0.0, LONG, sampling={"temperature": 1.0})]),
     "one that wants scores": ({}, [strict(), Caller(0.0, LONG, sampling={"temperature": 0.0, "logprobs": 1})]),
     "a stricter one beside the server's bound": (
@@ -98,28 +98,28 @@ MIXES = {
         TWO_TENANTS,
         [
             strict(early_exit_tenant="wide", accuracy_bound=0.01),
-            Caller(0.05, LONG, diverges=False, knobs={"early_exit_tenant": "wide"}),
-            Caller(0.01, LONG, diverges=False, knobs={"early_exit_tenant": "tight"}),
+            Caller(0.05, LONG, diverges=False, options={"early_exit_tenant": "wide"}),
+            Caller(0.01, LONG, diverges=False, options={"early_exit_tenant": "tight"}),
         ],
     ),
     "one that is looser than its tenant": (
         {**TWO_TENANTS, **LOOSER},
         [
             strict(early_exit_tenant="tight"),
-            Caller(0.5, LONG, diverges=False, knobs={"early_exit_tenant": "tight", "accuracy_bound": 0.5}),
+            Caller(0.5, LONG, diverges=False, options={"early_exit_tenant": "tight", "accuracy_bound": 0.5}),
         ],
     ),
     "a tenant without exits": (
         {"accuracy_bound": 0.01, "tenants": {"batch": {"early_exit": 0}}},
-        [strict(), Caller(0.0, LONG, knobs={"early_exit_tenant": "batch"})],
+        [strict(), Caller(0.0, LONG, options={"early_exit_tenant": "batch"})],
     ),
 }
 
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_each_caller_is_held_to_its_own_bound(mix):
-    knobs, callers = MIXES[mix]
-    config = parse_config({"accuracy_bound": 0.01, **knobs})
+    options, callers = MIXES[mix]
+    config = parse_config({"accuracy_bound": 0.01, **options})
     ledger = VerdictLedger(AccuracyBudget(config.accuracy_bound), shares_of(config))
     rng = random.Random(1)
     for _ in range(NUM_STEPS):
@@ -137,7 +137,7 @@ def test_a_bound_changed_while_serving_holds_for_each_caller_from_then_on():
     config = parse_config({"accuracy_bound": 0.1, "allow_looser_requests": True})
     ledger = VerdictLedger(AccuracyBudget(config.accuracy_bound), shares_of(config))
     rng = random.Random(2)
-    callers = [Caller(0.1, LONG), Caller(0.3, LONG, knobs={"accuracy_bound": 0.3}), Caller(0.1, SHORT)]
+    callers = [Caller(0.1, LONG), Caller(0.3, LONG, options={"accuracy_bound": 0.3}), Caller(0.1, SHORT)]
 
     def run(config):
         before = [(caller.emitted, caller.wrong) for caller in callers]

@@ -2,17 +2,17 @@ import argparse
 
 import pytest
 
-from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm, parse_config, parse_request_knobs
-from apparate_llm.flags import OneLineParser, add_knobs, knobs_from
+from apparate_llm.config import ConfigError, EarlyExitConfig, config_from_vllm, parse_config, parse_request_options
+from apparate_llm.flags import OneLineParser, add_options, options_from
 
 
 def from_flags(*flags: str) -> EarlyExitConfig:
     parser = OneLineParser(prog="x")
-    add_knobs(parser)
-    return knobs_from(parser.parse_args(flags))
+    add_options(parser)
+    return options_from(parser.parse_args(flags))
 
 
-def test_every_knob_is_a_flag_and_flags_give_what_json_gives():
+def test_every_option_is_a_flag_and_flags_give_what_json_gives():
     raw = {
         "policy": "static",
         "accuracy_bound": 0.05,
@@ -42,7 +42,7 @@ def test_no_flags_means_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("knob", "value", "says"),
+    ("option", "value", "says"),
     [
         ("policy", "sometimes", "'static' or 'off'"),
         ("bound_kind", "taste", "'agreement' or 'regret'"),
@@ -58,21 +58,21 @@ def test_no_flags_means_the_defaults():
         ("depth", "-1", "greater than or equal to 0"),
     ],
 )
-def test_a_bad_value_is_one_line_with_what_was_got_and_what_is_allowed(knob, value, says):
+def test_a_bad_value_is_one_line_with_what_was_got_and_what_is_allowed(option, value, says):
     with pytest.raises(ConfigError) as error:
-        from_flags("--" + knob.replace("_", "-"), value)
+        from_flags("--" + option.replace("_", "-"), value)
     message = str(error.value)
-    assert message.startswith(knob + ": ") and says in message and f"got '{value}'" in message
+    assert message.startswith(option + ": ") and says in message and f"got '{value}'" in message
     assert "\n" not in message
 
 
-def test_an_unknown_knob_is_named_with_the_allowed_ones():
-    with pytest.raises(ConfigError, match=r"trheshold: unknown knob \(allowed: policy, accuracy_bound"):
+def test_an_unknown_option_is_named_with_the_allowed_ones():
+    with pytest.raises(ConfigError, match=r"trheshold: unknown option \(allowed: policy, accuracy_bound"):
         parse_config({"trheshold": 0.9})
 
 
 @pytest.mark.parametrize("raw", [None, 3, "off", [1]])
-def test_knobs_must_be_an_object(raw):
+def test_options_must_be_an_object(raw):
     with pytest.raises(ConfigError, match="must be an object"):
         parse_config(raw)
 
@@ -104,13 +104,13 @@ def test_the_depth_is_a_number_or_auto():
 def test_a_request_may_be_stricter_than_the_server_and_looser_only_where_that_is_allowed():
     server = EarlyExitConfig(accuracy_bound=0.05)
     given = {"accuracy_bound": 0.01, "early_exit": 0, "tpt_target_ms": 15, "other": "plugin"}
-    knobs = parse_request_knobs(given, server)
-    assert (knobs.accuracy_bound, knobs.early_exit, knobs.tpt_target_ms) == (0.01, 0, 15.0)
-    assert parse_request_knobs(None, server).early_exit == 1
+    options = parse_request_options(given, server)
+    assert (options.accuracy_bound, options.early_exit, options.tpt_target_ms) == (0.01, 0, 15.0)
+    assert parse_request_options(None, server).early_exit == 1
     with pytest.raises(ConfigError, match=r"at most the server's 0.05, got 0.2"):
-        parse_request_knobs({"accuracy_bound": 0.2}, server)
+        parse_request_options({"accuracy_bound": 0.2}, server)
     looser = EarlyExitConfig(accuracy_bound=0.05, allow_looser_requests=True)
-    assert parse_request_knobs({"accuracy_bound": 0.2}, looser).accuracy_bound == 0.2
+    assert parse_request_options({"accuracy_bound": 0.2}, looser).accuracy_bound == 0.2
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_a_request_may_be_stricter_than_the_server_and_looser_only_where_that_is
         ({"early_exit": 2}, "early_exit: Input should be 0 or 1, got 2"),
         ({"accuracy_bound": 1.5}, "accuracy_bound: Input should be less than 1, got 1.5"),
         ({"tpt_target_ms": "soon"}, "tpt_target_ms: .*number.*got 'soon'"),
-        ({"early_exits": 1}, "early_exits: unknown knob .allowed: early_exit, accuracy_bound, tpt_target_ms"),
+        ({"early_exits": 1}, "early_exits: unknown option .allowed: early_exit, accuracy_bound, tpt_target_ms"),
     ],
 )
-def test_a_bad_request_knob_is_one_line(given, says):
+def test_a_bad_request_option_is_one_line(given, says):
     with pytest.raises(ConfigError, match=says):
-        parse_request_knobs(given, EarlyExitConfig())
+        parse_request_options(given, EarlyExitConfig())

@@ -14,7 +14,7 @@ from apparate_llm.api import ending, metrics
 from apparate_llm.api.access import Access
 from apparate_llm.api.ending import EngineGoneError
 from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware, poll
-from apparate_llm.api.neighbours import KNOBS, WORK, Neighbours
+from apparate_llm.api.neighbours import OPTIONS, WORK, Neighbours
 from apparate_llm.api.plugin import ExitServer, page, router, stream, watch_requests
 from apparate_llm.config import EarlyExitConfig, parse_live
 from tests.logged import logged
@@ -23,7 +23,7 @@ LOCAL = ("127.0.0.1", 1)
 
 
 class Engine:
-    """One or several engines, each with its own knobs, that answer as the workers do."""
+    """One or several engines, each with its own options, that answer as the workers do."""
 
     def __init__(self, number: int = 1) -> None:
         self.configs = [EarlyExitConfig() for _ in range(number)]
@@ -188,7 +188,7 @@ def test_the_metrics_page_is_made_new_for_whoever_reads_it_and_an_idle_engine_is
     asyncio.run(run())
 
 
-def test_another_process_hears_of_work_and_takes_up_changed_knobs_within_a_second(monkeypatch, tmp_path):
+def test_another_process_hears_of_work_and_takes_up_changed_options_within_a_second(monkeypatch, tmp_path):
     async def run():
         engine = Engine()
         apps = [served(engine, tmp_path) for _ in range(2)]
@@ -230,14 +230,14 @@ def test_changes_by_two_processes_are_made_one_after_the_other(tmp_path):
                 inside.remove(neighbour)
 
         await asyncio.gather(*(change(neighbour) for neighbour in both * 2))
-        both[0].tell_knobs()
-        assert both[1].hear(KNOBS) and not both[1].hear(KNOBS) and not both[0].hear(KNOBS)
+        both[0].tell_options()
+        assert both[1].hear(OPTIONS) and not both[1].hear(OPTIONS) and not both[0].hear(OPTIONS)
         assert not both[1].hear(WORK)
 
     asyncio.run(run())
 
 
-def test_knobs_that_one_engine_refuses_change_on_none():
+def test_options_that_one_engine_refuses_change_on_none():
     engine = Engine(2)
     engine.max_exits = [10, 4]
     answer = asyncio.run(ask(served(engine), "PATCH", "/early_exit/config", json={"max_exits": 5}))
@@ -245,7 +245,7 @@ def test_knobs_that_one_engine_refuses_change_on_none():
     assert engine.configs == [EarlyExitConfig()] * 2
 
 
-def test_knobs_that_one_engine_fails_to_take_up_are_taken_back_on_all():
+def test_options_that_one_engine_fails_to_take_up_are_taken_back_on_all():
     engine = Engine(2)
     engine.fails_to_configure = {1}
     app = served(engine)

@@ -153,13 +153,13 @@ def test_a_cache_is_made_where_there_is_none(tmp_path, monkeypatch):
 
 def test_a_server_runs_without_a_place_for_its_state(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("APPARATE_CACHE", "/proc/nowhere")
-    knobs: dict = {}
-    serve.keep_state(knobs)
-    assert knobs == {"controller_state": "none"}
+    options: dict = {}
+    serve.keep_state(options)
+    assert options == {"controller_state": "none"}
     assert "what the controller learns is not kept: cannot write" in capsys.readouterr().err
-    knobs = {"controller_state": str(tmp_path / "mine")}
-    serve.keep_state(knobs)
-    assert knobs == {"controller_state": str(tmp_path / "mine")} and capsys.readouterr().err == ""
+    options = {"controller_state": str(tmp_path / "mine")}
+    serve.keep_state(options)
+    assert options == {"controller_state": str(tmp_path / "mine")} and capsys.readouterr().err == ""
 
 
 def built(monkeypatch, **versions: str) -> None:

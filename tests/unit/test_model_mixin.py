@@ -6,8 +6,8 @@ from tests.harness import Engine, greedy, token_prompts
 
 def test_blocks_up_to_k_give_the_full_passes_inner_state(tiny_models, lens_ramps):
     """The residual stream of a round equals the one the full pass has at that depth, for the same token."""
-    knobs = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
-    with Engine(tiny_models["qwen3"], knobs) as engine:
+    options = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
+    with Engine(tiny_models["qwen3"], options) as engine:
         model, runner = engine.runner.model, engine.runner
         shallow, full = {}, {}
         stock_shallow, stock_forward = model.forward_shallow, runner._model_forward
@@ -35,9 +35,9 @@ def test_blocks_up_to_k_give_the_full_passes_inner_state(tiny_models, lens_ramps
 
 def test_compiled_blocks_give_what_blocks_give(tiny_models, lens_ramps):
     """Whatever the number of rows, and the answers are plain vLLM's."""
-    knobs = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
+    options = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
     rows_seen = set()
-    with Engine(tiny_models["qwen3"], knobs, enforce_eager=False) as engine:
+    with Engine(tiny_models["qwen3"], options, enforce_eager=False) as engine:
         model = engine.runner.model
         compiled = model._compiled_shallow[3]
 
@@ -63,8 +63,8 @@ def test_blocks_that_do_not_compile_run_as_they_are(tiny_models, lens_ramps, mon
         asked.append(args)
         raise RuntimeError("no compiler")
 
-    knobs = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
-    with Engine(tiny_models["qwen3"], knobs) as engine:
+    options = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
+    with Engine(tiny_models["qwen3"], options) as engine:
         monkeypatch.setattr(engine.runner.model, "compile_shallow", fails)
         monkeypatch.setattr(engine.runner.vllm_config.compilation_config, "mode", CompilationMode.VLLM_COMPILE)
         engine.runner.exit_drafter.model.compile(3)

@@ -11,8 +11,8 @@ def proposed(confidence: float, *, round_number: int = 0, depth: int = 0) -> Exi
     return Exit(position=9, token_id=1, depth=depth, round_number=round_number, confidence=confidence)
 
 
-def make(name: str, **knobs: Any):
-    return make_policy(EarlyExitConfig(policy=name, **knobs), depth=0, depths=(0,), num_layers=30)
+def make(name: str, **options: Any):
+    return make_policy(EarlyExitConfig(policy=name, **options), depth=0, depths=(0,), num_layers=30)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.eval.compare import load_results
-from apparate_llm.flags import knobs_from
+from apparate_llm.flags import options_from
 from apparate_llm.vllm_flags import given_value
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +25,8 @@ COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.s
 def test_a_command_is_understood_as_it_stands(command):
     args, rest = build_parser().parse_known_args(spelt_out(shlex.split(command)[1:]))
     assert rest == []
-    if args.command in ("serve", "eval"):  # the others have no knobs
-        knobs_from(args)
+    if args.command in ("serve", "eval"):  # the others have no options
+        options_from(args)
 
 
 def test_what_contributors_are_told_to_run_is_there():
@@ -60,7 +60,7 @@ def test_the_vllm_flags_are_those_our_command_uses():
         assert given == value or json.loads(given) == value
 
 
-def test_the_table_of_knobs_is_the_schema():
+def test_the_table_of_options_is_the_schema():
     rows = dict(re.findall(r"^\| `--([a-z-]+)` \| ([^|]+) \|", README, re.M))
     assert list(rows) == [name.replace("_", "-") for name in EarlyExitConfig.model_fields]
     for name, field in EarlyExitConfig.model_fields.items():

@@ -10,16 +10,16 @@ import pytest
 from apparate_llm import renamed
 from apparate_llm.cli import build_parser
 from apparate_llm.config import (
-    LIVE_KNOBS,
+    LIVE_OPTIONS,
     ConfigError,
     EarlyExitConfig,
-    RequestKnobs,
+    RequestOptions,
     parse_config,
     parse_live,
-    parse_request_knobs,
+    parse_request_options,
 )
-from apparate_llm.eval.plan import knob_flags
-from apparate_llm.flags import knobs_from
+from apparate_llm.eval.plan import option_flags
+from apparate_llm.flags import options_from
 
 ROOT = Path(__file__).parents[2]
 OLD_VALUES = {"waiting_weight": 0.5, "max_rows": 8, "class_metrics": False, "state": "none"}
@@ -32,7 +32,7 @@ def warned_of_nothing():
 
 def test_every_old_name_stands_for_one_there_is():
     assert set(renamed.OPTIONS.values()) <= set(EarlyExitConfig.model_fields)
-    assert set(renamed.REQUEST_FIELDS.values()) <= set(RequestKnobs.model_fields)
+    assert set(renamed.REQUEST_FIELDS.values()) <= set(RequestOptions.model_fields)
     assert not set(renamed.OPTIONS) & set(EarlyExitConfig.model_fields)
 
 
@@ -51,13 +51,13 @@ def test_an_old_option_is_taken_and_told_of_once(caplog, old, value):
     assert parse_config({old: value, new: value}) == parse_config({new: value})
     flag = ["--" + old.replace("_", "-"), str(value)]
     args = build_parser().parse_args(["serve", *flag])
-    assert knobs_from(args) == parse_config({new: value})
-    assert knobs_from(args, {new: value}) == knobs_from(args, {old: value}) == parse_config({new: value})
-    assert knob_flags(args) == ["--" + new.replace("_", "-"), str(value)]
+    assert options_from(args) == parse_config({new: value})
+    assert options_from(args, {new: value}) == options_from(args, {old: value}) == parse_config({new: value})
+    assert option_flags(args) == ["--" + new.replace("_", "-"), str(value)]
     assert flag[0] not in build_parser().format_help()
 
 
-@pytest.mark.parametrize("old", [old for old, new in renamed.OPTIONS.items() if new in LIVE_KNOBS])
+@pytest.mark.parametrize("old", [old for old, new in renamed.OPTIONS.items() if new in LIVE_OPTIONS])
 def test_an_old_option_changes_while_serving(old):
     config = parse_config({})
     value = OLD_VALUES[old]
@@ -69,27 +69,38 @@ def test_old_and_new_that_say_different_things_are_refused():
         parse_config({"max_rows": 1, "max_batch_tokens": 2})
     tenants = parse_config({"tenants": {"a": {}, "b": {}}})
     with pytest.raises(ConfigError, match="vllm_xargs: early_exit_class: the old name of early_exit_tenant"):
-        parse_request_knobs({"early_exit_class": "a", "early_exit_tenant": "b"}, tenants)
+        parse_request_options({"early_exit_class": "a", "early_exit_tenant": "b"}, tenants)
     with pytest.raises(ConfigError, match="--max-batch-tokens 1 and max_batch_tokens 2 of --additional-config"):
-        knobs_from(build_parser().parse_args(["serve", "--max-rows", "1"]), {"max_batch_tokens": 2})
+        options_from(build_parser().parse_args(["serve", "--max-rows", "1"]), {"max_batch_tokens": 2})
 
 
 def test_a_tenants_file_and_a_request_may_go_by_the_old_names(tmp_path):
     file = tmp_path / "tenants.toml"
     file.write_text("[batch]\nearly_exit = 0\n")
-    found = knobs_from(build_parser().parse_args(["serve", "--classes", str(file)]))
+    found = options_from(build_parser().parse_args(["serve", "--classes", str(file)]))
     assert found.tenants["batch"].early_exit == 0
     assert parse_config({"classes": {"batch": {"early_exit": 0}}}) == found
     for name in ("early_exit_class", "early_exit_tenant"):
-        assert parse_request_knobs({name: "batch"}, found).early_exit_tenant == "batch"
+        assert parse_request_options({name: "batch"}, found).early_exit_tenant == "batch"
+
+
+# Words that the code and the pages had for what the field calls otherwise.
+RETIRED = (
+    r"\bknobs?\b",  # option
+    r"\bcompletion pass",  # verification pass
+    r"\bcopy feature\b",  # lookup feature
+    r"\binner states?\b",  # auxiliary hidden states
+    r"\brequest class(es)?\b",  # tenant
+    r"\bjudge_\w+",  # verify
+)
 
 
 def test_nothing_of_ours_goes_by_an_old_name():
-    """Neither flags, nor options, nor metrics; of options only what is no word of its own."""
+    """Neither flags, nor options, nor metrics, nor words; of options only what is no word of its own."""
     words = [rf"--{old.replace('_', '-')}(?![\w-])" for old in renamed.OPTIONS]
     words += [rf"\b{old}\b" for old in (*renamed.OPTIONS, *renamed.REQUEST_FIELDS) if "_" in old]
     words += [rf"apparate:{old}(?:_total|_sum|_count|_bucket)?\b" for old in renamed.METRICS.values()]
-    retired = re.compile("|".join(words))
+    retired = re.compile("|".join([*words, *RETIRED]), re.IGNORECASE)
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not listed:
         pytest.skip("no checkout")
@@ -99,5 +110,5 @@ def test_nothing_of_ours_goes_by_an_old_name():
         is_past = file.name in past or "results" in file.parts or "assets" in file.parts
         if is_past or file.suffix not in (".py", ".md", ".html", ".json", ".yml", ".toml") or not file.exists():
             continue
-        found += [f"{file.relative_to(ROOT)}: {word}" for word in retired.findall(file.read_text(errors="replace"))]
+        found += [f"{file.relative_to(ROOT)}: {hit[0]}" for hit in retired.finditer(file.read_text(errors="replace"))]
     assert not found

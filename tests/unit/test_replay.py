@@ -14,8 +14,8 @@ from scripts.check_bound import check_bound
 from tests import logs
 
 
-def run(cycles: list[Cycle], name: str, *, costs: LogCosts | None = None, **knobs) -> Replayed:
-    config = EarlyExitConfig(policy=name, **{"accuracy_bound": 0.05, "max_exits": 3, "max_batch_tokens": 64, **knobs})
+def run(cycles: list[Cycle], name: str, *, costs: LogCosts | None = None, **options) -> Replayed:
+    config = EarlyExitConfig(policy=name, **{"accuracy_bound": 0.05, "max_exits": 3, "max_batch_tokens": 64, **options})
     policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
     costs = costs or LogCosts(cycles)
     return replay(cycles, costs, policy, accuracy_bound=config.accuracy_bound, kind=config.bound_kind)

@@ -88,7 +88,7 @@ def body_of(path, xargs, **more):
 BAD = [
     ({"early_exit": 7}, "early_exit: Input should be 0 or 1, got 7"),
     ({"early_exit_report": "yes"}, "early_exit_report: Input should be 0 or 1, got 'yes'"),
-    ({"early_exit_depth": 1}, "early_exit_depth: unknown knob"),
+    ({"early_exit_depth": 1}, "early_exit_depth: unknown option"),
     ({"accuracy_bound": 0.9}, "accuracy_bound: at most the server's 0.01, got 0.9"),
     ({"accuracy_bound": [0.1]}, "accuracy_bound: Input should be a valid number"),
     ({"tpt_target_ms": -1}, "tpt_target_ms: Input should be greater than 0"),
@@ -99,7 +99,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_a_bad_knob_is_a_400_before_the_route_is_run(app, path):
+def test_a_bad_option_is_a_400_before_the_route_is_run(app, path):
     for stream in (False, True):
         for xargs, says in BAD:
             answer = ask(app, path, body_of(path, xargs, stream=stream))
@@ -114,8 +114,8 @@ def test_what_is_allowed_reaches_the_route_and_is_known_there(app, path):
     )
     assert "reached" in ask(app, path, BODIES[path] | {"sampling_params": {}}).text
     first, second = app.state.seen
-    assert first.knobs == {"accuracy_bound": 0.005, "early_exit_report": 1} and first.wants_report
-    assert second.knobs == {} and not second.wants_report
+    assert first.options == {"accuracy_bound": 0.005, "early_exit_report": 1} and first.wants_report
+    assert second.options == {} and not second.wants_report
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_what_is_not_ours_to_judge_is_left_to_vllm(app):
     assert "reached" in ask(app, path, body_of(path, {"early_exit": 7})).text
 
 
-def test_knobs_that_a_route_does_not_pass_on_hold_all_the_same(app):
+def test_options_that_a_route_does_not_pass_on_hold_all_the_same(app):
     """Beam search asks the engine with parameters of its own."""
     given = []
     server = app.state.early_exit

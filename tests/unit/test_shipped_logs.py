@@ -19,9 +19,9 @@ def log(request):
     return read_header(path), cycles, LogCosts(cycles)
 
 
-def run(log, policy: str, **knobs) -> Replayed:
+def run(log, policy: str, **options) -> Replayed:
     header, cycles, costs = log
-    config = EarlyExitConfig(policy=policy, **knobs)
+    config = EarlyExitConfig(policy=policy, **options)
     made = make_policy(config, depth=0, depths=(0,), num_layers=header["num_layers"])
     return replay(cycles, costs, made, accuracy_bound=config.accuracy_bound, kind="agreement")
 

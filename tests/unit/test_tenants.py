@@ -3,21 +3,21 @@
 import pytest
 
 from apparate_llm.cli import build_parser
-from apparate_llm.config import ConfigError, RequestKnobs, parse_config, parse_request_knobs, public_config
+from apparate_llm.config import ConfigError, RequestOptions, parse_config, parse_request_options, public_config
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.exits.tenants import UNNAMED, shares_of
-from apparate_llm.flags import knobs_from, read_tenants
+from apparate_llm.flags import options_from, read_tenants
 
 TENANTS = {"interactive": {"tpt_target_ms": 20, "accuracy_bound": 0.02}, "batch": {"early_exit": 0}}
 
 
-def config(**knobs):
-    return parse_config({"accuracy_bound": 0.05, "tenants": TENANTS, **knobs})
+def config(**options):
+    return parse_config({"accuracy_bound": 0.05, "tenants": TENANTS, **options})
 
 
 def flags(*argv: str):
-    return knobs_from(build_parser().parse_args(["serve", *argv]))
+    return options_from(build_parser().parse_args(["serve", *argv]))
 
 
 def test_a_file_names_tenants_and_only_digests_of_its_keys_go_on(tmp_path):
@@ -35,7 +35,7 @@ def test_a_file_names_tenants_and_only_digests_of_its_keys_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[a]\ntpt_target = 20\n", r"tenants: a: tpt_target: unknown knob \(allowed: early_exit, accuracy_bound"),
+        ("[a]\ntpt_target = 20\n", r"tenants: a: tpt_target: unknown option \(allowed: early_exit, accuracy_bound"),
         ("[a]\naccuracy_bound = 2\n", "tenants: a: accuracy_bound: Input should be less than 1, got 2"),
         (
             "[a]\naccuracy_bound = 0.5\n",
@@ -61,30 +61,32 @@ def test_a_file_that_is_not_there_is_refused():
         read_tenants("/nowhere")
 
 
-def test_a_request_has_its_tenant_s_knobs_and_its_own_where_stricter():
-    knobs = parse_request_knobs({"early_exit_tenant": "interactive"}, config())
-    assert (knobs.accuracy_bound, knobs.tpt_target_ms, knobs.early_exit) == (0.02, 20.0, 1)
-    own = parse_request_knobs(
+def test_a_request_has_its_tenant_s_options_and_its_own_where_stricter():
+    options = parse_request_options({"early_exit_tenant": "interactive"}, config())
+    assert (options.accuracy_bound, options.tpt_target_ms, options.early_exit) == (0.02, 20.0, 1)
+    own = parse_request_options(
         {"early_exit_tenant": "interactive", "accuracy_bound": 0.001, "tpt_target_ms": 30}, config()
     )
     assert (own.accuracy_bound, own.tpt_target_ms) == (0.001, 30.0)
-    assert parse_request_knobs({"early_exit_tenant": "batch"}, config()).early_exit == 0
-    assert parse_request_knobs(None, config()) == RequestKnobs.model_validate(
+    assert parse_request_options({"early_exit_tenant": "batch"}, config()).early_exit == 0
+    assert parse_request_options(None, config()) == RequestOptions.model_validate(
         {"early_exit_tenant": None, "early_exit": 1, "tpt_target_ms": None}
     )
-    again = parse_request_knobs(knobs.model_dump(exclude_unset=True), config())  # the engine completes what the API did
-    assert again.model_dump() == knobs.model_dump()
+    again = parse_request_options(
+        options.model_dump(exclude_unset=True), config()
+    )  # the engine completes what the API did
+    assert again.model_dump() == options.model_dump()
 
 
 def test_an_own_tenant_called_default_has_all_that_name_none():
-    knobs = parse_request_knobs({}, config(tenants={"default": {"tpt_target_ms": 40}}))
-    assert (knobs.early_exit_tenant, knobs.tpt_target_ms) == ("default", 40.0)
+    options = parse_request_options({}, config(tenants={"default": {"tpt_target_ms": 40}}))
+    assert (options.early_exit_tenant, options.tpt_target_ms) == ("default", 40.0)
 
 
 def test_the_tenant_of_an_api_key_decides():
-    assert parse_request_knobs({}, config(), key_tenant="batch").early_exit_tenant == "batch"
+    assert parse_request_options({}, config(), key_tenant="batch").early_exit_tenant == "batch"
     with pytest.raises(ConfigError, match="requests with this API key are batch, got interactive"):
-        parse_request_knobs({"early_exit_tenant": "interactive"}, config(), key_tenant="batch")
+        parse_request_options({"early_exit_tenant": "interactive"}, config(), key_tenant="batch")
 
 
 @pytest.mark.parametrize(
@@ -97,16 +99,18 @@ def test_the_tenant_of_an_api_key_decides():
 )
 def test_a_request_cannot_ask_for_more_than_its_tenant_allows(asked, says):
     with pytest.raises(ConfigError, match=says):
-        parse_request_knobs(asked, config())
+        parse_request_options(asked, config())
 
 
 def test_without_tenants_none_can_be_named():
     with pytest.raises(ConfigError, match="the server has no tenants"):
-        parse_request_knobs({"early_exit_tenant": "x"}, parse_config({}))
+        parse_request_options({"early_exit_tenant": "x"}, parse_config({}))
 
 
 def test_a_bound_lowered_while_serving_holds_for_tenants_as_well():
-    assert parse_request_knobs({"early_exit_tenant": "interactive"}, config(accuracy_bound=0.01)).accuracy_bound == 0.01
+    assert (
+        parse_request_options({"early_exit_tenant": "interactive"}, config(accuracy_bound=0.01)).accuracy_bound == 0.01
+    )
 
 
 @pytest.mark.parametrize("with_tenants", [True, False])

@@ -8,7 +8,7 @@ import pytest
 from apparate_llm.cli import build_parser, main, spelt_out
 from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
-from apparate_llm.flags import knobs_from
+from apparate_llm.flags import options_from
 from apparate_llm.serve import (
     as_flags,
     check_set_up,
@@ -16,7 +16,7 @@ from apparate_llm.serve import (
     memory_flags,
     merge_settings,
     name_model,
-    own_knobs,
+    own_options,
 )
 from apparate_llm.vllm_flags import OTHER_NAMES, SHORTEST, WITHOUT_NO, given_value, normalised, value_of
 
@@ -232,17 +232,17 @@ def test_vllm_flags_that_say_what_early_exits_say_are_no_contradiction():
     assert merge_settings(SETTINGS, normalised(flags)) == (SETTINGS, [])
 
 
-def test_knobs_in_the_additional_settings_count_and_must_not_contradict_flags():
+def test_options_in_the_additional_settings_count_and_must_not_contradict_flags():
     args, rest = parsed(["/m", "--additional-config.early_exit.accuracy_bound", "0", "--max-exits", "3"])
-    config = knobs_from(args, own_knobs(rest))
+    config = options_from(args, own_options(rest))
     assert (config.accuracy_bound, config.max_exits) == (0.0, 3)
     args, rest = parsed(["/m", "--additional-config.early_exit.accuracy_bound", "0", "--accuracy-bound", "0.0"])
-    assert knobs_from(args, own_knobs(rest)).accuracy_bound == 0.0
+    assert options_from(args, own_options(rest)).accuracy_bound == 0.0
     args, rest = parsed(["/m", "--additional-config.early_exit.accuracy_bound", "0.5", "--accuracy-bound", "0"])
     with pytest.raises(ConfigError, match=r"--accuracy-bound 0.0 and accuracy_bound 0.5 .* contradict each other"):
-        knobs_from(args, own_knobs(rest))
-    with pytest.raises(ConfigError, match="early_exit must be an object of knobs, got 3"):
-        own_knobs(normalised(["--additional-config.early_exit", "3"]))
+        options_from(args, own_options(rest))
+    with pytest.raises(ConfigError, match="early_exit must be an object of options, got 3"):
+        own_options(normalised(["--additional-config.early_exit", "3"]))
 
 
 @pytest.mark.parametrize(
