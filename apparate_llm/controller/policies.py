@@ -24,7 +24,8 @@ def make_policy(
 ) -> Policy:
     """The policy of the options, beginning at `depth`. It takes those options that have a field of its own;
     `parameters` are further fields, which the replay varies. Raises ValueError for one that the policy does not
-    have.""" policy = POLICIES[config.policy]
+    have."""
+    policy = POLICIES[config.policy]
     takes = {item.name for item in fields(policy) if item.init and not item.name.startswith("_")}
     if unknown := parameters.keys() - takes:
         raise ValueError(f"policy {config.policy} has no parameter {', '.join(map(repr, sorted(unknown)))}")
