@@ -47,6 +47,10 @@ def switch_level(plan: SteadyPlan, server: Server, number: int, stage: Stage) ->
                     exits = {name: exits[name] + after[name] - before[name] for name in EXITS}
     finally:
         clients.stop()
+    return _level_of(clients, turns, exits)
+
+
+def _level_of(clients: Clients, turns: dict[str, list[tuple[float, float]]], exits: dict[str, int]) -> SteadyLevel:
     tpt_ms, rates = _by_turn(clients, turns)
     runs = [
         SteadyRun(
@@ -67,7 +71,7 @@ def switch_level(plan: SteadyPlan, server: Server, number: int, stage: Stage) ->
         throughput=throughput["ratio"],
         throughput_ci95=throughput["ci95"],
     )
-    return SteadyLevel(clients=number, runs=runs, ratios=[ratio])
+    return SteadyLevel(clients=clients.number, runs=runs, ratios=[ratio])
 
 
 def switch(server: Server, policy: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from apparate_llm.argmax import best_tokens
 from apparate_llm.controller.policy import Policy
+from apparate_llm.core import Exit
 from apparate_llm.exits.ledger import RequestExits, Verdict, VerdictLedger
 
 
@@ -63,16 +64,22 @@ def verify_held(
             verdicts.append(Verdict(request_id, exit_, False, agrees, regret, follows_text=passes))
             if agrees or not passes:
                 continue
-            passes = (
-                diverging
-                and exit_.token_id not in request.stop_token_ids  # a wrong one would cut the answer off
-                and ledger.budget.may_accept(request.bucket, regret)
-                and policy.accepts(regret, held[i + 1 :], ledger.budget.fill_frac_of(request.bucket))
-            )
+            passes = diverging and _may_pass(exit_, regret, held[i + 1 :], request, ledger, policy)
             if passes:
                 ledger.accept_divergence(request_id, exit_, regret)
                 logits[rows[row], exit_.token_id] += regret + 1.0  # one above the best
     return verdicts
+
+
+def _may_pass(
+    exit_: Exit, regret: float, later: list[Exit], request: RequestExits, ledger: VerdictLedger, policy: Policy
+) -> bool:
+    """Whether a held exit that differs may be let through, and `later` ones with it."""
+    return (
+        exit_.token_id not in request.stop_token_ids  # a wrong one would cut the answer off
+        and ledger.budget.may_accept(request.bucket, regret)
+        and policy.accepts(regret, later, ledger.budget.fill_frac_of(request.bucket))
+    )
 
 
 def verdicts_of_sampling(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from apparate_llm.prepare.train import (
     working_copy,
 )
 from apparate_llm.prepare.workspace import Workspace
+from apparate_llm.progress import Stage
 from apparate_llm.ramps.checkpoint import VOCABULARY
 from apparate_llm.ramps.heads import FusedHead
 
@@ -65,32 +67,18 @@ def train_depth(
     if (done := workspace.read(stage, inputs)) is not None:
         run.say(f"train depth {depth}: done")
         return done
-    checkpoint = workspace.path(f"train-{depth}.pt")
-    if (begun := workspace.read(f"{stage}-begun", inputs)) is None:
-        checkpoint.unlink(missing_ok=True)  # of a training on other rows
-        budget_s = max(1.0, until_s - run.clock.spent_s)
-        begun = workspace.write(f"{stage}-begun", inputs, {"budget_s": None if math.isinf(budget_s) else budget_s})
-    settings = replace(settings, time_budget_s=math.inf if begun["budget_s"] is None else begun["budget_s"])
+    settings = replace(settings, time_budget_s=_budget_s(run, stage, inputs, depth, until_s))
     with run.progress.stage(f"train depth {depth}", total=1.0) as bar:
         rows = run.store.rows(depths=_depths(depth, plan.inner), num_rows=rows_record["rows"])
         base, vocabulary = BaseParts.of(plan.model), ramp_vocabulary(rows, plan.ramp_vocab)
-
-        def on_progress(done_frac: float, facts: dict[str, float]) -> None:
-            exits = max(facts["tokens_per_cycle"], 0.0)
-            text = (
-                f"{facts['steps']:.0f} steps, loss {facts['loss']:.3f}, {exits:.3f} exits per cycle on validation rows"
-            )
-            bar.update(min(1.0, done_frac), text)
-            run.clock.keep_now_and_then()
-
         head, record = train_head(
             rows,
             base,
             vocabulary,
             settings,
             initial=None if after is None else head_tensors(workspace, after)[0],
-            checkpoint=checkpoint,
-            on_progress=on_progress,
+            checkpoint=workspace.path(f"train-{depth}.pt"),
+            on_progress=partial(_tell, run, bar),
             release=run.store.release,
         )
     tensors = {name: value.contiguous() for name, value in head.state_dict().items() if name != "head"}
@@ -101,6 +89,23 @@ def train_depth(
     run.store.release()
     run.clock.keep()
     return workspace.write(stage, inputs, record)
+
+
+def _budget_s(run: Run, stage: str, inputs: dict[str, Any], depth: int, until_s: float) -> float:
+    """Of a training: as it was when it began, also if it goes on after an interruption."""
+    begun = run.workspace.read(f"{stage}-begun", inputs)
+    if begun is None:
+        run.workspace.path(f"train-{depth}.pt").unlink(missing_ok=True)  # of a training on other rows
+        budget_s = max(1.0, until_s - run.clock.spent_s)
+        begun = run.workspace.write(f"{stage}-begun", inputs, {"budget_s": None if math.isinf(budget_s) else budget_s})
+    return math.inf if begun["budget_s"] is None else float(begun["budget_s"])
+
+
+def _tell(run: Run, bar: Stage, done_frac: float, facts: dict[str, float]) -> None:
+    exits = max(facts["tokens_per_cycle"], 0.0)
+    text = f"{facts['steps']:.0f} steps, loss {facts['loss']:.3f}, {exits:.3f} exits per cycle on validation rows"
+    bar.update(min(1.0, done_frac), text)
+    run.clock.keep_now_and_then()
 
 
 def measure_depth(run: Run, rows_record: dict[str, Any], depth: int, trained: dict[str, Any]) -> dict[str, Any]:
