@@ -1,3 +1,3 @@
 """Early exits for LLM serving with vLLM."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
