@@ -51,8 +51,8 @@ def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
     counts = _sum([status["counts"] for status in statuses])
     counts |= shares_of(counts, counts["emitted"])
     spreads = {
-        name: {**spread, **_sum([_uncut(status["distributions"][name]) for status in statuses])}
-        for name, spread in first["distributions"].items()
+        name: {**histogram, **_sum([_uncut(status["distributions"][name]) for status in statuses])}
+        for name, histogram in first["distributions"].items()
     }
     return {
         **first,
@@ -69,8 +69,8 @@ def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _uncut(spread: dict[str, Any]) -> dict[str, Any]:
-    return {"counts": spread["counts"], "total": spread["total"]}
+def _uncut(histogram: dict[str, Any]) -> dict[str, Any]:
+    return {"counts": histogram["counts"], "total": histogram["total"]}
 
 
 def _sum(items: Sequence[Any]) -> Any:

@@ -184,10 +184,10 @@ def present_metrics(status: dict[str, Any]) -> Iterable[Metric]:
         if value is not None:
             yield GaugeMetricFamily(PREFIX + name, help_text, value=float(value))
     for field, (name, help_text, unit) in HISTOGRAMS.items():
-        spread = status["distributions"][field]
-        bounds = [*(str(bound / unit) for bound in spread["bounds"]), "+Inf"]
-        buckets = list(zip(bounds, accumulate(spread["counts"]), strict=True))
-        yield HistogramMetricFamily(PREFIX + name, help_text, buckets=buckets, sum_value=spread["total"] / unit)
+        histogram = status["distributions"][field]
+        bounds = [*(str(bound / unit) for bound in histogram["bounds"]), "+Inf"]
+        buckets = list(zip(bounds, accumulate(histogram["counts"]), strict=True))
+        yield HistogramMetricFamily(PREFIX + name, help_text, buckets=buckets, sum_value=histogram["total"] / unit)
 
 
 def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:

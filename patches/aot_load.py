@@ -12,11 +12,11 @@ import torch
 from apparate_llm.patches.guard import Patch, Target, check_target
 
 
-def wrapped(stock: Target) -> Target:
+def wrapped(original: Target) -> Target:
     """`_try_load_aot_compiled_fn(model, path)`, during which loaded plain functions have the method: nothing is left to
     do for them."""
 
-    @wraps(stock)
+    @wraps(original)
     def load(model: object, aot_compilation_path: str) -> Any:
         torch_load = torch.compiler.load_compiled_function
 
@@ -29,7 +29,7 @@ def wrapped(stock: Target) -> Target:
 
         torch.compiler.load_compiled_function = load_with_method
         try:
-            return stock(model, aot_compilation_path)
+            return original(model, aot_compilation_path)
         finally:
             torch.compiler.load_compiled_function = torch_load
 
@@ -42,9 +42,9 @@ def apply(patch: Patch) -> bool:
 
     if not current_platform.is_cpu():
         return False
-    stock = decorators._try_load_aot_compiled_fn
-    if hasattr(stock, "__wrapped__"):
+    original = decorators._try_load_aot_compiled_fn
+    if hasattr(original, "__wrapped__"):
         return False  # by an earlier engine in this process
-    check_target(patch, stock)
-    decorators._try_load_aot_compiled_fn = wrapped(stock)
+    check_target(patch, original)
+    decorators._try_load_aot_compiled_fn = wrapped(original)
     return True

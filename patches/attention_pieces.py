@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
-def wrapped(stock: Target) -> Target:
+def wrapped(original: Target) -> Target:
     """`build(self, common_prefix_len, common_attn_metadata, fast_build=False)`, in pieces where the builder has been
     given `rows_per_piece`."""
 
-    @wraps(stock)
+    @wraps(original)
     def build(
         self: object, common_prefix_len: int, common_attn_metadata: "CommonAttentionMetadata", fast_build: bool = False
     ) -> Any:
         size = getattr(self, "rows_per_piece", None)
         if size is not None and common_attn_metadata.causal is True and common_attn_metadata.max_query_len > size:
             common_attn_metadata = in_pieces(common_attn_metadata, size)
-        return stock(self, common_prefix_len, common_attn_metadata, fast_build)
+        return original(self, common_prefix_len, common_attn_metadata, fast_build)
 
     return build
 
@@ -60,9 +60,9 @@ def apply(patch: Patch) -> bool:
 
     if not current_platform.is_cpu():
         return False
-    stock = CPUAttentionMetadataBuilder.build
-    if hasattr(stock, "__wrapped__"):
+    original = CPUAttentionMetadataBuilder.build
+    if hasattr(original, "__wrapped__"):
         return False
-    check_target(patch, stock)
-    CPUAttentionMetadataBuilder.build = wrapped(stock)  # type: ignore[method-assign]
+    check_target(patch, original)
+    CPUAttentionMetadataBuilder.build = wrapped(original)  # type: ignore[method-assign]
     return True

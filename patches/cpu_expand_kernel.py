@@ -1,6 +1,6 @@
 """replace: vLLM's CPU stand-in for the rejection sampler's `expand_kernel`.
 
-The stock one hands converted copies of its tensors to C++ and drops the copy that holds the result, so temperature,
+The original one hands converted copies of its tensors to C++ and drops the copy that holds the result, so temperature,
 top-k and top-p of rows under check are uninitialised memory, and a float temperature loses its fraction. Registered
 through vLLM's own interface for kernel overrides.
 """

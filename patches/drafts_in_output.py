@@ -9,13 +9,13 @@ from typing import Any
 from apparate_llm.patches.guard import Patch, Target, check_target
 
 
-def wrapped(stock: Target) -> Target:
+def wrapped(original: Target) -> Target:
     """`post_step(self, model_executed)` that asks only for drafts which the scheduler does not have."""
 
-    @wraps(stock)
+    @wraps(original)
     def post_step(self: Any, model_executed: bool) -> None:
         if not getattr(self.scheduler, "has_drafts", False):
-            stock(self, model_executed)
+            original(self, model_executed)
 
     return post_step
 
@@ -23,9 +23,9 @@ def wrapped(stock: Target) -> Target:
 def apply(patch: Patch) -> bool:
     from vllm.v1.engine.core import EngineCore
 
-    stock = EngineCore.post_step
-    if hasattr(stock, "__wrapped__"):
+    original = EngineCore.post_step
+    if hasattr(original, "__wrapped__"):
         return False
-    check_target(patch, stock)
-    EngineCore.post_step = wrapped(stock)  # type: ignore[method-assign]
+    check_target(patch, original)
+    EngineCore.post_step = wrapped(original)  # type: ignore[method-assign]
     return True

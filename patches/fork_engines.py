@@ -16,12 +16,12 @@ METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 INTEL_OPENMP = "libiomp"
 
 
-def wrapped(stock: Target) -> Target:
+def wrapped(original: Target) -> Target:
     """`check_and_update_config(cls, vllm_config)` that leaves vLLM's default for other platforms."""
 
-    @wraps(stock)
+    @wraps(original)
     def check_and_update_config(cls: type, vllm_config: object) -> None:
-        stock(vllm_config)
+        original(vllm_config)
         os.environ[METHOD] = "fork"
 
     return check_and_update_config
@@ -41,11 +41,11 @@ def apply(patch: Patch) -> bool:
         return False
     if os.environ.get(METHOD, "fork") != "fork":
         return False  # the user's choice
-    stock = CpuPlatform.check_and_update_config
-    if hasattr(stock, "__wrapped__"):
+    original = CpuPlatform.check_and_update_config
+    if hasattr(original, "__wrapped__"):
         return False
-    check_target(patch, stock)
-    setattr(CpuPlatform, "check_and_update_config", classmethod(wrapped(stock)))  # noqa: B010
+    check_target(patch, original)
+    setattr(CpuPlatform, "check_and_update_config", classmethod(wrapped(original)))  # noqa: B010
     os.environ.setdefault("KMP_AFFINITY", "none")  # of the engine; vLLM sets it for workers
     os.register_at_fork(after_in_child=start_over)
     return True

@@ -21,7 +21,7 @@ LEDGER: tuple[Patch, ...] = (
         what="temperature, top-k and top-p reach the rows of exits under check on the CPU backend",
         why="without it random sampling with held exits has another distribution than plain vLLM",
         upstream="https://github.com/vllm-project/vllm/pull/42638 (closed, other cause, same effect)",
-        delete_when="the stock function writes its result back into `output` without changing its dtype",
+        delete_when="the original function writes its result back into `output` without changing its dtype",
         apply=cpu_expand_kernel.apply,
     ),
     Patch(

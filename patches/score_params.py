@@ -8,13 +8,13 @@ from functools import wraps
 from apparate_llm.patches.guard import Patch, Target, check_target, is_ours
 
 
-def wrapped(stock: Target) -> Target:
+def wrapped(original: Target) -> Target:
     """`_validate_spec_decode(self, speculative_config)` that leaves our server's requests alone."""
 
-    @wraps(stock)
+    @wraps(original)
     def _validate_spec_decode(self: object, speculative_config: object) -> None:
         if not is_ours(speculative_config):
-            stock(self, speculative_config)
+            original(self, speculative_config)
 
     return _validate_spec_decode
 
@@ -22,9 +22,9 @@ def wrapped(stock: Target) -> Target:
 def apply(patch: Patch) -> bool:
     from vllm.sampling_params import SamplingParams
 
-    stock = SamplingParams._validate_spec_decode
-    if hasattr(stock, "__wrapped__"):
+    original = SamplingParams._validate_spec_decode
+    if hasattr(original, "__wrapped__"):
         return False
-    check_target(patch, stock)
-    SamplingParams._validate_spec_decode = wrapped(stock)  # type: ignore[method-assign]
+    check_target(patch, original)
+    SamplingParams._validate_spec_decode = wrapped(original)  # type: ignore[method-assign]
     return True

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def wrapped(stock: Target) -> Target:
+def wrapped(original: Target) -> Target:
     """`build_logitsprocs(vllm_config, ...)` that builds for our server what it builds without drafts."""
 
-    @wraps(stock)
+    @wraps(original)
     def build_logitsprocs(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Any:
         if is_ours(vllm_config.speculative_config):
             vllm_config = copy(vllm_config)
             vllm_config.speculative_config = None
-        return stock(vllm_config, *args, **kwargs)
+        return original(vllm_config, *args, **kwargs)
 
     return build_logitsprocs
 
@@ -30,9 +30,9 @@ def wrapped(stock: Target) -> Target:
 def apply(patch: Patch) -> bool:
     from vllm.v1.worker import gpu_model_runner
 
-    stock = vars(gpu_model_runner)["build_logitsprocs"]  # that module's own name for it
-    if hasattr(stock, "__wrapped__"):
+    original = vars(gpu_model_runner)["build_logitsprocs"]  # that module's own name for it
+    if hasattr(original, "__wrapped__"):
         return False
-    check_target(patch, stock)
-    vars(gpu_model_runner)["build_logitsprocs"] = wrapped(stock)
+    check_target(patch, original)
+    vars(gpu_model_runner)["build_logitsprocs"] = wrapped(original)
     return True

@@ -12,13 +12,13 @@ from apparate_llm.lifeline import end_at_once_on_signals
 from apparate_llm.patches.guard import Patch, Target, check_target
 
 
-def wrapped(stock: Target) -> Target:
+def wrapped(original: Target) -> Target:
     """`setup_server(args, *, reuse_port)` after which the start ends at once by a signal."""
 
-    @wraps(stock)
+    @wraps(original)
     def setup_server(args: Namespace, *, reuse_port: bool) -> Any:
         end_at_once_on_signals()
-        return stock(args, reuse_port=reuse_port)
+        return original(args, reuse_port=reuse_port)
 
     return setup_server
 
@@ -26,11 +26,11 @@ def wrapped(stock: Target) -> Target:
 def apply(patch: Patch) -> bool:
     from vllm.entrypoints.launchers.api_server import entry
 
-    stock = vars(entry)["setup_server"]  # that module's own name for it
-    if getattr(stock, "ends_at_once", False):
+    original = vars(entry)["setup_server"]  # that module's own name for it
+    if getattr(original, "ends_at_once", False):
         return False
     check_target(patch, entry.run_server)
-    ours = wrapped(stock)
+    ours = wrapped(original)
     vars(ours)["ends_at_once"] = True
     vars(entry)["setup_server"] = ours
     return True

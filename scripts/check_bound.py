@@ -37,12 +37,12 @@ def check_bound(name: PolicyName, *, num_verdicts: int, accuracy_bound: float) -
     """Until there were so many verdicts."""
     config = EarlyExitConfig(policy=name, accuracy_bound=accuracy_bound, max_exits=3)
     policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
-    verdicts, stock = 0, policy.on_verdict
+    verdicts, original = 0, policy.on_verdict
 
     def on_verdict(self: Policy, exit_: Exit, agrees: bool) -> None:
         nonlocal verdicts
         verdicts += 1
-        stock(exit_, agrees)
+        original(exit_, agrees)
 
     def until_enough() -> Iterator[Cycle]:
         for cycle in logs.cycles(10**9, agrees=adversary, length=600):

@@ -72,12 +72,12 @@ def run(
     with Engine(args.model, own, **{**defaults, **compiled, **vllm}) as engine:
         token_prompts = [engine.chat_prompt(chat) for chat in prompts]
         preempted = 0
-        stock = engine.scheduler._preempt_request
+        original = engine.scheduler._preempt_request
 
         def count(request: "Request", *args: Any, **kwargs: Any) -> None:
             nonlocal preempted
             preempted += 1
-            stock(request, *args, **kwargs)
+            original(request, *args, **kwargs)
 
         vars(engine.scheduler)["_preempt_request"] = count
         rows: list[int] = []  # of each step

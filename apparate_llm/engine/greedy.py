@@ -37,7 +37,7 @@ def _is_idle(processor: LogitsProcessor) -> bool:
     return isinstance(processor, LogitBiasLogitsProcessor) and not processor.biases
 
 
-def check(logits: torch.Tensor, metadata: SpecDecodeMetadata) -> SamplerOutput:
+def verify_greedy(logits: torch.Tensor, metadata: SpecDecodeMetadata) -> SamplerOutput:
     """Held exits up to the first that differs, then the full model's own token, for each request.
 
     logits [num_rows, vocab]; metadata: its rows are in the order of the requests, each

@@ -67,12 +67,12 @@ class Peers:
             yield
             return
         self.meet()
-        stock = self.group.device_communicator
-        self.group.device_communicator = cast(DeviceCommunicatorBase, _Meeting(stock, self))
+        original = self.group.device_communicator
+        self.group.device_communicator = cast(DeviceCommunicatorBase, _Meeting(original, self))
         try:
             yield
         finally:
-            self.group.device_communicator = stock
+            self.group.device_communicator = original
 
     def share_floats(self, values: list[float]) -> list[float]:
         """Rank 0's values."""
@@ -105,12 +105,12 @@ class Peers:
 class _Meeting:
     """vLLM's device communicator, with a meeting before each of its exchanges."""
 
-    def __init__(self, stock: object, peers: Peers) -> None:
-        self.stock = stock
+    def __init__(self, original: object, peers: Peers) -> None:
+        self.original = original
         self.peers = peers
 
     def __getattr__(self, name: str) -> object:
-        found = getattr(self.stock, name)
+        found = getattr(self.original, name)
         if name not in ("all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "gather", "broadcast"):
             return found
 

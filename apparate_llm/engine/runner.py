@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 from apparate_llm.engine.batch import batch_of
 from apparate_llm.engine.eligibility import custom_processors
 from apparate_llm.engine.fallback import FallbackRunner
-from apparate_llm.engine.greedy import check, first_rows, is_plain_greedy
+from apparate_llm.engine.greedy import first_rows, is_plain_greedy, verify_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.runtime_config import PolicySwitch, admit_request
@@ -209,14 +209,14 @@ class EarlyExitRunner(FallbackRunner):
             assert logits is not None, "drafts without scores"
             logits, spec_decode_metadata = logits[first_rows(spec_decode_metadata)], None
         if spec_decode_metadata is not None:
-            output = self._attempt("checking", partial(self._check, logits, spec_decode_metadata), None)
+            output = self._attempt("checking", partial(self._verify_greedy, logits, spec_decode_metadata), None)
             if output is not None:
                 return output
         return super()._sample(logits, spec_decode_metadata)
 
-    def _check(self, logits: torch.Tensor | None, metadata: SpecDecodeMetadata) -> SamplerOutput | None:
+    def _verify_greedy(self, logits: torch.Tensor | None, metadata: SpecDecodeMetadata) -> SamplerOutput | None:
         assert logits is not None, "drafts without scores"
-        return check(logits, metadata) if is_plain_greedy(self.input_batch.sampling_metadata) else None
+        return verify_greedy(logits, metadata) if is_plain_greedy(self.input_batch.sampling_metadata) else None
 
     # ---- drafting
 

@@ -1,4 +1,4 @@
-"""How what an engine does is spread: counts of values between bounds, as Prometheus histograms are."""
+"""Histograms of what an engine does: counts of values between bounds, as Prometheus histograms are."""
 
 import math
 from bisect import bisect_left

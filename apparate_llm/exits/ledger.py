@@ -212,7 +212,7 @@ class VerdictLedger:
         for request in self.requests.values():
             request.held, request.not_taken = [], None
 
-    def checked(self, request: RequestExits, num_held: int, num_accepted: int) -> None:
+    def count_held(self, request: RequestExits, num_held: int, num_accepted: int) -> None:
         """The full model has looked at the first `num_held` held exits and emits `num_accepted` of them; divergences
         let through are counted already."""
         held = request.held[:num_held]  # none of them after a failure: then they were drafts like any others
@@ -259,7 +259,9 @@ class VerdictLedger:
                 due.append(PendingVerdict(request_id, exit_, first_row + offset))
         return due
 
-    def record(self, pending: list[PendingVerdict], best: list[int], regrets_nats: list[float]) -> list[Verdict]:
+    def record_verdicts(
+        self, pending: list[PendingVerdict], best: list[int], regrets_nats: list[float]
+    ) -> list[Verdict]:
         """Verdicts on released exits: the full model's best token for each, and how much better it is."""
         verdicts = []
         for item, token_id, regret in zip(pending, best, regrets_nats, strict=True):

@@ -38,20 +38,20 @@ class Memory:
             self.asides.run("The controller's state", partial(self.state.save, policy))
 
     def learned(
-        self, took: Took | None, judged: list[Verdict], policy: Policy, spread: Distributions, controller_ms: float
+        self, took: Took | None, judged: list[Verdict], policy: Policy, histograms: Distributions, controller_ms: float
     ) -> None:
         """Of a step: what it took, if it can be said, and its verdicts."""
         if took is not None:
-            self.asides.run("A histogram", partial(spread.completion_ms.observe, took.completion_ms))
-        self.asides.run("A histogram", partial(spread.controller_ms.observe, controller_ms))
+            self.asides.run("A histogram", partial(histograms.completion_ms.observe, took.completion_ms))
+        self.asides.run("A histogram", partial(histograms.controller_ms.observe, controller_ms))
         if self.feedback is not None:
             self.asides.run("The feedback log", partial(self.feedback.completed, took, judged))
         if self.state is not None:
             self.asides.run("The controller's state", partial(self.state.save_now_and_then, policy))
 
-    def rounds(self, spent: list[tuple[int, float]], spread: Distributions) -> None:
+    def rounds(self, spent: list[tuple[int, float]], histograms: Distributions) -> None:
         """Rows and ms of a step's rounds."""
         for _, ms in spent:
-            self.asides.run("A histogram", partial(spread.round_ms.observe, ms))
+            self.asides.run("A histogram", partial(histograms.round_ms.observe, ms))
         if self.feedback is not None:
             self.asides.run("The feedback log", partial(self.feedback.rounds, spent))

@@ -78,7 +78,7 @@ class ExitStep:
     def verify_released(self, pending: list[PendingVerdict], logits: torch.Tensor) -> None:
         """logits [num_pending, vocab]."""
         token_ids = torch.tensor([item.exit.token_id for item in pending])
-        self.verdicts = self.ledger.record(pending, *best_and_regret(logits, token_ids))
+        self.verdicts = self.ledger.record_verdicts(pending, *best_and_regret(logits, token_ids))
 
     def verify_held(self, drafts: Drafts, logits: torch.Tensor, request_ids: list[str], policy: Policy) -> None:
         """logits [num_tokens, vocab] are changed in place where a divergence is let through."""
@@ -107,7 +107,7 @@ class ExitStep:
             exits = self.ledger.requests[request_id]
             num_output = int(batch.num_tokens[index] - batch.num_prompt_tokens[index])
             is_turn |= num_output == len(checked)
-            self.ledger.checked(exits, num_drafts[index], len(checked) - 1)
+            self.ledger.count_held(exits, num_drafts[index], len(checked) - 1)
             num_unverified = 0 if request_id in verified else num_drafts[index]
             end = int(batch.num_tokens[index])
             self.verdicts += verdicts_of_sampling(request_id, exits, checked, end, num_unverified)

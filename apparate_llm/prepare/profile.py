@@ -306,10 +306,10 @@ class Profiler:
         passes_ms: list[float] = []
         rounds_ms: list[float] = []
         spent: list[tuple[int, float]] = []
-        stock, self.drafter.max_exits = self.drafter.run, held
+        original, self.drafter.max_exits = self.drafter.run, held
 
         def run(*args: Any) -> list[tuple[int, float]]:
-            spent.extend(stock(*args))
+            spent.extend(original(*args))
             return spent
 
         self.drafter.run = run
@@ -324,7 +324,7 @@ class Profiler:
                     passes_ms.append(took_ms)
                     rounds_ms += [ms for rows, ms in spent if rows == size]
         finally:
-            self.drafter.run = stock
+            self.drafter.run = original
             self.drafter.max_exits = self.runner.num_spec_tokens
         return passes_ms, rounds_ms
 

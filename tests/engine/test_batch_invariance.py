@@ -55,13 +55,13 @@ def test_a_start_compares_whole_passes_and_says_what_it_found(options, tiny_llam
     assert not any("batch" in line for line in said)
 
     def cover_badly(model, dtype):
-        found = stock(model, dtype)
+        found = original(model, dtype)
         method = model.lm_head.quant_method
         stock_apply = method.apply
         method.apply = lambda layer, rows, bias=None: stock_apply(layer, rows, bias) + (len(rows) > 3)
         return found
 
-    stock = invariant_worker.cover
+    original = invariant_worker.cover
     monkeypatch.setattr(invariant_worker, "cover", cover_badly)
     with logged() as said, Engine(tiny_llama, options) as engine:
         assert not engine.core.model_executor.driver_worker.worker.coverage.holds

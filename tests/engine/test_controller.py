@@ -148,8 +148,8 @@ def test_requests_choose_for_themselves(tiny_llama, lens_ramps, plain_tokens):
         for index, item in enumerate(params):
             engine.add(str(index), PROMPTS[index], item)
         requests, seen = engine.runner.ledger.requests, {}
-        stock = engine.runner.ledger.end_request
-        engine.runner.ledger.end_request = lambda name: (seen.update({name[0]: requests.get(name)}), stock(name))[1]
+        original = engine.runner.ledger.end_request
+        engine.runner.ledger.end_request = lambda name: (seen.update({name[0]: requests.get(name)}), original(name))[1]
         answers = engine.run()
     for index in (1, 2, 3):
         assert answers[str(index)] == plain_tokens[index], f"request {index} was to be lossless"

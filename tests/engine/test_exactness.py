@@ -33,11 +33,11 @@ def test_lossless_under(situation, tiny_llama, lens_ramps, expected):
 
 def count_preemptions(engine):
     """A list that grows by one request id per preemption."""
-    seen, stock = [], engine.scheduler._preempt_request
+    seen, original = [], engine.scheduler._preempt_request
 
     def record(request, *args, **kwargs):
         seen.append(request.request_id)
-        return stock(request, *args, **kwargs)
+        return original(request, *args, **kwargs)
 
     engine.scheduler._preempt_request = record
     return seen

@@ -33,7 +33,7 @@ TARGETS = [
     "step.verify_released",
     "runner._verify_held",
     "step.verify_held",
-    "runner._check",
+    "runner._verify_greedy",
     "runner._go_on",
     "step.emit",
     "step._count",
@@ -45,8 +45,8 @@ TARGETS = [
     "ledger.add_request",
     "ledger.end_request",
     "ledger.due",
-    "ledger.record",
-    "ledger.checked",
+    "ledger.record_verdicts",
+    "ledger.count_held",
     "ledger.emit",
     "ledger.release",
     "ledger.count_emitted",
@@ -108,12 +108,12 @@ def owner_of(engine: Engine, name: str) -> Any:
 @contextmanager
 def fault(owner: Any, method: str, *, once: bool) -> Iterator[list[int]]:
     """Within, the method raises: at its next call, or at every one. Yields the number of faults, in a list."""
-    stock, raised = getattr(owner, method), [0]
+    original, raised = getattr(owner, method), [0]
     was_there = vars(owner).get(method)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if once and raised[0]:
-            return stock(*args, **kwargs)
+            return original(*args, **kwargs)
         raised[0] += 1
         raise RuntimeError(f"injected into {method}")
 
@@ -300,11 +300,11 @@ def test_what_is_no_part_of_exits_does_not_switch_them_off(tiny_llama, lens_ramp
     with Engine(tiny_llama, options, **CHUNKS) as engine:
         monkeypatch.setattr(Histogram, "observe", fail)
         ramps, calls = engine.runner.exit_drafter.ramps, []
-        stock = ramps.predict
+        original = ramps.predict
 
         def predict(*args, **kwargs):
             calls.append(1)
-            found = stock(*args, **kwargs)
+            found = original(*args, **kwargs)
             return found._replace(confidences=[float("nan")] * len(found.confidences)) if len(calls) % 2 else found
 
         ramps.predict = predict

@@ -79,10 +79,10 @@ def break_rank(engine: Engine, rank: int, name: str, method: str) -> None:
             "ramps": drafter.ramps,
             "policy": type(drafter.policy),
         }[name]
-        stock = getattr(owner, method)
+        original = getattr(owner, method)
 
         def failing(*args: Any, **kwargs: Any) -> Any:
-            setattr(owner, method, stock)
+            setattr(owner, method, original)
             raise RuntimeError(f"injected into {method} of rank {rank}")
 
         setattr(owner, method, failing)
@@ -157,9 +157,9 @@ def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llam
     def see_other_tokens(worker: Any) -> None:
         """Rank 1 alone, in the shadow of the ramp in use."""
         sets = worker.model_runner.exit_drafter.ramp_sets
-        stock = sets[3].predict
+        original = sets[3].predict
         if worker.rank == 1:
-            sets[3].predict = lambda *args, **kwargs: (found := stock(*args, **kwargs))._replace(
+            sets[3].predict = lambda *args, **kwargs: (found := original(*args, **kwargs))._replace(
                 token_ids=(found.token_ids + 1) % 160
             )
 

@@ -36,8 +36,8 @@ def test_a_first_token_does_not_wait_for_the_rounds_that_follow_it(tiny_llama, l
         happened = []
 
         def watch(owner, name):
-            stock = getattr(owner, name)
-            setattr(owner, name, lambda *args, **kwargs: (happened.append(name), stock(*args, **kwargs))[1])
+            original = getattr(owner, name)
+            setattr(owner, name, lambda *args, **kwargs: (happened.append(name), original(*args, **kwargs))[1])
 
         watch(engine.scheduler, "update_from_output")  # takes the step's tokens
         watch(engine.runner.exit_drafter, "run")
@@ -59,12 +59,12 @@ def test_every_released_exit_gets_its_verdict_unless_its_request_ended(depth, ti
     options = {"ramps": str(lens_ramps(depth=depth)), **RELEASE_ALL}
     with Engine(tiny_llama, options) as engine:
         ended_with_open_exits = 0
-        stock = engine.runner.ledger.end_request
+        original = engine.runner.ledger.end_request
 
         def record(request_id):
             nonlocal ended_with_open_exits
             ended_with_open_exits += len(engine.runner.ledger.requests[request_id].outstanding)
-            stock(request_id)
+            original(request_id)
 
         engine.runner.ledger.end_request = record
         for index, prompt in enumerate(PROMPTS):
@@ -89,13 +89,13 @@ def test_verdicts_are_the_full_models_choice_after_what_was_emitted(depth, tiny_
     options = {"ramps": str(lens_ramps(depth=depth)), **RELEASE_ALL, "accuracy_bound": 0.9}
     with Engine(tiny_llama, options) as engine:
         seen = []
-        stock = engine.runner.ledger.record
+        original = engine.runner.ledger.record
 
         def record(pending, verdicts, regrets):
             for item, verdict, regret in zip(pending, verdicts, regrets, strict=True):
                 seen.append((item.exit.position, item.exit.token_id, verdict))
                 assert (regret > 0) == (item.exit.token_id != verdict)
-            return stock(pending, verdicts, regrets)
+            return original(pending, verdicts, regrets)
 
         engine.runner.ledger.record = record
         (answer,) = engine.tokens(PROMPTS[:1], greedy(40))
@@ -150,13 +150,13 @@ def test_identical_requests_side_by_side_keep_their_verdicts_through_preemption(
     prompts = [token_prompts(1, shared=60)[0]] * 8
     with Engine(tiny_llama, options, block_size=32, num_gpu_blocks_override=14, enable_prefix_caching=True) as engine:
         at_end = 0
-        stock = engine.runner.ledger.end_request
+        original = engine.runner.ledger.end_request
 
         def record(request_id):
             nonlocal at_end
             last = engine.runner.ledger.requests[request_id]
             at_end += len(last.outstanding)
-            stock(request_id)
+            original(request_id)
 
         engine.runner.ledger.end_request = record
         answers = engine.tokens(prompts, greedy(60))

@@ -14,14 +14,14 @@ def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, 
     options = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "threshold": 0.01, "accuracy_bound": bound}
     with Engine(tiny_llama, options) as engine:
         ramps, calls = engine.runner.exit_drafter.ramps, 0
-        stock = ramps.predict
+        original = ramps.predict
 
         def predict(*args, **kwargs):
             nonlocal calls
             calls += 1
             if calls == 8:
                 raise RuntimeError("injected")
-            return stock(*args, **kwargs)
+            return original(*args, **kwargs)
 
         ramps.predict = predict
         assert engine.tokens(PROMPTS, greedy(40)) == expected
@@ -38,12 +38,12 @@ def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, 
 def test_exits_keep_the_batch_within_max_rows_and_cost_nothing_beyond(tiny_llama, lens_ramps):
     options = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "max_batch_tokens": 4}
     with Engine(tiny_llama, options) as engine:
-        scheduled, stock = [], engine.runner._prepare_inputs
+        scheduled, original = [], engine.runner._prepare_inputs
 
         def record(scheduler_output, num_scheduled_tokens):
             if not scheduler_output.scheduled_new_reqs:
                 scheduled.append((len(num_scheduled_tokens), int(num_scheduled_tokens.sum())))
-            return stock(scheduler_output, num_scheduled_tokens)
+            return original(scheduler_output, num_scheduled_tokens)
 
         engine.runner._prepare_inputs = record
         rounds = {}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from apparate_llm.argmax import best_tokens
-from apparate_llm.engine.greedy import check, is_plain_greedy
+from apparate_llm.engine.greedy import is_plain_greedy, verify_greedy
 
 VOCAB = 40
 
@@ -69,7 +69,7 @@ def test_it_accepts_what_vllms_sampler_accepts(dtype, sampling):
             row += count + 1
         metadata = metadata_of(drafts)
         expected = sampler(metadata, None, logits.clone(), sampling).sampled_token_ids
-        got = check(logits, metadata).sampled_token_ids
+        got = verify_greedy(logits, metadata).sampled_token_ids
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected)
         accepted |= set((got != -1).sum(1).tolist())

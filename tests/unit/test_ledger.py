@@ -39,7 +39,7 @@ def test_a_verdict_is_due_where_the_position_before_it_is_computed():
 
 def test_verdicts_settle_exits():
     ledger = ledger_with(exit_at(10, 5), exit_at(11, 6))
-    ledger.record(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
+    ledger.record_verdicts(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
     assert (ledger.counts.verified, ledger.counts.diverged, ledger.counts.outstanding) == (2, 1, 0)
     assert ledger.counts.regret_nats == 0.4
     assert ledger.budget.server.spent_nano == NANO
@@ -48,7 +48,7 @@ def test_verdicts_settle_exits():
 
 def test_an_ended_request_leaves_its_open_exits_unverified():
     ledger = ledger_with(exit_at(10, 5), exit_at(11, 6))
-    ledger.record(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [5], [0.0])
+    ledger.record_verdicts(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [5], [0.0])
     ledger.end_request("a")
     ledger.end_request("a")  # told twice, counted once
     assert (ledger.counts.verified, ledger.counts.unverified, ledger.counts.outstanding) == (1, 1, 0)
@@ -59,7 +59,7 @@ def test_exits_that_end_without_a_verdict_count_against_the_bound():
     share = TenantShare(Bucket.for_tenant(0.5, 1))
     ledger = ledger_with(exit_at(10, 5), exit_at(11, 6), exit_at(12, 7))
     ledger.requests["a"].share = share
-    ledger.record(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [6], [0.3])
+    ledger.record_verdicts(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [6], [0.3])
     ledger.counts.emitted = SETTLED_TOKENS + 1
     ledger.end_request("a")
     counts = ledger.counts.as_dict()
@@ -102,7 +102,7 @@ def test_an_accepted_divergence_is_paid_for_and_counted_with_its_regret():
     request, exit_ = ledger.requests["a"], exit_at(10, 5)
     request.held = [exit_]
     ledger.accept_divergence("a", exit_, 0.25)
-    ledger.checked(request, num_held=1, num_accepted=1)
+    ledger.count_held(request, num_held=1, num_accepted=1)
     assert ledger.counts.outcomes[Outcome.HELD_ACCEPTED_DIVERGED] == {0: 1}
     assert (ledger.counts.diverged, ledger.counts.regret_nats) == (1, 0.25)
     assert ledger.audit.largest_request_excess == 0.0  # well within its bound

@@ -180,9 +180,9 @@ def test_engines_are_forked_with_intels_openmp_only_and_unless_the_user_says_oth
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)  # an engine of this process may have set it
     if method:
         monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", method)
-    stock = CpuPlatform.check_and_update_config
+    original = CpuPlatform.check_and_update_config
     assert patch_named("fork_engines").target not in apply_all("server")
-    assert CpuPlatform.check_and_update_config == stock
+    assert CpuPlatform.check_and_update_config == original
 
 
 def test_a_forked_engine_is_what_vllms_settings_end_in(monkeypatch):

@@ -203,12 +203,12 @@ def test_an_interrupted_save_leaves_the_old_ramps_or_an_error(folder, monkeypatc
     changed = {name: value + 1 if value.is_floating_point() else value for name, value in load_tensors(folder).items()}
     from apparate_llm.ramps import checkpoint
 
-    stock = checkpoint.write_atomically
+    original = checkpoint.write_atomically
 
     def crash_at_manifest(path, data):
         if path.name == MANIFEST:
             raise KeyboardInterrupt
-        stock(path, data)
+        original(path, data)
 
     monkeypatch.setattr(checkpoint, "write_atomically", crash_at_manifest)
     with pytest.raises(KeyboardInterrupt):
