@@ -22,7 +22,7 @@ test: lint
 
 # Meant to take ten minutes: TPT over plain vLLM's with 1, 4 and 16 clients, each ratio with its 95 % interval.
 bench: $(READY)
-	$(BIN)/apparate-llm eval tpt $(MODEL) --out $(or $(OUT),bench) --fresh --systems vllm,lossless,bounded,ngram \
+	$(BIN)/apparate-llm eval tpt $(MODEL) --out $(or $(OUT),bench) --fresh --systems vllm,lossless,early-exit,ngram \
 	  --num-prompts 12 --concurrency 1,4,16 --max-tokens 48 --repeat 2 $(ARGS)
 
 check: lint

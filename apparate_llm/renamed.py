@@ -36,6 +36,7 @@ METRICS = {  # new -> old; both are on the page
     },
 }
 LABELS = {"tenant": "class"}
+SYSTEMS = {"bounded": "early-exit", "idle": "ramps-only"}  # of the evaluation, old -> new
 
 
 def with_new_names(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -49,6 +50,14 @@ def with_new_names(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[s
             raise ValueError(f"{old}: the old name of {new}, which says something else")
         warn(old, new)
     return renamed
+
+
+def system_of_old(name: str) -> str:
+    """Of an evaluation's results: `bounded 0.05` is early-exit-0.05 now, and so is `epsilon=0.05`."""
+    kind, _, bound = name.replace("epsilon=", "bounded ").partition(" ")
+    if kind not in SYSTEMS:
+        return name
+    return "-".join(part for part in (SYSTEMS[kind], bound) if part)
 
 
 @cache

@@ -9,7 +9,7 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
 from apparate_llm.lifeline import exit_on_sigterm
 
-DEFAULT_SYSTEMS = "vllm,lossless,bounded,ngram,hf-early-exit"
+DEFAULT_SYSTEMS = "vllm,lossless,early-exit,ngram,hf-early-exit"
 NOT_SHARED = (
     "policy",
     "accuracy_bound",
@@ -113,7 +113,7 @@ def _add_drift(kinds: Commands) -> None:
         allow_abbrev=False,
     )
     _add_common(drift, repeat=1)
-    _add_systems(drift, "vllm,bounded")
+    _add_systems(drift, "vllm,early-exit")
     drift.add_argument("--workloads", type=paths, default=[Path("chat"), Path("code")], help="A,B (default: chat,code)")
     drift.add_argument("--clients", type=positive, default=2, help="clients of the closed loop (default: 2)")
     drift.set_defaults(run=_later("run_drift"), goes_on=True)
@@ -205,7 +205,7 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
 
 def _add_options_of_systems(parser: OneLineParser) -> None:
     parser.add_argument(
-        "--accuracy-bounds", type=shares, default=[0.05], metavar="E1,E2", help="of system bounded (default: 0.05)"
+        "--accuracy-bounds", type=shares, default=[0.05], metavar="E1,E2", help="of system early-exit (default: 0.05)"
     )
     add_options(parser, leave_out=NOT_SHARED)
 

@@ -22,6 +22,7 @@ from apparate_llm.eval.tables import (
     ratio_cell,
     ratios_by_run,
 )
+from apparate_llm.renamed import system_of_old
 
 RESULTS_NAME = "results.json"
 MAX_TOLD = 60  # characters of a value that differs
@@ -43,12 +44,22 @@ def load_results(folder_or_file: Path) -> Results:
     if (got := data.get("schema_version")) != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema_version is {got!r}, allowed: {SCHEMA_VERSION}; run that evaluation again")
     try:
-        return Results.model_validate(data)
+        return _with_new_names(Results.model_validate(data))
     except ValidationError as error:
         first, *more = error.errors()
         where = ".".join(map(str, first["loc"]))
         rest = f" (and {len(more)} more)" if more else ""
         raise ValueError(f"{path}: {where}: {first['msg']}{rest}") from None
+
+
+def _with_new_names(results: Results) -> Results:
+    """Of systems, in results of version 0.1."""
+    for item in (*results.runs, *results.ratios):
+        item.system = system_of_old(item.system)
+    for told in (results.systems, results.skipped, results.settings.get("bounds") or {}):
+        for name in list(told):
+            told[system_of_old(name)] = told.pop(name)
+    return results
 
 
 def compare(a: Results, b: Results, names: tuple[str, str]) -> list[Table]:

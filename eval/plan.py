@@ -264,7 +264,7 @@ def _vllm_flags(given: list[str], num_servers: int) -> list[str]:
 def name_of(config: EarlyExitConfig) -> str:
     if config.policy == "off":
         return "off"
-    bound = "lossless" if config.accuracy_bound == 0 else f"epsilon={config.accuracy_bound:g}"
+    bound = "lossless" if config.accuracy_bound == 0 else f"early-exit-{config.accuracy_bound:g}"
     return bound if config.policy == "adaptive" else f"{config.policy} {bound}"
 
 

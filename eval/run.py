@@ -30,6 +30,7 @@ from apparate_llm.machine import machine
 from apparate_llm.models.architectures import layers_of
 from apparate_llm.progress import SECONDS, Progress
 from apparate_llm.redact import redacted
+from apparate_llm.renamed import system_of_old
 
 if TYPE_CHECKING:
     from apparate_llm.eval.figures import Points
@@ -171,7 +172,7 @@ def points_of(store: Store) -> "Points":
 
     points, loads = Points(), store.plan()["loads"]
     for block in store.blocks():
-        key = (block.key.system, *loads[block.key.load])
+        key = (system_of_old(block.key.system), *loads[block.key.load])
         for done in block.completions:
             if (tpt_ms := done.tpt_ms) is not None:
                 points.tpt_ms.setdefault(key, []).append(tpt_ms)

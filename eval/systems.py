@@ -14,6 +14,8 @@ from apparate_llm.config import parse_config
 from apparate_llm.controller.policies import POLICIES
 from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.redact import redacted
+from apparate_llm.renamed import SYSTEMS as OLD_SYSTEMS
+from apparate_llm.renamed import warn
 from apparate_llm.serve import preflight_ramps
 from apparate_llm.vllm_flags import given_value, normalised
 
@@ -26,9 +28,9 @@ SUFFIX_PACKAGE = "arctic_inference"
 NAMES = {
     "vllm": "plain vLLM, the baseline",
     "lossless": "early exits, accuracy bound 0",
-    "bounded": "early exits, once for each of --accuracy-bounds",
+    "early-exit": "early exits, once for each of --accuracy-bounds",
     "off": "our server with --policy off",
-    "idle": "ramps run, and no exit is ever taken: what a ramp costs",
+    "ramps-only": "ramps run, and no exit is ever taken: what a ramp costs",
     "ngram": "vLLM's n-gram speculation",
     "suffix": f"vLLM's suffix decoding (package {SUFFIX_PACKAGE})",
     "hf": "Hugging Face generate",
@@ -90,7 +92,10 @@ def tells_of_exits(base_url: str, api_key: str | None = None) -> bool:
 def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> list[System]:
     """The systems by their names, plain vLLM first; raises ValueError for a name that is none."""
     systems = []
-    for name in dict.fromkeys(names):
+    for given in names:
+        if given in OLD_SYSTEMS:
+            warn(given, OLD_SYSTEMS[given])
+    for name in dict.fromkeys(OLD_SYSTEMS.get(name, name) for name in names):
         if name not in NAMES:
             raise ValueError(f"unknown system {name!r}; there are {', '.join(NAMES)}")
         systems += _named(name, choice)
@@ -128,12 +133,12 @@ def _named(name: str, choice: ModelChoice) -> list[System]:
         return [early_exits(name, choice, "--accuracy-bound", "0")]
     if name == "off":
         return [early_exits(name, choice, "--policy", "off")]
-    if name == "idle":
-        idle = ("--policy", "static", "--accuracy-bound", "0", "--hold-threshold", "1", "--max-batch-tokens", "65536")
-        return [early_exits(name, choice, *idle)]
-    policy = () if name == "bounded" else ("--policy", name)
+    if name == "ramps-only":
+        never = ("--policy", "static", "--accuracy-bound", "0", "--hold-threshold", "1", "--max-batch-tokens", "65536")
+        return [early_exits(name, choice, *never)]
+    policy = () if name == "early-exit" else ("--policy", name)
     return [
-        early_exits(f"{name} {bound:g}", choice, *policy, "--accuracy-bound", f"{bound:g}") for bound in choice.bounds
+        early_exits(f"{name}-{bound:g}", choice, *policy, "--accuracy-bound", f"{bound:g}") for bound in choice.bounds
     ]
 
 

@@ -48,7 +48,7 @@ def main() -> int:
     phases = [(phase, prompts_of(phase)) for phase in args.phase]
     model = model_folder(args.model)
     choice = ModelChoice(model, vllm_flags=(*memory_flags(flags), "--max-model-len", "4096", *flags))
-    system = early_exits("bounded", choice, "--accuracy-bound", str(args.bound))
+    system = early_exits("early-exit", choice, "--accuracy-bound", str(args.bound))
     with Server(system, log=Path(tempfile.mkdtemp()) / "server.log", start_timeout_s=900) as server:
         server.wait_ready()
         rows = [ask(server, phase, prompts, args) for phase, prompts in phases]

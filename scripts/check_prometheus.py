@@ -47,7 +47,7 @@ def main() -> int:
     if shutil.which("prometheus") is None:
         parser.error("there is no prometheus on the path")
     folder = Path(tempfile.mkdtemp(prefix="check-prometheus-"))
-    (system,) = systems_of(["bounded"], [], ModelChoice(model_folder(None), (*memory_flags(flags), *flags)))
+    (system,) = systems_of(["early-exit"], [], ModelChoice(model_folder(None), (*memory_flags(flags), *flags)))
     with Server(system, log=folder / "server.log", start_timeout_s=900) as server:
         server.wait_ready()
         with_prometheus = start_prometheus(server.base_url, folder)

@@ -222,8 +222,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="model folder (default: the embedded one)")
     parser.add_argument("--batch", default="1", help="comma-separated numbers of requests at once")
-    parser.add_argument("--systems", default="plain,lossless,bounded")
-    parser.add_argument("--bound", type=float, default=0.05, help="of `bounded`")
+    parser.add_argument("--systems", default="plain,lossless,early-exit")
+    parser.add_argument("--bound", type=float, default=0.05, help="of `early-exit`")
     parser.add_argument(
         "--depth", type=int, help=f"all exits at this depth, by policy static with threshold {THRESHOLD}"
     )

