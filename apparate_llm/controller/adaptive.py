@@ -158,9 +158,9 @@ class AdaptivePolicy(Policy):
         self._not_followed += 1
         return self._not_followed % FOLLOWED_EVERY == 0
 
-    def wants_another_step(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
-        statistics, live = self._statistics(number), len(reaches)
-        gain = sum(reaches) * statistics.taken_frac * statistics.agreement
+    def wants_another_step(self, number: int, joint_acceptances: Sequence[float], num_rows: int) -> bool:
+        statistics, live = self._statistics(number), len(joint_acceptances)
+        gain = sum(joint_acceptances) * statistics.taken_frac * statistics.agreement
         rows_ms = self.costs.completion(num_rows + live * statistics.taken_frac) - self.costs.completion(num_rows)
         return gain >= self._min_tokens_per_ms * (self.costs.round(self.depth, live) + rows_ms)
 

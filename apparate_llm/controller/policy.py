@@ -32,9 +32,10 @@ class Policy(ABC):
         """Whether to copy on where a request's text repeats its last `match` tokens."""
         return False
 
-    def wants_another_step(self, number: int, reaches: Sequence[float], num_rows: int) -> bool:
-        """Whether round `number` (from 1; the first always runs) is worth it. reaches: for each request still taking
-        part, the probability that all its held exits agree; num_rows: of the next verification pass as of now."""
+    def wants_another_step(self, number: int, joint_acceptances: Sequence[float], num_rows: int) -> bool:
+        """Whether draft step `number` (from 1; the first always runs) is worth it. joint_acceptances: for each request
+        still taking part, the probability that all its held exits agree; num_rows: of the next verification pass as of
+        now."""
         return True
 
     @abstractmethod

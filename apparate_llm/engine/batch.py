@@ -23,6 +23,7 @@ def batch_of(runner: Any) -> Batch:
         num_prompt_tokens=inside.num_prompt_tokens[:number],
         num_computed_tokens=inside.num_computed_tokens_cpu[:number],
         first_rows=runner.query_start_loc.np[: number + 1],
+        max_model_len=runner.max_model_len,
     )
 
 

@@ -37,7 +37,7 @@ class FallbackRunner(CPUModelRunner):
         self.exit_config = config_from_vllm(vllm_config)
         self.peers = Peers(get_tp_group())
         self.clock = StepClock(self.peers)
-        self.step = ExitStep(self._new_ledger(), self.clock, max_model_len=self.max_model_len)
+        self.step = ExitStep(self._new_ledger(), self.clock)
         self.safety = Safety()
         self.exit_drafter: Drafter | None = None  # None: no exits
         self.switch: PolicySwitch | None = None  # None: started without exits

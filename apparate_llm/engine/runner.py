@@ -1,6 +1,6 @@
-"""The only module that knows the inside of vLLM's V1 model runner.
+"""With `batch.py` all that knows the inside of vLLM's V1 model runner.
 
-With `batch.py`. Each of vLLM's calls is answered by what `exits/step.py` does then: verdict rows join the pass, their
+Each of vLLM's calls is answered by what `exits/step.py` does then: verdict rows join the pass, their
 scores are compared, and after sampling exits are drafted.
 """
 
@@ -26,7 +26,7 @@ from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.engine.greedy import first_rows, is_plain_greedy, verify_greedy
 from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.output import EarlyExitOutput
-from apparate_llm.engine.runtime_config import PolicySwitch, admit_request
+from apparate_llm.engine.runtime_config import PolicySwitch, admit_request, max_tokens_of
 from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.shallow_pass import ShallowPass
 from apparate_llm.engine.state_key import state_key_of
@@ -52,11 +52,11 @@ class EarlyExitRunner(FallbackRunner):
         if config.policy == "off":
             return
         ramps, depth = ramps_of(self.model)
-        inner_depths = set(ramps[depth].inner) | (ramps.keys() - {0} if len(ramps) > 1 else set())
-        if inner_depths:
-            self.get_model().set_aux_state_depths(tuple(sorted(inner_depths)))  # type: ignore[operator]
+        aux_depths = set(ramps[depth].inner) | (ramps.keys() - {0} if len(ramps) > 1 else set())
+        if aux_depths:
+            self.get_model().set_aux_state_depths(tuple(sorted(aux_depths)))  # type: ignore[operator]
             self.use_aux_hidden_state_outputs = True
-        forget_options(self.vllm_config, sorted(inner_depths))
+        forget_options(self.vllm_config, sorted(aux_depths))
         num_layers = self.model_config.get_total_num_hidden_layers()
         self.switch = PolicySwitch(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
         policy = self.switch.make(config)
@@ -68,7 +68,7 @@ class EarlyExitRunner(FallbackRunner):
             max_exits=min(config.max_exits, self.num_spec_tokens),
             peers=self.peers,
         )
-        self.shadow = Shadow(self.exit_drafter, tuple(sorted(inner_depths)), self.clock, self.peers)
+        self.shadow = Shadow(self.exit_drafter, tuple(sorted(aux_depths)), self.clock, self.peers)
         if self.peers.is_first:
             self.memory.begin(config, state_key_of(self, depths=sorted(ramps)), policy, num_layers=num_layers)
         learned = self.peers.share_object(policy.state())
@@ -106,7 +106,9 @@ class EarlyExitRunner(FallbackRunner):
         for request_id in scheduler_output.finished_req_ids:
             self.ledger.end_request(request_id)
         for new in scheduler_output.scheduled_new_reqs:
-            if new.req_id not in self.ledger.requests and new.sampling_params is not None:
+            if (known := self.ledger.requests.get(new.req_id)) is not None:  # its input goes on, with other limits
+                known.max_tokens = max_tokens_of(new.sampling_params)
+            elif new.sampling_params is not None:
                 self.ledger.add_request(new.req_id, self._exits_of(new.sampling_params))
                 if self.exit_drafter is not None:
                     self.exit_drafter.policy.on_request()
@@ -237,8 +239,13 @@ class EarlyExitRunner(FallbackRunner):
     ) -> list[list[int]]:
         """vLLM's call for drafts after sampling and bookkeeping. Held exits are the drafts."""
         self.step.drafts = [[] for _ in sampled_token_ids]
-        num_drafts, aux = spec_decode_metadata.num_draft_tokens, aux_hidden_states or []
-        self._guarded("drafting", lambda: self._go_on(sampled_token_ids, num_drafts, hidden_states, aux), None)
+        self._guarded(
+            "drafting",
+            lambda: self._go_on(
+                sampled_token_ids, spec_decode_metadata.num_draft_tokens, hidden_states, aux_hidden_states or []
+            ),
+            None,
+        )
         self._attempt("clock", self.clock.start, None)
         return self.step.drafts
 

@@ -36,10 +36,10 @@ def vllm_args(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
     }
 
 
-def forget_options(vllm_config: "VllmConfig", inner_depths: list[int]) -> None:
+def forget_options(vllm_config: "VllmConfig", aux_depths: list[int]) -> None:
     """vLLM's compile cache has the additional settings in its key. All that shapes the compiled pass are the states it
     gives out; the options were read before."""
     additional = vllm_config.additional_config
     assert isinstance(additional, dict), f"options came out of {type(additional)}"
     others = {k: v for k, v in additional.items() if k != ADDITIONAL_CONFIG_KEY}
-    vllm_config.additional_config = others | {"early_exit_aux_depths": inner_depths}
+    vllm_config.additional_config = others | {"early_exit_aux_depths": aux_depths}

@@ -18,6 +18,7 @@ class Batch:
     num_prompt_tokens: NDArray[np.int32]  # [requests] of them, the prompt's
     num_computed_tokens: NDArray[np.int32]  # [requests] before this step
     first_rows: NDArray[np.int32]  # [requests + 1] of each in the pass, and the number of all rows
+    max_model_len: int  # tokens of the context
 
     @property
     def num_requests(self) -> int:

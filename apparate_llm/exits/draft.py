@@ -14,6 +14,7 @@ from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
 from apparate_llm.exits.batch import Batch
+from apparate_llm.exits.ranks import Ranks
 from apparate_llm.ramps.load import Prediction, Proposals, RampSet
 from apparate_llm.ramps.lookup import NO_LOOKUP, Lookup, TokenIds, look_up, lookup_confidence
 
@@ -44,14 +45,6 @@ class DraftModel(Protocol):
 
     def append(self, request_index: int, tokens: list[int]) -> None:
         """Make `tokens` ordinary tokens at the end of a request's text."""
-        ...
-
-
-class Ranks(Protocol):
-    """Of one tensor parallel group."""
-
-    def share_prediction(self, prediction: Prediction) -> Prediction:
-        """Rank 0's tokens and confidences, on every rank."""
         ...
 
 
@@ -114,15 +107,15 @@ class Drafter:
         return self.ramp_sets[self.policy.depth]
 
     def start(self) -> int | None:
-        """Most rounds that the policy wants in the step under way, 0 where texts are followed only; None: no exits."""
-        num_rounds = min(self.policy.start(self.model.batch().num_requests), self.max_exits)
-        return num_rounds if num_rounds or self.policy.looks_up else None
+        """Most draft steps that the policy wants in the step under way, 0 for lookups only; None: no exits."""
+        num_steps = min(self.policy.start(self.model.batch().num_requests), self.max_exits)
+        return num_steps if num_steps or self.policy.looks_up else None
 
     def run(
-        self, rows: list[DraftRequest], num_rounds: int, final_states: torch.Tensor, aux_states: list[torch.Tensor]
+        self, rows: list[DraftRequest], num_steps: int, final_states: torch.Tensor, aux_states: list[torch.Tensor]
     ) -> list[tuple[int, float]]:
-        """Fill in `released`, `held` and `not_taken` of the rows in up to `num_rounds`; returns (rows, ms) of each
-        round run. Rows whose text repeats itself at length follow it from there on, without a round.
+        """Fill in `released`, `held` and `not_taken` of the rows in up to `num_steps`; returns (rows, ms) of each
+        draft step. Rows whose text repeats itself at length follow it from there on, without a round.
 
         final_states [num_tokens, hidden_size] are the verification pass's, after the final norm; aux_states, of the
         same shape each, its residual streams at the ramp's auxiliary depths.
@@ -131,13 +124,13 @@ class Drafter:
         batch = self.model.batch()
         self._texts, self._num_rows = batch.text, batch.num_requests
         live = [row for row in rows if not self._takes_lookup(row)]
-        if not live or not num_rounds:
+        if not live or not num_steps:
             return []
         tokens = torch.tensor([row.newest_token for row in live])
         state_rows = [row.state_row for row in live]
-        state = self.ramps.head.enter(final_states[state_rows], [inner[state_rows] for inner in aux_states])
+        state = self.ramps.head.enter(final_states[state_rows], [aux[state_rows] for aux in aux_states])
         spent: list[tuple[int, float]] = []
-        for number in range(num_rounds):
+        for number in range(num_steps):
             prediction = self.peers.share_prediction(self.predict(live, tokens, state, number))
             going: list[int] = []
             predicted = perf_counter()
@@ -154,7 +147,7 @@ class Drafter:
             joint = [live[i].joint_acceptance for i in going]
             if (
                 not going
-                or number + 1 == num_rounds
+                or number + 1 == num_steps
                 or not self.policy.wants_another_step(number + 1, joint, self._num_rows)
             ):
                 break

@@ -1,4 +1,4 @@
-"""Who owes a verdict, and what the verdicts said. Owned by the runner; one instance per server."""
+"""Who owes a verdict, and what the verdicts said. A server has one; another where a failure left it beyond repair."""
 
 import logging
 import math

@@ -38,14 +38,19 @@ class Memory:
             self.asides.run("The controller's state", partial(self.state.save, policy))
 
     def learned(
-        self, took: Took | None, judged: list[Verdict], policy: Policy, histograms: Distributions, controller_ms: float
+        self,
+        took: Took | None,
+        verdicts: list[Verdict],
+        policy: Policy,
+        histograms: Distributions,
+        controller_ms: float,
     ) -> None:
         """Of a step: what it took, if it can be said, and its verdicts."""
         if took is not None:
             self.asides.run("A histogram", partial(histograms.completion_ms.observe, took.completion_ms))
         self.asides.run("A histogram", partial(histograms.controller_ms.observe, controller_ms))
         if self.feedback is not None:
-            self.asides.run("The feedback log", partial(self.feedback.completed, took, judged))
+            self.asides.run("The feedback log", partial(self.feedback.completed, took, verdicts))
         if self.state is not None:
             self.asides.run("The controller's state", partial(self.state.save_now_and_then, policy))
 

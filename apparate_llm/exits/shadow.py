@@ -6,7 +6,8 @@ from time import perf_counter
 import torch
 
 from apparate_llm.exits.draft import Drafter
-from apparate_llm.exits.step_clock import Ranks, StepClock
+from apparate_llm.exits.ranks import Ranks
+from apparate_llm.exits.step_clock import StepClock
 from apparate_llm.ramps.load import Proposals
 from apparate_llm.ramps.lookup import TokenIds, looked_up
 
@@ -26,12 +27,12 @@ class Shadow:
         self.depths = depths
         self._due_s = 0.0
 
-    def ramp_states(self, inner: list[torch.Tensor]) -> list[torch.Tensor]:
+    def ramp_states(self, aux: list[torch.Tensor]) -> list[torch.Tensor]:
         """The auxiliary hidden states that the ramps read, out of all the verification pass gives."""
-        return [inner[self.depths.index(depth)] for depth in self.drafter.ramps.inner]
+        return [aux[self.depths.index(depth)] for depth in self.drafter.ramps.inner]
 
     def maybe_run(
-        self, sampled_token_ids: list[list[int]], num_drafts: list[int], final: torch.Tensor, inner: list[torch.Tensor]
+        self, sampled_token_ids: list[list[int]], num_drafts: list[int], final: torch.Tensor, aux: list[torch.Tensor]
     ) -> None:
         """After a verification pass; num_drafts: held exits it checked, per request."""
         if self.clock.now_s < self._due_s:
@@ -48,7 +49,7 @@ class Shadow:
         if not rows:
             return
         began_s = perf_counter()
-        self._compare(rows[:MAX_ROWS], texts[:MAX_ROWS], targets[:MAX_ROWS], final, inner)
+        self._compare(rows[:MAX_ROWS], texts[:MAX_ROWS], targets[:MAX_ROWS], final, aux)
         (took_s,) = self.peers.share_floats([perf_counter() - began_s])
         self._due_s = self.clock.now_s + took_s / COST_FRAC
 
@@ -58,16 +59,16 @@ class Shadow:
         texts: list[TokenIds],
         targets: list[int],
         final: torch.Tensor,
-        inner: list[torch.Tensor],
+        aux: list[torch.Tensor],
     ) -> None:
         policy, before, embed = self.drafter.policy, [row - 1 for row in rows], self.drafter.model.embed
         newest = torch.tensor([int(text[-1]) for text in texts])
         tokens, lengths = torch.tensor([looked_up(text) for text in texts]).unbind(1)
         proposals, newest_states = Proposals(tokens, lengths, embed(tokens)), embed(newest)
-        states = [state[before] for state in self.ramp_states(inner)]
+        states = [state[before] for state in self.ramp_states(aux)]
         agrees = {}
         for depth, ramps in self.drafter.ramp_sets.items():
-            hidden = inner[self.depths.index(depth)][rows] if depth else newest_states
+            hidden = aux[self.depths.index(depth)][rows] if depth else newest_states
             state = ramps.head.enter(final[before], states)
             given = proposals if ramps.head.reads_lookup else None
             prediction = ramps.predict(hidden, state, given, round_number=0)

@@ -3,7 +3,8 @@
 due        which rows of the pass tell of released exits
 verified   these get their verdicts, and the held ones
 emitted    what the full model chose goes out, and with it the held exits that it accepts
-drafted    draft steps, and lookup of what a text repeats
+learned    the policy is told what the verdicts were and what the step cost
+drafted    by `draft.py`, now or when the step's tokens have left
 committed  released exits become text, held ones vLLM's drafts
 
 Nothing here knows vLLM: a step is a `Batch`, a model is a `DraftModel`.
@@ -26,15 +27,16 @@ from apparate_llm.exits.verify import Drafts, best_and_regret, verdicts_of_sampl
 
 
 class ExitStep:
-    def __init__(self, ledger: VerdictLedger, clock: StepClock, *, max_model_len: int) -> None:
+    """What is under way of exits. `runner.py` calls each part at its moment."""
+
+    def __init__(self, ledger: VerdictLedger, clock: StepClock) -> None:
         self.ledger = ledger
         self.clock = clock
-        self.max_model_len = max_model_len
         self.pending: list[PendingVerdict] = []  # verdicts that the pass under way will give
         self.verdicts: list[Verdict] = []  # of this step
         self.requests: list[DraftRequest] = []  # that go on and take exits, until their tokens are handed over
-        self.released: dict[str, list[int]] = {}  # tokens of this step's exits, by request
-        self.drafts: list[list[int]] = []  # held exits of each request of the batch, as vLLM has them
+        self.released: dict[str, list[int]] = {}  # tokens of the exits that this step released, by request
+        self.drafts: list[list[int]] = []  # held exits of each request of the batch: the very list that vLLM has
         # Drafting that waits until the step's tokens have left, where an answer begins or ends: its client has them
         # sooner, and what it asks next may still join the next step.
         self.later: Callable[[], None] | None = None
@@ -47,8 +49,8 @@ class ExitStep:
     # ---- due
 
     def due(self, batch: Batch, num_scheduled: NDArray[np.int32], *, num_tokens: int, num_drafts: int) -> list[int]:
-        """Rows of the pass that tell of released exits. num_scheduled [requests]: tokens of each in the pass, of which
-        num_tokens are all and num_drafts held exits."""
+        """Rows of the pass that tell of released exits, which are `pending` from here on. num_scheduled [requests]:
+        tokens of each in the pass, of which num_tokens are all and num_drafts held exits."""
         pending: list[PendingVerdict] = []
         if self.ledger.counts.outstanding:
             for index, request_id in enumerate(batch.request_ids):
@@ -112,15 +114,18 @@ class ExitStep:
             end = int(batch.num_tokens[index])
             self.verdicts += verdicts_of_sampling(request_id, exits, checked, end, num_unverified)
             num_left = self._count(request_id, exits, checked, num_output)
-            if num_left <= 0 or end >= self.max_model_len:
+            if num_left <= 0 or end >= batch.max_model_len:
                 is_turn = True
                 self.ledger.ended(request_id)
             elif drafter is not None and exits.takes_exits:
-                room = min(num_left, self.max_model_len - end, drafter.free_slots(index, end - 1))
+                room = min(num_left, batch.max_model_len - end, drafter.free_slots(index, end - 1))
                 if room > 0:
                     num_rejected = num_drafts[index] - (len(checked) - 1)
                     state_row = int(batch.first_rows[index + 1]) - 1 - num_rejected
-                    self.requests.append(self._request_of(exits, index, checked[-1], end, num_left, room, state_row))
+                    most_held = min(room, num_left - 1, batch.max_model_len - end - 1)
+                    self.requests.append(
+                        self._request_of(exits, index, (checked[-1], end - 1), state_row, room, most_held)
+                    )
         return is_turn
 
     def _count(self, request_id: str, exits: RequestExits, checked: list[int], num_output: int) -> int:
@@ -132,21 +137,23 @@ class ExitStep:
         return 0 if num_emitted < len(checked) or checked[-1] in stops else num_left
 
     def _request_of(
-        self, exits: RequestExits, index: int, newest: int, end: int, num_left: int, room: int, state_row: int
+        self, exits: RequestExits, index: int, newest: tuple[int, int], state_row: int, room: int, most_held: int
     ) -> DraftRequest:
-        """newest: the token before `end`; num_left: tokens that the answer may still have; room: exits that fit."""
+        """newest: the last token and its position; room: exits that fit."""
         return DraftRequest(
             request_index=index,
-            newest_token=newest,
-            newest_position=end - 1,
+            newest_token=newest[0],
+            newest_position=newest[1],
             state_row=state_row,
             max_released=room,
-            max_held=min(room, num_left - 1, self.max_model_len - end - 1),
+            max_held=most_held,
             may_release=exits.releasable and exits.may_diverge(self.clock.now_s),
             greedy=exits.greedy,
             bucket=exits.bucket,
             stop_token_ids=exits.stop_token_ids,
         )
+
+    # ---- learned
 
     def learn(self, drafter: Drafter, memory: Memory) -> None:
         """Tell the policy what the step has shown."""

@@ -1,20 +1,13 @@
 """Times of the engine's steps. With tensor parallelism rank 0's clock is everybody's, so that all decide alike."""
 
 from time import monotonic, process_time
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from apparate_llm.controller.policy import Policy
+from apparate_llm.exits.ranks import Ranks
 
 STOPPED_S = 0.5  # of a step, from which it may be one in which the process was stopped
 RAN_FRAC = 0.25  # of a step that the process had a CPU, below which it was
-
-
-class Ranks(Protocol):
-    """Of one tensor parallel group."""
-
-    def share_floats(self, values: list[float]) -> list[float]:
-        """Rank 0's values, on every rank."""
-        ...
 
 
 class Took(NamedTuple):

@@ -1,4 +1,4 @@
-"""Verdicts on held exits: from the logits of the verification pass that vLLM's rejection sampler is about to read, or
+"""Verdicts on exits: from the logits of the verification pass that vLLM's rejection sampler is about to read, or
 from the tokens it took."""
 
 from collections.abc import Callable

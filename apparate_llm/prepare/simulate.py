@@ -175,11 +175,11 @@ class Simulation:
             self.now_ms += took_ms
             policy.on_draft_step(policy.depth, len(live), took_ms)
             going = [request for request in live if self._proposes(request) and not self._follows(request)]
-            reaches = [request.joint_acceptance for request in going]
+            joint_acceptances = [request.joint_acceptance for request in going]
             if (
                 not going
                 or number + 1 == num_rounds
-                or not policy.wants_another_step(number + 1, reaches, self._num_rows)
+                or not policy.wants_another_step(number + 1, joint_acceptances, self._num_rows)
             ):
                 break
             live = going

@@ -41,6 +41,8 @@ TARGETS = [
     "runner._propose",
     "step.count_drafting",
     "step.commit",
+    "step.put_off",
+    "shallow pass.append",
     "runner.take_draft_token_ids",
     "ledger.add_request",
     "ledger.end_request",
@@ -91,6 +93,7 @@ def owner_of(engine: Engine, name: str) -> Any:
     return {
         "runner": own,
         "step": own.step,
+        "shallow pass": own.exit_drafter.model,
         "ledger": own.ledger,
         "budget": own.ledger.budget,
         "clock": own.clock,
