@@ -38,6 +38,7 @@ from apparate_llm.config import (
     config_from_vllm,
     key_tenant_proof,
     new_options,
+    new_request_fields,
     parse_request_options,
     public_config,
 )
@@ -262,7 +263,7 @@ def watch_requests(server: ExitServer) -> None:
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         caller = CALLER.get()
         passed = getattr(sampling_params, "extra_args", None)
-        given = {**(caller.options if caller else {}), **(passed or {})}
+        given = new_request_fields({**(caller.options if caller else {}), **(passed or {})})
         options = parse_request_options(given, server.config, caller.key_tenant if caller else None)
         server.last_request_s = monotonic()
         server.collector.work.set()

@@ -98,8 +98,8 @@ class EarlyExitConfig(BaseModel):
     max_batch_tokens: int = Field(
         4,
         ge=1,
-        description="policies static and apparate: rows per step up to which exits may fill the batch; adaptive "
-        "measures what rows cost",
+        description="policies static and apparate: tokens per step up to which exits may fill the batch, within vLLM's "
+        "--max-num-batched-tokens; adaptive measures what tokens cost",
     )
     ttft_weight: float = Field(
         1.0,

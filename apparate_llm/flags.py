@@ -76,6 +76,8 @@ def check_agreement(given: dict[str, Any], others: dict[str, Any]) -> None:
 def read_tenants(name: str) -> dict[str, Any]:
     """Tenants out of a TOML file, one table each; of their `api_keys` only digests are kept. Raises
     ConfigError."""
+    if "{" in name or "\n" in name:  # it may hold keys: not repeated
+        raise ConfigError("--tenants: must be the name of a TOML file")
     try:
         found = tomllib.loads(Path(name).expanduser().read_text())
     except (OSError, ValueError) as error:  # no UTF-8, no TOML, a number of too many digits

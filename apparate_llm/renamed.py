@@ -1,10 +1,11 @@
 """Names of version 0.1 that are taken until 0.3, each with a warning."""
 
 import logging
+import os
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
+TOLD_VARIABLE = "APPARATE_OLD_NAMES_TOLD"
 OPTIONS = {  # old -> new
     "waiting_weight": "ttft_weight",
     "max_rows": "max_batch_tokens",
@@ -60,7 +61,10 @@ def system_of_old(name: str) -> str:
     return "-".join(part for part in (SYSTEMS[kind], bound) if part)
 
 
-@cache
 def warn(old: str, new: str) -> None:
-    """Once in each process."""
+    """Once, this process, what it becomes and its children taken together."""
+    told = os.environ.get(TOLD_VARIABLE, "").split(",")
+    if old in told:
+        return
+    os.environ[TOLD_VARIABLE] = ",".join([*filter(None, told), old])
     logging.getLogger("vllm.apparate").warning("%s is called %s now; the old name goes with version 0.3", old, new)

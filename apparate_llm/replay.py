@@ -13,6 +13,7 @@ from apparate_llm.drawing import Axes
 from apparate_llm.files import replacing, write_atomically
 from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
 from apparate_llm.redact import redacted
+from apparate_llm.renamed import OPTIONS
 
 if TYPE_CHECKING:
     from apparate_llm.controller.feedback import Cycle
@@ -106,7 +107,7 @@ def parameter_grid(given: list[str]) -> list[dict[str, Any]]:
         if not (name and equals and values):
             raise ValueError(f"--param must be NAME=V1,V2,..., got {text!r}")
         try:
-            axes.append([(name, json.loads(value)) for value in values.split(",")])
+            axes.append([(OPTIONS.get(name, name), json.loads(value)) for value in values.split(",")])
         except json.JSONDecodeError:
             raise ValueError(f"--param {name}: values must be numbers, true or false, got {values!r}") from None
     return [dict(combination) for combination in itertools.product(*axes)]

@@ -11,7 +11,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from apparate_llm.config import ConfigError
+from apparate_llm.config import ConfigError, EarlyExitConfig
+from apparate_llm.renamed import OPTIONS
 
 # Flags we have something to do with -> the shortest beginning that vLLM takes for it.
 SHORTEST = {
@@ -108,10 +109,17 @@ def with_config_file(flags: list[str]) -> list[str]:
     name = flags[at].partition("=")[2] if has_value else flags[at + 1]
     rest = flags[:at] + flags[at + (1 if has_value else 2) :]
     found: list[str] = []
+    names = [renamed_flag(name) for name in names]
     for key, value in read_config_file(name).items():
-        if canonical(f"--{key}") not in names:
+        if renamed_flag(canonical(f"--{key}")) not in names:
             found += one_spelling(tokens_of(str(key), value))
     return found + rest
+
+
+def renamed_flag(flag: str) -> str:
+    """One of ours by the name it has now."""
+    new = OPTIONS.get(flag.removeprefix("--").replace("-", "_"))
+    return f"--{new.replace('_', '-')}" if new else flag
 
 
 def read_config_file(name: str) -> dict[str, Any]:
@@ -133,6 +141,8 @@ def read_config_file(name: str) -> dict[str, Any]:
 
 def tokens_of(key: str, value: Any) -> list[str]:
     """One entry of a YAML file as it stands on a command line."""
+    if key.replace("-", "_") in (*EarlyExitConfig.model_fields, *OPTIONS):
+        return [] if value is None else [f"--{key}={json.dumps(value) if isinstance(value, bool | dict) else value}"]
     if "." in key:
         return [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     if isinstance(value, bool):

@@ -16,6 +16,10 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.statistics import bootstrap
 from apparate_llm.eval.workloads import lengths_of
 
+MOST_FAILURES = 5  # of a client, one after the other, after which all of them give up
+FAILED_WAIT_S = 0.5  # before a client whose request failed asks again
+MOST_ERRORS = 3
+TINY = 1e-9
 SAME_STEP_S = 0.002  # chunks of one step come within
 STEP_METRICS = ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum", "vllm:generation_tokens_total")
 
@@ -72,21 +76,35 @@ class Clients:
     done: list[Completion] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
     steps: list[Steps] = field(default_factory=list)  # of the engine, in each turn that counts
+    problem: str | None = None  # why they gave up
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
+        """Asks the server, which must be running."""
         self._model = self.server.model_name()
         self._lengths = lengths_of(len(self.prompts), self.max_tokens, "varied", seed=0)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._ask()))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._ask()), daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """After what is under way."""
+    def end(self) -> None:
+        """Ask no more. What is under way is answered, by a server that is running from here on."""
         self._ended.set()
         self.server.resume()
-        self._thread.join()
+
+    def join(self) -> None:
+        """Raises RuntimeError if the clients gave up."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        if self.problem is not None:
+            raise RuntimeError(
+                f"{self.server.system.name}: {MOST_FAILURES} requests of a client failed one after the other, at last: "
+                f"{self.problem}; its log: {self.server.log}"
+            )
 
     async def _ask(self) -> None:
         limits, url = httpx.Limits(max_connections=self.number), self.server.base_url
@@ -96,15 +114,23 @@ class Clients:
             await asyncio.gather(*(self._client(http, first) for first in range(self.number)))
 
     async def _client(self, http: httpx.AsyncClient, index: int) -> None:
-        while not self._ended.is_set():
+        num_failed = 0
+        while not self._ended.is_set() and self.problem is None:
             index %= len(self.prompts)
             ask = PlannedRequest(index, self._lengths[index])
             messages = self.prompts[index].messages
-            self.done.append(await complete(http, self._model, messages, ask, fixed_length=False, began=0.0))
+            done = await complete(http, self._model, messages, ask, fixed_length=False, began=0.0)
+            self.done.append(done)
             index += self.number
+            num_failed = num_failed + 1 if done.error else 0
+            if num_failed == MOST_FAILURES:
+                self.problem = done.error
+            elif num_failed:
+                await asyncio.sleep(FAILED_WAIT_S)
 
     def run(self, seconds: float, *, counted: bool) -> None:
-        """One turn of the server."""
+        """One turn of the server. Raises RuntimeError where it has stopped answering."""
+        self.check()
         self.server.resume()
         began = time.monotonic()
         before = engine_steps(self.server)
@@ -123,6 +149,11 @@ class Clients:
     def num_failed(self) -> int:
         return sum(bool(done.error) for done in self.done)
 
+    @property
+    def errors(self) -> list[str]:
+        """What failed requests said, each once, a few."""
+        return list(dict.fromkeys(done.error for done in self.done if done.error))[:MOST_ERRORS]
+
 
 def in_window(arrivals: list[list[tuple[float, int]]], began_s: float, ended_s: float) -> tuple[float, int]:
     """(ms per token, tokens) between two moments, over all answers."""
@@ -138,10 +169,20 @@ def in_window(arrivals: list[list[tuple[float, int]]], began_s: float, ended_s: 
 
 
 def ratio_of(values: list[float], others: list[float]) -> dict[str, Any]:
-    """Geometric mean of the ratios of pairs, with its 95 % interval; a turn without tokens has none."""
+    """Geometric mean of the ratios of pairs, with its 95 % interval; a turn without tokens has none. Raises ValueError
+    where no pair is left."""
     logs = np.log([values, others])
     logs = logs[:, np.isfinite(logs).all(0)]
+    if not logs.size:
+        raise ValueError("no answer had two tokens in a turn: give longer turns")
     return {
         "ratio": float(np.exp((logs[0] - logs[1]).mean())),
         "ci95": bootstrap(logs, lambda sample: np.exp((sample[0] - sample[1]).mean(-1))),
     }
+
+
+def throughput_ratio(rates: list[float], others: list[float]) -> tuple[float, tuple[float, float]]:
+    """Of the means of tokens per second over turns, with its 95 % interval."""
+    both = np.array([rates, others])
+    ratio = float(both[0].mean() / both[1].mean()) if both[1].any() else float("inf")
+    return ratio, bootstrap(both, lambda sample: sample[0].mean(-1) / np.maximum(sample[1].mean(-1), TINY))

@@ -29,8 +29,9 @@ what it costs:
 STEADY_COSTS = """
 
 what it costs:
-  A level takes --turns times --turn-s seconds for each system: with the defaults 105 s each. Intervals are as wide as
-  the turns are few: four times as many make them half as wide."""
+  A level takes --turns times --turn-s seconds for each system: with the defaults 105 s each. With --switch it takes
+  --learn-s and, for each turn, twice --settle-s and --turn-s: with the defaults 430 s. Four times as many turns make
+  intervals half as wide."""
 
 
 def add_eval(subparsers: Commands) -> None:
@@ -134,11 +135,15 @@ def _add_steady(kinds: Commands) -> None:
     steady.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
     steady.add_argument("--out", type=Path, required=True, help="folder for everything measured")
     steady.add_argument("--fresh", action="store_true", help="throw away what --out holds of an earlier measurement")
-    steady.add_argument("--systems", default="vllm,lossless", help="the first is the baseline (default: vllm,lossless)")
+    steady.add_argument(
+        "--systems", default="vllm,lossless", help="compared with vllm, else with the first (default: vllm,lossless)"
+    )
     steady.add_argument("--switch", action="store_true", help="switch the policy of the one system named by --systems")
     steady.add_argument("--clients", type=positive_list, default=[1, 16], help="levels, e.g. 1,16,1 (default: 1,16)")
-    steady.add_argument("--turns", type=positive, default=20, help="of each system, at each level (default: 20)")
-    steady.add_argument("--turn-s", type=above_zero, default=5.0, help="seconds of a turn (default: 5)")
+    steady.add_argument(
+        "--turns", type=positive, default=20, help="of each system, or policy, at each level (default: 20)"
+    )
+    steady.add_argument("--turn-s", type=above_zero, default=5.0, help="seconds of a turn, 1 to 300 (default: 5)")
     steady.add_argument(
         "--settle-s",
         type=above_zero,
@@ -151,7 +156,9 @@ def _add_steady(kinds: Commands) -> None:
     steady.add_argument("--prompts", type=Path, default=Path("chat"), help="prompts, see `eval tpt --help`")
     steady.add_argument("--num-prompts", type=positive, help="use only the first N prompts")
     steady.add_argument("--max-tokens", type=positive, default=96, help="longest answer; lengths vary (default: 96)")
-    steady.add_argument("--limit", type=above_zero, help="exit with 1 where TPT over the baseline's is above it")
+    steady.add_argument(
+        "--limit", type=above_zero, help="exit with 1 where TPT over the baseline's is above it, e.g. 1.03"
+    )
     _add_options_of_systems(steady)
     _add_servers(steady)
     steady.set_defaults(run=_later("run_steady"))

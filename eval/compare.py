@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from rich.table import Table
@@ -41,10 +42,13 @@ def load_results(folder_or_file: Path) -> Results:
         raise ValueError(f"{path}: results must be JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: results must be an object, got {type(data).__name__}")
+    if "levels" in data:
+        raise ValueError(f"{path}: results of `eval steady`, which only that command shows")
     if (got := data.get("schema_version")) != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema_version is {got!r}, allowed: {SCHEMA_VERSION}; run that evaluation again")
     try:
-        return _with_new_names(Results.model_validate(data))
+        results = Results.model_validate(data)
+        return _with_new_names(results) if is_old(results.settings) else results
     except ValidationError as error:
         first, *more = error.errors()
         where = ".".join(map(str, first["loc"]))
@@ -52,11 +56,18 @@ def load_results(folder_or_file: Path) -> Results:
         raise ValueError(f"{path}: {where}: {first['msg']}{rest}") from None
 
 
+def is_old(settings: dict[str, Any]) -> bool:
+    """Whether an evaluation is of version 0.1, going by its settings."""
+    return "knobs" in settings
+
+
 def _with_new_names(results: Results) -> Results:
-    """Of systems, in results of version 0.1."""
+    settings = results.settings
+    settings["options"] = settings.pop("knobs")
+    settings["systems"] = [system_of_old(name) for name in settings.get("systems", [])]
     for item in (*results.runs, *results.ratios):
         item.system = system_of_old(item.system)
-    for told in (results.systems, results.skipped, results.settings.get("bounds") or {}):
+    for told in (results.systems, results.skipped, settings.get("bounds") or {}):
         for name in list(told):
             told[system_of_old(name)] = told.pop(name)
     return results

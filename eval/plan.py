@@ -23,6 +23,8 @@ from apparate_llm.vllm_flags import given_value, one_spelling, split_flag
 
 SET_HERE = ("model", "host", "port", "uds")
 DEFAULT_CONCURRENCY = (1, 2, 4, 8)
+LEAST_TURN_S, MOST_TURN_S = 1.0, 300.0  # a client waits for an answer no longer than twice that
+STEADY_RESULTS = "results.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,15 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     systems = systems_of(names, [], choice)
     if problems := [system.problem for system in systems if system.problem]:
         raise ValueError(problems[0])
+    for system in systems:
+        if system.max_concurrency is not None and max(args.clients) > system.max_concurrency:
+            raise ValueError(
+                f"--systems: {system.name} works on {system.max_concurrency} request at a time: --clients 1 only"
+            )
+    if args.max_tokens < 2:
+        raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
+    if not LEAST_TURN_S <= args.turn_s <= MOST_TURN_S:
+        raise ValueError(f"--turn-s: {LEAST_TURN_S:g} to {MOST_TURN_S:g} s, got {args.turn_s:g}")
     if args.switch and (len(systems) != 1 or not systems[0].has_exits):
         named = ", ".join(system.name for system in systems)
         raise ValueError(f"--switch: --systems must name one system with exits, e.g. lossless, got {named}")
@@ -148,11 +159,14 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
 
 
 def _new_folder(folder: Path, *, fresh: bool) -> Path:
-    """Raises ValueError where it holds something, which `fresh` allows for results of ours."""
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if held and not (fresh and "results.json" in held):
-        hint = "give --fresh to measure anew" if "results.json" in held else "choose another --out"
-        raise ValueError(f"--out: {folder} is not empty: {hint}")
+    """Raises ValueError where it holds something else than what a measurement leaves that came to nothing; `fresh`
+    allows for results of another one."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    results = folder / STEADY_RESULTS
+    if held - {STEADY_RESULTS, "logs"} or (results.exists() and '"levels"' not in results.read_text()):
+        raise ValueError(f"--out: {folder} holds something else: choose another --out")
+    if results.exists() and not fresh:
+        raise ValueError(f"--out: {folder} holds results: choose another --out, or give --fresh to throw them away")
     return folder
 
 
@@ -264,8 +278,10 @@ def _vllm_flags(given: list[str], num_servers: int) -> list[str]:
 def name_of(config: EarlyExitConfig) -> str:
     if config.policy == "off":
         return "off"
-    bound = "lossless" if config.accuracy_bound == 0 else f"early-exit-{config.accuracy_bound:g}"
-    return bound if config.policy == "adaptive" else f"{config.policy} {bound}"
+    bound = f"{config.accuracy_bound:g}"
+    if config.policy != "adaptive":
+        return f"{config.policy} {bound}"
+    return "lossless" if config.accuracy_bound == 0 else f"early-exit-{bound}"
 
 
 def option_flags(args: argparse.Namespace) -> list[str]:

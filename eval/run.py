@@ -10,12 +10,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
 from rich.console import Console
 
-from apparate_llm.eval.compare import compare, load_results
+from apparate_llm.eval.compare import compare, is_old, load_results
 from apparate_llm.eval.evaluate import Evaluation, evaluate
 from apparate_llm.eval.oracle import oracle_ratios
-from apparate_llm.eval.plan import EvalPlan, SteadyPlan, drift_plan, quick_plan, steady_plan, tpt_plan
+from apparate_llm.eval.plan import (
+    STEADY_RESULTS,
+    EvalPlan,
+    SteadyPlan,
+    drift_plan,
+    quick_plan,
+    steady_plan,
+    tpt_plan,
+)
 from apparate_llm.eval.schema import Results, SteadyResults
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.steady import measure_level
@@ -69,25 +78,39 @@ def run_steady(args: argparse.Namespace) -> int:
         systems={system.name: system.started_by for system in plan.systems},
         levels=[],
     )
+    path, console = plan.folder / STEADY_RESULTS, Console(stderr=True)
+    private_folder(plan.folder / "logs")
+    path.unlink(missing_ok=True)
+    try:
+        _measure_levels(plan, results, path, console)
+    finally:
+        if results.levels:  # also those before one that failed
+            Console(width=max(Console().width, TABLE_WIDTH)).print(*steady_tables(results))
+            console.print(f"figures: {path}", soft_wrap=True)
+    failed = sum(run.failed for level in results.levels for run in level.runs)
+    if failed:
+        said = dict.fromkeys(error for level in results.levels for run in level.runs for error in run.errors)
+        console.print(f"{failed} requests failed: {'; '.join(said)}", soft_wrap=True, markup=False)
+    above = [ratio for level in results.levels for ratio in level.ratios if plan.limit and ratio.tpt > plan.limit]
+    return 1 if failed or above else 0
+
+
+def _measure_levels(plan: SteadyPlan, results: SteadyResults, path: Path, console: Console) -> None:
+    """Raises RuntimeError where a server does not start, or stops answering."""
     logs = plan.folder / "logs"
-    private_folder(logs)
-    console = Console(stderr=True)
     with ExitStack() as stack, Progress(console) as progress:
         servers = [_started(system, plan, logs, stack, progress) for system in plan.systems]
         with progress.stage("measure", total=plan.level_s * len(plan.levels), unit=SECONDS) as stage:
             for number in plan.levels:
-                if plan.switch:
-                    results.levels.append(switch_level(plan, servers[0], number, stage))
-                else:
-                    results.levels.append(measure_level(plan, servers, number, stage))
-                write_atomically(plan.folder / "results.json", (results.model_dump_json(indent=1) + "\n").encode())
-    Console(width=max(Console().width, TABLE_WIDTH)).print(*steady_tables(results))
-    console.print(f"figures: {plan.folder / 'results.json'}", soft_wrap=True)
-    failed = sum(run.failed for level in results.levels for run in level.runs)
-    if failed:
-        console.print(f"{failed} requests failed", soft_wrap=True)
-    above = [ratio for level in results.levels for ratio in level.ratios if plan.limit and ratio.tpt > plan.limit]
-    return 1 if failed or above else 0
+                try:
+                    if plan.switch:
+                        results.levels.append(switch_level(plan, servers[0], number, stage))
+                    else:
+                        results.levels.append(measure_level(plan, servers, number, stage))
+                except httpx.HTTPError as error:
+                    text = str(error) or type(error).__name__
+                    raise RuntimeError(f"a server stopped answering: {text}; the servers' logs: {logs}") from None
+                write_atomically(path, (results.model_dump_json(indent=1) + "\n").encode())
 
 
 def _started(system: System, plan: SteadyPlan, logs: Path, stack: ExitStack, progress: Progress) -> Server:
@@ -170,9 +193,11 @@ def points_of(store: Store) -> "Points":
     """What the figures show, out of the blocks on disk."""
     from apparate_llm.eval.figures import Points
 
-    points, loads = Points(), store.plan()["loads"]
+    points, plan = Points(), store.plan()
+    loads = plan["loads"]
     for block in store.blocks():
-        key = (system_of_old(block.key.system), *loads[block.key.load])
+        name = system_of_old(block.key.system) if is_old(plan) else block.key.system
+        key = (name, *loads[block.key.load])
         for done in block.completions:
             if (tpt_ms := done.tpt_ms) is not None:
                 points.tpt_ms.setdefault(key, []).append(tpt_ms)

@@ -121,6 +121,7 @@ class SteadyRun(_Strict):
     system: str
     requests: int | None = None  # answers that began and ended within its turns
     failed: int
+    errors: list[str] = []  # what failed requests said, each once, a few
     output_tokens_per_s: float
     tpt_by_turn_ms: list[float | None]  # over all answers under way
     tpt_ms: Distribution | None = None  # over whole answers, as the next

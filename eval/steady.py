@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from apparate_llm.eval.closed_loop import SAME_STEP_S, Clients, in_window, ratio_of
+from apparate_llm.eval.closed_loop import SAME_STEP_S, Clients, in_window, ratio_of, throughput_ratio
 from apparate_llm.eval.plan import SteadyPlan
 from apparate_llm.eval.schema import SteadyLevel, SteadyRatio, SteadyRun
 from apparate_llm.eval.servers import Server
@@ -28,24 +28,28 @@ Answers = dict[tuple[int, int], tuple[float, float]]  # (prompt, times asked bef
 
 def measure_level(plan: SteadyPlan, servers: Sequence[Server], number: int, stage: Stage) -> SteadyLevel:
     """`number` clients of each server. Raises ValueError where too few answers fell into the turns."""
-    everyone = [Clients(server, plan.prompts, number, plan.max_tokens) for server in servers]
-    before = [server.counts() for server in servers]
+    everyone, before = [], []
     for server in servers:
+        server.resume()
+        everyone.append(Clients(server, plan.prompts, number, plan.max_tokens))
+        before.append(server.counts())
         server.pause()
-    for clients in everyone:
-        clients.start()
     order = list(everyone)
     try:
+        for clients in everyone:
+            clients.start()
         for turn in range(-1, plan.turns):
             for clients in order:
                 seconds = plan.turn_s if turn >= 0 else plan.settle_s
-                stage.update(stage.done, f"{clients.server.system.name}, {_clients(number)}")
+                stage.update(stage.done, f"{clients.server.system.name}, {clients_text(number)}")
                 clients.run(seconds, counted=turn >= 0)
                 stage.update(stage.done + seconds, stage.facts)
             order.reverse()
     finally:
         for clients in everyone:
-            clients.stop()
+            clients.end()
+    for clients in everyone:
+        clients.join()
     runs, ratios, baseline = [], [], None
     for clients, server, old in zip(everyone, servers, before, strict=True):
         found = Measured(clients)
@@ -78,7 +82,9 @@ class Measured:
         self.waits: list[tuple[float, float]] = []  # (asked, first token), in s for which the server was running
         self._take_answers()
         if len(self.answers) < 2:
-            raise ValueError(f"no two answers of {self.name} began and ended within its turns: give more --turns")
+            failed = "; ".join(clients.errors)
+            hint = f"{clients.num_failed} requests failed: {failed}" if failed else "give more --turns"
+            raise ValueError(f"no two answers of {self.name} began and ended within its turns: {hint}")
 
     def _take_answers(self) -> None:
         turns = self.clients.turns
@@ -106,6 +112,7 @@ class Measured:
             system=self.name,
             requests=len(self.answers),
             failed=self.clients.num_failed,
+            errors=self.clients.errors,
             output_tokens_per_s=float(np.mean(self.tokens_per_s)),
             tpt_by_turn_ms=[None if math.isnan(value) else value for value in self.tpt_ms],
             tpt_ms=distribution(tpt[~np.isnan(tpt)].tolist()),
@@ -123,14 +130,14 @@ class Measured:
 
 def ratio_to(ours: Measured, baseline: Measured) -> SteadyRatio:
     of_turns = ratio_of(ours.tpt_ms, baseline.tpt_ms)
-    rates = np.array([ours.tokens_per_s, baseline.tokens_per_s])
+    throughput, throughput_ci95 = throughput_ratio(ours.tokens_per_s, baseline.tokens_per_s)
     return SteadyRatio(
         system=ours.name,
         baseline=baseline.name,
         tpt=of_turns["ratio"],
         tpt_ci95=of_turns["ci95"],
-        throughput=float(rates[0].mean() / rates[1].mean()),
-        throughput_ci95=bootstrap(rates, lambda sample: sample[0].mean(-1) / sample[1].mean(-1)),
+        throughput=throughput,
+        throughput_ci95=throughput_ci95,
         **ratios_of_answers(ours.answers, baseline.answers),
     )
 
@@ -174,5 +181,5 @@ def ttft_parts(waits: list[tuple[float, float]], arrivals: list[list[float]]) ->
     return dict(zip(names, np.mean(parts, axis=0).tolist(), strict=True))
 
 
-def _clients(number: int) -> str:
+def clients_text(number: int) -> str:
     return "1 client" if number == 1 else f"{number} clients"

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from apparate_llm.eval.schema import Distribution, SteadyRatio, SteadyResults
+from apparate_llm.eval.schema import Distribution, SteadyRatio, SteadyResults, SteadyRun
 from apparate_llm.eval.tables import DASH, WITH_INTERVAL, console_table, number, with_interval
 
 PARTS = {  # of the wait for a first token
@@ -23,7 +23,7 @@ def steady_tables(results: SteadyResults) -> list[Table]:
                 [
                     run.system,
                     str(level.clients),
-                    *_mean_and_p99(run.tpt_ms),
+                    *_mean_and_p99(run.tpt_ms or _of_turns(run)),
                     *_mean_and_p99(run.ttft_ms, 0),
                     number(run.output_tokens_per_s, 1),
                     number(run.step_ms, 1),
@@ -74,6 +74,13 @@ def _ratio_table(results: SteadyResults) -> Table:
 
 def _of_answers(ratio: SteadyRatio) -> list[str]:
     return [number(value) for value in (ratio.tpt_mean, ratio.tpt_p99, ratio.ttft_mean, ratio.ttft_p99)]
+
+
+def _of_turns(run: SteadyRun) -> Distribution:
+    """Where no answer is of one policy: over turns, of which so few have no p99."""
+    known = [ms for ms in run.tpt_by_turn_ms if ms is not None]
+    mean = sum(known) / len(known) if known else None
+    return Distribution(mean=mean, p50=None, p95=None, p99=None)
 
 
 def _mean_and_p99(found: Distribution | None, digits: int = 1) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from apparate_llm.config import parse_config
 from apparate_llm.controller.policies import POLICIES
 from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.redact import redacted
+from apparate_llm.renamed import OPTIONS as OLD_OPTIONS
 from apparate_llm.renamed import SYSTEMS as OLD_SYSTEMS
 from apparate_llm.renamed import warn
 from apparate_llm.serve import preflight_ramps
@@ -84,7 +85,7 @@ def tells_of_exits(base_url: str, api_key: str | None = None) -> bool:
     at all is found out later."""
     try:
         answer = httpx.get(f"{base_url}/early_exit/status", headers=authorization(api_key), timeout=10.0)
-        return answer.status_code == 200 and "tenant" not in answer.json()
+        return answer.status_code == 200 and not {"tenant", "class"} & answer.json().keys()
     except httpx.HTTPError:
         return False
 
@@ -136,9 +137,10 @@ def _named(name: str, choice: ModelChoice) -> list[System]:
     if name == "ramps-only":
         never = ("--policy", "static", "--accuracy-bound", "0", "--hold-threshold", "1", "--max-batch-tokens", "65536")
         return [early_exits(name, choice, *never)]
-    policy = () if name == "early-exit" else ("--policy", name)
+    policy, joined = ((), "-") if name == "early-exit" else (("--policy", name), " ")
     return [
-        early_exits(f"{name}-{bound:g}", choice, *policy, "--accuracy-bound", f"{bound:g}") for bound in choice.bounds
+        early_exits(f"{name}{joined}{bound:g}", choice, *policy, "--accuracy-bound", f"{bound:g}")
+        for bound in choice.bounds
     ]
 
 
@@ -153,7 +155,11 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
     measured should not depend on what was served before."""
     given = {"--controller-state": "none"}
     flags = [*choice.options, *options]
-    given |= dict(zip(flags[::2], flags[1::2], strict=True))
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        old = flag[2:].replace("-", "_")
+        if new := OLD_OPTIONS.get(old):
+            warn(old, new)
+        given[f"--{new.replace('_', '-')}" if new else flag] = value
     command = (sys.executable, "-m", "apparate_llm.cli", "serve", str(choice.model))
     config = parse_config({key[2:].replace("-", "_"): value for key, value in given.items()})
     has_exits = config.policy != "off"

@@ -79,7 +79,8 @@ def main() -> int:
         for pair in range(args.pairs):
             for number in sorted(windows, reverse=bool(pair % 2)):
                 windows[number].append(asyncio.run(window(server.base_url, number, args.window_s)))
-        clients.stop()
+        clients.end()
+        clients.join()
     result = result_of(clients, windows, args.listeners)
     print(json.dumps(result))
     if args.json:

@@ -7,14 +7,14 @@ only if all of them can:
 
     the request's own    filled by its tokens, beside an allowance of REQUEST_ALLOWANCE at its start
     its group's          filled by tokens of requests of the same tenant with the same bound
-    its tenant's          filled by tokens of the tenant, whatever their bounds; where there are tenants
+    its tenant's         filled by tokens of the tenant, whatever their bounds; where there are tenants
     the server's         filled by tokens of all groups; what it saves up is capped
 
 So at every moment, even should all exits without a verdict turn out wrong,
 
     divergences of a request  <=  its bound x its emitted tokens + REQUEST_ALLOWANCE
     divergences of a group    <=  its bound x the group's emitted tokens
-    divergences of a tenant    <=  sum of bound x emitted tokens over its groups
+    divergences of a tenant   <=  sum of bound x emitted tokens over its groups
     divergences of the server <=  sum of bound x emitted tokens over all groups
 
 The group is what holds a caller of many short requests: each of them may differ once before it has earned that, all of

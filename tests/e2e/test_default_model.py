@@ -134,7 +134,7 @@ def test_the_dashboard_draws_a_server_under_load_and_its_switch_slows_it_down(se
     page.close()
 
 
-def test_the_dashboard_colours_a_prompt_s_tokens_and_says_why_a_option_is_refused(server, browser):
+def test_the_dashboard_colours_a_prompt_s_tokens_and_says_why_an_option_is_refused(server, browser):
     page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
     page.goto(f"{server}/early_exit/")
     page.get_by_label("Prompt").fill(QUESTION)

@@ -35,7 +35,7 @@ def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, 
     assert passes == 40  # one token a pass again
 
 
-def test_exits_keep_the_batch_within_max_rows_and_cost_nothing_beyond(tiny_llama, lens_ramps):
+def test_exits_keep_the_batch_within_max_batch_tokens_and_cost_nothing_beyond(tiny_llama, lens_ramps):
     options = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "max_batch_tokens": 4}
     with Engine(tiny_llama, options) as engine:
         scheduled, original = [], engine.runner._prepare_inputs

@@ -336,7 +336,7 @@ def test_bad_traces_are_named(tmp_path, text, says):
 def test_systems_by_name(tiny_llama):
     choice = ModelChoice(tiny_llama, bounds=(0.01, 0.05))
     found = systems_of(["bounded", "ngram", "vllm", "static"], ["other=http://localhost:1/v1"], choice)
-    names = ["vllm", "early-exit-0.01", "early-exit-0.05", "ngram", "static-0.01", "static-0.05", "other"]
+    names = ["vllm", "early-exit-0.01", "early-exit-0.05", "ngram", "static 0.01", "static 0.05", "other"]
     assert [system.name for system in found] == names
     assert found[-1].base_url == "http://localhost:1"
     assert "no shipped ramps fit" in found[1].problem  # a tiny random model has none

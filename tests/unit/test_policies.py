@@ -32,7 +32,7 @@ def test_static_compares_with_its_two_thresholds(confidence, may_release, decisi
     assert policy.decide(proposed(confidence), joint_acceptance=1.0, may_release=may_release, num_rows=1) is decision
 
 
-def test_static_keeps_the_batch_within_max_rows():
+def test_static_keeps_the_batch_within_max_batch_tokens():
     policy = make("static", max_batch_tokens=4, max_exits=3)
     assert [policy.start(num_requests) for num_requests in (1, 2, 3, 4, 5)] == [3, 1, 0, 0, 0]
 

@@ -28,8 +28,8 @@ OLD_VALUES = {"waiting_weight": 0.5, "max_rows": 8, "class_metrics": False, "sta
 
 
 @pytest.fixture(autouse=True)
-def warned_of_nothing():
-    renamed.warn.cache_clear()
+def warned_of_nothing(monkeypatch):
+    monkeypatch.setenv(renamed.TOLD_VARIABLE, "")
 
 
 def test_every_old_name_stands_for_one_there_is():
@@ -104,11 +104,16 @@ def test_results_of_old_evaluations_have_the_new_names_of_systems(tmp_path):
         "idle": "ramps-only",
     }.items():
         results = a_result([a_run("vllm"), a_run(old)], [a_ratio(old)])
-        results.systems, results.settings["bounds"] = {old: "command"}, {old: 0.05}
+        results.systems = {old: "command"}
+        results.settings |= {"bounds": {old: 0.05}, "knobs": [], "systems": [old]}
         (tmp_path / "results.json").write_text(results.model_dump_json())
         again = load_results(tmp_path)
         assert [run.system for run in again.runs] == ["vllm", new] and again.ratios[0].system == new
-        assert list(again.systems) == list(again.settings["bounds"]) == [new]
+        assert list(again.systems) == list(again.settings["bounds"]) == again.settings["systems"] == [new]
+        assert again.settings["options"] == [] and "knobs" not in again.settings
+    mine = a_result([a_run("vllm"), a_run("idle")], [a_ratio("idle")])  # a name that the user gave
+    (tmp_path / "results.json").write_text(mine.model_dump_json())
+    assert [run.system for run in load_results(tmp_path).runs] == ["vllm", "idle"]
     for name in ("vllm", "lossless", "static 0.05", "my own"):
         assert renamed.system_of_old(name) == name
 
