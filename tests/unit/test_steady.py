@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,44 @@ def test_servers_take_turns_and_only_their_own_time_counts(base_url, tmp_path):
 
 def test_turns_too_short_for_an_answer_are_said(base_url, tmp_path):
     systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
-    plan = plan_of(tmp_path, systems, prompt="refused")
+    plan = replace(plan_of(tmp_path, systems, prompt="stall"), turns=1, turn_s=0.4)
     with pytest.raises(ValueError, match="no two answers of vllm began and ended within its turns: give more --turns"):
         level_of(plan, [server_of(system, tmp_path) for system in systems])
+
+
+def test_a_server_that_answers_nobody_is_given_up_and_its_error_told(base_url, tmp_path):
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    plan = replace(plan_of(tmp_path, systems, prompt="refused"), turns=10)
+    with pytest.raises(RuntimeError, match="5 requests of a client failed one after the other, at last: HTTP 429"):
+        level_of(plan, [server_of(system, tmp_path) for system in systems])
+
+
+class Frozen(Server):
+    """Asked for something only while it runs."""
+
+    frozen = False
+
+    def pause(self):
+        self.frozen = True
+
+    def resume(self):
+        self.frozen = False
+
+    def model_name(self):
+        assert not self.frozen
+        return super().model_name()
+
+    def counts(self):
+        assert not self.frozen
+        return super().counts()
+
+
+def test_servers_are_asked_before_they_are_frozen(base_url, tmp_path):
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    servers = [Frozen(system, log=tmp_path / "log", start_timeout_s=5.0) for system in systems]
+    for server in servers:
+        server.pause()  # as it is after the start
+    level_of(plan_of(tmp_path, systems), servers)
 
 
 class WithExits(Server):
@@ -85,7 +121,7 @@ class WithExits(Server):
 
     def status(self):
         self.emitted += 10
-        return {"counts": Counter(emitted=self.emitted)}
+        return {"counts": Counter(emitted=self.emitted), "config": {"policy": "static"}}
 
 
 def test_one_server_s_policy_is_switched(base_url, tmp_path, monkeypatch):
@@ -95,12 +131,18 @@ def test_one_server_s_policy_is_switched(base_url, tmp_path, monkeypatch):
     level = level_of(
         plan_of(tmp_path, [system], switch=True), [WithExits(system, log=tmp_path / "log", start_timeout_s=5.0)]
     )
-    assert asked == ["adaptive", "off", "adaptive", "adaptive", "off"]  # learning, then pairs, each the other way round
+    assert asked == [
+        "off",
+        "static",
+        "static",
+        "off",
+        "static",
+    ]  # pairs, each the other way round; in the end as it was
     off, on = level.runs
     assert (off.system, off.exits) == ("off", None)
-    assert (on.system, on.exits["emitted"], on.exits["held"]) == ("adaptive", 20, 0)
+    assert (on.system, on.exits["emitted"], on.exits["held"]) == ("static", 20, 0)
     (ratio,) = level.ratios
-    assert (ratio.system, ratio.baseline, ratio.tpt_mean) == ("adaptive", "off", None) and 0.6 < ratio.tpt < 1.6
+    assert (ratio.system, ratio.baseline, ratio.tpt_mean) == ("static", "off", None) and 0.6 < ratio.tpt < 1.6
 
 
 @pytest.fixture
@@ -119,6 +161,9 @@ def flags(tiny_llama, lens_ramps):
         (["--switch", "--systems", "ngram"], "--switch: --systems must name one system with exits"),
         (["--systems", "vllm"], "--systems must name two or more, e.g. vllm,lossless, got vllm"),
         (["--systems", "vllm,fast"], "fast"),
+        (["--systems", "vllm,hf"], "hf works on 1 request at a time: --clients 1 only"),
+        (["--max-tokens", "1"], "--max-tokens: at least 2, as a single token has no time"),
+        (["--turn-s", "0.2"], "--turn-s: 1 to 300 s, got 0.2"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, tmp_path, more, says):
@@ -127,20 +172,23 @@ def test_what_cannot_be_measured_is_refused(flags, tmp_path, more, says):
 
 
 def test_results_are_not_written_over_without_fresh(flags, tmp_path):
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not empty: give --fresh to measure anew"):
+    (tmp_path / "logs").mkdir()  # of a start that failed
+    assert steady_plan(flags(tmp_path)).folder == tmp_path
+    (tmp_path / "results.json").write_text('{"levels": []}')
+    with pytest.raises(ValueError, match="holds results: choose another --out, or give --fresh"):
         steady_plan(flags(tmp_path))
     assert steady_plan(flags(tmp_path, "--fresh")).folder == tmp_path
-    (tmp_path / "results.json").rename(tmp_path / "mine.json")
-    with pytest.raises(ValueError, match="is not empty: choose another --out"):
-        steady_plan(flags(tmp_path, "--fresh"))
+    for name, text in (("results.json", '{"runs": []}'), ("plan.json", "{}")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match="holds something else: choose another --out"):
+            steady_plan(flags(tmp_path, "--fresh"))
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(("limit", "code"), [(None, 0), (0.01, 1)])
 def test_results_are_kept_after_every_level(base_url, tmp_path, monkeypatch, capsys, limit, code):
     systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
-    plan = plan_of(tmp_path, systems)
-    object.__setattr__(plan, "limit", limit)
+    plan = replace(plan_of(tmp_path, systems), limit=limit)
     monkeypatch.setattr(run, "steady_plan", lambda args: plan)
     assert run.run_steady(argparse.Namespace()) == code
     results = SteadyResults.model_validate_json((tmp_path / "results.json").read_text())
