@@ -501,6 +501,21 @@ def test_the_engine_believes_the_api_and_nobody_else():
             parse_request_options({**forged, KEY_TENANT_PROOF: proof}, server.config)
 
 
+@pytest.mark.parametrize("value", [None, "mine"])
+def test_an_old_field_does_not_travel_beside_the_tenant_that_the_api_found(value):
+    """The engine would refuse both, and take the server's limits for the tenant's."""
+    app, engine = served(keys=["sk-mine"], tenants=TENANTS)
+    server = app.state.early_exit
+    watch_requests(server)
+    token = plugin.CALLER.set(Caller(key_tenant="mine"))
+    try:
+        params = engine.generate("prompt", SimpleNamespace(extra_args={"early_exit_class": value}))
+    finally:
+        plugin.CALLER.reset(token)
+    assert "early_exit_class" not in params.extra_args
+    assert parse_request_options(params.extra_args, server.config).early_exit_tenant == "mine"
+
+
 def test_a_tenant_that_nobody_can_be_of_is_refused():
     from apparate_llm.config import check_tenants
 

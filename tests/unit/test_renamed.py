@@ -20,7 +20,9 @@ from apparate_llm.config import (
 )
 from apparate_llm.eval.compare import load_results
 from apparate_llm.eval.plan import option_flags
+from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.flags import options_from
+from apparate_llm.vllm_flags import normalised
 from tests.eval_results import a_ratio, a_result, a_run
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,25 @@ def test_an_old_option_changes_while_serving(old):
     config = parse_config({})
     value = OLD_VALUES[old]
     assert parse_live({old: value}, config) == parse_config({renamed.OPTIONS[old]: value})
+
+
+def test_a_file_of_flags_may_go_by_old_names_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("waiting_weight: 0.5\nclass_metrics: false\nstate:\n")
+    from_file = normalised(["--config", str(file)])
+    assert options_from(build_parser().parse_args(["serve", *from_file])) == parse_config(
+        {"ttft_weight": 0.5, "tenant_metrics": False}
+    )
+    given = normalised(["--config", str(file), "--ttft-weight", "0"])
+    assert options_from(build_parser().parse_args(["serve", *given])).ttft_weight == 0.0
+
+
+def test_a_system_s_own_option_wins_over_the_common_one_by_either_name(tiny_llama):
+    choice = ModelChoice(tiny_llama, options=("--max-rows", "4"))
+    command = early_exits("wide", choice, "--max-batch-tokens", "8", "--state", "file").command
+    assert command[command.index("--max-batch-tokens") :][:2] == ("--max-batch-tokens", "8")
+    assert command[command.index("--controller-state") :][:2] == ("--controller-state", "file")
+    assert "--max-rows" not in command and command.count("--controller-state") == 1
 
 
 def test_old_and_new_that_say_different_things_are_refused():

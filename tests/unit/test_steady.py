@@ -137,7 +137,7 @@ def test_one_server_s_policy_is_switched(base_url, tmp_path, monkeypatch):
         "static",
         "off",
         "static",
-    ]  # pairs, each the other way round; in the end as it was
+    ]  # pairs, each the other way round; then as it was
     off, on = level.runs
     assert (off.system, off.exits) == ("off", None)
     assert (on.system, on.exits["emitted"], on.exits["held"]) == ("static", 20, 0)
