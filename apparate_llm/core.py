@@ -11,12 +11,12 @@ class Decision(Enum):
 
     RELEASE = "release"  # emit now, never recall
     HOLD = "hold"  # keep back until the full model has checked it
-    STOP = "stop"  # take no exit; ends this request's rounds
+    STOP = "stop"  # take no exit; ends this request's draft steps
 
 
 @dataclass(slots=True)
 class Exit:
-    """A token that a ramp, or what the text repeats, proposed, from its round to its verdict."""
+    """A token that a ramp, or what the text repeats, proposed, from its draft step to its verdict."""
 
     position: int  # index in the request's prompt + output tokens
     token_id: int
@@ -25,7 +25,7 @@ class Exit:
     confidence: float  # the ramp's own, as calibrated when it was prepared
     greedy: bool = True  # its verdict is the full model's best token; else whether vLLM's sampler keeps it
     probability: float = 0.0  # of agreeing with its verdict; written by the policy
-    decision: Decision = Decision.STOP  # what became of it; written by the rounds
+    decision: Decision = Decision.STOP  # what became of it; written by the drafter
     diverged: bool = False  # held and let through although its verdict differs
     match: int = 0  # tokens before it that occurred before, where it was copied from there; 0: a ramp's
 
@@ -60,7 +60,7 @@ class ExitCounts:
     completion_passes: int = 0
     rounds: int = 0
     copied: int = 0  # exits emitted, released or accepted, that no ramp was asked for
-    shallow_blocks: int = 0  # decoder blocks run for rows of rounds
+    shallow_blocks: int = 0  # decoder blocks run in draft steps, over all rows
     exits_by_depth: dict[int, int] = field(default_factory=dict)  # emitted, released or accepted
     outcomes: dict[Outcome, dict[int, int]] = field(default_factory=lambda: {outcome: {} for outcome in Outcome})
     regret_nats: float = (

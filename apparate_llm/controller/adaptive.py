@@ -12,7 +12,7 @@ from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
 from apparate_llm.ramps.lookup import lookup_confidence
 
-CALIBRATED_ROUNDS = 4  # later rounds share the last one's calibration
+CALIBRATED_ROUNDS = 4  # later draft steps share the last one's calibration
 LOOKED_UP = -1  # stands for the depth of exits without a ramp, where calibrations are kept
 LOOKUP_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
 FOLLOWED_EVERY = 16  # times that they are less likely right, so that a change is noticed
@@ -24,7 +24,7 @@ PASS_MEMORY = 1 / 128  # of the moving average of a pass's time
 
 @dataclass(slots=True)
 class RoundStatistics:
-    """Moving averages over exits proposed in one round."""
+    """Moving averages over exits proposed in one draft step."""
 
     taken_frac: float = 0.9
     agreement: float = 0.6  # probability of those taken
@@ -60,7 +60,7 @@ class AdaptivePolicy(Policy):
     _looked_up_in_step: tuple[int, float, int] = (0, 0.0, 0)  # requests, expected tokens, rows
     _pass_ms: float = 0.0
     _passes: int = 0
-    _warm: set[int] = field(default_factory=set)  # depths of which a round has run
+    _warm: set[int] = field(default_factory=set)  # depths of which a draft step has run
     _min_tokens_per_ms: float = 0.0  # in the step under way
     _joined: int = 0  # since the last step
     _joined_per_step: float = 0.0
@@ -70,7 +70,7 @@ class AdaptivePolicy(Policy):
         self.costs = CostModel(self.num_layers)
         self.depth_choice = DepthChoice(active=self.depth)
 
-    # ---- rounds of a step
+    # ---- drafting
 
     def start(self, num_requests: int) -> int:
         self._joined_per_step += JOINED_MEMORY * (self._joined - self._joined_per_step)
@@ -126,7 +126,7 @@ class AdaptivePolicy(Policy):
         return WAITED_STEPS * self._joined_per_step
 
     def best_rate(self, depth: int, num_requests: int) -> tuple[float, int]:
-        """(tokens per ms, rounds it takes) of the best number of rounds at this load, by what was measured."""
+        """(tokens per ms, number) of the best number of draft steps at this load, by what was measured."""
         weight = self._weight_of_time(num_requests)
         plain_ms = self.costs.completion(num_requests)
         best, best_value = (num_requests / plain_ms, 0), float(num_requests)
@@ -146,7 +146,7 @@ class AdaptivePolicy(Policy):
         return best
 
     def _extra_frac(self, num_requests: int) -> float:
-        """What a single round and its exits take, of a step without."""
+        """What a single draft step and its exits take, of a step without."""
         plain_ms = self.costs.completion(num_requests)
         extra_ms = self.costs.round(self.depth, num_requests) + self.costs.completion(2 * num_requests) - plain_ms
         return extra_ms / plain_ms
@@ -289,5 +289,5 @@ def _name(depth: int, number: int) -> str:
 
 
 def _shared(number: int) -> int:
-    """The round whose calibration and statistics a round uses."""
+    """The draft step whose calibration and statistics a draft step uses."""
     return number if number < CALIBRATED_ROUNDS else CALIBRATED_ROUNDS - 1

@@ -3,7 +3,7 @@
 Exits are only released, never held. A ramp's threshold is the largest error score, 1 - confidence, at which it still
 lets a token exit. Every `window` verdicts the thresholds are searched anew on that window; every `adjust_every`
 verdicts the set of active ramps is adjusted by their utilities. A single ramp is active at a time here (the ramp
-budget is one), as a round runs to one depth only.
+budget is one), as a draft step runs to one depth only.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""What a verification pass and a round cost on this machine, measured while serving.
+"""What a verification pass and a draft step cost on this machine, measured while serving.
 
 Machines get slower and faster by the minute, most of all shared ones. What decides is how costs compare, so every
 time is divided by the pace of the moment before it is averaged: ms at pace 1.
@@ -131,14 +131,14 @@ def _isotonic(values: list[float], weights: list[int]) -> list[float]:
 
 
 # Before anything is measured: a pass over 8 rows costs a quarter more than one over a single row, over 32 twice as
-# much; a round at depth 0 costs a twentieth of a pass.
+# much; a draft step at depth 0 costs a twentieth of a pass.
 PRIOR_PASS_MS = tuple(30.0 * (1.0 + 0.033 * (rows - 1)) for rows in ROWS)
 PRIOR_ROUND_SHARE = 0.05
 
 
 @dataclass(slots=True)
 class CostModel:
-    """Verification passes by rows; rounds by depth and rows. All in ms at pace 1."""
+    """Verification passes by rows; draft steps by depth and rows. All in ms at pace 1."""
 
     num_layers: int
     pace: float = 1.0  # how much slower than that the machine is now

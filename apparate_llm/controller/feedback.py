@@ -43,7 +43,7 @@ class LoggedExit(NamedTuple):
 
 
 class Cycle(NamedTuple):
-    """Rounds of one step and the verification pass that followed."""
+    """Draft steps and the verification pass that followed."""
 
     num_requests: int
     num_rows: int

@@ -9,7 +9,7 @@ PLAN_STEPS = 8  # a plan is kept for so many steps
 PLAIN_STEPS = frozenset({4, 8, 16, 32, 64})  # steps without exits, so that plain passes are measured, then every
 PLAIN_EVERY = 256
 TRIED_EVERY = 16  # plans that copy nothing, as it does not pay, until one does, so that a change is noticed
-FIRST_PROBE = 4  # steps until a single round where exits do not pay any more, then twice as many each time, up to
+FIRST_PROBE = 4  # steps until a single draft step where exits do not pay any more, then twice as many each time, up to
 PROBE_EVERY = 64  # at least
 FIRST_PROBES_COST_FRAC = 0.1  # of the time that the first of them may take
 PROBE_COST_FRAC = 0.01  # that later ones may
@@ -69,8 +69,8 @@ class LoadPlan:
         self._probe_after = FIRST_PROBE
 
     def is_probed(self, extra_frac: float) -> bool:
-        """Whether a single round is run where none pays, so that a change is noticed; soon after they did, as a slow
-        round or two may have made rounds look expensive. extra_frac: what it takes, of a step without."""
+        """Whether a single draft step is run where none pays, so that a change is noticed; soon after they did, as a
+        slow one or two may have made them look expensive. extra_frac: what it takes, of a step without."""
         self._since_probe += 1
         most = max(PROBE_EVERY, extra_frac / PROBE_COST_FRAC)
         after = max(self._probe_after, extra_frac / FIRST_PROBES_COST_FRAC)

@@ -12,18 +12,18 @@ from apparate_llm.core import Decision, Exit
 class Policy(ABC):
     """Base of the policies; deterministic given the same questions and feedback.
 
-    One engine step: `start`, then for each round `decide` once per request that takes part and `wants_another_step`;
-    later, when the verification pass has run, `accepts` for held exits that their verdict differs from, `on_verdict`
-    for each exit that got one and `on_decode_step` with what it cost.
+    One engine step: `start`, then for each draft step `decide` once per request that takes part and
+    `wants_another_step`; later, when the verification pass has run, `accepts` for held exits that their verdict differs
+    from, `on_verdict` for each exit that got one and `on_decode_step` with what it cost.
     """
 
-    depth: int  # of the ramp it wants; read before each step's rounds
+    depth: int  # of the ramp it wants; read before each step's drafting
     depths: tuple[int, ...]  # ramps there are; a single one where the depth is fixed
     looks_up: bool = False  # whether exits may be copied, without a ramp, in the step that `start` began
 
     @abstractmethod
     def start(self, num_requests: int) -> int:
-        """Most rounds this step may run with so many requests generating; 0: none."""
+        """Most draft steps this step may run with so many requests generating; 0: none."""
 
     def on_request(self) -> None:
         """A request came: the next step reads its prompt, or the first part of it."""
@@ -57,13 +57,13 @@ class Policy(ABC):
         return False
 
     def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
-        """One round's time."""
+        """One draft step's time."""
 
     def on_step(self, ms: float) -> None:
-        """Everything of an engine step but its rounds, whether it read prompts or not."""
+        """Everything of an engine step but drafting, whether it read prompts or not."""
 
     def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
-        """Everything of an engine step but its rounds: a verification pass of `num_rows` decode rows, and no prompt."""
+        """Everything of an engine step but drafting: a verification pass of `num_rows` decode rows, and no prompt."""
 
     def status(self) -> dict[str, Any]:
         """Plain values for the status page."""
@@ -78,5 +78,5 @@ class Policy(ABC):
 
 
 def rounds_within(max_batch_tokens: int, max_exits: int, num_requests: int) -> int:
-    """Rounds with which the next verification pass stays within `max_batch_tokens`, a row per request and exit."""
+    """Draft steps with which the next verification pass stays within `max_batch_tokens`, a row per request and exit."""
     return max(0, min(max_exits, max_batch_tokens // max(num_requests, 1) - 1))

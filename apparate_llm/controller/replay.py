@@ -2,7 +2,7 @@
 
 The log's cycles are taken one after another, each with the exits that were proposed in it and their verdicts. A policy
 that takes fewer exits than the log's would go on from an earlier token than the log's next cycle does; that is
-ignored, as the next cycle is still a fair sample of what follows. What a log does not hold (rounds it did not run)
+ignored, as the next cycle is still a fair sample of what follows. What a log does not hold (draft steps it did not run)
 cannot be taken. Verdicts come at the end of their cycle.
 """
 
@@ -19,10 +19,10 @@ from apparate_llm.core import Decision, Exit
 
 
 class LogCosts:
-    """What passes and rounds took in a log: medians by rows, between them linear."""
+    """What passes and draft steps took in a log: medians by rows, between them linear."""
 
     def __init__(self, cycles: Sequence[Cycle]) -> None:
-        """Raises ValueError where the log has no verification pass or no round."""
+        """Raises ValueError where the log has no verification pass or no draft step."""
         passes: dict[int, list[float]] = {}
         rounds: dict[int, dict[int, list[float]]] = {}
         for cycle in cycles:
@@ -91,7 +91,7 @@ class _Answer:
     """One request in one cycle."""
 
     bucket: Bucket
-    proposed: list[LoggedExit]  # by round
+    proposed: list[LoggedExit]  # by draft step
     taken: list[Exit] = field(default_factory=list)
     not_taken: Exit | None = None
     joint_acceptance: float = 1.0
@@ -149,7 +149,7 @@ def _rounds(
     budget: AccuracyBudget,
     result: Replayed,
 ) -> tuple[int, float]:
-    """Rows of the verification pass that follows, and ms of the rounds."""
+    """Rows of the verification pass that follows, and ms of the draft steps."""
     num_rows, ms, live = cycle.num_requests, 0.0, [answer for answer in answers if answer.proposed]
     for number in range(policy.start(cycle.num_requests)):
         live = [answer for answer in live if number < len(answer.proposed)]
@@ -218,8 +218,8 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
 
 
 def oracle(cycles: Iterable[Cycle], costs: LogCosts, *, depth: int) -> Replayed:
-    """A perfect ramp of the same proposals: it knows the verdicts, takes every right exit and never runs a round in
-    vain."""
+    """A perfect ramp of the same proposals: it knows the verdicts, takes every right exit and never runs a draft step
+    in vain."""
     result = Replayed()
     for cycle in cycles:
         lengths = []

@@ -1,5 +1,5 @@
-"""Tensor parallelism: all ranks run the same rounds. Rank 0's ramp, clock and memory are the ones that count, and a
-failure of one rank is everybody's.
+"""Tensor parallelism: all ranks run the same draft steps. Rank 0's ramp, clock and memory are the ones that count, and
+a failure of one rank is everybody's.
 
 All else that decides (verdicts, budget, policy) is computed alike on every rank from the same logits and from rank
 0's clock.

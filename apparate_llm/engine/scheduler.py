@@ -2,7 +2,7 @@
 
 They are appended after vLLM has settled how many drafts were accepted, so its token counts and its speculation
 metrics see held exits only. A released exit then is an ordinary token that is not computed yet: the next step
-schedules it with the newest token. Held exits come with the output, too, where the rounds are done by then.
+schedules it with the newest token. Held exits come with the output, too, where drafting is done by then.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class EarlyExitScheduler(Scheduler):
         self.num_failures = 0
         apply_all("engine")
         check_those_of("engine.scheduler")
-        # Rounds deeper than 0 write KV for the newest token and the exits after it.
+        # Draft steps deeper than 0 write KV for the newest token and the exits after it.
         self.num_lookahead_tokens = max(self.num_lookahead_tokens, self.num_spec_tokens)
         # vLLM pads a resumed request's single row with draft placeholders (-1) for CUDA graphs; there are none here
         # and -1 is no token. A constant dynamic draft count turns the padding off.

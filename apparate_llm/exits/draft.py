@@ -115,7 +115,7 @@ class Drafter:
         self, rows: list[DraftRequest], num_steps: int, final_states: torch.Tensor, aux_states: list[torch.Tensor]
     ) -> list[tuple[int, float]]:
         """Fill in `released`, `held` and `not_taken` of the rows in up to `num_steps`; returns (rows, ms) of each
-        draft step. Rows whose text repeats itself at length follow it from there on, without a round.
+        draft step. Rows whose text repeats itself at length follow it from there on, without a draft step.
 
         final_states [num_tokens, hidden_size] are the verification pass's, after the final norm; aux_states, of the
         same shape each, its residual streams at the ramp's auxiliary depths.
@@ -190,7 +190,7 @@ class Drafter:
             and row.num_exits < row.max_released
             and self.budget.may_release(row.bucket)
         )
-        number = row.num_exits  # each round before has left one
+        number = row.num_exits  # each draft step before has left one
         depth = 0 if match else self.ramps.depth
         exit_ = Exit(row.newest_position + 1 + number, token, depth, number, confidence, row.greedy, match=match)
         decision = self.policy.decide(
@@ -211,7 +211,7 @@ class Drafter:
         return True
 
     def predict(self, live: list[DraftRequest], tokens: torch.Tensor, state: torch.Tensor, number: int) -> Prediction:
-        """One round: `tokens` [num_rows] are the rows' newest, `state` [num_rows, hidden_size] the ramp's."""
+        """One draft step: `tokens` [num_rows] are the rows' newest, `state` [num_rows, hidden_size] the ramp's."""
         positions = torch.tensor([row.newest_position + number for row in live])
         hidden = self.model.states(self.ramps.depth, [row.request_index for row in live], tokens, positions)
         proposals = self._proposals(live) if self.ramps.head.reads_lookup else None
@@ -223,7 +223,7 @@ class Drafter:
         return Proposals(tokens, lengths, self.model.embed(tokens))
 
     def free_slots(self, request_index: int, newest_position: int) -> int:
-        """Rounds whose KV slots (newest_position, newest_position + 1, ...) are allocated already."""
+        """Draft steps whose KV slots (newest_position, newest_position + 1, ...) are allocated already."""
         if self.policy.depth == 0:
             return self.max_exits
         return int(np.clip(self.model.num_slots(request_index) - newest_position, 0, self.max_exits))

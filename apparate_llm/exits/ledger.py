@@ -50,7 +50,7 @@ class RequestExits:
     options: RequestOptions = RequestOptions.model_validate({})  # noqa: RUF009 - frozen
     tpt_target_ms: float | None = None
     outstanding: list[Exit] = field(default_factory=list)  # released, no verdict yet
-    held: list[Exit] = field(default_factory=list)  # of the last rounds, in order
+    held: list[Exit] = field(default_factory=list)  # of the last draft steps, in order
     not_taken: Exit | None = None  # what the ramp proposed next and the policy did not take
     num_emitted: int = 0
     num_unshared: int = 0  # tokens that have earned for this request only: those of its last step

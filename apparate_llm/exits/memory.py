@@ -55,7 +55,7 @@ class Memory:
             self.asides.run("The controller's state", partial(self.state.save_now_and_then, policy))
 
     def rounds(self, spent: list[tuple[int, float]], histograms: Distributions) -> None:
-        """Rows and ms of a step's rounds."""
+        """Rows and ms of draft steps."""
         for _, ms in spent:
             self.asides.run("A histogram", partial(histograms.round_ms.observe, ms))
         if self.feedback is not None:

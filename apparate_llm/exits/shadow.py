@@ -16,8 +16,8 @@ MAX_ROWS = 4
 
 
 class Shadow:
-    """Compares all ramps' first-round tokens with the full model's, at positions after an accepted held exit: there
-    the pass has the newest token's auxiliary hidden state and the final state of the token before it."""
+    """Compares all ramps' tokens of the first draft step with the full model's, at positions after an accepted held
+    exit: there the pass has the newest token's auxiliary hidden state and the final state of the token before it."""
 
     def __init__(self, drafter: Drafter, depths: tuple[int, ...], clock: StepClock, peers: Ranks) -> None:
         """depths: of the verification pass's auxiliary hidden states."""

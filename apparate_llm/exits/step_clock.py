@@ -13,11 +13,11 @@ RAN_FRAC = 0.25  # of a step that the process had a CPU, below which it was
 class Took(NamedTuple):
     num_requests: int
     num_rows: int  # of the verification pass: one per request and exit
-    completion_ms: float  # everything of the step but its rounds
+    completion_ms: float  # everything of the step but drafting
 
 
 class StepClock:
-    """A step lasts from the end of one step's rounds to the end of the next one's."""
+    """A step lasts from the end of one step's drafting to the end of the next one's."""
 
     def __init__(self, peers: Ranks) -> None:
         self.peers = peers
@@ -58,6 +58,6 @@ class StepClock:
         self._began_s = None
 
     def shared_rounds(self, spent: list[tuple[int, float]]) -> list[tuple[int, float]]:
-        """Rank 0's times of a step's rounds."""
+        """Rank 0's times of a step's drafting."""
         times = self.peers.share_floats([ms for _, ms in spent])
         return [(num_rows, ms) for (num_rows, _), ms in zip(spent, times, strict=True)]
