@@ -5,7 +5,6 @@ import ctypes
 import gc
 import json
 import math
-import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -205,11 +204,3 @@ def give_back_memory() -> None:
 
 def gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def peak_bytes() -> int:
-    """Most memory that this process has had, or has now with the largest child there was."""
-    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    own = {line[0]: int(line[1]) << 10 for line in lines if line[0] in ("VmHWM:", "VmRSS:")}
-    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
-    return max(own["VmHWM:"], own["VmRSS:"] + child)

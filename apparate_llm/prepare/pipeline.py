@@ -13,7 +13,8 @@ from rich.console import Console
 
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.prepare.calibrate import calibrate_rounds
-from apparate_llm.prepare.needs import gib, give_back_memory, peak_bytes, say_needs
+from apparate_llm.prepare.needs import gib, give_back_memory, say_needs
+from apparate_llm.prepare.peak_memory import PeakMemory
 from apparate_llm.prepare.plan import Made, Plan, Run
 from apparate_llm.prepare.profile import LIMIT_S, profile
 from apparate_llm.prepare.prompts import KINDS
@@ -21,7 +22,6 @@ from apparate_llm.prepare.recorded import Recorded, recorded
 from apparate_llm.prepare.report import write_report
 from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import (
-    LAPS,
     STOP_BELOW,
     Lap,
     WorkClock,
@@ -47,7 +47,8 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     """Leaves a ramp folder with its report in `plan.out`, and returns the report; raises ValueError for bad input,
     RuntimeError otherwise."""
     workspace = Workspace(plan.out)
-    with workspace.locked(), disk_errors(plan.out), _run(plan, workspace, console or Console(stderr=True)) as run:
+    running = _run(plan, workspace, console or Console(stderr=True))
+    with workspace.locked(), disk_errors(plan.out), PeakMemory() as memory, running as run:
         check_settings(run)
         say_needs(run)
         made = _laps(run)
@@ -62,7 +63,7 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
         report = write_report(plan.out, run.base, plan.model.name, made, profiled)
         _write_ramps(run, plan.out, made, default_depth=report["advice"]["depth"])
         run.clock.keep()
-        run.say(f"peak memory was {gib(peak_bytes())}")
+        run.say(f"peak memory was {gib(memory.peak_bytes)}, pages of files left out")
         run.say(report["advice"]["sentence"])
         run.say(made.outlook)
         if plan.verify:
@@ -136,14 +137,13 @@ def _laps(run: Run) -> Made:
             raise RuntimeError(
                 f"{rows['tokens']:,} answer tokens are too few, none are for {missing[0]}: give more tokens or time"
             )
-        fraction = LAPS[-len(laps) :][lap.number]
         record = train_depth(
             run,
             rows,
             first,
             lap=lap.number,
             after=first if records else None,
-            epochs=epochs_of_lap(rows["tokens"], fraction, lap.training_share),
+            epochs=epochs_of_lap(rows["tokens"], lap.fraction, lap.training_share),
             until_s=lap.train_until_s,
         )
         records.append(record)

@@ -6,17 +6,15 @@ whether tokens or training are short.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from apparate_llm.prepare.workspace import Workspace
 
-SYNTHESIS_SHARE = 0.6  # of the time; training has the rest
 RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.06, 60.0, 0.4  # of the budget, for measuring and the report
-LAPS = (0.25, 0.5, 1.0)  # of the tokens, after each
-TRAINING_OF_LAP = (0.2, 0.3, 0.5)  # of the first depth's training
 ENOUGH_S, ENOUGH_TOKENS = 900.0, 200_000  # for more than one lap
+LONG_S, LONG_TOKENS = 7200.0, 1_000_000  # for three of them: a short run has no time for another training
 MOST_EPOCHS, FEWEST_EPOCHS = 3.0, 1.5  # of the first depth; the others start from it and take half as many
 ENOUGH_ROWS = 1_280_000  # seen by then, more epochs overfit few rows and only cost time with many
 SHIFT = 0.12  # of the time left, to what is short
@@ -26,6 +24,20 @@ STOP_BELOW = 0.005  # of TPT: what the next doubling must bring
 # Gain of a doubling over that of the one before: assumed after two laps, and at most. Qwen2.5-Coder-0.5B gained 0.22
 # exits per cycle in the doubling after 386,000 tokens and 0.14 in the next one (docs/ramps.md).
 FIRST_FADING, MOST_FADING = 0.5, 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How time is shared."""
+
+    laps: tuple[float, ...]  # of the tokens, after each
+    training: tuple[float, ...]  # of the first depth's training, in each
+    synthesis_frac: float  # of the time; training of all depths has the rest
+
+
+ONE_LAP = Course((1.0,), (1.0,), 0.6)
+TWO_LAPS = Course((0.5, 1.0), (0.3, 0.7), 0.66)
+THREE_LAPS = Course((0.25, 0.5, 1.0), (0.2, 0.3, 0.5), 0.6)
 
 
 class WorkClock:
@@ -53,6 +65,7 @@ class WorkClock:
 class Lap:
     number: int
     last: bool
+    fraction: float  # of all tokens, in the end
     tokens: float  # answer tokens that there are to be
     synthesise_until_s: float  # of the work clock
     train_until_s: float
@@ -68,13 +81,11 @@ class Schedule:
     num_depths: int
 
     @property
-    def num_laps(self) -> int:
-        several = (
-            self.tokens >= ENOUGH_TOKENS
-            if self.tokens is not None
-            else self.time_budget_s is not None and self.time_budget_s >= ENOUGH_S
-        )
-        return len(LAPS) if several else 1
+    def course(self) -> Course:
+        tokens, seconds = self.tokens, self.time_budget_s
+        size = tokens / ENOUGH_TOKENS if tokens is not None else (seconds or 0.0) / ENOUGH_S
+        long = LONG_TOKENS / ENOUGH_TOKENS if tokens is not None else LONG_S / ENOUGH_S
+        return ONE_LAP if size < 1 else TWO_LAPS if size < long else THREE_LAPS
 
     @property
     def work_s(self) -> float:
@@ -86,16 +97,15 @@ class Schedule:
 
     def laps(self) -> list[Lap]:
         """As planned at the beginning."""
-        first_depth_s = self.work_s * (1 - SYNTHESIS_SHARE) / (0.5 + 0.5 * self.num_depths)
-        fractions = LAPS[-self.num_laps :]
-        shares = TRAINING_OF_LAP if self.num_laps > 1 else (1.0,)
+        course = self.course
+        first_depth_s = self.work_s * (1 - course.synthesis_frac) / (0.5 + 0.5 * self.num_depths)
         laps, until_s, before = [], 0.0, 0.0
-        for number, (fraction, share) in enumerate(zip(fractions, shares, strict=True)):
-            synthesise_until_s = until_s + self.work_s * SYNTHESIS_SHARE * (fraction - before)
+        for number, (fraction, share) in enumerate(zip(course.laps, course.training, strict=True)):
+            synthesise_until_s = until_s + self.work_s * course.synthesis_frac * (fraction - before)
             until_s, before = synthesise_until_s + first_depth_s * share, fraction
             tokens = math.inf if self.tokens is None else math.ceil(self.tokens * fraction)
-            last = number == self.num_laps - 1
-            laps.append(Lap(number, last, tokens, synthesise_until_s, until_s, share))
+            last = number == len(course.laps) - 1
+            laps.append(Lap(number, last, fraction, tokens, synthesise_until_s, until_s, share))
         return laps
 
 
@@ -108,7 +118,7 @@ def shifted(lap: Lap, spent_s: float, work_s: float, short: str) -> Lap:
     # Training of the first depth and of the others gives, or gets, in proportion.
     factor = (work_s - until_s) / max(1e-9, work_s - lap.synthesise_until_s)
     train_s = (lap.train_until_s - lap.synthesise_until_s) * factor
-    return Lap(lap.number, lap.last, lap.tokens, until_s, until_s + train_s, lap.training_share)
+    return replace(lap, synthesise_until_s=until_s, train_until_s=until_s + train_s)
 
 
 def what_is_short(train_score: float, validation_score: float) -> str:
