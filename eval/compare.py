@@ -65,8 +65,10 @@ def _with_new_names(results: Results) -> Results:
     settings = results.settings
     settings["options"] = settings.pop("knobs")
     settings["systems"] = [system_of_old(name) for name in settings.get("systems", [])]
-    for item in (*results.runs, *results.ratios):
-        item.system = system_of_old(item.system)
+    for run in results.runs:
+        run.system = system_of_old(run.system)
+    for ratio in results.ratios:
+        ratio.system = system_of_old(ratio.system)
     for told in (results.systems, results.skipped, settings.get("bounds") or {}):
         for name in list(told):
             told[system_of_old(name)] = told.pop(name)
