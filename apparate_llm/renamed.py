@@ -37,6 +37,7 @@ METRICS = {  # new -> old; both are on the page
     },
 }
 LABELS = {"tenant": "class"}
+OLD_SETTINGS = "knobs"  # what an evaluation's settings had for its options
 SYSTEMS = {"bounded": "early-exit", "idle": "ramps-only"}  # of the evaluation, old -> new
 
 

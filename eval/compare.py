@@ -23,7 +23,7 @@ from apparate_llm.eval.tables import (
     ratio_cell,
     ratios_by_run,
 )
-from apparate_llm.renamed import system_of_old
+from apparate_llm.renamed import OLD_SETTINGS, system_of_old
 
 RESULTS_NAME = "results.json"
 MAX_TOLD = 60  # characters of a value that differs
@@ -58,12 +58,12 @@ def load_results(folder_or_file: Path) -> Results:
 
 def is_old(settings: dict[str, Any]) -> bool:
     """Whether an evaluation is of version 0.1, going by its settings."""
-    return "knobs" in settings
+    return OLD_SETTINGS in settings
 
 
 def _with_new_names(results: Results) -> Results:
     settings = results.settings
-    settings["options"] = settings.pop("knobs")
+    settings["options"] = settings.pop(OLD_SETTINGS)
     settings["systems"] = [system_of_old(name) for name in settings.get("systems", [])]
     for run in results.runs:
         run.system = system_of_old(run.system)

@@ -278,10 +278,10 @@ def _vllm_flags(given: list[str], num_servers: int) -> list[str]:
 def name_of(config: EarlyExitConfig) -> str:
     if config.policy == "off":
         return "off"
-    bound = f"{config.accuracy_bound:g}"
+    bound = "lossless" if config.accuracy_bound == 0 else f"{config.accuracy_bound:g}"
     if config.policy != "adaptive":
         return f"{config.policy} {bound}"
-    return "lossless" if config.accuracy_bound == 0 else f"early-exit-{bound}"
+    return bound if bound == "lossless" else f"early-exit-{bound}"
 
 
 def option_flags(args: argparse.Namespace) -> list[str]:

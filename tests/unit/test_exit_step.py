@@ -144,7 +144,6 @@ def test_released_exits_become_text_and_held_ones_drafts():
     step.drafts = given = [[], []]
     first, second = step.requests
     first.released, first.held, second.held = [exit_at(10, 1)], [exit_at(11, 2)], [exit_at(12, 3), exit_at(13, 4)]
-    step.ledger.budget.release(first.bucket)
     model = Model(["a", "b"])
     step.commit(step.requests, model)
     assert model.appended == {0: [1]} and step.released == {"a": [1]} and given == [[2], [3, 4]]

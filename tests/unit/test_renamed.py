@@ -144,11 +144,11 @@ def test_nothing_of_ours_goes_by_an_old_name():
     words = [rf"--{old.replace('_', '-')}(?![\w-])" for old in renamed.OPTIONS]
     words += [rf"\b{old}\b" for old in (*renamed.OPTIONS, *renamed.REQUEST_FIELDS) if "_" in old]
     words += [rf"apparate:{old}(?:_total|_sum|_count|_bucket)?\b" for old in renamed.METRICS.values()]
-    retired = re.compile("|".join([*words, *RETIRED]), re.IGNORECASE)
+    retired = re.compile("|".join([*words, f"(?i:{'|'.join(RETIRED)})"]))
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not listed:
         pytest.skip("no checkout")
-    past = ("CHANGELOG.md", "renamed.py", "test_renamed.py", "test_metrics.py", "earlier.md")
+    past = ("CHANGELOG.md", "renamed.py", "test_renamed.py", "test_metrics.py", "test_access.py", "earlier.md")
     found = []
     for file in map(ROOT.joinpath, listed):
         is_past = file.name in past or "results" in file.parts or "assets" in file.parts

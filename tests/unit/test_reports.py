@@ -14,7 +14,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from apparate_llm.api.answers import Caller
-from apparate_llm.api.reports import TOKENS_AT_ONCE, ModelChoice, reporting, texts_of
+from apparate_llm.api.reports import TOKENS_AT_ONCE, Choice, reporting, texts_of
 from apparate_llm.exits.token_origins import REPORT_KEY
 
 EOS, BOS = 256, 257
@@ -164,7 +164,7 @@ def test_a_report_that_fails_costs_the_answer_nothing(tokenizer):
 
 def test_a_long_answer_lets_others_have_their_turn(tokenizer):
     ids, turns = tokenizer.encode("\N{GRINNING FACE}") * 5_000, 0
-    choice = ModelChoice(ids, [tokenizer.decode(ids)])
+    choice = Choice(ids, [tokenizer.decode(ids)])
 
     async def others():
         nonlocal turns
@@ -190,7 +190,7 @@ def test_an_output_of_all_tokens_so_far_is_read_from_where_the_last_one_ended():
         def __iter__(self):
             raise AssertionError("read from its beginning")
 
-    choice = ModelChoice()
+    choice = Choice()
     for number in range(1, 5):
         so_far = Ids(range(number))
         choice.take(SimpleNamespace(token_ids=so_far, text="x", finish_reason=None, stop_reason=None), is_delta=False)
