@@ -34,11 +34,13 @@ class Evaluation:
     store: Store
     start_timeout_s: float
     dead: dict[str, str] = field(default_factory=dict)  # system -> why it is not measured (any more)
+    enough: Callable[[int], bool] = lambda load: False  # whether the load of this number needs no further repeat
+    repeats: dict[int, int] = field(default_factory=dict)  # load -> repeats, where they were enough
 
     def keys(self, system: System) -> Iterator[tuple[BlockKey, Load, tuple[PlannedRequest, ...]]]:
         for number, load in enumerate(self.loads):
             if is_served(system, load):
-                for repeat in range(self.repeat):
+                for repeat in range(self.repeats.get(number, self.repeat)):
                     for block, asks in enumerate(load.blocks):
                         yield BlockKey(number, repeat, block, system.name), load, asks
 
@@ -135,6 +137,10 @@ def _measure(
                 evaluation.store.add(found)
                 stage.update(before + len(asks), stage.facts)
             order.reverse()
+        if evaluation.enough(number):
+            evaluation.repeats[number] = repeat + 1
+            stage.total, _ = _requests(evaluation, servers)
+            break
 
 
 def _measure_block(
