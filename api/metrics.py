@@ -55,8 +55,6 @@ FIELDS = {  # metric -> field of the counts, where they differ
     "held_accepted": "accepted",
     "held_accepted_divergences": "accepted_diverged",
     "divergences": "diverged",
-    "verification_passes": "completion_passes",
-    "draft_steps": "rounds",
 }
 TENANT_COUNTERS = {  # of each tenant
     "emitted": "Output tokens of the tenant",
@@ -71,8 +69,8 @@ TENANT_COUNTERS = {  # of each tenant
 HISTOGRAMS = {  # distribution -> (name, help, what a unit of the metric is in the distribution's)
     "tpt_ms": ("time_per_output_token_seconds", "Time per output token of requests that ended", 1e3),
     "tokens_per_pass": ("tokens_per_pass", "Tokens a request gets of one verification pass", 1.0),
-    "completion_ms": ("verification_pass_seconds", "Engine steps without their draft steps", 1e3),
-    "round_ms": ("draft_step_seconds", "Draft steps", 1e3),
+    "verify_ms": ("verification_pass_seconds", "Engine steps without their draft steps", 1e3),
+    "draft_step_ms": ("draft_step_seconds", "Draft steps", 1e3),
     "controller_ms": ("controller_seconds", "Decisions of the controller, per engine step", 1e3),
     "regret_nats": ("divergence_regret_nats", "Regret of a divergence", 1.0),
 }

@@ -42,6 +42,7 @@ from apparate_llm.config import (
     parse_request_options,
     public_config,
 )
+from apparate_llm.renamed import beside_old_names
 
 logger = init_logger("vllm.apparate")
 MAX_STREAMS = 256
@@ -97,7 +98,7 @@ class ExitServer:
 
     async def _status(self) -> dict[str, Any]:
         """Also takes up the options in force: another API process may have changed them."""
-        status = merged(await self.ask("early_exit_status"))
+        status = merged([beside_old_names(status) for status in await self.ask("early_exit_status")])
         self.config = self.config.model_copy(update={name: status["config"][name] for name in LIVE_OPTIONS})
         return status
 

@@ -21,7 +21,7 @@ class Exit:
     position: int  # index in the request's prompt + output tokens
     token_id: int
     depth: int  # blocks run for it
-    round_number: int  # counts from 0
+    draft_step: int  # of its engine step, counts from 0
     confidence: float  # the ramp's own, as calibrated when it was prepared
     greedy: bool = True  # its verdict is the full model's best token; else whether vLLM's sampler keeps it
     probability: float = 0.0  # of agreeing with its verdict; written by the policy
@@ -57,8 +57,8 @@ class ExitCounts:
     unverified: int = 0  # released exits whose request ended before their verdict
     targets_met: int = 0  # requests that ended within their time per output token
     targets_missed: int = 0
-    completion_passes: int = 0
-    rounds: int = 0
+    verification_passes: int = 0
+    draft_steps: int = 0
     copied: int = 0  # exits emitted, released or accepted, that no ramp was asked for
     shallow_blocks: int = 0  # decoder blocks run in draft steps, over all rows
     exits_by_depth: dict[int, int] = field(default_factory=dict)  # emitted, released or accepted
@@ -86,12 +86,12 @@ class ExitCounts:
 
     @property
     def diverged(self) -> int:
-        """Emitted tokens known to differ from their verdict."""
+        """Divergences: emitted tokens that differ from their verdict."""
         return self.released_diverged + self.accepted_diverged
 
     @property
     def divergences_at_worst(self) -> int:
-        """The number that the bound holds for: should every exit that ended without a verdict have been wrong. Those
+        """The number that the bound holds for: each exit that ended without a verdict counts as a divergence. Those
         that still wait for one are not in it, so it never falls."""
         return self.diverged + self.unverified
 

@@ -37,6 +37,12 @@ METRICS = {  # new -> old; both are on the page
     },
 }
 LABELS = {"tenant": "class"}
+STATUS = {  # part of the status -> its new names -> old; both are in it
+    "counts": {"verification_passes": "completion_passes", "draft_steps": "rounds"},
+    "distributions": {"verify_ms": "completion_ms", "draft_step_ms": "round_ms"},
+    "controller": {"verify_ms": "completion_ms", "draft_step_ms": "round_ms", "draft_steps_planned": "rounds_planned"},
+}
+CONTROLLER_STATE = {"completion": "verify_ms", "rounds": "draft_steps"}  # old -> new, in the file of an earlier start
 OLD_SETTINGS = "knobs"  # what an evaluation's settings had for its options
 SYSTEMS = {"bounded": "early-exit", "idle": "ramps-only"}  # of the evaluation, old -> new
 
@@ -52,6 +58,15 @@ def with_new_names(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[s
             raise ValueError(f"{old}: the old name of {new}, which says something else")
         warn(old, new)
     return renamed
+
+
+def beside_old_names(status: dict[str, Any]) -> dict[str, Any]:
+    """The worker's status, with the names that its figures had."""
+    told = dict(status)
+    for part in STATUS.keys() & status.keys():
+        figures = status[part]
+        told[part] = {**figures, **{old: figures[new] for new, old in STATUS[part].items() if new in figures}}
+    return told
 
 
 def system_of_old(name: str) -> str:

@@ -16,7 +16,7 @@ from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS
 
 if TYPE_CHECKING:
-    from apparate_llm.controller.feedback import Cycle
+    from apparate_llm.controller.feedback import LoggedStep
     from apparate_llm.controller.replay import LogCosts, Replayed
 
 LOGS = Path(__file__).parent / "assets" / "logs"
@@ -55,7 +55,7 @@ def shipped_logs() -> dict[str, Path]:
 def run_replay(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from apparate_llm.controller.feedback import read_cycles, read_header
+    from apparate_llm.controller.feedback import read_header, read_steps
     from apparate_llm.controller.replay import LogCosts
     from apparate_llm.progress import Progress
 
@@ -64,11 +64,11 @@ def run_replay(args: argparse.Namespace) -> int:
     for out in (args.figure, args.json):
         if out is not None and not out.parent.is_dir():
             raise ValueError(f"folder not found: {out.parent}")
-    header, cycles = read_header(path), list(read_cycles(path))
-    costs = LogCosts(cycles)
-    if config.depth not in ("auto", *costs.rounds):
+    header, steps = read_header(path), list(read_steps(path))
+    costs = LogCosts(steps)
+    if config.depth not in ("auto", *costs.draft_steps):
         raise ValueError(
-            f"--depth: the log holds exits of depth {', '.join(map(str, costs.rounds))}, got {config.depth}"
+            f"--depth: the log holds exits of depth {', '.join(map(str, costs.draft_steps))}, got {config.depth}"
         )
     rows = []
     with Progress(Console(stderr=True)) as progress:
@@ -76,11 +76,11 @@ def run_replay(args: argparse.Namespace) -> int:
         with progress.stage("replay", total=len(combinations), unit="combinations", often_brief=True) as stage:
             for done, parameters in enumerate(combinations):
                 stage.update(done)
-                rows.append(one_row(config, parameters, header, cycles, costs))
+                rows.append(one_row(config, parameters, header, steps, costs))
             stage.update(len(combinations))
-    rows.append(oracle_row(config, cycles, costs))
+    rows.append(oracle_row(config, steps, costs))
     print_rows(
-        rows, f"{path.name}: {len(cycles)} passes of {header.get('model', 'a model')} on {header.get('cpu', '?')}"
+        rows, f"{path.name}: {len(steps)} passes of {header.get('model', 'a model')} on {header.get('cpu', '?')}"
     )
     if args.json:
         document = {"schema_version": 1, "command": shlex.join(["apparate-llm", *redacted(sys.argv[1:])]), "rows": rows}
@@ -113,14 +113,14 @@ def parameter_grid(given: list[str]) -> list[dict[str, Any]]:
     return [dict(combination) for combination in itertools.product(*axes)]
 
 
-def one_row(config: EarlyExitConfig, parameters: Row, header: Row, cycles: "list[Cycle]", costs: "LogCosts") -> Row:
+def one_row(config: EarlyExitConfig, parameters: Row, header: Row, steps: "list[LoggedStep]", costs: "LogCosts") -> Row:
     from apparate_llm.controller.policies import make_policy
     from apparate_llm.controller.replay import replay
 
     options = {name: value for name, value in parameters.items() if name in EarlyExitConfig.model_fields}
     rest = {name: value for name, value in parameters.items() if name not in options}
     config = parse_config({**config.model_dump(), **options})
-    depths = tuple(sorted(costs.rounds))
+    depths = tuple(sorted(costs.draft_steps))
     policy = make_policy(
         config,
         depth=depths[0] if config.depth == "auto" else config.depth,
@@ -128,16 +128,16 @@ def one_row(config: EarlyExitConfig, parameters: Row, header: Row, cycles: "list
         num_layers=header["num_layers"],
         **rest,
     )
-    result = replay(cycles, costs, policy, accuracy_bound=config.accuracy_bound, kind=config.bound_kind)
+    result = replay(steps, costs, policy, accuracy_bound=config.accuracy_bound, kind=config.bound_kind)
     label = ", ".join(f"{name}={value}" for name, value in parameters.items())
     return row_of(config.policy, label, config.accuracy_bound, result)
 
 
-def oracle_row(config: EarlyExitConfig, cycles: "list[Cycle]", costs: "LogCosts") -> Row:
+def oracle_row(config: EarlyExitConfig, steps: "list[LoggedStep]", costs: "LogCosts") -> Row:
     from apparate_llm.controller.replay import oracle
 
-    depth = min(costs.rounds) if config.depth == "auto" else config.depth
-    return row_of("oracle", "", 0.0, oracle(cycles, costs, depth=depth))
+    depth = min(costs.draft_steps) if config.depth == "auto" else config.depth
+    return row_of("oracle", "", 0.0, oracle(steps, costs, depth=depth))
 
 
 def row_of(policy: str, parameters: str, accuracy_bound: float, result: "Replayed") -> Row:

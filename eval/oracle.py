@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from apparate_llm.controller.feedback import read_cycles, read_header
+from apparate_llm.controller.feedback import read_header, read_steps
 from apparate_llm.controller.replay import LogCosts, oracle
 from apparate_llm.ramps.checkpoint import find_shipped, read_manifest
 from apparate_llm.ramps.fingerprint import WeightsError, fingerprint_of
 from apparate_llm.replay import shipped_logs
 
-LEAST_CYCLES = 100
+LEAST_STEPS = 100
 
 
 def oracle_ratios(model: Path, concurrencies: list[int]) -> dict[str, float]:
@@ -23,13 +23,13 @@ def oracle_ratios(model: Path, concurrencies: list[int]) -> dict[str, float]:
     ramps = read_manifest(folder).weights_sha256
     for path in shipped_logs().values():
         if read_header(path).get("ramps") == ramps:
-            cycles = list(read_cycles(path))
-            costs = LogCosts(cycles)
-            depth = min(costs.rounds)
+            steps = list(read_steps(path))
+            costs = LogCosts(steps)
+            depth = min(costs.draft_steps)
             found = {}
             for concurrency in concurrencies:
-                part = [cycle for cycle in cycles if cycle.num_requests == concurrency]
-                if len(part) >= LEAST_CYCLES:
+                part = [step for step in steps if step.num_requests == concurrency]
+                if len(part) >= LEAST_STEPS:
                     found[str(concurrency)] = oracle(part, costs, depth=depth).tpt_ratio
             return found
     return {}

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What the controller's decisions cost per engine step: python -m scripts.bench_controller
 
-A policy is asked and told all that an engine step asks and tells it (three rounds, every request), without an engine.
-The limits are 0.2 ms at batch 1 and 0.5 ms at batch 16. Exit code 1 if one is exceeded.
+A policy is asked and told all that an engine step asks and tells it (three draft steps, every request), without an
+engine. The limits are 0.2 ms at batch 1 and 0.5 ms at batch 16. Exit code 1 if one is exceeded.
 """
 
 import random
@@ -16,7 +16,7 @@ from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
 
-ROUNDS = 3
+DRAFT_STEPS = 3
 STEPS = 2000
 LIMITS_MS = {1: 0.2, 16: 0.5}
 
@@ -24,7 +24,7 @@ LIMITS_MS = {1: 0.2, 16: 0.5}
 def step_ms(policy: Policy, budget: AccuracyBudget, buckets: list[Bucket], rng: random.Random) -> float:
     """Time of one step's decisions; the exits are made before it begins."""
     batch = len(buckets)
-    proposed = [[Exit(0, 0, 0, number, rng.random() ** 0.3) for _ in buckets] for number in range(ROUNDS)]
+    proposed = [[Exit(0, 0, 0, number, rng.random() ** 0.3) for _ in buckets] for number in range(DRAFT_STEPS)]
     began = perf_counter()
     policy.start(batch)
     reaches, num_rows, held = [1.0] * batch, batch, []

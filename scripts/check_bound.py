@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from apparate_llm.config import EarlyExitConfig, PolicyName
-from apparate_llm.controller.feedback import Cycle
+from apparate_llm.controller.feedback import LoggedStep
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.policy import Policy
 from apparate_llm.controller.replay import LogCosts, replay
 from apparate_llm.core import Exit
 from tests import logs
 
-RIGHT, WRONG = 90, 60  # cycles
+RIGHT, WRONG = 90, 60  # engine steps
 
 
 class Checked(NamedTuple):
@@ -29,8 +29,8 @@ class Checked(NamedTuple):
     divergence_frac: float
 
 
-def adversary(confidence: float, cycle: int, rng: random.Random) -> bool:
-    return cycle % (RIGHT + WRONG) < RIGHT or rng.random() < 0.1
+def adversary(confidence: float, step: int, rng: random.Random) -> bool:
+    return step % (RIGHT + WRONG) < RIGHT or rng.random() < 0.1
 
 
 def check_bound(name: PolicyName, *, num_verdicts: int, accuracy_bound: float) -> Checked:
@@ -44,13 +44,13 @@ def check_bound(name: PolicyName, *, num_verdicts: int, accuracy_bound: float) -
         verdicts += 1
         original(exit_, agrees)
 
-    def until_enough() -> Iterator[Cycle]:
-        for cycle in logs.cycles(10**9, agrees=adversary, length=600):
+    def until_enough() -> Iterator[LoggedStep]:
+        for step in logs.steps(10**9, agrees=adversary, length=600):
             if verdicts >= num_verdicts:
                 return
-            yield cycle
+            yield step
 
-    costs = LogCosts(list(logs.cycles(100)))
+    costs = LogCosts(list(logs.steps(100)))
     policy.__class__ = type("Counted", (type(policy),), {"__slots__": (), "on_verdict": on_verdict})
     result = replay(until_enough(), costs, policy, accuracy_bound=accuracy_bound, kind="agreement")
     return Checked(verdicts, result.worst_share, result.divergence_frac)

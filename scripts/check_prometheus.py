@@ -33,8 +33,8 @@ COUNTED = {  # metric -> what the evaluation calls it
     "apparate:held_accepted_total": "accepted",
     "apparate:released_total": "released",
     "apparate:divergences_total": "diverged",
-    "apparate:verification_passes_total": "completion_passes",
-    "apparate:draft_steps_total": "rounds",
+    "apparate:verification_passes_total": "verification_passes",
+    "apparate:draft_steps_total": "draft_steps",
     "apparate:unverified_total": "unverified",
     "apparate:divergences_at_worst_total": "divergences_at_worst",
 }

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Requests with a target between lossless and fastest, against both.
 
-    python -m scripts.check_target [--accuracy-bound 0.2] [--rounds 30] [--json OUT] [vLLM flags]
+    python -m scripts.check_target [--accuracy-bound 0.2] [--repeat 30] [--json OUT] [vLLM flags]
 
-From the repository's root. One server. A round asks one prompt three times, one after the other: without a divergence,
-as fast as the bound allows, and with a target halfway (geometrically) between what these two have just taken, since on
-a shared machine a fixed one is out of their range a minute later. Exit code 1 if the targets are missed by more than
---limit in the mean, or no divergence was saved.
+From the repository's root. One server. Each repetition asks one prompt three times, one after the other: without a
+divergence, as fast as the bound allows, and with a target halfway (geometrically) between what these two have just
+taken, since on a shared machine a fixed one is out of their range a minute later. Exit code 1 if the targets are
+missed by more than --limit in the mean, or no divergence was saved.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder
 
-LEARNING_ROUNDS = 3  # not counted
+LEARNING_REPEATS = 3  # not counted
 
 
 def main() -> int:
@@ -37,24 +37,24 @@ def main() -> int:
     parser.add_argument("--model")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--accuracy-bound", type=float, default=0.2)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--repeat", type=int, default=30)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--limit", type=float, default=1.05)
     parser.add_argument("--json", type=Path)
     args, flags = parser.parse_known_args()
     choice = ModelChoice(model_folder(args.model), (*memory_flags(flags), *flags))
     system = early_exits("exits", choice, "--accuracy-bound", str(args.accuracy_bound))
-    prompts, rounds = load_prompts(args.prompts), []
+    prompts, repeats = load_prompts(args.prompts), []
     with Server(system, log=Path(tempfile.mkdtemp()) / "server.log", start_timeout_s=900) as server:
         server.wait_ready()
         client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
-        for number in range(-LEARNING_ROUNDS, args.rounds):
+        for number in range(-LEARNING_REPEATS, args.repeat):
             messages = prompts[number % len(prompts)].messages
-            found = one_round(client, server.model_name(), messages, args.max_tokens, swapped=bool(number % 2))
+            found = ask_each(client, server.model_name(), messages, args.max_tokens, swapped=bool(number % 2))
             if number >= 0:
-                rounds.append(found)
+                repeats.append(found)
                 print(json.dumps(found), flush=True)
-    result = result_of(rounds)
+    result = result_of(repeats)
     print(json.dumps(result))
     if args.json:
         command = "python -m scripts.check_target " + shlex.join(sys.argv[1:])
@@ -65,7 +65,7 @@ def main() -> int:
     )
 
 
-def one_round(
+def ask_each(
     client: openai.OpenAI, model: str, messages: Messages, max_tokens: int, *, swapped: bool
 ) -> dict[str, Any]:
     """(TPT in ms, divergences at worst) of `lossless`, `fast` and `target`, and the target in ms."""
@@ -100,18 +100,18 @@ def ask(
     return (times[-1] - times[0]) * 1e3 / (max_tokens - 1), report[0]["divergences_at_worst"]
 
 
-def result_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def result_of(repeats: list[dict[str, Any]]) -> dict[str, Any]:
     names = ("lossless", "fast", "target")
-    tpt = {name: np.array([found[name][0] for found in rounds]) for name in names}
-    targets = np.array([found["target_ms"] for found in rounds])
+    tpt = {name: np.array([found[name][0] for found in repeats]) for name in names}
+    targets = np.array([found["target_ms"] for found in repeats])
     logs = np.log([tpt["target"], targets])
     return {
-        "rounds": len(rounds),
+        "repeat": len(repeats),
         "tpt_ms": {name: float(values.mean()) for name, values in tpt.items()},
         "target_ms": float(targets.mean()),
         "tpt_over_target": float(np.exp((logs[0] - logs[1]).mean())),
         "ci95": bootstrap(logs, lambda sample: np.exp((sample[0] - sample[1]).mean(-1))),
-        "divergences_at_worst": {name: sum(found[name][1] for found in rounds) for name in names},
+        "divergences_at_worst": {name: sum(found[name][1] for found in repeats) for name in names},
     }
 
 

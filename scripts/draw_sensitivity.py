@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apparate_llm.config import EarlyExitConfig, PolicyName
-from apparate_llm.controller.feedback import Cycle, read_cycles, read_header
+from apparate_llm.controller.feedback import LoggedStep, read_header, read_steps
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.replay import LogCosts, replay
 from apparate_llm.replay import shipped_logs
@@ -29,17 +29,17 @@ CONSTANTS: tuple[tuple[PolicyName, str, float], ...] = (
 )
 
 
-def sweep(cycles: list[Cycle], costs: LogCosts, num_layers: int) -> dict[str, list[tuple[float, float, float]]]:
+def sweep(steps: list[LoggedStep], costs: LogCosts, num_layers: int) -> dict[str, list[tuple[float, float, float]]]:
     """Line -> (factor, TPT ratio, divergence share) of each point."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
-    depths = tuple(sorted(costs.rounds))
+    depths = tuple(sorted(costs.draft_steps))
     for name, constant, default in CONSTANTS:
         config = EarlyExitConfig(policy=name, accuracy_bound=BOUND, max_batch_tokens=64)
         points = []
         for factor in FACTORS:
             value = type(default)(default * factor)
             policy = make_policy(config, depth=depths[0], depths=depths, num_layers=num_layers, **{constant: value})
-            result = replay(cycles, costs, policy, accuracy_bound=BOUND, kind="agreement")
+            result = replay(steps, costs, policy, accuracy_bound=BOUND, kind="agreement")
             points.append((factor, result.tpt_ratio, result.divergence_frac))
         lines[f"{name}: {constant} ({default:g})"] = points
     return lines
@@ -60,8 +60,8 @@ def main() -> None:
         2, len(logs), figsize=(5 * len(logs), 6.5), sharex=True, squeeze=False, layout="constrained"
     )
     for column, (name, path) in enumerate(logs.items()):
-        cycles = list(read_cycles(path))
-        for label, points in sweep(cycles, LogCosts(cycles), read_header(path)["num_layers"]).items():
+        steps = list(read_steps(path))
+        for label, points in sweep(steps, LogCosts(steps), read_header(path)["num_layers"]).items():
             draw_line(axes[0][column], [(factor, tpt) for factor, tpt, _ in points], label)
             draw_line(axes[1][column], [(factor, 100 * share) for factor, _, share in points], label)
             print(name, label, " ".join(f"x{f:g}: {tpt:.3f}/{share:.3f}" for f, tpt, share in points), flush=True)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Makes a feedback log that `apparate-llm replay` can try any policy on: every request runs all rounds in every step.
+"""Makes a feedback log that `apparate-llm replay` can try any policy on: every request runs all draft steps.
 
     python -m scripts.make_replay_log --out LOG.jsonl.gz [--model DIR] [--prompts FILE ...] [--batches 1,2,4,8]
 
-From the repository's root, on a machine that does nothing else. The first steps at each batch size run fewer rounds, so
-that passes of all sizes are in the log. Prompts of the files take turns.
+From the repository's root, on a machine that does nothing else. The first steps at each batch size run fewer draft
+steps, so that passes of all sizes are in the log. Prompts of the files take turns.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def record(args: argparse.Namespace, log: Path) -> None:
 
 
 def probe(policy: Policy) -> None:
-    """Let the next steps run 0, 1, 2, ... rounds, and all the ones after them the most there may be."""
+    """Let the next steps run 0, 1, 2, ... draft steps, and all the ones after them the most there may be."""
     numbers = itertools.chain(
         itertools.islice(itertools.cycle(range(MAX_EXITS)), PROBING_STEPS), itertools.repeat(MAX_EXITS)
     )

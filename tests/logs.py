@@ -1,34 +1,34 @@
-"""Made-up feedback: cycles whose exits agree as often as their confidence says, or not."""
+"""Made-up feedback: steps whose exits agree as often as their confidence says, or not."""
 
 import random
 from collections.abc import Callable, Iterator
 
-from apparate_llm.controller.feedback import Cycle, LoggedExit
+from apparate_llm.controller.feedback import LoggedExit, LoggedStep
 
-PASS_MS, ROUND_MS = 20.0, 1.0
+PASS_MS, DRAFT_STEP_MS = 20.0, 1.0
 
 
-def cycles(
+def steps(
     count: int,
     *,
     seed: int = 0,
-    rounds: int = 3,
+    draft_steps: int = 3,
     requests: int = 1,
     length: int = 60,
     row_ms: float = 0.3,
-    agrees: Callable[[float, int, random.Random], bool] = lambda confidence, cycle, rng: rng.random() < confidence,
-) -> Iterator[Cycle]:
-    """`requests` at a time of `length` cycles each, every cycle with all its rounds; agrees(confidence, cycle, rng)."""
+    agrees: Callable[[float, int, random.Random], bool] = lambda confidence, step, rng: rng.random() < confidence,
+) -> Iterator[LoggedStep]:
+    """`requests` at a time of `length` steps each, all with all draft steps; agrees(confidence, step, rng)."""
     rng = random.Random(seed)
     for number in range(count):
         exits = []
         for request in range(requests):
-            for round_number in range(rounds):
+            for draft_step in range(draft_steps):
                 confidence = rng.random() ** 0.4
                 ok = agrees(confidence, number, rng)
                 regret = 0.0 if ok else rng.expovariate(1.0)
                 exits.append(
-                    LoggedExit(number // length * requests + request, 0, round_number, confidence, 1, ok, regret)
+                    LoggedExit(number // length * requests + request, 0, draft_step, confidence, 1, ok, regret)
                 )
-        rows = requests * (1 + number % (rounds + 1))  # passes of all sizes, so that their costs are known
-        yield Cycle(requests, rows, PASS_MS + row_ms * rows, [(requests, ROUND_MS)] * rounds, exits)
+        rows = requests * (1 + number % (draft_steps + 1))  # passes of all sizes, so that their costs are known
+        yield LoggedStep(requests, rows, PASS_MS + row_ms * rows, [(requests, DRAFT_STEP_MS)] * draft_steps, exits)

@@ -11,8 +11,9 @@ from apparate_llm.controller.plan import LoadPlan, load_of
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
 from apparate_llm.ramps.lookup import lookup_confidence
+from apparate_llm.renamed import CONTROLLER_STATE
 
-CALIBRATED_ROUNDS = 4  # later draft steps share the last one's calibration
+CALIBRATED_DRAFT_STEPS = 4  # later draft steps share the last one's calibration
 LOOKED_UP = -1  # stands for the depth of exits without a ramp, where calibrations are kept
 LOOKUP_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
 FOLLOWED_EVERY = 16  # times that they are less likely right, so that a change is noticed
@@ -23,7 +24,7 @@ PASS_MEMORY = 1 / 128  # of the moving average of a pass's time
 
 
 @dataclass(slots=True)
-class RoundStatistics:
+class DraftStepStatistics:
     """Moving averages over exits proposed in one draft step."""
 
     taken_frac: float = 0.9
@@ -54,7 +55,7 @@ class AdaptivePolicy(Policy):
     ttft_weight: float = 1.0
     costs: CostModel = field(init=False)
     calibrations: dict[tuple[int, int, bool], OnlineCalibration] = field(default_factory=dict)
-    statistics: dict[tuple[int, int], RoundStatistics] = field(default_factory=dict)
+    statistics: dict[tuple[int, int], DraftStepStatistics] = field(default_factory=dict)
     depth_choice: DepthChoice = field(init=False)
     _plans: dict[int, LoadPlan] = field(default_factory=dict)
     _looked_up_in_step: tuple[int, float, int] = (0, 0.0, 0)  # requests, expected tokens, rows
@@ -78,15 +79,15 @@ class AdaptivePolicy(Policy):
         self._count_copied()
         plan = self._plan_of(num_requests)
         if plan.next_step():
-            rate, num_rounds = self.best_rate(self.depth, num_requests)
+            rate, num_draft_steps = self.best_rate(self.depth, num_requests)
             min_tokens_per_ms = rate * self._weight_of_time(num_requests)
-            plan.renew(num_rounds, min_tokens_per_ms, pays=self._pays(plan, num_requests, rate))
+            plan.renew(num_draft_steps, min_tokens_per_ms, pays=self._pays(plan, num_requests, rate))
         self._min_tokens_per_ms = plan.min_tokens_per_ms
         self.looks_up = plan.looks_up and not plan.is_plain_step
         self._looked_up_in_step = (num_requests, 0.0, 0)
-        if plan.num_rounds == 0:
+        if plan.num_draft_steps == 0:
             return 1 if plan.is_probed(self._extra_frac(num_requests)) else 0
-        plan.rounds_pay()
+        plan.draft_steps_pay()
         return self.max_exits if self.looks_up else 0
 
     def _plan_of(self, num_requests: int) -> LoadPlan:
@@ -100,9 +101,9 @@ class AdaptivePolicy(Policy):
         """Whether exits save a share of the engine's time that is worth a step's being uneven: who gets none waits for
         those of others, and for the prompts that come the sooner. Prompts take the time they take, with exits or
         without; and nobody else is in a lone request's step."""
-        plain_ms = self.costs.completion(num_requests)
+        plain_ms = self.costs.verify_ms(num_requests)
         saved = 1.0 - num_requests / plain_ms / rate
-        lookup_ms = self.costs.completion(num_requests * (1.0 + plan.lookup.rows))
+        lookup_ms = self.costs.verify_ms(num_requests * (1.0 + plan.lookup.rows))
         saved += max(0.0, 1.0 - lookup_ms / plain_ms / (1.0 + plan.lookup.tokens))
         generating = min(1.0, plain_ms * self.costs.pace / self._pass_ms) if self._pass_ms else 1.0
         return saved * generating >= MIN_SAVED * (1.0 - 1.0 / num_requests)
@@ -128,18 +129,18 @@ class AdaptivePolicy(Policy):
     def best_rate(self, depth: int, num_requests: int) -> tuple[float, int]:
         """(tokens per ms, number) of the best number of draft steps at this load, by what was measured."""
         weight = self._weight_of_time(num_requests)
-        plain_ms = self.costs.completion(num_requests)
+        plain_ms = self.costs.verify_ms(num_requests)
         best, best_value = (num_requests / plain_ms, 0), float(num_requests)
         tokens = rows = float(num_requests)
-        going, reach, rounds_ms = float(num_requests), 1.0, 0.0
+        going, reach, drafting_ms = float(num_requests), 1.0, 0.0
         for number in range(self.max_exits):
             statistics = self._statistics(number)
-            rounds_ms += self.costs.round(depth, max(going, 1.0))
+            drafting_ms += self.costs.draft_step_ms(depth, max(going, 1.0))
             going *= statistics.taken_frac
             reach *= self.depth_choice.relative(depth, statistics.agreement)
             rows += going
             tokens += going * reach
-            step_ms = self.costs.completion(rows) + rounds_ms
+            step_ms = self.costs.verify_ms(rows) + drafting_ms
             value = tokens * (plain_ms / step_ms) ** weight
             if value > best_value:
                 best, best_value = (tokens / step_ms, number + 1), value
@@ -147,8 +148,10 @@ class AdaptivePolicy(Policy):
 
     def _extra_frac(self, num_requests: int) -> float:
         """What a single draft step and its exits take, of a step without."""
-        plain_ms = self.costs.completion(num_requests)
-        extra_ms = self.costs.round(self.depth, num_requests) + self.costs.completion(2 * num_requests) - plain_ms
+        plain_ms = self.costs.verify_ms(num_requests)
+        extra_ms = (
+            self.costs.draft_step_ms(self.depth, num_requests) + self.costs.verify_ms(2 * num_requests) - plain_ms
+        )
         return extra_ms / plain_ms
 
     def wants_lookup(self, match: int, greedy: bool) -> bool:
@@ -161,17 +164,17 @@ class AdaptivePolicy(Policy):
     def wants_another_step(self, number: int, joint_acceptances: Sequence[float], num_rows: int) -> bool:
         statistics, live = self._statistics(number), len(joint_acceptances)
         gain = sum(joint_acceptances) * statistics.taken_frac * statistics.agreement
-        rows_ms = self.costs.completion(num_rows + live * statistics.taken_frac) - self.costs.completion(num_rows)
-        return gain >= self._min_tokens_per_ms * (self.costs.round(self.depth, live) + rows_ms)
+        rows_ms = self.costs.verify_ms(num_rows + live * statistics.taken_frac) - self.costs.verify_ms(num_rows)
+        return gain >= self._min_tokens_per_ms * (self.costs.draft_step_ms(self.depth, live) + rows_ms)
 
     def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
         p = exit_.probability = self._calibration(exit_).probability(exit_.confidence)
-        if joint_acceptance * p < self._min_tokens_per_ms * self.costs.completion.of_another(num_rows):
+        if joint_acceptance * p < self._min_tokens_per_ms * self.costs.verify_ms.of_another(num_rows):
             decision = Decision.STOP
         else:
             decision = Decision.RELEASE if may_release and p >= self.release_confidence else Decision.HOLD
         if not exit_.match:
-            self._statistics(exit_.round_number).observe(decision is not Decision.STOP, p)
+            self._statistics(exit_.draft_step).observe(decision is not Decision.STOP, p)
         elif decision is not Decision.STOP:
             num_requests, tokens, rows = self._looked_up_in_step
             self._looked_up_in_step = (num_requests, tokens + joint_acceptance * p, rows + 1)
@@ -201,7 +204,7 @@ class AdaptivePolicy(Policy):
 
     def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
         if depth in self._warm:
-            self.costs.observe_round(depth, num_rows, ms)
+            self.costs.observe_draft_step(depth, num_rows, ms)
         else:  # takes several times as long as others, and would count for long
             self._warm.add(depth)
 
@@ -210,20 +213,20 @@ class AdaptivePolicy(Policy):
         self._pass_ms += (ms - self._pass_ms) * max(PASS_MEMORY, 1.0 / self._passes)
 
     def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
-        self.costs.observe_completion(num_rows, ms)
+        self.costs.observe_verification(num_rows, ms)
         if self.wants_shadow():
             before, self.depth = self.depth, self.depth_choice.choose(lambda d: self.best_rate(d, num_requests)[0])
             if self.depth != before:
                 for plan in self._plans.values():
                     plan.grow_old()
-                for number in range(CALIBRATED_ROUNDS):  # until it has its own
+                for number in range(CALIBRATED_DRAFT_STEPS):  # until it has its own
                     if (known := self.statistics.get((before, number))) is not None:
                         self.statistics.setdefault((self.depth, number), replace(known))
 
     def _calibration(self, exit_: Exit) -> OnlineCalibration:
         if exit_.match:
             return self._calibration_of(LOOKED_UP, 0, exit_.greedy)
-        return self._calibration_of(exit_.depth, _shared(exit_.round_number), exit_.greedy)
+        return self._calibration_of(exit_.depth, _shared(exit_.draft_step), exit_.greedy)
 
     def _calibration_of(self, depth: int, number: int, greedy: bool) -> OnlineCalibration:
         key = (depth, number, greedy)
@@ -232,12 +235,12 @@ class AdaptivePolicy(Policy):
             found = self.calibrations[key] = OnlineCalibration(memory_verdicts=self.memory_verdicts)
         return found
 
-    def _statistics(self, number: int) -> RoundStatistics:
+    def _statistics(self, number: int) -> DraftStepStatistics:
         """Of the active depth; another one's are relative to them."""
         key = (self.depth_choice.active, _shared(number))
         found = self.statistics.get(key)
         if found is None:
-            found = self.statistics[key] = RoundStatistics()
+            found = self.statistics[key] = DraftStepStatistics()
         return found
 
     # ---- outside
@@ -245,14 +248,14 @@ class AdaptivePolicy(Policy):
     def status(self) -> dict[str, Any]:
         pace = self.costs.pace
         return {
-            "completion_ms": {str(rows): round(ms * pace, 3) for rows, ms in self.costs.completion.measured().items()},
-            "round_ms": {
+            "verify_ms": {str(rows): round(ms * pace, 3) for rows, ms in self.costs.verify_ms.measured().items()},
+            "draft_step_ms": {
                 str(depth): {str(rows): round(ms * pace, 3) for rows, ms in curve.measured().items()}
-                for depth, curve in self.costs.rounds.items()
+                for depth, curve in self.costs.draft_steps.items()
             },
             "pass_ms": round(self._pass_ms, 3),
             "waiting_requests": round(self._waiting, 2),
-            "rounds_planned": {str(load): plan.num_rounds for load, plan in sorted(self._plans.items())},
+            "draft_steps_planned": {str(load): plan.num_draft_steps for load, plan in sorted(self._plans.items())},
             "calibration": {
                 f"{_name(depth, number)}, {'greedy' if greedy else 'sampled'}": {
                     "scale": round(item.scale, 3),
@@ -268,26 +271,27 @@ class AdaptivePolicy(Policy):
             "depth": self.depth,
             "calibrations": [[*key, asdict(item)] for key, item in self.calibrations.items()],
             "statistics": [[*key, asdict(item)] for key, item in self.statistics.items()],
-            "completion": self.costs.completion.state(),
-            "rounds": [[depth, curve.state()] for depth, curve in self.costs.rounds.items()],
+            "verify_ms": self.costs.verify_ms.state(),
+            "draft_steps": [[depth, curve.state()] for depth, curve in self.costs.draft_steps.items()],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        state = {CONTROLLER_STATE.get(name, name): value for name, value in state.items()}
         if state["depth"] not in self.depths:
             raise ValueError(f"no ramp at depth {state['depth']}")
         calibrations = {(d, n, bool(g)): OnlineCalibration(**item) for d, n, g, item in state["calibrations"]}
-        statistics = {(d, n): RoundStatistics(**item) for d, n, item in state["statistics"]}
-        completion = CostCurve.from_state(state["completion"])
-        rounds = {depth: CostCurve.from_state(curve) for depth, curve in state["rounds"]}
+        statistics = {(d, n): DraftStepStatistics(**item) for d, n, item in state["statistics"]}
+        verify_ms = CostCurve.from_state(state["verify_ms"])
+        draft_steps = {depth: CostCurve.from_state(curve) for depth, curve in state["draft_steps"]}
         self.calibrations, self.statistics = calibrations, statistics
-        self.costs.completion, self.costs.rounds = completion, rounds
+        self.costs.verify_ms, self.costs.draft_steps = verify_ms, draft_steps
         self.depth = self.depth_choice.active = state["depth"]
 
 
 def _name(depth: int, number: int) -> str:
-    return "copied" if depth == LOOKED_UP else f"depth {depth}, round {number + 1}"
+    return "copied" if depth == LOOKED_UP else f"depth {depth}, position {number}"
 
 
 def _shared(number: int) -> int:
     """The draft step whose calibration and statistics a draft step uses."""
-    return number if number < CALIBRATED_ROUNDS else CALIBRATED_ROUNDS - 1
+    return number if number < CALIBRATED_DRAFT_STEPS else CALIBRATED_DRAFT_STEPS - 1

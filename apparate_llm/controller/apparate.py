@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from apparate_llm.controller.policy import Policy, rounds_within
+from apparate_llm.controller.policy import Policy, draft_steps_within
 from apparate_llm.core import Decision, Exit
 
 FIRST_STEP, LEAST_STEP = 0.01, 0.001
@@ -106,7 +106,7 @@ class ApparatePolicy(Policy):
     _num_verdicts: int = 0
     _num_offered: int = 0
     _num_exits: int = 0
-    _round_ms: float = 0.0
+    _draft_step_ms: float = 0.0
     _pass_ms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class ApparatePolicy(Policy):
         return self._threshold
 
     def start(self, num_requests: int) -> int:
-        return rounds_within(self.max_batch_tokens, self.max_exits, num_requests)
+        return draft_steps_within(self.max_batch_tokens, self.max_exits, num_requests)
 
     def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
         exit_.probability = exit_.confidence
@@ -139,12 +139,12 @@ class ApparatePolicy(Policy):
         # A second period that ends within one step has proposed nothing since the first.
         if self._num_verdicts % self.adjust_every == 0 and self._num_offered:
             exit_frac = self._num_exits / self._num_offered
-            (utility,) = utilities([exit_frac], [0.0, self._pass_ms], [self._round_ms])
+            (utility,) = utilities([exit_frac], [0.0, self._pass_ms], [self._draft_step_ms])
             self.depth = adjust_ramps(self.depth, utility, self.depths)
             self._num_offered = self._num_exits = 0
 
     def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
-        self._round_ms += 0.1 * (ms - self._round_ms)
+        self._draft_step_ms += 0.1 * (ms - self._draft_step_ms)
 
     def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
         self._pass_ms += 0.1 * (ms - self._pass_ms)

@@ -133,7 +133,7 @@ def _isotonic(values: list[float], weights: list[int]) -> list[float]:
 # Before anything is measured: a pass over 8 rows costs a quarter more than one over a single row, over 32 twice as
 # much; a draft step at depth 0 costs a twentieth of a pass.
 PRIOR_PASS_MS = tuple(30.0 * (1.0 + 0.033 * (rows - 1)) for rows in ROWS)
-PRIOR_ROUND_SHARE = 0.05
+PRIOR_DRAFT_STEP_SHARE = 0.05
 
 
 @dataclass(slots=True)
@@ -142,23 +142,23 @@ class CostModel:
 
     num_layers: int
     pace: float = 1.0  # how much slower than that the machine is now
-    completion: CostCurve = field(default_factory=lambda: CostCurve(PRIOR_PASS_MS))
-    rounds: dict[int, CostCurve] = field(default_factory=dict)
+    verify_ms: CostCurve = field(default_factory=lambda: CostCurve(PRIOR_PASS_MS))
+    draft_steps: dict[int, CostCurve] = field(default_factory=dict)
 
-    def round(self, depth: int, rows: float) -> float:
-        curve = self.rounds.get(depth)
+    def draft_step_ms(self, depth: int, rows: float) -> float:
+        curve = self.draft_steps.get(depth)
         if curve is None or not any(curve.counts):
-            return (PRIOR_ROUND_SHARE + depth / self.num_layers) * self.completion(rows)
+            return (PRIOR_DRAFT_STEP_SHARE + depth / self.num_layers) * self.verify_ms(rows)
         return curve(rows)
 
-    def observe_completion(self, rows: int, ms: float) -> None:
+    def observe_verification(self, rows: int, ms: float) -> None:
         """A number of rows that is new takes up the difference to what was expected of it, one that is well known
         leaves it to the pace."""
-        self.completion.observe(rows, ms / self.pace)
-        slower = ms / self.pace / self.completion(rows)
+        self.verify_ms.observe(rows, ms / self.pace)
+        slower = ms / self.pace / self.verify_ms(rows)
         self.pace *= min(max(slower, 1 / MAX_SURPRISE), MAX_SURPRISE) ** PACE_GAIN
 
-    def observe_round(self, depth: int, rows: int, ms: float) -> None:
-        if depth not in self.rounds:
-            self.rounds[depth] = CostCurve(tuple(1.0 + 0.05 * (point - 1) for point in ROWS))
-        self.rounds[depth].observe(rows, ms / self.pace)
+    def observe_draft_step(self, depth: int, rows: int, ms: float) -> None:
+        if depth not in self.draft_steps:
+            self.draft_steps[depth] = CostCurve(tuple(1.0 + 0.05 * (point - 1) for point in ROWS))
+        self.draft_steps[depth].observe(rows, ms / self.pace)

@@ -1,7 +1,7 @@
 """The feedback log: what exits were proposed, what the full model said, and what it cost. No text, no tokens,
 and nothing of exits that were copied without a ramp.
 
-One JSON object per line: first a header, then one cycle per line (see `Cycle`).
+One JSON object per line: first a header, then one engine step per line (see `LoggedStep`).
 """
 
 import gzip
@@ -35,20 +35,20 @@ class FeedbackError(ValueError):
 class LoggedExit(NamedTuple):
     request: int  # the same for all exits of a request
     depth: int
-    round_number: int
+    draft_step: int
     confidence: float
     taken: int  # see TAKEN
     agrees: bool
     regret_nats: float | None
 
 
-class Cycle(NamedTuple):
+class LoggedStep(NamedTuple):
     """Draft steps and the verification pass that followed."""
 
     num_requests: int
     num_rows: int
-    completion_ms: float
-    rounds: list[tuple[int, float]]  # rows, ms
+    verify_ms: float  # of the verification pass
+    draft_steps: list[tuple[int, float]]  # rows, ms
     exits: list[LoggedExit]
 
 
@@ -60,18 +60,19 @@ class FeedbackLog:
         self.header = {"schema_version": SCHEMA_VERSION, **header}
         self.max_bytes = max_bytes
         self.num_lost = 0  # records that could not be written
-        self._rounds: list[tuple[int, float]] = []
+        self._drafted: list[tuple[int, float]] = []
         self._file: FileIO | None = None
         self._size = 0  # of the whole lines in the file
         self._resume_s = 0.0  # nothing is written before
 
-    def rounds(self, spent: list[tuple[int, float]]) -> None:
-        self._rounds = spent
+    def drafted(self, spent: list[tuple[int, float]]) -> None:
+        """spent: rows and ms of each draft step."""
+        self._drafted = spent
 
     def completed(self, took: Any, verdicts: Iterable[Any]) -> None:
         """took: exits.step_clock.Took, None where the step cannot be timed and is left out; verdicts:
         exits.ledger.Verdict."""
-        spent, self._rounds = self._rounds, []
+        spent, self._drafted = self._drafted, []
         if took is None:
             return
         try:
@@ -122,12 +123,12 @@ class FeedbackLog:
 
 
 def record_of(took: Any, spent: list[tuple[int, float]], verdicts: Iterable[Any]) -> list[Any]:
-    """A line of the log, as `read_cycles` reads it."""
+    """A line of the log, as `read_steps` reads it."""
     exits = [
         [
             zlib.crc32(verdict.request_id.encode()),
             verdict.exit.depth,
-            verdict.exit.round_number,
+            verdict.exit.draft_step,
             round(verdict.exit.confidence, 4),
             TAKEN[verdict.exit.decision],
             int(verdict.agrees),
@@ -136,8 +137,8 @@ def record_of(took: Any, spent: list[tuple[int, float]], verdicts: Iterable[Any]
         for verdict, regret in ((verdict, verdict.regret_nats) for verdict in verdicts)
         if verdict.exit.greedy and not verdict.exit.match
     ]
-    rounds = [[rows, round(ms, 3)] for rows, ms in spent]
-    return [took.num_requests, took.num_rows, round(took.completion_ms, 3), rounds, exits]
+    draft_steps = [[rows, round(ms, 3)] for rows, ms in spent]
+    return [took.num_requests, took.num_rows, round(took.verify_ms, 3), draft_steps, exits]
 
 
 def _open(path: Path) -> TextIO:
@@ -160,16 +161,16 @@ def read_header(path: Path) -> dict[str, Any]:
         raise FeedbackError(f"{path} is not a feedback log: its first line is no header") from None
 
 
-def read_cycles(path: Path) -> Iterator[Cycle]:
-    """All cycles after the header; a last line that was cut off is left out."""
+def read_steps(path: Path) -> Iterator[LoggedStep]:
+    """All steps after the header; a last line that was cut off is left out."""
     with _open(path) as file:
         next(file)
         for number, line in enumerate(file, 2):
             if not line.endswith("\n"):
                 return
             try:
-                requests, rows, ms, rounds, exits = json.loads(line)
+                requests, rows, ms, draft_steps, exits = json.loads(line)
                 proposed = [LoggedExit(a, d, n, c, taken, bool(ok), regret) for a, d, n, c, taken, ok, regret in exits]
-                yield Cycle(requests, rows, ms, [(r, t) for r, t in rounds], proposed)
+                yield LoggedStep(requests, rows, ms, [(r, t) for r, t in draft_steps], proposed)
             except (ValueError, TypeError):
-                raise FeedbackError(f"{path}:{number}: not a cycle") from None
+                raise FeedbackError(f"{path}:{number}: not an engine step") from None

@@ -32,7 +32,7 @@ class LookupStatistics:
 class LoadPlan:
     """Of all numbers of requests that share it, see `load_of`."""
 
-    num_rounds: int = 0
+    num_draft_steps: int = 0
     min_tokens_per_ms: float = 0.0  # that an exit must bring
     looks_up: bool = True
     lookup: LookupStatistics = field(default_factory=LookupStatistics)
@@ -49,10 +49,10 @@ class LoadPlan:
         self._age = 1 if is_old else self._age + 1
         return is_old
 
-    def renew(self, num_rounds: int, min_tokens_per_ms: float, *, pays: bool) -> None:
-        """num_rounds: the best number of them, taken where exits pay."""
+    def renew(self, num_draft_steps: int, min_tokens_per_ms: float, *, pays: bool) -> None:
+        """num_draft_steps: the best number of them, taken where exits pay."""
         self._worthless = 0 if pays else self._worthless + 1
-        self.num_rounds = num_rounds if pays else 0
+        self.num_draft_steps = num_draft_steps if pays else 0
         self.min_tokens_per_ms = min_tokens_per_ms
         self.looks_up = self._worthless % TRIED_EVERY == 0
 
@@ -65,7 +65,7 @@ class LoadPlan:
         """Whether the step goes without exits, to see what it takes."""
         return self._steps in PLAIN_STEPS or self._steps % PLAIN_EVERY == 0
 
-    def rounds_pay(self) -> None:
+    def draft_steps_pay(self) -> None:
         self._probe_after = FIRST_PROBE
 
     def is_probed(self, extra_frac: float) -> bool:

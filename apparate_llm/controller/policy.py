@@ -77,6 +77,6 @@ class Policy(ABC):
         """Take up `state()` again; raises KeyError, TypeError or ValueError if it is not one."""
 
 
-def rounds_within(max_batch_tokens: int, max_exits: int, num_requests: int) -> int:
+def draft_steps_within(max_batch_tokens: int, max_exits: int, num_requests: int) -> int:
     """Draft steps with which the next verification pass stays within `max_batch_tokens`, a row per request and exit."""
     return max(0, min(max_exits, max_batch_tokens // max(num_requests, 1) - 1))

@@ -1,9 +1,9 @@
-"""Any policy on a feedback log, offline: what it would have emitted, how wrong and how fast.
+"""Any policy on a feedback log, offline: what it would have emitted, with how many divergences and how fast.
 
-The log's cycles are taken one after another, each with the exits that were proposed in it and their verdicts. A policy
-that takes fewer exits than the log's would go on from an earlier token than the log's next cycle does; that is
-ignored, as the next cycle is still a fair sample of what follows. What a log does not hold (draft steps it did not run)
-cannot be taken. Verdicts come at the end of their cycle.
+The log's engine steps are taken one after another, each with the exits that were proposed in it and their verdicts. A
+policy that takes fewer exits than the log's would go on from an earlier token than the log's next step does; that is
+ignored, as the next step is still a fair sample of what follows. What a log does not hold (draft steps it did not run)
+cannot be taken. Verdicts come at the end of their step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from statistics import median
 from apparate_llm.config import BoundKind
 from apparate_llm.controller.budget import AccuracyBudget, Bucket
 from apparate_llm.controller.costs import ROWS, CostCurve
-from apparate_llm.controller.feedback import Cycle, LoggedExit
+from apparate_llm.controller.feedback import LoggedExit, LoggedStep
 from apparate_llm.controller.policy import Policy
 from apparate_llm.core import Decision, Exit
 
@@ -21,19 +21,19 @@ from apparate_llm.core import Decision, Exit
 class LogCosts:
     """What passes and draft steps took in a log: medians by rows, between them linear."""
 
-    def __init__(self, cycles: Sequence[Cycle]) -> None:
+    def __init__(self, steps: Sequence[LoggedStep]) -> None:
         """Raises ValueError where the log has no verification pass or no draft step."""
         passes: dict[int, list[float]] = {}
-        rounds: dict[int, dict[int, list[float]]] = {}
-        for cycle in cycles:
-            passes.setdefault(cycle.num_rows, []).append(cycle.completion_ms)
-            if cycle.exits:
-                by_rows = rounds.setdefault(cycle.exits[0].depth, {})
-                for num_rows, ms in cycle.rounds:
+        draft_steps: dict[int, dict[int, list[float]]] = {}
+        for step in steps:
+            passes.setdefault(step.num_rows, []).append(step.verify_ms)
+            if step.exits:
+                by_rows = draft_steps.setdefault(step.exits[0].depth, {})
+                for num_rows, ms in step.draft_steps:
                     by_rows.setdefault(num_rows, []).append(ms)
-        self.completion = _curve(passes)
-        self.rounds = {depth: _curve(by_rows) for depth, by_rows in rounds.items()}
-        if not self.rounds:
+        self.verify_ms = _curve(passes)
+        self.draft_steps = {depth: _curve(by_rows) for depth, by_rows in draft_steps.items()}
+        if not self.draft_steps:
             raise ValueError("the log holds no exits")
 
 
@@ -51,16 +51,16 @@ def _curve(samples: dict[int, list[float]]) -> CostCurve:
 class Replayed:
     """Totals of one policy over one log."""
 
-    cycles: int = 0
+    steps: int = 0  # of the engine
     emitted: int = 0
-    rounds: int = 0
+    draft_steps: int = 0
     held: int = 0
     accepted: int = 0
     released: int = 0
     diverged: int = 0
     regret_nats: float = 0.0
-    request_ms: float = 0.0  # sum over cycles of their time x requests that waited for it
-    plain_request_ms: float = 0.0  # the same had every cycle been a plain pass, per token it then emits
+    request_ms: float = 0.0  # sum over steps of their time x requests that waited for it
+    plain_request_ms: float = 0.0  # the same had every step been a plain pass, per token it then emits
     plain_emitted: int = 0
     worst_share: float = 0.0  # largest share of divergent tokens over any prefix beyond 500 tokens
     buckets: dict[int, Bucket] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Replayed:
 
 @dataclass(slots=True)
 class _Answer:
-    """One request in one cycle."""
+    """One request in one step."""
 
     bucket: Bucket
     proposed: list[LoggedExit]  # by draft step
@@ -102,47 +102,47 @@ class _Answer:
 
 
 def replay(
-    cycles: Iterable[Cycle], costs: LogCosts, policy: Policy, *, accuracy_bound: float, kind: BoundKind
+    steps: Iterable[LoggedStep], costs: LogCosts, policy: Policy, *, accuracy_bound: float, kind: BoundKind
 ) -> Replayed:
     result, budget = Replayed(), AccuracyBudget(accuracy_bound, kind)
-    for cycle in cycles:
-        answers = _answers(cycle, policy.depth, result.buckets, accuracy_bound)
-        num_rows, ms = _rounds(cycle, answers, costs, policy, budget, result)
-        completion_ms = costs.completion(num_rows)
-        emitted = cycle.num_requests  # one checked token each
+    for step in steps:
+        answers = _answers(step, policy.depth, result.buckets, accuracy_bound)
+        num_rows, ms = _draft(step, answers, costs, policy, budget, result)
+        verify_ms = costs.verify_ms(num_rows)
+        emitted = step.num_requests  # one checked token each
         for answer in answers:
             emitted += _verdicts(answer, policy, budget, result)
-        for _ in range(cycle.num_requests - len(answers)):
+        for _ in range(step.num_requests - len(answers)):
             budget.emit(Bucket.of_request(accuracy_bound), 1)
-        policy.on_decode_step(cycle.num_requests, num_rows, completion_ms)
-        result.cycles += 1
+        policy.on_decode_step(step.num_requests, num_rows, verify_ms)
+        result.steps += 1
         result.emitted += emitted
-        result.request_ms += (ms + completion_ms) * cycle.num_requests
-        result.plain_request_ms += costs.completion(cycle.num_requests) * cycle.num_requests
-        result.plain_emitted += cycle.num_requests
+        result.request_ms += (ms + verify_ms) * step.num_requests
+        result.plain_request_ms += costs.verify_ms(step.num_requests) * step.num_requests
+        result.plain_emitted += step.num_requests
         if result.emitted > 500:
             result.worst_share = max(result.worst_share, result.diverged / result.emitted)
     return result
 
 
-def _answers(cycle: Cycle, depth: int, buckets: dict[int, Bucket], accuracy_bound: float) -> list[_Answer]:
+def _answers(step: LoggedStep, depth: int, buckets: dict[int, Bucket], accuracy_bound: float) -> list[_Answer]:
     proposed: dict[int, dict[int, LoggedExit]] = {}
-    for exit_ in cycle.exits:
+    for exit_ in step.exits:
         if exit_.depth == depth:
-            proposed.setdefault(exit_.request, {})[exit_.round_number] = exit_
+            proposed.setdefault(exit_.request, {})[exit_.draft_step] = exit_
     answers = []
-    for request, by_round in proposed.items():
+    for request, by_draft_step in proposed.items():
         if request not in buckets:
             buckets[request] = Bucket.of_request(accuracy_bound)
         in_order: list[LoggedExit] = []
-        while len(in_order) in by_round:
-            in_order.append(by_round[len(in_order)])
+        while len(in_order) in by_draft_step:
+            in_order.append(by_draft_step[len(in_order)])
         answers.append(_Answer(buckets[request], in_order))
     return answers
 
 
-def _rounds(
-    cycle: Cycle,
+def _draft(
+    step: LoggedStep,
     answers: list[_Answer],
     costs: LogCosts,
     policy: Policy,
@@ -150,15 +150,15 @@ def _rounds(
     result: Replayed,
 ) -> tuple[int, float]:
     """Rows of the verification pass that follows, and ms of the draft steps."""
-    num_rows, ms, live = cycle.num_requests, 0.0, [answer for answer in answers if answer.proposed]
-    for number in range(policy.start(cycle.num_requests)):
+    num_rows, ms, live = step.num_requests, 0.0, [answer for answer in answers if answer.proposed]
+    for number in range(policy.start(step.num_requests)):
         live = [answer for answer in live if number < len(answer.proposed)]
         if not live:
             break
-        took = costs.rounds[policy.depth](len(live))
+        took = costs.draft_steps[policy.depth](len(live))
         policy.on_draft_step(policy.depth, len(live), took)
         ms += took
-        result.rounds += 1
+        result.draft_steps += 1
         going = []
         for answer in live:
             logged = answer.proposed[number]
@@ -217,24 +217,25 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
     return emitted
 
 
-def oracle(cycles: Iterable[Cycle], costs: LogCosts, *, depth: int) -> Replayed:
+def oracle(steps: Iterable[LoggedStep], costs: LogCosts, *, depth: int) -> Replayed:
     """A perfect ramp of the same proposals: it knows the verdicts, takes every right exit and never runs a draft step
     in vain."""
     result = Replayed()
-    for cycle in cycles:
+    for step in steps:
         lengths = []
-        for answer in _answers(cycle, depth, result.buckets, 0.0):
-            wrong = next((i for i, exit_ in enumerate(answer.proposed) if not exit_.agrees), len(answer.proposed))
-            lengths.append(wrong)
+        for answer in _answers(step, depth, result.buckets, 0.0):
+            first = next((i for i, exit_ in enumerate(answer.proposed) if not exit_.agrees), len(answer.proposed))
+            lengths.append(first)
         ms = sum(
-            costs.rounds[depth](sum(length > number for length in lengths)) for number in range(max(lengths, default=0))
+            costs.draft_steps[depth](sum(length > number for length in lengths))
+            for number in range(max(lengths, default=0))
         )
-        rows = cycle.num_requests + sum(lengths)
-        result.cycles += 1
+        rows = step.num_requests + sum(lengths)
+        result.steps += 1
         result.accepted += sum(lengths)
         result.held += sum(lengths)
         result.emitted += rows
-        result.request_ms += (ms + costs.completion(rows)) * cycle.num_requests
-        result.plain_request_ms += costs.completion(cycle.num_requests) * cycle.num_requests
-        result.plain_emitted += cycle.num_requests
+        result.request_ms += (ms + costs.verify_ms(rows)) * step.num_requests
+        result.plain_request_ms += costs.verify_ms(step.num_requests) * step.num_requests
+        result.plain_emitted += step.num_requests
     return result

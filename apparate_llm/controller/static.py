@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from apparate_llm.controller.policy import Policy, rounds_within
+from apparate_llm.controller.policy import Policy, draft_steps_within
 from apparate_llm.core import Decision, Exit
 
 
@@ -16,7 +16,7 @@ class StaticPolicy(Policy):
     max_batch_tokens: int
 
     def start(self, num_requests: int) -> int:
-        return rounds_within(self.max_batch_tokens, self.max_exits, num_requests)
+        return draft_steps_within(self.max_batch_tokens, self.max_exits, num_requests)
 
     def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
         exit_.probability = exit_.confidence

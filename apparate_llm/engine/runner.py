@@ -151,7 +151,7 @@ class EarlyExitRunner(FallbackRunner):
         state = self.execute_model_state
         pending = self.step.begin_verifying()
         if state is not None:
-            self.ledger.counts.completion_passes += 1
+            self.ledger.counts.verification_passes += 1
             self._verify(state, pending)
         self.step.released = {}
         with kept(self.input_batch.generators, self._attempt("seeds", self._unfinished_prompts, ())):

@@ -215,7 +215,7 @@ class Drafter:
         positions = torch.tensor([row.newest_position + number for row in live])
         hidden = self.model.states(self.ramps.depth, [row.request_index for row in live], tokens, positions)
         proposals = self._proposals(live) if self.ramps.head.reads_lookup else None
-        return self.ramps.predict(hidden, state, proposals, round_number=number)
+        return self.ramps.predict(hidden, state, proposals, draft_step=number)
 
     def _proposals(self, live: list[DraftRequest]) -> Proposals:
         """What the lookup feature makes of each row's text, its exits included."""

@@ -31,8 +31,8 @@ class Histogram:
 class Distributions:
     tpt_ms: Histogram = field(default_factory=lambda: Histogram(MS))  # time per output token of requests that ended
     tokens_per_pass: Histogram = field(default_factory=lambda: Histogram(TOKENS))  # of one request, released included
-    completion_ms: Histogram = field(default_factory=lambda: Histogram(MS))  # an engine step without drafting
-    round_ms: Histogram = field(default_factory=lambda: Histogram(SHORT_MS))
+    verify_ms: Histogram = field(default_factory=lambda: Histogram(MS))  # an engine step without drafting
+    draft_step_ms: Histogram = field(default_factory=lambda: Histogram(SHORT_MS))
     controller_ms: Histogram = field(default_factory=lambda: Histogram(SHORT_MS))  # its decisions, per engine step
     regret_nats: Histogram = field(default_factory=lambda: Histogram(NATS))  # of divergences
 

@@ -47,16 +47,16 @@ class Memory:
     ) -> None:
         """Of a step: what it took, if it can be said, and its verdicts."""
         if took is not None:
-            self.asides.run("A histogram", partial(histograms.completion_ms.observe, took.completion_ms))
+            self.asides.run("A histogram", partial(histograms.verify_ms.observe, took.verify_ms))
         self.asides.run("A histogram", partial(histograms.controller_ms.observe, controller_ms))
         if self.feedback is not None:
             self.asides.run("The feedback log", partial(self.feedback.completed, took, verdicts))
         if self.state is not None:
             self.asides.run("The controller's state", partial(self.state.save_now_and_then, policy))
 
-    def rounds(self, spent: list[tuple[int, float]], histograms: Distributions) -> None:
+    def drafted(self, spent: list[tuple[int, float]], histograms: Distributions) -> None:
         """Rows and ms of draft steps."""
         for _, ms in spent:
-            self.asides.run("A histogram", partial(histograms.round_ms.observe, ms))
+            self.asides.run("A histogram", partial(histograms.draft_step_ms.observe, ms))
         if self.feedback is not None:
-            self.asides.run("The feedback log", partial(self.feedback.rounds, spent))
+            self.asides.run("The feedback log", partial(self.feedback.drafted, spent))

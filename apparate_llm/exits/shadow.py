@@ -71,7 +71,7 @@ class Shadow:
             hidden = aux[self.depths.index(depth)][rows] if depth else newest_states
             state = ramps.head.enter(final[before], states)
             given = proposals if ramps.head.reads_lookup else None
-            prediction = ramps.predict(hidden, state, given, round_number=0)
+            prediction = ramps.predict(hidden, state, given, draft_step=0)
             agrees[depth] = [
                 token == target for token, target in zip(prediction.token_ids.tolist(), targets, strict=True)
             ]

@@ -170,12 +170,12 @@ class ExitStep:
     def count_drafting(self, spent: list[tuple[int, float]], policy: Policy, memory: Memory) -> None:
         """spent: rows and ms of each draft step."""
         counts = self.ledger.counts
-        counts.rounds += len(spent)
+        counts.draft_steps += len(spent)
         counts.shallow_blocks += policy.depth * sum(num_rows for num_rows, _ in spent)
-        shared = self.clock.shared_rounds(spent)
+        shared = self.clock.shared_times(spent)
         for num_rows, ms in shared:
             policy.on_draft_step(policy.depth, num_rows, ms)
-        memory.rounds(shared, self.ledger.distributions)
+        memory.drafted(shared, self.ledger.distributions)
 
     def put_off(self, drafting: Callable[[], None]) -> None:
         """Until this step's tokens have left: no exit leaves with them."""

@@ -13,7 +13,7 @@ RAN_FRAC = 0.25  # of a step that the process had a CPU, below which it was
 class Took(NamedTuple):
     num_requests: int
     num_rows: int  # of the verification pass: one per request and exit
-    completion_ms: float  # everything of the step but drafting
+    verify_ms: float  # everything of the step but drafting
 
 
 class StepClock:
@@ -57,7 +57,7 @@ class StepClock:
         """The engine idles: the time until the next step is nobody's."""
         self._began_s = None
 
-    def shared_rounds(self, spent: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    def shared_times(self, spent: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """Rank 0's times of a step's drafting."""
         times = self.peers.share_floats([ms for _, ms in spent])
         return [(num_rows, ms) for (num_rows, _), ms in zip(spent, times, strict=True)]

@@ -70,9 +70,9 @@ class RampManifest(BaseModel):
     default_depth: int
     ramp_vocab: int = Field(gt=0)
     intermediate_size: int = Field(ge=0)
-    # depths of the auxiliary hidden states that the first round's state joins to the final one
+    # depths of the auxiliary hidden states that the first draft step's state joins to the final one
     inner: list[int] = Field(default_factory=list)
-    # depth -> one (scale, offset) per round: confidence = sigmoid(scale * logit(max probability) + offset)
+    # depth -> one (scale, offset) per position: confidence = sigmoid(scale * logit(max probability) + offset)
     calibration: dict[int, list[tuple[float, float]]]
     weights_sha256: str
     training: dict[str, Any] = Field(default_factory=dict)

@@ -1,8 +1,8 @@
 """Ramp heads: one depth's hidden state -> next token of the ramp vocabulary.
 
-In a verification pass `enter` makes the state that the first round starts from; each round then calls the head:
+In a verification pass `enter` makes the state that the first draft step starts from; each of them then calls the head:
     hidden  [num_rows, hidden_size]  residual stream of the newest token after `depth` blocks (depth 0: its embedding)
-    state   [num_rows, hidden_size]  from `enter`, or the head's own output state of the round before
+    state   [num_rows, hidden_size]  from `enter`, or the head's own output state of the draft step before
     copies                           what the lookup feature proposes for each row, see `Copies`
 -> (scores [num_rows, ramp_vocab], and where the head reads copies one more column for the proposed token;
     output state [num_rows, hidden_size]).
@@ -70,10 +70,10 @@ class LensHead(nn.Module):
 class FusedHead(nn.Module):
     """Trained head: reads the newest token together with what the full model made of the tokens before it.
 
-    As in the EAGLE draft heads (Li et al., ICML 2024; EAGLE-3, 2025) the state carries over from round to round, and
-    the first one joins auxiliary hidden states of several depths. There is no attention of its own: the lookup
-    feature stands in, and the extra column of the scores lets the head pick its token where that is not of the ramp
-    vocabulary.
+    As in the EAGLE draft heads (Li et al., ICML 2024; EAGLE-3, 2025) the state carries over from one draft step to
+    the next, and the first one joins auxiliary hidden states of several depths. There is no attention of its own: the
+    lookup feature stands in, and the extra column of the scores lets the head pick its token where that is not of the
+    ramp vocabulary.
     """
 
     reads_lookup = True

@@ -23,7 +23,7 @@ class Proposals(NamedTuple):
 class Prediction(NamedTuple):
     token_ids: torch.Tensor  # [num_rows] int64, ids of the base model's vocabulary
     confidences: list[float]  # [num_rows] calibrated probability of agreeing with the full model
-    state: torch.Tensor  # [num_rows, hidden_size] input state of the next round
+    state: torch.Tensor  # [num_rows, hidden_size] input state of the next draft step
 
 
 class RampSet(nn.Module):
@@ -54,11 +54,11 @@ class RampSet(nn.Module):
         self.calibration = calibration
 
     def predict(
-        self, hidden: torch.Tensor, state: torch.Tensor, proposals: Proposals | None, *, round_number: int
+        self, hidden: torch.Tensor, state: torch.Tensor, proposals: Proposals | None, *, draft_step: int
     ) -> Prediction:
         """The ramp's token and confidence for each row.
 
-        hidden, state: as for the head (ramps/heads.py); proposals: needed where the head reads copies; round_number:
+        hidden, state: as for the head (ramps/heads.py); proposals: needed where the head reads copies; draft_step:
         counts from 0 and selects the calibration.
         """
         copies = None
@@ -70,7 +70,7 @@ class RampSet(nn.Module):
         values = scores.float().numpy()
         best = values.argmax(axis=1)
         log_probability = -np.log(np.exp(values - values.max(axis=1, keepdims=True)).sum(axis=1))
-        scale, offset = self.calibration[min(round_number, len(self.calibration) - 1)]
+        scale, offset = self.calibration[min(draft_step, len(self.calibration) - 1)]
         return Prediction(
             token_ids=self._tokens(torch.from_numpy(best), proposals),
             confidences=[calibrated(value, scale, offset) for value in log_probability.tolist()],

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from apparate_llm.controller.feedback import read_cycles, read_header
+from apparate_llm.controller.feedback import read_header, read_steps
 from apparate_llm.controller.replay import LogCosts, oracle
 from tests.harness import Engine, greedy, token_prompts
 from tests.tiny import build_lens_ramps, build_tiny_model, make_forgetful
@@ -16,12 +16,12 @@ def adaptive(ramps, **options):
     return {"ramps": str(ramps), "policy": "adaptive", **options}
 
 
-def cheap_rounds(engine: Engine):
-    """The policy, made to believe that rounds cost a hundredth of a pass: on a tiny model they cost about as much as
-    one."""
+def cheap_draft_steps(engine: Engine):
+    """The policy, made to believe that draft steps cost a hundredth of a pass: on a tiny model they cost about
+    as much as one."""
     policy = engine.runner.exit_drafter.policy
     for depth in policy.depths:
-        policy.costs.observe_round(depth, 1, 0.3)
+        policy.costs.observe_draft_step(depth, 1, 0.3)
     deaf = {"__slots__": (), "on_draft_step": lambda self, *args: None, "on_decode_step": lambda self, *args: None}
     policy.__class__ = type("Deaf", (type(policy),), deaf)
     return policy
@@ -40,7 +40,7 @@ def plain_tokens(tiny_llama):
 @pytest.mark.parametrize("depth", [3, 4])
 def test_a_bound_of_zero_is_lossless(depth, tiny_llama, lens_ramps, plain_tokens):
     with Engine(tiny_llama, adaptive(lens_ramps(depth=depth), max_exits=6)) as engine:
-        cheap_rounds(engine)
+        cheap_draft_steps(engine)
         assert engine.tokens(PROMPTS, greedy(100)) == plain_tokens
         counts = engine.counts()
     assert counts["accepted"] > 0 and counts["diverged"] == 0
@@ -57,12 +57,12 @@ def test_a_text_that_repeats_itself_is_followed_without_rounds_and_checked_like_
         plain = engine.tokens(prompts, greedy(120))
     for bound in (0.0, 0.2):
         with Engine(model, adaptive(ramps, max_exits=6, accuracy_bound=bound)) as engine:
-            policy = cheap_rounds(engine)
-            policy.costs.rounds.clear()
-            policy.costs.observe_round(3, 1, 1e6)  # none ever pays
+            policy = cheap_draft_steps(engine)
+            policy.costs.draft_steps.clear()
+            policy.costs.observe_draft_step(3, 1, 1e6)  # none ever pays
             tokens = engine.tokens(prompts, greedy(120))
             counts = engine.counts()
-        assert counts["rounds"] == 0
+        assert counts["draft_steps"] == 0
         assert counts["copied"] == counts["accepted"] + counts["released"] > 0.5 * counts["emitted"]
         assert counts["held"] > counts["accepted"], "the misleading one"
         assert (counts["released"] > 0) == (bound > 0)
@@ -97,7 +97,7 @@ def test_accepted_divergences_keep_the_bound_and_are_what_the_full_model_says(ki
     options = adaptive(lens_ramps(depth=3), accuracy_bound=bound, bound_kind=kind)
     with Engine(tiny_llama, options) as engine:
         # Whatever the budget pays for: what is tested is the accounting.
-        cheap_rounds(engine).max_regret_nats = 1e6
+        cheap_draft_steps(engine).max_regret_nats = 1e6
         engine.add("warm", PROMPTS[1], greedy(150))
         engine.run()
         before = engine.counts()
@@ -122,7 +122,7 @@ def test_accepted_divergences_keep_the_bound_and_are_what_the_full_model_says(ki
 def test_the_bound_holds_at_every_step_for_the_server_and_each_request(tiny_llama, lens_ramps):
     bound = 0.05
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3), accuracy_bound=bound)) as engine:
-        policy = cheap_rounds(engine)
+        policy = cheap_draft_steps(engine)
         policy.release_confidence, policy.max_regret_nats = 0.5, 1e6
         for index, prompt in enumerate(PROMPTS):
             engine.add(str(index), prompt, greedy(150))
@@ -136,7 +136,7 @@ def test_the_bound_holds_at_every_step_for_the_server_and_each_request(tiny_llam
 
 def test_requests_choose_for_themselves(tiny_llama, lens_ramps, plain_tokens):
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3), accuracy_bound=0.3, max_exits=3)) as engine:
-        cheap_rounds(engine).max_regret_nats = 1e6
+        cheap_draft_steps(engine).max_regret_nats = 1e6
         engine.tokens(PROMPTS[:2], greedy(100))  # the server can afford divergences from here on
         params = [
             with_options(100),
@@ -177,7 +177,7 @@ def test_the_policy_hears_once_of_each_request(tiny_llama, lens_ramps):
 def test_a_failing_policy_leaves_plain_serving(tiny_llama, lens_ramps, plain_tokens):
     for method in ("on_request", "start", "decide", "wants_another_step", "on_verdict", "on_decode_step"):
         with Engine(tiny_llama, adaptive(lens_ramps(depth=4), max_exits=3)) as engine:
-            policy = cheap_rounds(engine)
+            policy = cheap_draft_steps(engine)
 
             def fail(self, *args, **kwargs):
                 raise RuntimeError("injected")
@@ -195,15 +195,15 @@ def test_the_feedback_log_tells_what_happened(tiny_llama, lens_ramps, tmp_path):
     ) as engine:
         engine.tokens(PROMPTS[:2], greedy(60))
         counts = engine.counts()
-    cycles = list(read_cycles(path))
-    exits = [exit_ for cycle in cycles for exit_ in cycle.exits]
+    steps = list(read_steps(path))
+    exits = [exit_ for step in steps for exit_ in step.exits]
     assert read_header(path)["num_layers"] == 4
     assert len({exit_.request for exit_ in exits}) == 2
     assert 0.8 * counts["held"] <= sum(exit_.taken == 1 for exit_ in exits) <= counts["held"]
     assert all(exit_.agrees and not exit_.regret_nats and exit_.depth == 4 for exit_ in exits)  # a perfect ramp
-    assert {cycle.num_requests for cycle in cycles} <= {1, 2}
-    assert all(cycle.completion_ms > 0 and all(ms > 0 for _, ms in cycle.rounds) for cycle in cycles)
-    assert oracle(cycles, LogCosts(cycles), depth=4).tokens_per_pass > 2
+    assert {step.num_requests for step in steps} <= {1, 2}
+    assert all(step.verify_ms > 0 and all(ms > 0 for _, ms in step.draft_steps) for step in steps)
+    assert oracle(steps, LogCosts(steps), depth=4).tokens_per_pass > 2
 
 
 def test_experience_survives_a_restart(tiny_llama, lens_ramps, tmp_path):
@@ -225,7 +225,7 @@ def test_the_depth_may_change_at_any_step(tiny_llama, tmp_path, plain_tokens):
         runner, seen, shadows = engine.runner, set(), []
         policy, steps = runner.exit_drafter.policy, 0
 
-        def start(self, num_requests):  # and takes every exit: what rounds cost here and now is another test's
+        def start(self, num_requests):  # and takes every exit: what draft steps cost here and now is another test's
             nonlocal steps
             steps += 1
             self.depth_choice.active = self.depth = (3, 1, 4)[steps // 5 % 3]

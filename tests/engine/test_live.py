@@ -47,12 +47,12 @@ def test_a_hundred_changes_lose_no_token(tiny_llama, lens_ramps, plain_tokens):
 def test_off_takes_effect_with_the_next_step_and_on_as_well(tiny_llama, lens_ramps):
     with Engine(tiny_llama, {"ramps": str(lens_ramps(depth=3)), "hold_threshold": 0.0}) as engine:
         engine.add("a", PROMPTS[0], greedy(90))
-        for policy, makes_rounds in (("static", True), ("off", False), ("static", True)):
+        for policy, drafts in (("static", True), ("off", False), ("static", True)):
             assert configure(engine, policy=policy) is None
-            before = engine.counts()["rounds"]
+            before = engine.counts()["draft_steps"]
             for _ in range(4):
                 engine.step()
-            assert (engine.counts()["rounds"] > before) is makes_rounds
+            assert (engine.counts()["draft_steps"] > before) is drafts
         engine.run()
 
 
@@ -90,10 +90,10 @@ def test_what_was_learned_comes_back_with_its_policy_unless_it_is_forgotten(tiny
     options = {"ramps": str(lens_ramps(depth=3)), "policy": "adaptive"}
     with Engine(tiny_llama, options) as engine:
         engine.generate(PROMPTS, greedy(40))
-        learned = engine.status()["controller"]["completion_ms"].keys()
+        learned = engine.status()["controller"]["verify_ms"].keys()
         assert len(learned) > 0
         assert configure(engine, policy="off") is None and engine.status()["controller"] == {}
         assert configure(engine, policy="adaptive", depth=3) is None
-        assert engine.status()["controller"]["completion_ms"].keys() == learned
+        assert engine.status()["controller"]["verify_ms"].keys() == learned
         engine.llm.collective_rpc("early_exit_forget")
-        assert engine.status()["controller"]["completion_ms"] == {}
+        assert engine.status()["controller"]["verify_ms"] == {}

@@ -44,7 +44,7 @@ def test_a_step_takes_one_message_and_another_where_an_answer_begins(engine, ask
     assert engine.counts()["held"] > held  # drafts reached the scheduler all the same
     assert asked["execute_model"] > 10
     assert asked["sample_tokens"] == 0
-    assert asked["take_draft_token_ids"] == 1  # the first token leaves before the rounds
+    assert asked["take_draft_token_ids"] == 1  # the first token leaves before the draft steps
 
 
 def test_another_where_an_answer_ends_and_others_go_on(engine, asked):

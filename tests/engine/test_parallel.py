@@ -126,7 +126,7 @@ def test_what_fails_on_one_rank_fails_on_both_and_comes_back_on_both(rank, engin
 
 
 def test_a_rank_that_fails_where_the_model_is_compiled_leaves_no_other_waiting(tiny_llama, lens_ramps, ranks):
-    """The other rank is inside the blocks of its round by then."""
+    """The other rank is inside the blocks of its draft step by then."""
     options = {"ramps": str(lens_ramps(depth=3)), "threshold": 0.01, "hold_threshold": 0.0, "accuracy_bound": 0.0}
     with Engine(tiny_llama, options, enforce_eager=False, **ranks) as engine:
         tokens = engine.tokens(PROMPTS, greedy(60))
@@ -172,7 +172,7 @@ def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llam
         engine.llm.collective_rpc(see_other_tokens)
         engine.tokens(PROMPTS, greedy(100))
         first, second = statuses(engine)
-        assert first["controller"]["completion_ms"] and first["controller"]["calibration"]
+        assert first["controller"]["verify_ms"] and first["controller"]["calibration"]
         assert first == second, "rank 0's clock is not everybody's"
         of_first, of_second = engine.llm.collective_rpc(shadows)
         assert of_first == of_second and {1, 3} <= of_first.keys(), "rank 0's shadow is not everybody's"

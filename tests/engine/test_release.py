@@ -8,7 +8,7 @@ PROMPTS = token_prompts(6, shared=40)
 RELEASE_ALL = {"accuracy_bound": 0.99, "threshold": 0.01, "hold_threshold": 0.0}
 
 
-def test_a_released_token_leaves_one_step_before_its_completion_pass(tiny_llama, lens_ramps):
+def test_a_released_token_leaves_one_step_before_its_verification_pass(tiny_llama, lens_ramps):
     options = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
     with Engine(tiny_llama, options) as engine:
         engine.add("a", PROMPTS[0], greedy(30))

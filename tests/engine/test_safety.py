@@ -8,7 +8,7 @@ PROMPTS = token_prompts(4, shared=20)
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.9])
-def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, lens_ramps):
+def test_serving_goes_on_without_exits_after_a_failing_draft_step(bound, tiny_llama, lens_ramps):
     with Engine(tiny_llama) as plain:
         expected = plain.tokens(PROMPTS, greedy(40))
     options = {"ramps": str(lens_ramps(depth=4)), "hold_threshold": 0.0, "threshold": 0.01, "accuracy_bound": bound}
@@ -26,9 +26,9 @@ def test_serving_goes_on_without_exits_after_a_failing_round(bound, tiny_llama, 
         ramps.predict = predict
         assert engine.tokens(PROMPTS, greedy(40)) == expected
         status = engine.status()
-        passes_before = status["counts"]["completion_passes"]
+        passes_before = status["counts"]["verification_passes"]
         assert engine.tokens(PROMPTS, greedy(40)) == expected
-        passes = engine.counts()["completion_passes"] - passes_before
+        passes = engine.counts()["verification_passes"] - passes_before
     assert status["active"] is False
     assert status["counts"]["fallbacks"] == 1
     assert calls == 8
@@ -46,15 +46,15 @@ def test_exits_keep_the_batch_within_max_batch_tokens_and_cost_nothing_beyond(ti
             return original(scheduler_output, num_scheduled_tokens)
 
         engine.runner._prepare_inputs = record
-        rounds = {}
+        draft_steps = {}
         for count in (1, 2, 3, 4):
-            before = engine.counts()["rounds"]
+            before = engine.counts()["draft_steps"]
             engine.tokens(PROMPTS[:count], greedy(24))
-            rounds[count] = engine.counts()["rounds"] - before
+            draft_steps[count] = engine.counts()["draft_steps"] - before
     assert {rows for requests, rows in scheduled if requests == 1} >= {4}
     assert {rows for requests, rows in scheduled if requests == 2} >= {4}
     assert all(rows <= 4 for requests, rows in scheduled)
-    assert rounds[1] > rounds[2] > 0 and rounds[3] == rounds[4] == 0
+    assert draft_steps[1] > draft_steps[2] > 0 and draft_steps[3] == draft_steps[4] == 0
 
 
 def test_policy_off_is_plain_vllm(tiny_llama):

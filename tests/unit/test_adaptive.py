@@ -19,12 +19,12 @@ def proposed(confidence: float, number: int = 0, depth: int = 0) -> Exit:
     return Exit(9, 1, depth, number, confidence)
 
 
-def teach(policy: AdaptivePolicy, *, pass_ms: float = 20.0, row_ms: float = 0.2, round_ms: float = 1.0) -> None:
+def teach(policy: AdaptivePolicy, *, pass_ms: float = 20.0, row_ms: float = 0.2, draft_step_ms: float = 1.0) -> None:
     """What a machine costs."""
     for _ in range(8):
         for rows in (1, 2, 4, 8, 16, 32, 64):
             policy.on_decode_step(1, rows, pass_ms + row_ms * rows)
-            policy.on_draft_step(policy.depth, rows, round_ms)
+            policy.on_draft_step(policy.depth, rows, draft_step_ms)
 
 
 def test_sure_exits_are_released_likely_ones_held_and_hopeless_ones_left():
@@ -62,36 +62,36 @@ def test_no_exit_is_copied_in_a_step_that_measures_a_plain_pass():
     policy = make()
     teach(policy)
     steps = [(policy.start(1), policy.looks_up) for _ in range(64)]
-    assert {copies for rounds, copies in steps if rounds == 0} == {False}
+    assert {copies for draft_steps, copies in steps if draft_steps == 0} == {False}
     policy = make()
-    teach(policy, round_ms=100.0)
+    teach(policy, draft_step_ms=100.0)
     steps = [(policy.start(1), policy.looks_up) for _ in range(64)]
-    assert (0, True) in steps, "they cost no round"
+    assert (0, True) in steps, "they cost no draft step"
 
 
-def test_another_round_pays_while_it_brings_more_than_it_costs():
+def test_another_draft_step_pays_while_it_brings_more_than_it_costs():
     policy = make()
-    teach(policy, round_ms=2.0)
+    teach(policy, draft_step_ms=2.0)
     policy.start(1)
     assert policy.wants_another_step(1, [0.9], 2)
     assert not policy.wants_another_step(1, [0.02], 2)
-    assert policy.wants_another_step(1, [0.1] * 12, 24), "a round shared by many pays sooner"
+    assert policy.wants_another_step(1, [0.1] * 12, 24), "a draft step shared by many pays sooner"
 
 
-def test_dear_rounds_or_rows_stop_exits_but_for_a_probe():
-    for costs in ({"round_ms": 40.0}, {"row_ms": 30.0}):
+def test_dear_draft_steps_or_rows_stop_exits_but_for_a_probe():
+    for costs in ({"draft_step_ms": 40.0}, {"row_ms": 30.0}):
         policy = make()
         teach(policy, **costs)
-        rounds = [policy.start(8) for _ in range(2000)]
-        assert set(rounds) == {0, 1}
-        assert rounds.count(1) <= 2000 / 64
+        draft_steps = [policy.start(8) for _ in range(2000)]
+        assert set(draft_steps) == {0, 1}
+        assert draft_steps.count(1) <= 2000 / 64
 
 
 def test_plain_passes_are_measured_now_and_then():
     policy = make()
     teach(policy)
-    rounds = [policy.start(1) for _ in range(1024)]
-    assert rounds.count(0) < 12 and 0 in rounds[:8]
+    draft_steps = [policy.start(1) for _ in range(1024)]
+    assert draft_steps.count(0) < 12 and 0 in draft_steps[:8]
 
 
 def test_verdicts_move_what_a_confidence_is_worth():
@@ -103,7 +103,7 @@ def test_verdicts_move_what_a_confidence_is_worth():
     assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=True, num_rows=1) is not Decision.RELEASE
     assert (
         policy.decide(proposed(0.99, number=1), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.RELEASE
-    ), "own rounds"
+    ), "own draft steps"
 
 
 def test_a_cheap_divergence_that_saves_much_is_taken_when_the_budget_is_full():
@@ -195,22 +195,22 @@ def test_prompts_that_a_server_begins_with_do_not_keep_exits_away():
     assert policy.start(4) > 0
 
 
-def test_the_first_round_of_a_process_does_not_count():
+def test_the_first_draft_step_of_a_process_does_not_count():
     policy = make()
     for ms in (3.4, 0.9, 0.9, 0.9):
         policy.on_draft_step(0, 4, ms)
-    assert policy.costs.round(0, 4) == pytest.approx(0.9)
+    assert policy.costs.draft_step_ms(0, 4) == pytest.approx(0.9)
 
 
-def test_rounds_that_are_dear_are_seldom_tried():
+def test_draft_steps_that_are_dear_are_seldom_tried():
     """Each costs ten passes here."""
     policy = make()
-    teach(policy, round_ms=200.0)
+    teach(policy, draft_step_ms=200.0)
     assert sum(policy.start(4) for _ in range(1000)) <= 3
 
 
-def test_slow_rounds_at_first_do_not_keep_exits_away():
-    """A server once took next to none for 2000 steps, with a single round in 100, most likely after a slow one."""
+def test_slow_draft_steps_at_first_do_not_keep_exits_away():
+    """A server once took next to none for 2000 steps, with a single draft step in 100, most likely after a slow one."""
     policy = make()
     for _ in range(32):
         policy.on_decode_step(4, 4, 16.0)
@@ -243,7 +243,7 @@ def test_what_it_learned_survives_as_json():
     json.dumps(policy.status())
 
 
-@pytest.mark.parametrize("damage", [{"depth": 7}, {"calibrations": [[0, 0]]}, {"rounds": None}])
+@pytest.mark.parametrize("damage", [{"depth": 7}, {"calibrations": [[0, 0]]}, {"draft_steps": None}])
 def test_a_damaged_state_changes_nothing(damage):
     policy = make(depths=(0, 2))
     before = policy.state()

@@ -55,8 +55,8 @@ class Server:
             self.policy.on_step(ms + self.prompt_ms * self.pace if reads else ms)
             if not reads:
                 self.policy.on_decode_step(num_requests, rows, ms)
-            held, rounds_ms = self.rounds(num_requests)
-            taken_ms += rounds_ms
+            held, drafting_ms = self.draft(num_requests)
+            taken_ms += drafting_ms
         self.tokens, self.passes = self.tokens + tokens, self.passes + num_requests * num_steps
         return taken_ms / tokens * num_requests / (plain_ms / num_steps)
 
@@ -68,13 +68,13 @@ class Server:
                 return number
         return len(held)
 
-    def rounds(self, num_requests: int) -> tuple[list[list[Exit]], float]:
+    def draft(self, num_requests: int) -> tuple[list[list[Exit]], float]:
         held: list[list[Exit]] = [[] for _ in range(num_requests)]
         if self.rng.random() < 0.02 * num_requests:  # an answer begins
             if self.joining:
                 self.policy.on_request()
             return held, 0.0
-        num_rounds = min(self.policy.start(num_requests), 6)
+        num_steps = min(self.policy.start(num_requests), 6)
         reach, rows, spent_ms = [1.0] * num_requests, num_requests, 0.0
         for i in range(num_requests):
             if self.policy.looks_up and self.rng.random() < self.copied:
@@ -83,7 +83,7 @@ class Server:
                     held[i].append(exit_)
                     rows += 1
         live = [i for i in range(num_requests) if not held[i]]
-        for number in range(num_rounds):
+        for number in range(num_steps):
             if number and not self.policy.wants_another_step(number, [reach[i] for i in live], rows):
                 break
             ms = (1.9 + 0.25 * (len(live) - 1)) * self.pace * self.noise()

@@ -181,6 +181,24 @@ def test_several_engines_are_asked_and_told_of_as_one():
     assert [one["number"] for one in found] == [0, 1] and found[0]["args"] == ("key",)
 
 
+def test_counts_go_by_their_old_names_too():
+    class Counting(Engine):
+        async def collective_rpc(self, method, args=()):
+            (first,) = await super().collective_rpc(method, args)
+            return [{**first, "counts": {"emitted": 9, "verification_passes": 7, "draft_steps": 5}}]
+
+    app, _ = served()
+    app.state.early_exit.engine = Counting()
+    counts = ask(app, "GET", "/status").json()["counts"]
+    assert counts == {
+        "emitted": 9,
+        "verification_passes": 7,
+        "completion_passes": 7,
+        "draft_steps": 5,
+        "rounds": 5,
+    }
+
+
 class Ranks(Engine):
     """Two tensor-parallel ranks, of which the second one failed."""
 
@@ -188,7 +206,7 @@ class Ranks(Engine):
         (first,) = await super().collective_rpc(method, args)
         if method == "early_exit_status":
             well = {**first, "active": True, "failure": None, "counts": {"fallbacks": 0}}
-            failure = {"part": "rounds", "error": "RuntimeError", "returns_in_s": 12.0}
+            failure = {"part": "drafting", "error": "RuntimeError", "returns_in_s": 12.0}
             return [well, {**well, "active": False, "failure": failure, "counts": {"fallbacks": 1}}]
         if method == "early_exit_forget":
             return [True, False]
@@ -199,7 +217,7 @@ def test_all_ranks_have_a_say():
     app, _ = served()
     app.state.early_exit.engine = Ranks()
     status = ask(app, "GET", "/status").json()
-    assert status["active"] is False and status["failure"]["part"] == "rounds" and status["counts"]["fallbacks"] == 1
+    assert status["active"] is False and status["failure"]["part"] == "drafting" and status["counts"]["fallbacks"] == 1
     assert status["ranks"] == [{"active": True, "fallbacks": 0}, {"active": False, "fallbacks": 1}]
     answer = ask(app, "PATCH", "/config", json={"max_exits": 3})
     assert answer.status_code == 400 and answer.json()["detail"] == "the second rank says why"

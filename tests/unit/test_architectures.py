@@ -27,4 +27,4 @@ def test_a_perfect_ramp_saves_steps_and_is_never_rejected(model_type, tiny_model
         engine.tokens(token_prompts(1), greedy(42))
         counts = engine.counts()
     assert counts["accepted"] == counts["held"] == 30
-    assert counts["completion_passes"] == 12  # the prompt and its token, one more, then four tokens a pass
+    assert counts["verification_passes"] == 12  # the prompt and its token, one more, then four tokens a pass

@@ -73,12 +73,12 @@ def test_a_point_that_was_not_seen_for_long_soon_believes_what_it_sees():
     assert curve(8) < 65.0
 
 
-def test_rounds_are_guessed_from_the_depth_until_measured():
+def test_draft_steps_are_guessed_from_the_depth_until_measured():
     costs = CostModel(num_layers=20)
-    assert costs.round(0, 1) < costs.round(2, 1) < costs.completion(1)
-    costs.observe_round(0, 1, 1.5)
-    assert costs.round(0, 1) == 1.5
-    assert costs.round(2, 1) == pytest.approx(0.15 * costs.completion(1))
+    assert costs.draft_step_ms(0, 1) < costs.draft_step_ms(2, 1) < costs.verify_ms(1)
+    costs.observe_draft_step(0, 1, 1.5)
+    assert costs.draft_step_ms(0, 1) == 1.5
+    assert costs.draft_step_ms(2, 1) == pytest.approx(0.15 * costs.verify_ms(1))
 
 
 def test_costs_compare_rightly_on_a_machine_that_changes_its_speed():
@@ -88,25 +88,25 @@ def test_costs_compare_rightly_on_a_machine_that_changes_its_speed():
     for step in range(4000):
         pace = 1.5 - 0.5 * math.cos(2 * math.pi * step / 400)
         rows = 24 if pace > 1.5 and step % 3 else 16
-        model.observe_completion(rows, true_ms[rows] * pace * rng.uniform(0.97, 1.03))
-        model.observe_round(0, 16, 2.0 * pace)
-    assert model.completion(24) / model.completion(16) == pytest.approx(46 / 40, rel=0.04)
-    assert model.round(0, 16) / model.completion(16) == pytest.approx(2 / 40, rel=0.1)
+        model.observe_verification(rows, true_ms[rows] * pace * rng.uniform(0.97, 1.03))
+        model.observe_draft_step(0, 16, 2.0 * pace)
+    assert model.verify_ms(24) / model.verify_ms(16) == pytest.approx(46 / 40, rel=0.04)
+    assert model.draft_step_ms(0, 16) / model.verify_ms(16) == pytest.approx(2 / 40, rel=0.1)
 
 
 def test_a_lasting_change_of_speed_is_the_paces_and_a_new_number_of_rows_its_own():
     model = CostModel(30)
     for _ in range(100):
-        model.observe_completion(1, 10.0)
+        model.observe_verification(1, 10.0)
     for _ in range(50):
-        model.observe_completion(1, 20.0)
-    assert model.completion(1) * model.pace == pytest.approx(20.0, rel=0.02)
+        model.observe_verification(1, 20.0)
+    assert model.verify_ms(1) * model.pace == pytest.approx(20.0, rel=0.02)
     before = model.pace
     for _ in range(40):
-        model.observe_completion(8, 30.0)
-        model.observe_completion(1, 20.0)
-    assert model.completion(8) * model.pace == pytest.approx(30.0, rel=0.02)
-    assert model.completion(1) * model.pace == pytest.approx(20.0, rel=0.02)
+        model.observe_verification(8, 30.0)
+        model.observe_verification(1, 20.0)
+    assert model.verify_ms(8) * model.pace == pytest.approx(30.0, rel=0.02)
+    assert model.verify_ms(1) * model.pace == pytest.approx(20.0, rel=0.02)
     assert model.pace == pytest.approx(before, rel=0.03)
 
 

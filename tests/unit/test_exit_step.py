@@ -70,7 +70,7 @@ def request(**changes) -> RequestExits:
 
 
 def exit_at(position: int, token_id: int = 7) -> Exit:
-    return Exit(position, token_id, depth=0, round_number=0, confidence=0.9)
+    return Exit(position, token_id, depth=0, draft_step=0, confidence=0.9)
 
 
 def test_rows_of_released_exits_are_due_in_the_pass_that_computes_the_token_before_them():

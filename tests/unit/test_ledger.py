@@ -8,7 +8,7 @@ from tests.logged import logged
 
 
 def exit_at(position: int, token_id: int) -> Exit:
-    return Exit(position, token_id, depth=0, round_number=0, confidence=0.9)
+    return Exit(position, token_id, depth=0, draft_step=0, confidence=0.9)
 
 
 def empty_ledger(*, releasable: bool = True) -> VerdictLedger:

@@ -37,12 +37,12 @@ def status():
     ledger.add_request("a", request)
     ledger.emit("a", 10, now_s=0.0)
     ledger.ended("a")  # so that they may be spent
-    released = [Exit(10, 5, depth=0, round_number=0, confidence=0.9), Exit(11, 6, 2, 1, 0.9)]
+    released = [Exit(10, 5, depth=0, draft_step=0, confidence=0.9), Exit(11, 6, 2, 1, 0.9)]
     for _ in released:
         ledger.budget.release(request.bucket)
     ledger.release("a", released)
     ledger.record_verdicts(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
-    request.held = [Exit(12 + i, 3, depth=0, round_number=i, confidence=0.5) for i in range(3)]
+    request.held = [Exit(12 + i, 3, depth=0, draft_step=i, confidence=0.5) for i in range(3)]
     ledger.accept_divergence("a", request.held[1], 0.25)
     ledger.count_held(request, num_held=3, num_accepted=2)
     ledger.emit("a", 8, now_s=0.38)
@@ -106,7 +106,7 @@ def test_the_page_says_what_was_counted(page):
 
 
 def test_a_failure_and_when_exits_come_back_are_on_the_page(status):
-    failure = {"part": "rounds", "error": "RuntimeError", "returns_in_s": 12.5}
+    failure = {"part": "drafting", "error": "RuntimeError", "returns_in_s": 12.5}
     failed = {**status, "active": False, "failure": failure, "counts": {**status["counts"], "fallbacks": 2}}
     failed["counts"]["recoveries"] = 1
     registry, collector = CollectorRegistry(), ExitCollector()

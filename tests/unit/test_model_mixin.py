@@ -5,7 +5,7 @@ from tests.harness import Engine, greedy, token_prompts
 
 
 def test_blocks_up_to_k_give_the_full_passes_inner_state(tiny_models, lens_ramps):
-    """The residual stream of a round equals the one the full pass has at that depth, for the same token."""
+    """The residual stream of a draft step equals the one the full pass has at that depth, for the same token."""
     options = {"ramps": str(lens_ramps("qwen3", 3)), "hold_threshold": 0.0}
     with Engine(tiny_models["qwen3"], options) as engine:
         model, runner = engine.runner.model, engine.runner
@@ -72,4 +72,4 @@ def test_blocks_that_do_not_compile_run_as_they_are(tiny_models, lens_ramps, mon
         counts = engine.counts()
     assert [depth for depth, _rows in asked] == [3]
     assert counts["fallbacks"] == 0
-    assert counts["rounds"] > 0
+    assert counts["draft_steps"] > 0

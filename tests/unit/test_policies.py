@@ -7,8 +7,8 @@ from apparate_llm.controller.policies import POLICIES, make_policy
 from apparate_llm.core import Decision, Exit
 
 
-def proposed(confidence: float, *, round_number: int = 0, depth: int = 0) -> Exit:
-    return Exit(position=9, token_id=1, depth=depth, round_number=round_number, confidence=confidence)
+def proposed(confidence: float, *, draft_step: int = 0, depth: int = 0) -> Exit:
+    return Exit(position=9, token_id=1, depth=depth, draft_step=draft_step, confidence=confidence)
 
 
 def make(name: str, **options: Any):

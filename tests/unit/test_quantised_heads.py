@@ -103,7 +103,7 @@ def test_a_quantised_head_scores_as_the_trained_one(head, num_rows, linear, dtyp
     with torch.inference_mode():
         state, quantised_state = head.enter(final, inner), quantised.enter(final, inner)
         assert relative_error(quantised_state, state) < 0.4 * error
-        for _ in range(3):  # rounds
+        for _ in range(3):  # draft steps
             (scores, state), (quantised_scores, quantised_state) = (
                 head(hidden, state, copies),
                 quantised(hidden, quantised_state, copies),

@@ -45,7 +45,7 @@ def test_a_folder_round_trips(folder):
         if name != "head":
             assert torch.equal(parameter, tensors[f"2.{name}"])
     proposals = Proposals(torch.tensor([3, 0, 150]), torch.tensor([2, 0, 1]), torch.randn(3, HIDDEN_SIZE))
-    prediction = ramps.predict(torch.randn(3, HIDDEN_SIZE), torch.randn(3, HIDDEN_SIZE), proposals, round_number=5)
+    prediction = ramps.predict(torch.randn(3, HIDDEN_SIZE), torch.randn(3, HIDDEN_SIZE), proposals, draft_step=5)
     assert prediction.token_ids.shape == (3,) and prediction.state.shape == (3, HIDDEN_SIZE)
     assert all(0.0 < confidence < 1.0 for confidence in prediction.confidences)
 
@@ -62,7 +62,7 @@ def test_a_lens_at_full_depth_is_the_model_itself(tmp_path, tiny_llama):
     folder = build_lens_ramps(tmp_path / "lens", tiny_llama, depth=NUM_LAYERS)
     base = {"norm": model.model.norm.weight.data, "head": model.lm_head.weight.data}
     ramps = load_ramps(folder, read_manifest(folder), depth=NUM_LAYERS, base_weights=base, dtype=torch.float32)
-    prediction = ramps.predict(inner[0][0], inner[0][0], None, round_number=0)
+    prediction = ramps.predict(inner[0][0], inner[0][0], None, draft_step=0)
     assert torch.equal(prediction.token_ids, expected)
 
 
@@ -126,9 +126,7 @@ def test_the_extra_column_is_open_only_to_copies_outside_the_vocabulary(folder):
     hidden, state = torch.randn(64, HIDDEN_SIZE), torch.randn(64, HIDDEN_SIZE)
     copied = torch.tensor([150, 7] * 32)  # the first is not of the ramp vocabulary
     ones = torch.ones(64, dtype=torch.int64)
-    tokens = ramps.predict(
-        hidden, state, Proposals(copied, ones, torch.randn(64, HIDDEN_SIZE)), round_number=0
-    ).token_ids
+    tokens = ramps.predict(hidden, state, Proposals(copied, ones, torch.randn(64, HIDDEN_SIZE)), draft_step=0).token_ids
     assert 150 in tokens[::2] and 150 not in tokens[1::2]
 
 

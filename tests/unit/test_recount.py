@@ -10,7 +10,7 @@ from apparate_llm.exits.token_origins import Trace
 
 
 def exits(first: int, count: int) -> list[Exit]:
-    return [Exit(first + i, 5, depth=2, round_number=i, confidence=0.9) for i in range(count)]
+    return [Exit(first + i, 5, depth=2, draft_step=i, confidence=0.9) for i in range(count)]
 
 
 def ledger_with(released: list[Exit]) -> VerdictLedger:

@@ -1,8 +1,10 @@
 """Names of version 0.1: still taken, with a warning, and used by nothing of ours."""
 
+import json
 import logging
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,13 @@ from apparate_llm.config import (
     parse_live,
     parse_request_options,
 )
+from apparate_llm.controller.adaptive import AdaptivePolicy
+from apparate_llm.controller.costs import CostModel
+from apparate_llm.core import ExitCounts
 from apparate_llm.eval.compare import load_results
 from apparate_llm.eval.plan import option_flags
 from apparate_llm.eval.systems import ModelChoice, early_exits
+from apparate_llm.exits.histograms import Distributions
 from apparate_llm.flags import options_from
 from apparate_llm.vllm_flags import normalised
 from tests.eval_results import a_ratio, a_result, a_run
@@ -105,6 +111,45 @@ def test_a_tenants_file_and_a_request_may_go_by_the_old_names(tmp_path):
     assert parse_config({"classes": {"batch": {"early_exit": 0}}}) == found
     for name in ("early_exit_class", "early_exit_tenant"):
         assert parse_request_options({name: "batch"}, found).early_exit_tenant == "batch"
+
+
+def learned_policy() -> AdaptivePolicy:
+    policy = AdaptivePolicy(depth=0, depths=(0,), num_layers=30, max_exits=4)
+    for _ in range(3):
+        policy.on_decode_step(1, 2, 20.0)
+        policy.on_draft_step(0, 1, 1.0)
+    policy.start(1)
+    return policy
+
+
+def test_what_a_controller_of_version_0_1_learned_is_taken_up():
+    learned, fresh = learned_policy(), learned_policy()
+    fresh.costs = CostModel(30)
+    state = json.loads(json.dumps(learned.state()))
+    old = {
+        {new: old for old, new in renamed.CONTROLLER_STATE.items()}.get(name, name): item
+        for name, item in state.items()
+    }
+    assert {"completion", "rounds"} <= old.keys() and not {"completion", "rounds"} & state.keys()
+    fresh.restore(old)
+    assert fresh.costs == replace(learned.costs, pace=1.0) and fresh.state() == state
+
+
+def test_the_status_has_the_old_names_beside_the_new():
+    counts = ExitCounts(verification_passes=7, draft_steps=5)
+    worker = {
+        "depth": 0,
+        "counts": counts.as_dict(),
+        "distributions": Distributions().as_dict(),
+        "controller": learned_policy().status(),
+    }
+    told = renamed.beside_old_names(worker)
+    assert told["depth"] == 0 and told["counts"]["completion_passes"] == 7 and told["counts"]["rounds"] == 5
+    for part, names in renamed.STATUS.items():
+        assert told[part] == {**worker[part], **{old: worker[part][new] for new, old in names.items()}}
+        assert not set(names.values()) & worker[part].keys()
+    off = {**worker, "controller": {}}  # of a policy that learns nothing
+    assert renamed.beside_old_names(off)["controller"] == {}
 
 
 # Words that the code and the pages had for what the field calls otherwise.

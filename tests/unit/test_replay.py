@@ -7,44 +7,44 @@ import time
 import pytest
 
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.controller.feedback import Cycle, LoggedExit
+from apparate_llm.controller.feedback import LoggedExit, LoggedStep
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.replay import LogCosts, Replayed, oracle, replay
 from scripts.check_bound import check_bound
 from tests import logs
 
 
-def run(cycles: list[Cycle], name: str, *, costs: LogCosts | None = None, **options) -> Replayed:
+def run(steps: list[LoggedStep], name: str, *, costs: LogCosts | None = None, **options) -> Replayed:
     config = EarlyExitConfig(policy=name, **{"accuracy_bound": 0.05, "max_exits": 3, "max_batch_tokens": 64, **options})
     policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
-    costs = costs or LogCosts(cycles)
-    return replay(cycles, costs, policy, accuracy_bound=config.accuracy_bound, kind=config.bound_kind)
+    costs = costs or LogCosts(steps)
+    return replay(steps, costs, policy, accuracy_bound=config.accuracy_bound, kind=config.bound_kind)
 
 
 def test_a_replay_by_hand():
     def exit_(number: int, confidence: float, agrees: bool) -> LoggedExit:
         return LoggedExit(1, 0, number, confidence, 1, agrees, 0.0 if agrees else 0.5)
 
-    cycles = [
-        Cycle(1, 3, 24.0, [(1, 1.0)] * 2, [exit_(0, 0.8, True), exit_(1, 0.7, True)]),  # both held and accepted
-        Cycle(1, 3, 24.0, [(1, 1.0)] * 2, [exit_(0, 0.6, False), exit_(1, 0.9, True)]),  # rejected at the first
-        Cycle(1, 2, 22.0, [(1, 1.0)], [exit_(0, 0.2, True)]),  # not taken
-        Cycle(1, 1, 20.0, [], []),
+    steps = [
+        LoggedStep(1, 3, 24.0, [(1, 1.0)] * 2, [exit_(0, 0.8, True), exit_(1, 0.7, True)]),  # both held and accepted
+        LoggedStep(1, 3, 24.0, [(1, 1.0)] * 2, [exit_(0, 0.6, False), exit_(1, 0.9, True)]),  # rejected at the first
+        LoggedStep(1, 2, 22.0, [(1, 1.0)], [exit_(0, 0.2, True)]),  # not taken
+        LoggedStep(1, 1, 20.0, [], []),
     ]
-    result = run(cycles, "static", hold_threshold=0.5, accuracy_bound=0.0)
-    assert (result.emitted, result.held, result.accepted, result.rounds) == (3 + 1 + 1 + 1, 3, 2, 5)
+    result = run(steps, "static", hold_threshold=0.5, accuracy_bound=0.0)
+    assert (result.emitted, result.held, result.accepted, result.draft_steps) == (3 + 1 + 1 + 1, 3, 2, 5)
     assert result.request_ms == pytest.approx((24 + 2) + (24 + 2) + (20 + 1) + 20)
     assert result.tpt_ratio == pytest.approx((93 / 6) / 20)
-    assert oracle(cycles, LogCosts(cycles), depth=0).emitted == 3 + 1 + 2 + 1
+    assert oracle(steps, LogCosts(steps), depth=0).emitted == 3 + 1 + 2 + 1
 
 
 @pytest.mark.parametrize("name", ["adaptive", "apparate", "static"])
 @pytest.mark.parametrize("bound", [0.01, 0.05])
 def test_a_ramp_that_turns_wrong_while_sure_never_breaks_the_bound(name, bound):
-    def agrees(confidence: float, cycle: int, rng: random.Random) -> bool:
-        return rng.random() < (confidence if cycle // 700 % 2 == 0 else 1.0 - confidence)
+    def agrees(confidence: float, step: int, rng: random.Random) -> bool:
+        return rng.random() < (confidence if step // 700 % 2 == 0 else 1.0 - confidence)
 
-    result = run(list(logs.cycles(6000, agrees=agrees)), name, accuracy_bound=bound)
+    result = run(list(logs.steps(6000, agrees=agrees)), name, accuracy_bound=bound)
     assert result.worst_share <= bound
     assert result.diverged > 0
 
@@ -59,7 +59,7 @@ def test_the_bound_holds_against_a_ramp_that_turns_wrong_once_it_is_trusted(name
 
 
 def test_a_request_keeps_to_its_own_bound_and_allowance():
-    result = run(list(logs.cycles(3000)), "adaptive", accuracy_bound=0.02)
+    result = run(list(logs.steps(3000)), "adaptive", accuracy_bound=0.02)
     assert len(result.buckets) == 50
     for bucket in result.buckets.values():
         bucket.check_integrity()
@@ -67,37 +67,37 @@ def test_a_request_keeps_to_its_own_bound_and_allowance():
 
 
 def test_the_regret_bound_holds_in_nats_per_token():
-    result = run(list(logs.cycles(4000)), "adaptive", accuracy_bound=0.02, bound_kind="regret")
+    result = run(list(logs.steps(4000)), "adaptive", accuracy_bound=0.02, bound_kind="regret")
     assert 0.01 < result.regret_per_token <= 0.02
     assert result.released == 0
 
 
 def test_lossless_is_lossless_and_a_larger_bound_is_faster():
-    cycles = list(logs.cycles(4000))
-    lossless, loose = (run(cycles, "adaptive", accuracy_bound=bound) for bound in (0.0, 0.1))
+    steps = list(logs.steps(4000))
+    lossless, loose = (run(steps, "adaptive", accuracy_bound=bound) for bound in (0.0, 0.1))
     assert lossless.diverged == 0 and lossless.tpt_ratio < 0.75
     assert loose.tpt_ratio < 0.95 * lossless.tpt_ratio
-    assert oracle(cycles, LogCosts(cycles), depth=0).tpt_ratio < lossless.tpt_ratio
+    assert oracle(steps, LogCosts(steps), depth=0).tpt_ratio < lossless.tpt_ratio
 
 
 def test_adaptive_is_faster_than_any_static_threshold_and_the_papers_policy_at_no_more_divergences():
-    cycles = list(logs.cycles(5000))
-    adaptive = run(cycles, "adaptive")
-    others = [run(cycles, "static", threshold=value) for value in (0.8, 0.9, 0.95, 0.98, 0.99)]
-    others.append(run(cycles, "apparate"))
+    steps = list(logs.steps(5000))
+    adaptive = run(steps, "adaptive")
+    others = [run(steps, "static", threshold=value) for value in (0.8, 0.9, 0.95, 0.98, 0.99)]
+    others.append(run(steps, "apparate"))
     for other in others:
         assert adaptive.tpt_ratio < other.tpt_ratio
     assert adaptive.divergence_frac <= 0.05
 
 
 def test_exits_stop_where_rows_are_dear_and_come_back():
-    dear = list(logs.cycles(800, requests=8, row_ms=6.0))
-    cheap = list(logs.cycles(800, requests=1, row_ms=0.1))
+    dear = list(logs.steps(800, requests=8, row_ms=6.0))
+    cheap = list(logs.steps(800, requests=1, row_ms=0.1))
     config = EarlyExitConfig(accuracy_bound=0.0, max_exits=3)
     policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
 
-    def part(cycles):
-        return replay(cycles, LogCosts(cycles), policy, accuracy_bound=0.0, kind="agreement")
+    def part(steps):
+        return replay(steps, LogCosts(steps), policy, accuracy_bound=0.0, kind="agreement")
 
     assert part(cheap).tpt_ratio < 0.7
     part(dear[:100])  # settles
@@ -108,17 +108,17 @@ def test_exits_stop_where_rows_are_dear_and_come_back():
 
 def test_decisions_take_little_time():
     for requests, limit_ms in ((1, 0.2), (16, 0.5)):
-        cycles = list(logs.cycles(600, requests=requests, row_ms=0.02))
-        costs = LogCosts(cycles)
+        steps = list(logs.steps(600, requests=requests, row_ms=0.02))
+        costs = LogCosts(steps)
         began = time.process_time()
-        result = run(cycles, "adaptive", costs=costs)
-        per_step_ms = (time.process_time() - began) / len(cycles) * 1e3
-        assert result.rounds > 600, "nothing was decided"
+        result = run(steps, "adaptive", costs=costs)
+        per_step_ms = (time.process_time() - began) / len(steps) * 1e3
+        assert result.draft_steps > 600, "nothing was decided"
         assert per_step_ms < 10 * limit_ms, per_step_ms  # with the replay's own work, and on a busy machine
 
 
 def test_the_same_feedback_gives_the_same_decisions():
-    one, two = (run(list(logs.cycles(1500)), "adaptive") for _ in range(2))
+    one, two = (run(list(logs.steps(1500)), "adaptive") for _ in range(2))
     assert (one.emitted, one.request_ms, one.diverged) == (two.emitted, two.request_ms, two.diverged)
 
 
@@ -126,8 +126,8 @@ def log_file(path, count: int = 400):
     from apparate_llm.controller.feedback import SCHEMA_VERSION
 
     lines = [json.dumps({"schema_version": SCHEMA_VERSION, "num_layers": 30, "model": "made up"})]
-    for cycle in logs.cycles(count):
-        lines.append(json.dumps([*cycle[:4], [[*exit_[:5], int(exit_.agrees), exit_[6]] for exit_ in cycle.exits]]))
+    for step in logs.steps(count):
+        lines.append(json.dumps([*step[:4], [[*exit_[:5], int(exit_.agrees), exit_[6]] for exit_ in step.exits]]))
     path.write_text("\n".join(lines) + "\n")
     return path
 

@@ -6,7 +6,7 @@ from tests.logged import logged
 
 def fail(safety: Safety, now_s: float) -> float:
     """Seconds until exits come back."""
-    safety.failed("rounds", RuntimeError("x"), now_s)
+    safety.failed("drafting", RuntimeError("x"), now_s)
     assert safety.is_off and safety.returns_s is not None
     return safety.returns_s - now_s
 
@@ -43,10 +43,10 @@ def test_what_fails_in_every_step_is_not_logged_in_every_step():
     safety = Safety()
     with logged() as messages:
         for step in range(1000):
-            safety.failed("rounds", RuntimeError("x"), step * 0.02)
+            safety.failed("drafting", RuntimeError("x"), step * 0.02)
     assert len(messages) == 10 and safety.num_failures == 1000
-    assert messages[0].startswith("Early exits failed (rounds) and are off for 30 s, or until they are configured")
-    assert safety.status(20.0) == {"part": "rounds", "error": "RuntimeError", "returns_in_s": HOUR_S - 0.0}
+    assert messages[0].startswith("Early exits failed (drafting) and are off for 30 s, or until they are configured")
+    assert safety.status(20.0) == {"part": "drafting", "error": "RuntimeError", "returns_in_s": HOUR_S - 0.0}
 
 
 def test_asides_fail_without_a_word_to_exits():

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.controller.feedback import Cycle, FeedbackLog, LoggedExit, read_cycles, read_header
+from apparate_llm.controller.feedback import FeedbackLog, LoggedExit, LoggedStep, read_header, read_steps
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.state import ControllerState, resolve_path
 from apparate_llm.core import Decision, Exit
@@ -122,7 +122,7 @@ def test_without_a_home_nothing_is_kept(homeless):
 
 
 class Took:
-    num_requests, num_rows, completion_ms = 1, 3, 20.12345
+    num_requests, num_rows, verify_ms = 1, 3, 20.12345
 
 
 class Verdict:
@@ -139,18 +139,18 @@ class Verdict:
 def test_a_feedback_log_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "log.jsonl"
     log = FeedbackLog(path, {"num_layers": 30})
-    log.rounds([(1, 1.5)])
+    log.drafted([(1, 1.5)])
     log.completed(
         Took, [Verdict(0.9, Decision.HOLD), Verdict(0.99, Decision.RELEASE), Verdict(0.5, Decision.HOLD, greedy=False)]
     )
     log.completed(None, [])
     log.completed(Took, [])
     assert read_header(path)["num_layers"] == 30
-    first, second = read_cycles(path)
+    first, second = read_steps(path)
     request = first.exits[0].request
     held, released = LoggedExit(request, 0, 1, 0.9, 1, True, 0.0), LoggedExit(request, 0, 1, 0.99, 2, True, 0.0)
-    assert first == Cycle(1, 3, 20.123, [(1, 1.5)], [held, released])
-    assert second.rounds == [] and second.exits == []
+    assert first == LoggedStep(1, 3, 20.123, [(1, 1.5)], [held, released])
+    assert second.draft_steps == [] and second.exits == []
     assert "secret" not in path.read_text() and "77" not in path.read_text()
 
 
@@ -161,10 +161,10 @@ def test_a_feedback_log_is_bounded_and_a_cut_line_is_left_out(tmp_path):
         log.completed(Took, [Verdict(0.9, Decision.HOLD)])
     assert sorted(item.name for item in tmp_path.iterdir()) == ["log.jsonl", "log.jsonl.1"]
     assert all(item.stat().st_size < 2300 for item in tmp_path.iterdir())
-    complete = len(list(read_cycles(path)))
+    complete = len(list(read_steps(path)))
     with path.open("a") as file:
         file.write("[1,3,20.1,[")
-    assert len(list(read_cycles(path))) == complete > 0
+    assert len(list(read_steps(path))) == complete > 0
 
 
 def test_a_feedback_log_of_an_earlier_start_is_kept(tmp_path):
@@ -173,9 +173,9 @@ def test_a_feedback_log_of_an_earlier_start_is_kept(tmp_path):
         log = FeedbackLog(path, {"start": start})
         for _ in range(start):
             log.completed(Took, [])
-    assert read_header(path)["start"] == 2 and len(list(read_cycles(path))) == 2
+    assert read_header(path)["start"] == 2 and len(list(read_steps(path))) == 2
     earlier = tmp_path / "log.jsonl.1"
-    assert read_header(earlier)["start"] == 1 and len(list(read_cycles(earlier))) == 1
+    assert read_header(earlier)["start"] == 1 and len(list(read_steps(earlier))) == 1
 
 
 @pytest.mark.parametrize("place", ["/dev/full", "missing/log.jsonl", "."])
@@ -217,7 +217,7 @@ def test_a_disk_that_was_full_for_a_while_leaves_whole_lines(tmp_path, monkeypat
     monkeypatch.setattr("apparate_llm.controller.feedback.PAUSE_S", 0.0)
     log._resume_s = 0.0
     log.completed(Took, [])
-    assert len(list(read_cycles(path))) == 2
+    assert len(list(read_steps(path))) == 2
 
 
 def test_a_regret_without_end_is_logged_as_unknown(tmp_path):
@@ -225,4 +225,4 @@ def test_a_regret_without_end_is_logged_as_unknown(tmp_path):
     verdict = Verdict(0.9, Decision.HOLD)
     verdict.regret_nats = float("inf")
     FeedbackLog(path, {}).completed(Took, [verdict])
-    assert next(read_cycles(path)).exits[0].regret_nats is None
+    assert next(read_steps(path)).exits[0].regret_nats is None

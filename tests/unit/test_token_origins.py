@@ -9,7 +9,7 @@ from apparate_llm.exits.token_origins import MAX_UNCLAIMED, REPORT_KEY, Reports,
 
 
 def exit_at(position: int, token_id: int = 5, depth: int = 2) -> Exit:
-    return Exit(position, token_id, depth, round_number=0, confidence=0.9)
+    return Exit(position, token_id, depth, draft_step=0, confidence=0.9)
 
 
 def test_every_emitted_token_has_its_origin_and_verdicts_come_late():
