@@ -1,4 +1,5 @@
-"""Names of version 0.1 that are taken until 0.3, each with a warning."""
+"""Names of version 0.1. Those that users give are taken until 0.3, each with a warning; those in files that we wrote
+ourselves are read without."""
 
 import logging
 import os
@@ -42,7 +43,19 @@ STATUS = {  # part of the status -> its new names -> old; both are in it
     "distributions": {"verify_ms": "completion_ms", "draft_step_ms": "round_ms"},
     "controller": {"verify_ms": "completion_ms", "draft_step_ms": "round_ms", "draft_steps_planned": "rounds_planned"},
 }
+OLD_AUX_LAYERS = "inner"  # what the manifest of ramps had for its aux_layers
 CONTROLLER_STATE = {"completion": "verify_ms", "rounds": "draft_steps"}  # old -> new, in the file of an earlier start
+PREPARATION = {  # old -> new, in the records of a preparation and of a manifest's training
+    "completion": "verify",
+    "completion_ms": "verify_ms",
+    "round": "draft_step",
+    "round_ms": "draft_step_ms",
+    "agreement": "acceptance_rates",
+    "held_out_agreement": "held_out_acceptance_rates",
+    **{f"{rows}_tokens_per_cycle": f"{rows}_accepted_per_step" for rows in ("train", "validation", "held_out")},
+}
+POSITION = {"agreement": "acceptance_rate", "agreement_all_rows": "acceptance_rate_all_rows"}  # old -> new
+TRAIN_SETTINGS = {"inner": "aux_layers", "round_weights": "step_weights"}  # old -> new, in their repr
 OLD_SETTINGS = "knobs"  # what an evaluation's settings had for its options
 SYSTEMS = {"bounded": "early-exit", "idle": "ramps-only"}  # of the evaluation, old -> new
 
@@ -67,6 +80,43 @@ def beside_old_names(status: dict[str, Any]) -> dict[str, Any]:
         figures = status[part]
         told[part] = {**figures, **{old: figures[new] for new, old in STATUS[part].items() if new in figures}}
     return told
+
+
+def of_any_preparation(record: Any) -> Any:
+    """A record of a preparation by its new names, whichever version wrote it."""
+    if isinstance(record, list):
+        return [of_any_preparation(item) for item in record]
+    if not isinstance(record, dict):
+        return record
+    found = {PREPARATION.get(name, name): of_any_preparation(item) for name, item in record.items()}
+    if isinstance(settings := found.get("settings"), str):
+        for old, new in TRAIN_SETTINGS.items():
+            settings = settings.replace(f" {old}=", f" {new}=")
+        found["settings"] = settings
+    return found
+
+
+def depth_of_any_evaluation(result: dict[str, Any]) -> dict[str, Any]:
+    """One depth's results of `ramps evaluate`, or of a preparation's report, by their new names, whichever version
+    wrote them."""
+    if "rounds" not in result:
+        return result
+    found = {name: value for name, value in result.items() if name not in ("rounds", "tokens_per_cycle")}
+    found["positions"] = [
+        {
+            "position": part["round"] - 1,
+            **{new: part[old] for old, new in POSITION.items() if old in part},
+            "rows": part["rows"],
+        }
+        for part in result["rounds"]
+    ]
+    found["accepted_per_step"] = result["tokens_per_cycle"]
+    if "by_category" in result:
+        found["by_category"] = {
+            category: {str(int(number) - 1): rate for number, rate in rates.items()}
+            for category, rates in result["by_category"].items()
+        }
+    return found
 
 
 def system_of_old(name: str) -> str:

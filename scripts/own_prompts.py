@@ -3,8 +3,8 @@
     python -m scripts.own_prompts RAMPS --model MODEL --preparation OUT --evaluated FILE [FILE ...] --json FILE
 
 OUT: folder of a preparation with the same depths, of which the test conversations are used; the ramps must not have
-been trained on them. FILE: results of `apparate-llm ramps evaluate` with the same ramps. `frac` of each is agreement in
-round 1 there / on the model's own prompts.
+been trained on them. FILE: results of `apparate-llm ramps evaluate` with the same ramps. `frac` of each is the
+acceptance rate at position 0 there / on the model's own prompts.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from apparate_llm.prepare.rows import LEAD, TEST, Rows
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.train import BaseParts
 from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
+from apparate_llm.renamed import depth_of_any_evaluation
 from apparate_llm.serve import model_folder
 
 
@@ -37,7 +38,7 @@ def main() -> int:
     check_fits(manifest, args.ramps, fingerprint=BaseModelInfo.of(model).fingerprint)
     store = RowStore(args.preparation / "work" / "rows")
     depth = manifest.default_depth
-    rows = test_rows(store, tuple(sorted({number for number in (depth, *manifest.inner) if number > 0})))
+    rows = test_rows(store, tuple(sorted({number for number in (depth, *manifest.aux_layers) if number > 0})))
     base = BaseParts.of(model)
     answered = Answered([], {}, int((rows.answer_index > LEAD).sum()), rows, base, rows.final.dtype, [])
     measured = measure(answered, served_ramps(args.ramps, manifest, answered, depth))
@@ -51,7 +52,7 @@ def main() -> int:
         "own": {
             "conversations": len(rows.conversations.unique()),
             "rows": len(first.rows),
-            "agreement": own,
+            "acceptance_rates": own,
             "by_kind": {
                 kind: float(first.agrees[kinds == number].float().mean())
                 for number, kind in enumerate(KINDS)
@@ -76,8 +77,8 @@ def test_rows(store: RowStore, depths: tuple[int, ...]) -> Rows:
 def of_users(path: Path, depth: int, own: float) -> dict[str, Any]:
     result = json.loads(path.read_text())
     item = next(item for item in result["depths"] if item["depth"] == depth)
-    agreement = item["rounds"][0]["agreement"]
-    return {"result": path.name, "prompts": result["prompts"], "agreement": agreement, "frac": agreement / own}
+    rate = depth_of_any_evaluation(item)["positions"][0]["acceptance_rate"]
+    return {"result": path.name, "prompts": result["prompts"], "acceptance_rate": rate, "frac": rate / own}
 
 
 if __name__ == "__main__":

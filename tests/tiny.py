@@ -118,7 +118,7 @@ def build_fused_ramps(folder: Path, model_dir: Path, *, depth: int, seed: int = 
         tensors={VOCABULARY: vocabulary, **tensors},
         offset=0.0,
         intermediate_size=m,
-        inner=[1, 3],
+        aux_layers=[1, 3],
     )
 
 
@@ -131,7 +131,7 @@ def _save(
     tensors: dict[str, torch.Tensor],
     offset: float,
     intermediate_size: int = 0,
-    inner: Sequence[int] = (),
+    aux_layers: Sequence[int] = (),
     others: Sequence[int] = (),
 ) -> Path:
     info = BaseModelInfo.of(model_dir)
@@ -145,7 +145,7 @@ def _save(
         default_depth=depth,
         ramp_vocab=len(tensors[VOCABULARY]),
         intermediate_size=intermediate_size,
-        inner=list(inner),
+        aux_layers=list(aux_layers),
         calibration={depth: [(1.0, offset)] for depth in (depth, *others)},
     )
     return folder

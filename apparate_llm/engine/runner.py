@@ -52,7 +52,7 @@ class EarlyExitRunner(FallbackRunner):
         if config.policy == "off":
             return
         ramps, depth = ramps_of(self.model)
-        aux_depths = set(ramps[depth].inner) | (ramps.keys() - {0} if len(ramps) > 1 else set())
+        aux_depths = set(ramps[depth].aux_layers) | (ramps.keys() - {0} if len(ramps) > 1 else set())
         if aux_depths:
             self.get_model().set_aux_state_depths(tuple(sorted(aux_depths)))  # type: ignore[operator]
             self.use_aux_hidden_state_outputs = True

@@ -29,7 +29,7 @@ class Shadow:
 
     def ramp_states(self, aux: list[torch.Tensor]) -> list[torch.Tensor]:
         """The auxiliary hidden states that the ramps read, out of all the verification pass gives."""
-        return [aux[self.depths.index(depth)] for depth in self.drafter.ramps.inner]
+        return [aux[self.depths.index(depth)] for depth in self.drafter.ramps.aux_layers]
 
     def maybe_run(
         self, sampled_token_ids: list[list[int]], num_drafts: list[int], final: torch.Tensor, aux: list[torch.Tensor]

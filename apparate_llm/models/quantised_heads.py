@@ -115,8 +115,8 @@ class QuantisedHead(nn.Module):
         self.match, self.norm = head.match, head.norm
         self.ones = nn.Parameter(torch.ones_like(head.norm), requires_grad=False)
 
-    def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
-        entered: torch.Tensor = self.enter_linear(self._normed(final, *inner))
+    def enter(self, final: torch.Tensor, aux: list[torch.Tensor]) -> torch.Tensor:
+        entered: torch.Tensor = self.enter_linear(self._normed(final, *aux))
         return entered
 
     def forward(self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A ramp's confidence -> probability of agreeing with the full model, per round, fitted by Platt scaling.
+"""A ramp's confidence -> probability of agreeing with the full model, per position, fitted by Platt scaling.
 
 Stage calibrate fits on validation conversations and reports what it gives on test conversations.
 `ramps calibrate` then moves them towards what given prompts say.
@@ -20,7 +20,7 @@ from apparate_llm.prepare.evaluate import (
     told,
 )
 from apparate_llm.prepare.prompts import KINDS
-from apparate_llm.prepare.recorded import num_rounds
+from apparate_llm.prepare.recorded import num_positions
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import calibrated_all
@@ -60,13 +60,13 @@ def fit(confidence: torch.Tensor, agrees: torch.Tensor) -> tuple[float, float]:
 
 
 def coverage_curve(probability: torch.Tensor, agrees: torch.Tensor) -> list[tuple[float, float]]:
-    """(share of rows that exit, share of all rows that exit wrongly), for falling thresholds."""
+    """(share of rows that exit, share of all rows whose exit is a divergence), for falling thresholds."""
     if not len(probability):
         return []
     order = probability.argsort(descending=True)
-    wrong = (~agrees[order]).double().cumsum(0) / len(order)
+    diverged = (~agrees[order]).double().cumsum(0) / len(order)
     places = np.unique(np.linspace(1, len(order), CURVE_POINTS).astype(int)) - 1
-    return [((place + 1) / len(order), float(wrong[place])) for place in places.tolist()]
+    return [((place + 1) / len(order), float(diverged[place])) for place in places.tolist()]
 
 
 def reliability(probability: torch.Tensor, agrees: torch.Tensor) -> list[tuple[float, float, int]]:
@@ -80,23 +80,23 @@ def reliability(probability: torch.Tensor, agrees: torch.Tensor) -> list[tuple[f
     return points
 
 
-def calibrate_rounds(fitted_on: dict[str, torch.Tensor], measured: dict[str, torch.Tensor]) -> dict[str, Any]:
+def calibrate_positions(fitted_on: dict[str, torch.Tensor], measured: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Calibration fitted on validation conversations; everything else is measured on test conversations.
 
-    Both: per round number N, `N.confidence`, `N.agrees`, `N.conversation` and `N.kind`, each [rows].
+    Both: per position N, `N.confidence`, `N.agrees`, `N.conversation` and `N.kind`, each [rows].
     """
-    calibration, agreement, rows, tested = [], [], [], []
-    for number in range(num_rounds(measured)):
+    calibration, rates, rows, tested = [], [], [], []
+    for number in range(num_positions(measured)):
         calibration.append(fit(fitted_on[f"{number}.confidence"], fitted_on[f"{number}.agrees"]))
         confidence, agrees = measured[f"{number}.confidence"], measured[f"{number}.agrees"]
-        agreement.append(mean(agrees))
+        rates.append(mean(agrees))
         rows.append(len(agrees))
         tested.append((calibrated_all(confidence, *calibration[-1]), agrees))
     probability, agrees = (torch.cat(part) for part in zip(*tested, strict=True))
     first, kinds = measured["0.agrees"], measured["0.kind"]
     return {
         "calibration": calibration,
-        "agreement": agreement,
+        "acceptance_rates": rates,
         "rows": rows,
         "calibration_error": calibration_error(probability, agrees),
         "reliability": reliability(probability, agrees),

@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apparate_llm.eval.command import positive_list
 from apparate_llm.flags import OneLineParser, Paragraphs, positive
@@ -14,6 +14,11 @@ from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.progress import Progress
 from apparate_llm.quiet_log import log_of_engines
 from apparate_llm.redact import redacted
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from apparate_llm.ramps.checkpoint import RampManifest
 
 DEFAULT_TIME_BUDGET = "60m"
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -27,9 +32,9 @@ what it costs, and what that brings:
                  the model's hidden size (with two depths), until OUT/work is deleted.
   --depths       Each depth but the first adds half of the first one's training time, and no text.
                  `serve` takes the depth that pays most. A deeper ramp agrees more often, and each of
-                 its rounds runs more blocks.
-  --ramp-vocab   A ramp predicts no other tokens. Each round reads hidden size times vocabulary weights,
-                 8192 of SmolLM2's are 9.4 MB in bfloat16.
+                 its draft steps runs more blocks.
+  --ramp-vocab   A ramp predicts no other tokens. Each draft step reads hidden size times vocabulary
+                 weights, 8192 of SmolLM2's are 9.4 MB in bfloat16.
   --prompts      Cost nothing: they are a third of the prompts for as long as they last. Ramps are worth
                  most on text like what they were trained on.
 What memory and disk a run takes is said before it begins."""
@@ -80,8 +85,9 @@ def add_ramps(subparsers: Any) -> None:
     show.set_defaults(run=run_show)
     evaluate = kinds.add_parser(
         "evaluate",
-        help="agreement with the full model on your prompts",
-        description="Lets the model answer the prompts greedily and measures how often each ramp agrees with it.",
+        help="acceptance rates on your prompts",
+        description="Lets the model answer the prompts greedily and measures how often each ramp agrees with it: the "
+        "acceptance rate at each position.",
         epilog=EVALUATION_COSTS,
         formatter_class=Paragraphs,
         allow_abbrev=False,
@@ -103,7 +109,7 @@ def add_ramps(subparsers: Any) -> None:
     verify = kinds.add_parser(
         "verify",
         help="predicted gain of ramps against measured",
-        description="Predicts TPT with lossless exits / plain vLLM, from agreement on the prompts and "
+        description="Predicts TPT with lossless exits / plain vLLM, from acceptance rates on the prompts and "
         "from costs on this machine. Then it measures: both servers are started and asked in turns. That takes minutes "
         "and wants the machine to itself.",
         allow_abbrev=False,
@@ -165,7 +171,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     check_build()
     reexec_with_libraries(environment())
 
-    from apparate_llm.prepare.plan import Plan, automatic_aux_depths, automatic_intermediate_size
+    from apparate_llm.prepare.plan import Plan, automatic_aux_layers, automatic_intermediate_size
     from apparate_llm.prepare.workspace import Workspace
 
     exit_on_sigterm()
@@ -175,7 +181,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         model=model,
         out=args.out,
         depths=parse_depths(args.depths, info.num_hidden_layers),
-        inner=automatic_aux_depths(info.num_hidden_layers),
+        aux_layers=automatic_aux_layers(info.num_hidden_layers),
         tokens=args.tokens,
         time_budget_s=None if args.tokens else args.time_budget or duration(DEFAULT_TIME_BUDGET),
         seed=args.seed,
@@ -206,7 +212,6 @@ def what_next(model: str | None, out: Path) -> list[str]:
 
 def run_show(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
 
     from apparate_llm.ramps.checkpoint import WEIGHTS, read_manifest
 
@@ -218,19 +223,31 @@ def run_show(args: argparse.Namespace) -> int:
         f"{manifest.kind} ramps for {base.architecture}, {base.num_hidden_layers} blocks ({base.fingerprint})"
     )
     vocabulary = f"ramp vocabulary {manifest.ramp_vocab} of {base.vocab_size} tokens"
-    console.print(f"{size / 1e6:.1f} MB, {vocabulary}, auxiliary depths {manifest.inner or 'none'}")
+    aux_states = f"auxiliary hidden states after blocks {manifest.aux_layers or 'none'}"
+    console.print(f"{size / 1e6:.1f} MB, {vocabulary}, {aux_states}")
     training = manifest.training
     if "answer_tokens" in training:
         console.print(f"trained on {training['answer_tokens']:,} answer tokens; {training['data']}")
-    table = Table("depth", "round 1", "round 2", "round 3", "round 4", "calibration error", title="held-out agreement")
-    for depth in manifest.depths:
-        record = training.get("depths", {}).get(str(depth), {})
-        agreement = [f"{value:.3f}" if value is not None else "-" for value in record.get("held_out_agreement", [])]
-        error = record.get("held_out_calibration_error")
-        name = f"{depth} (default)" if depth == manifest.default_depth else str(depth)
-        table.add_row(name, *(agreement or ["-"] * 4), f"{error:.3f}" if error is not None else "-")
-    console.print(table)
+    console.print(held_out_table(manifest))
     return 0
+
+
+def held_out_table(manifest: "RampManifest") -> "Table":
+    """Of conversations that the ramps were not trained on; a calibration has an entry for each position."""
+    from rich.table import Table
+
+    from apparate_llm.renamed import of_any_preparation
+
+    positions = range(max(map(len, manifest.calibration.values())))
+    columns = [f"position {position}" for position in positions]
+    table = Table("depth", *columns, "calibration error", title="Held-out acceptance rate")
+    for depth in manifest.depths:
+        record = of_any_preparation(manifest.training.get("depths", {}).get(str(depth), {}))
+        rates = dict(enumerate(record.get("held_out_acceptance_rates", [])))
+        name = f"{depth} (default)" if depth == manifest.default_depth else str(depth)
+        found = [*map(rates.get, positions), record.get("held_out_calibration_error")]
+        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in found))
+    return table
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -342,28 +359,27 @@ def print_evaluation(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "depth", "category", "round 1", "round 2", "round 3", "round 4", title="Agreement with the full model"
-    )
+    numbers = range(len(result.depths[0].positions))
+    table = Table("depth", "category", *(f"position {number}" for number in numbers), title="Acceptance rate")
 
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
     for item in result.depths:
-        for name, rounds in item.by_category.items():
-            table.add_row(str(item.depth), name, *(cell(rounds.get(str(number))) for number in range(1, 5)))
+        for name, rates in item.by_category.items():
+            table.add_row(str(item.depth), name, *(cell(rates.get(str(number))) for number in numbers))
         name = "mean over categories" if item.by_category else "all"
         table.add_row(
             str(item.depth),
             name,
-            *(cell(r.agreement) for r in item.rounds),
+            *(cell(part.acceptance_rate) for part in item.positions),
             style="bold",
             end_section=True,
         )
     console = Console()
     console.print(table)
     for item in result.depths:
-        gain = f"{item.tokens_per_cycle:.2f} exits per cycle"
+        gain = f"{item.accepted_per_step:.2f} accepted tokens per step"
         said = f"depth {item.depth}: {gain}, calibration error {item.calibration_error:.3f}"
         console.print(said, soft_wrap=True)
     ceiling = ", ".join(f"{name} {value:.2f}" for name, value in result.ceiling.items())

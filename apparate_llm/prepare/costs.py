@@ -9,12 +9,12 @@ import numpy as np
 Curve = tuple[np.ndarray, np.ndarray]  # places, ms
 
 
-def completion_cost(completion_ms: Mapping[str, float], rows: float) -> float:
+def verify_cost(verify_ms: Mapping[str, float], rows: float) -> float:
     """ms of a pass over `rows` rows: between measured batch sizes linear, beyond them by the last slope.
 
     More rows never cost less: where a larger batch measured faster, the smaller one was disturbed.
     """
-    return at(curve(completion_ms), rows)
+    return at(curve(verify_ms), rows)
 
 
 def curve(measured: Mapping[str, float]) -> Curve:
@@ -37,7 +37,7 @@ class ProfiledCosts:
 
     passes: dict[int, Curve]  # requests -> over rows
     prompts: Curve  # over tokens: what a step takes that reads a prompt
-    rounds: Curve  # over rows
+    draft_steps: Curve  # over rows
     plain_frac: float  # how much longer plain vLLM's pass takes
     _passes: dict[tuple[int, int], float]
 
@@ -52,15 +52,15 @@ class ProfiledCosts:
             sd = spread.get(kind, 0.0) / 2
             return {place: ms * float(np.exp(sd * rng.standard_normal())) for place, ms in measured.items()}
 
-        completion = drawn(profiled["completion_ms"], "completion")
+        verified = drawn(profiled["verify_ms"], "verify")
         passes = {}
-        for size, ms in completion.items():
+        for size, ms in verified.items():
             held = drawn(profiled.get("pass_ms", {}).get(size, {}), "pass")
             passes[int(size)] = curve({size: ms, **held})
         return cls(
             passes=dict(sorted(passes.items())),
-            prompts=curve(drawn(profiled.get("prompt_ms") or _guessed_prompts(completion), "prompt")),
-            rounds=curve(drawn(profiled["round_ms"][str(depth)], "round")),
+            prompts=curve(drawn(profiled.get("prompt_ms") or _guessed_prompts(verified), "prompt")),
+            draft_steps=curve(drawn(profiled["draft_step_ms"][str(depth)], "draft_step")),
             plain_frac=profiled.get("plain_frac", 1.0),
             _passes={},
         )
@@ -78,8 +78,8 @@ class ProfiledCosts:
         # The weights are read once for both.
         return max(reading, decoding + reading - self._decoding_ms(1, 1)) if requests else reading
 
-    def round_ms(self, rows: int) -> float:
-        return at(self.rounds, rows)
+    def draft_step_ms(self, rows: int) -> float:
+        return at(self.draft_steps, rows)
 
     def _decoding_ms(self, requests: int, rows: int) -> float:
         found = self._passes.get((requests, rows))
@@ -94,6 +94,6 @@ class ProfiledCosts:
         return at((np.array(sizes, dtype=float), np.maximum.accumulate(known)), requests)
 
 
-def _guessed_prompts(completion: Mapping[str, float]) -> Mapping[str, float]:
+def _guessed_prompts(verify_ms: Mapping[str, float]) -> Mapping[str, float]:
     """Where no prompt was measured: a row of a prompt costs what a request's does."""
-    return completion
+    return verify_ms

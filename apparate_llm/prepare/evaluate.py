@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from apparate_llm.prepare.rows import LEAD, Rows
-from apparate_llm.prepare.train import BaseParts, Measured, RoundData, measure_head, tokens_per_cycle
+from apparate_llm.prepare.train import BaseParts, DraftData, Measured, accepted_per_step, measure_head
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import RampSet, calibrated_all, load_ramps
@@ -19,12 +19,14 @@ CERTAIN = (0.5, 0.7, 0.9, 0.99)
 CALIBRATION_BINS = 15
 
 
-class Round(BaseModel):
+class Position(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    round: int
-    agreement: float | None  # mean over categories where the prompts have one, else over rows
-    agreement_all_rows: float | None
+    position: int  # of an exit in its engine step, from 0
+    # Where the exits at all earlier positions were accepted. Mean over categories where the prompts have one, else over
+    # rows.
+    acceptance_rate: float | None
+    acceptance_rate_all_rows: float | None
     rows: int
 
 
@@ -32,16 +34,16 @@ class DepthResult(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     depth: int
-    rounds: list[Round]
-    tokens_per_cycle: float  # exits accepted per cycle of 4 rounds that stop at the first disagreement
+    positions: list[Position]
+    accepted_per_step: float  # of 4 draft steps that stop at the first disagreement; mean acceptance length less 1
     calibration_error: float
-    by_category: dict[str, dict[str, float | None]]
+    by_category: dict[str, dict[str, float | None]]  # category -> position -> acceptance rate
 
 
 class Evaluation(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: int = 1
+    schema_version: int = 2
     model: str
     prompts: int
     left_out: dict[str, int] = {}  # reason -> prompts that could not be asked or got no answer
@@ -82,14 +84,14 @@ def calibration_error(confidence: torch.Tensor, agrees: torch.Tensor, bins: int 
 
 
 def pooled_calibration(
-    rounds: list[Measured], calibration: list[tuple[float, float]]
+    by_position: list[Measured], calibration: list[tuple[float, float]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(calibrated confidence, agreement) of all rounds together."""
+    """(calibrated confidence, agreement) of all positions together."""
     confidence = [
         calibrated_all(measured.confidence, *calibration[min(number, len(calibration) - 1)])
-        for number, measured in enumerate(rounds)
+        for number, measured in enumerate(by_position)
     ]
-    return torch.cat(confidence), torch.cat([measured.agrees for measured in rounds])
+    return torch.cat(confidence), torch.cat([measured.agrees for measured in by_position])
 
 
 class Answered(NamedTuple):
@@ -113,7 +115,7 @@ def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_token
     from apparate_llm.prepare.rows import rows_of
     from apparate_llm.prepare.synthesise import generate_rows
 
-    depths = tuple(sorted({depth for depth in (*manifest.depths, *manifest.inner) if depth > 0}))
+    depths = tuple(sorted({depth for depth in (*manifest.depths, *manifest.aux_layers) if depth > 0}))
     stage_of_answers = progress.stage("answer", total=len(prompts), unit="prompts", facts="loading the model")
     with stage_of_answers as stage, generation_engine(model) as llm:
         capture = Capture(llm, depths=depths)
@@ -145,9 +147,9 @@ def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_token
 
 
 def measure(answered: Answered, ramps: RampSet) -> list[Measured]:
-    """Each round of a ramp on what was answered."""
+    """A ramp, position by position, on what was answered."""
     rows = answered.rows
-    data = RoundData(rows, answered.base, depth=ramps.depth, inner=ramps.inner, vocabulary=ramps.vocabulary)
+    data = DraftData(rows, answered.base, depth=ramps.depth, aux_layers=ramps.aux_layers, vocabulary=ramps.vocabulary)
     return measure_head(ramps.head, data, torch.nonzero(rows.answer_index > LEAD)[:, 0])
 
 
@@ -175,21 +177,23 @@ def evaluate_depth(answered: Answered, ramps: RampSet, *, categories: list[str |
     """`categories` [number of conversations]: None where the prompt has none."""
     measured = measure(answered, ramps)
     by_category: dict[str, dict[str, float | None]] = defaultdict(dict)
-    rounds = []
+    positions = []
     names = sorted({name for name in categories if name is not None})
-    for number, result in enumerate(measured, 1):
+    for number, result in enumerate(measured):
         conversations = answered.rows.conversations[result.rows].tolist()
         of_row = np.array([categories[conversation] or "" for conversation in conversations])
         for name in names:
             by_category[name][str(number)] = mean(result.agrees[torch.from_numpy(of_row == name)])
         parts = [value for name in names if (value := by_category[name][str(number)]) is not None]
         overall = mean(result.agrees)
-        agreement = sum(parts) / len(parts) if parts else overall
-        rounds.append(Round(round=number, agreement=agreement, agreement_all_rows=overall, rows=len(result.rows)))
+        rate = sum(parts) / len(parts) if parts else overall
+        positions.append(
+            Position(position=number, acceptance_rate=rate, acceptance_rate_all_rows=overall, rows=len(result.rows))
+        )
     return DepthResult(
         depth=ramps.depth,
-        rounds=rounds,
-        tokens_per_cycle=tokens_per_cycle(measured),
+        positions=positions,
+        accepted_per_step=accepted_per_step(measured),
         calibration_error=calibration_error(*pooled_calibration(measured, ramps.calibration)),
         by_category=dict(by_category),
     )

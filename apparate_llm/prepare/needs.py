@@ -27,7 +27,7 @@ TYPICAL_ANSWER_TOKENS = 150
 PROCESS_BYTES = 700 << 20  # Python, torch, vLLM
 ROWS_UNDER_WAY = 96  # of a slot: what is not in the store yet
 SCORE_COPIES = 12  # of all slots' scores in float32, while tokens are drawn and the best ones kept
-ROUNDS_IN_MEMORY = 3  # of a training batch
+STEPS_IN_MEMORY = 3  # draft steps of a training batch
 SPARE_FRAC = 0.1  # of free memory and disk stays free
 SPARE_DISK_BYTES = 256 << 20
 
@@ -117,14 +117,14 @@ def profile_bytes(sizes: Sizes) -> int:
 def head_parameters(plan: Plan, sizes: Sizes) -> int:
     """Of one ramp that are trained."""
     hidden = sizes.hidden
-    return (4 + len(plan.inner)) * hidden**2 + 3 * hidden * plan.intermediate_size
+    return (4 + len(plan.aux_layers)) * hidden**2 + 3 * hidden * plan.intermediate_size
 
 
 def training_bytes(plan: Plan, sizes: Sizes) -> int:
     """Peak of the process while it trains: weights, gradient, two moments, the best ones, a copy to measure with, and
     a batch; rows stay on disk."""
     parameters = head_parameters(plan, sizes)
-    scores = ROUNDS_IN_MEMORY * BATCH_ROWS * plan.ramp_vocab * 6
+    scores = STEPS_IN_MEMORY * BATCH_ROWS * plan.ramp_vocab * 6
     return (
         PROCESS_BYTES
         + sizes.tables * sizes.table

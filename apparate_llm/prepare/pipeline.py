@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from apparate_llm.eval.prompts import Prompt
-from apparate_llm.prepare.calibrate import calibrate_rounds
+from apparate_llm.prepare.calibrate import calibrate_positions
 from apparate_llm.prepare.needs import gib, give_back_memory, say_needs
 from apparate_llm.prepare.peak_memory import PeakMemory
 from apparate_llm.prepare.plan import Made, Plan, Run
@@ -148,7 +148,7 @@ def _laps(run: Run) -> Made:
         )
         records.append(record)
         scores = [point(record) for record in records]
-        short = what_is_short(record["train_tokens_per_cycle"], scores[-1])
+        short = what_is_short(record["train_accepted_per_step"], scores[-1])
         _say_lap(run, lap, len(laps), rows, record, short)
         if not lap.last and _is_enough(scores):
             run.say("The next lap would bring next to nothing: this is enough.")
@@ -171,8 +171,8 @@ def _say_lap(run: Run, lap: Lap, num_laps: int, rows: dict[str, Any], record: di
     shortage = "" if short == "neither" else f"; {short} are short" if short == "tokens" else f"; {short} is short"
     run.say(
         f"lap {lap.number + 1} of {num_laps}: {rows['tokens']:,} answer tokens, {record['steps']} steps, "
-        f"{point(record):.3f} exits per cycle on validation rows ({record['train_tokens_per_cycle']:.3f} on training "
-        f"rows){shortage}"
+        f"{point(record):.3f} accepted tokens per step on validation rows ({record['train_accepted_per_step']:.3f} on "
+        f"training rows){shortage}"
     )
 
 
@@ -198,10 +198,12 @@ def _calibrate(run: Run, depth: int) -> dict[str, Any]:
     validation, measured = (
         load_file(run.workspace.path(f"{name}-{depth}.safetensors")) for name in ("validation", "measured")
     )
-    result = calibrate_rounds(validation, measured)
-    rounds = " ".join("-" if value is None else f"{value:.3f}" for value in result["agreement"])
+    result = calibrate_positions(validation, measured)
+    rates = " ".join("-" if value is None else f"{value:.3f}" for value in result["acceptance_rates"])
+    last = len(result["acceptance_rates"]) - 1
     run.say(
-        f"depth {depth}: agreement on test conversations {rounds}, calibration error {result['calibration_error']:.3f}"
+        f"depth {depth}: acceptance rate at position 0..{last} on test conversations {rates}, "
+        f"calibration error {result['calibration_error']:.3f}"
     )
     return result
 
@@ -233,7 +235,7 @@ def _write_ramps(run: Run, folder: Path, made: Made, *, default_depth: int) -> N
         default_depth=default_depth,
         ramp_vocab=len(tensors[VOCABULARY]),
         intermediate_size=run.plan.intermediate_size,
-        inner=list(run.plan.inner),
+        aux_layers=list(run.plan.aux_layers),
         calibration={depth: item["calibration"] for depth, item in made.calibration.items()},
         training=_training_facts(run, made),
     )
@@ -250,7 +252,7 @@ def _training_facts(run: Run, made: Made) -> dict[str, Any]:
                 "rows": record["rows"],
                 "steps": record["steps"],
                 "vocabulary_coverage": record["vocabulary_coverage"],
-                "held_out_agreement": made.calibration[depth]["agreement"],
+                "held_out_acceptance_rates": made.calibration[depth]["acceptance_rates"],
                 "held_out_calibration_error": made.calibration[depth]["calibration_error"],
             }
             for depth, record in made.trained.items()
@@ -259,7 +261,7 @@ def _training_facts(run: Run, made: Made) -> dict[str, Any]:
 
 
 def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
-    """Stage profile: what a verification pass and each depth's round cost on this machine."""
+    """Stage profile: what a verification pass and each depth's draft step cost on this machine."""
     from apparate_llm.machine import machine
 
     plan, workspace = run.plan, run.workspace

@@ -19,7 +19,7 @@ class Plan:
     model: Path
     out: Path
     depths: tuple[int, ...]
-    inner: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     tokens: int | None  # answer tokens to synthesise, or
     time_budget_s: float | None
     seed: int
@@ -32,7 +32,7 @@ class Plan:
     @property
     def states(self) -> tuple[int, ...]:
         """Depths whose residual stream is recorded."""
-        return tuple(sorted({depth for depth in (*self.depths, *self.inner) if depth > 0}))
+        return tuple(sorted({depth for depth in (*self.depths, *self.aux_layers) if depth > 0}))
 
     @property
     def schedule(self) -> Schedule:
@@ -40,11 +40,11 @@ class Plan:
 
 
 def automatic_depths(num_layers: int) -> tuple[int, ...]:
-    """Right after the embedding, and a tenth of the model's depth: deeper rounds cost more than they bring."""
+    """Right after the embedding, and a tenth of the model's depth: deeper draft steps cost more than they bring."""
     return (0, max(1, round(num_layers / 12)))[:num_layers]
 
 
-def automatic_aux_depths(num_layers: int) -> tuple[int, ...]:
+def automatic_aux_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({num_layers // 2, num_layers * 3 // 4} - {0}))
 
 

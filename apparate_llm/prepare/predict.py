@@ -26,11 +26,12 @@ from apparate_llm.prepare.simulate import Simulation
 CLIENTS = (1, 4, 16)
 MAX_TOKENS = 128  # of an answer, as in `eval`
 MOST_CONVERSATIONS = 96
-ROUNDS_OF_CLIENTS = 4  # requests of each client at least
+REQUESTS_OF_CLIENT = 4  # requests of each client at least
 DRAWS = 4  # simulations at costs that may as well be
 RESAMPLES = 2000
 SETTLING = 2  # requests before those that count, at least
-# Agreement in round 1 on users' prompts / on the model's own, of ramps trained on the latter only (docs/ramps.md).
+# Acceptance rate at position 0 on users' prompts / on the model's own, of ramps trained on the latter only
+# (docs/ramps.md).
 USERS_FRAC = 0.85
 ENOUGH_USERS = 16  # conversations with the user's prompts
 STEEPEST = 60.0  # e to this is how much more often the hardest conversation may be drawn than one that always agrees
@@ -62,7 +63,7 @@ def predict(
     """By number of clients: `tpt_ratio`, its interval `ci95`, the ms of both and `by_kind` of prompt. Number of clients
     that were not profiled are predicted between those that were."""
     if clients is None:
-        clients = sorted({*CLIENTS, *map(int, profiled["completion_ms"])})
+        clients = sorted({*CLIENTS, *map(int, profiled["verify_ms"])})
     rng = np.random.default_rng(seed)
     # The first are the costs as measured.
     costs = [ProfiledCosts.of(profiled, depth, None if draw == 0 else rng) for draw in range(1 + DRAWS)]
@@ -138,7 +139,7 @@ def _serve(
 
 def _blocks(num_conversations: int, clients: int) -> list[list[int]]:
     """Numbers of conversations as `eval` asks for prompts; each of them, and again if clients would have too few."""
-    times = max(1, math.ceil(ROUNDS_OF_CLIENTS * clients / num_conversations))
+    times = max(1, math.ceil(REQUESTS_OF_CLIENT * clients / num_conversations))
     order = list(range(num_conversations)) * times
     size = block_size(clients, "free")
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -168,15 +169,15 @@ def as_users_ask(conversations: Sequence[Recorded], *, seed: int = 0) -> list[Re
 
 def harder(conversations: Sequence[Recorded], frac: float, *, seed: int = 0) -> list[Recorded]:
     """As many, drawn so that their tokens agree `frac` as often: with a weight that falls exponentially with a
-    conversation's agreement, the least change of the sample that does it (exponential tilting)."""
-    agreement = np.array([one.agreement for one in conversations])
+    conversation's acceptance rate, the least change of the sample that does it (exponential tilting)."""
+    rates = np.array([one.acceptance_rate for one in conversations])
     tokens = np.array([one.num_tokens for one in conversations], dtype=float)
-    target = frac * float(np.average(agreement, weights=tokens))
+    target = frac * float(np.average(rates, weights=tokens))
     low, high = 0.0, STEEPEST
     for _ in range(50):
         middle = (low + high) / 2
-        mean = np.average(agreement, weights=tokens * np.exp(-middle * agreement))
+        mean = np.average(rates, weights=tokens * np.exp(-middle * rates))
         low, high = (middle, high) if mean > target else (low, middle)
-    weights = np.exp(-low * agreement)
-    chosen = np.random.default_rng(seed).choice(len(agreement), len(agreement), p=weights / weights.sum())
+    weights = np.exp(-low * rates)
+    chosen = np.random.default_rng(seed).choice(len(rates), len(rates), p=weights / weights.sum())
     return [conversations[index] for index in chosen]

@@ -1,4 +1,4 @@
-"""Stage profile: what passes, prompts and rounds of each depth cost on this machine, in ms.
+"""Stage profile: what passes, prompts and draft steps of each depth cost on this machine, in ms.
 
 Measured in a process of its own that is set up like a server's, so that the threads and libraries are those of serving.
 """
@@ -59,10 +59,10 @@ def profile(
 ) -> dict[str, Any]:
     """What a server pays in ms, medians of the quietest of TURNS turns:
 
-    `completion_ms`: requests -> an engine step without rounds, one row per request; `pass_ms`: requests -> rows -> the
-    same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes, whose weights are in small
-    pages; `prompt_ms`: tokens -> a step that reads a prompt; `round_ms`: depth -> requests ->
-    one round; `spread_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
+    `verify_ms`: requests -> an engine step without draft steps, one row per request; `pass_ms`: requests -> rows ->
+    the same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes, whose weights are in
+    small pages; `prompt_ms`: tokens -> a step that reads a prompt; `draft_step_ms`: depth -> requests -> one draft
+    step; `spread_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
     `threads` compute, as many as in a server.
 
     limit_s: it ends about then, with fewer sizes and steps where the model is slow. log: what the engine prints.
@@ -153,8 +153,8 @@ def _die_with_parent() -> None:
 
 
 class Measurements:
-    """Times in ms by what took them: ("completion", requests), ("pass", requests, rows), ("prompt", tokens), ("round",
-    depth, requests)."""
+    """Times in ms by what took them: ("verify", requests), ("pass", requests, rows), ("prompt", tokens),
+    ("draft_step", depth, requests)."""
 
     def __init__(self, until_s: float) -> None:
         self.until_s = until_s
@@ -174,26 +174,28 @@ class Measurements:
         return round(min(map(median, self.turns[key])), 4)
 
     def result(self, depths: list[int]) -> dict[str, Any]:
-        sizes = sorted(key[1] for key in self.turns if key[0] == "completion")
+        sizes = sorted(key[1] for key in self.turns if key[0] == "verify")
         passes: dict[str, dict[str, float]] = {str(size): {} for size in sizes}
         for key in sorted(key for key in self.turns if key[0] == "pass"):
             passes[str(key[1])][str(key[2])] = self.of(*key)
         return {
-            "completion_ms": {str(size): self.of("completion", size) for size in sizes},
+            "verify_ms": {str(size): self.of("verify", size) for size in sizes},
             "pass_ms": passes,
             "prompt_ms": {str(key[1]): self.of(*key) for key in sorted(self.turns) if key[0] == "prompt"},
             "plain_frac": self.plain_frac(),
-            "round_ms": {str(depth): {str(size): self.of("round", depth, size) for size in sizes} for depth in depths},
-            "spread_frac": {kind: self.spread_frac(kind) for kind in ("completion", "pass", "prompt", "round")},
+            "draft_step_ms": {
+                str(depth): {str(size): self.of("draft_step", depth, size) for size in sizes} for depth in depths
+            },
+            "spread_frac": {kind: self.spread_frac(kind) for kind in ("verify", "pass", "prompt", "draft_step")},
         }
 
     def plain_frac(self) -> float:
         """Of the turns before and after the weights went to huge pages."""
         known = [key for key in self.turns if key[0] == "plain"]
         times = [
-            median(self.turns[key][0]) / median(self.turns["completion", key[1]][0])
+            median(self.turns[key][0]) / median(self.turns["verify", key[1]][0])
             for key in known
-            if ("completion", key[1]) in self.turns
+            if ("verify", key[1]) in self.turns
         ]
         return round(max(1.0, median(times)), 4) if times else 1.0
 
@@ -260,7 +262,7 @@ class Profiler:
 
         for size in BATCH_SIZES[:PLAIN_SIZES]:
             names = self._begin(size)
-            with self._without_rounds():
+            with self._without_drafting():
                 measured.add(("plain", size), _times_ms(self.engine.step, STEPS))
             self.engine.abort_request(names)
             self.engine.step()
@@ -269,20 +271,20 @@ class Profiler:
 
     def _size(self, measured: Measurements, size: int, steps: int) -> None:
         names = self._begin(size)
-        with self._without_rounds():
-            measured.add(("completion", size), _times_ms(self.engine.step, steps))
+        with self._without_drafting():
+            measured.add(("verify", size), _times_ms(self.engine.step, steps))
         for depth in self.depths:
             self.drafter.policy.depth = depth
-            rounds_ms: list[float] = []
+            drafting_ms: list[float] = []
             for held in _held(size) if depth == self.depths[0] else HELD[:1]:
-                if rounds_ms and measured.left_s <= 0:
+                if drafting_ms and measured.left_s <= 0:
                     break
                 passes_ms, spent_ms = self._held_ms(size, held, steps)
-                rounds_ms += spent_ms
+                drafting_ms += spent_ms
                 measured.add(("pass", size, size * (1 + held)), passes_ms)
-            measured.add(("round", depth, size), rounds_ms)
-            if self.runner.safety.num_failures or not rounds_ms:
-                raise RuntimeError(f"rounds at depth {depth} with {size} requests do not run")
+            measured.add(("draft_step", depth, size), drafting_ms)
+            if self.runner.safety.num_failures or not drafting_ms:
+                raise RuntimeError(f"draft steps at depth {depth} with {size} requests do not run")
         self.engine.abort_request(names)
         self.engine.step()
 
@@ -292,7 +294,7 @@ class Profiler:
                 continue
             spent = []
             for _ in range(1 + FEWEST_STEPS):
-                with self._without_rounds():
+                with self._without_drafting():
                     names = self._add(1, tokens)
                     began = time.perf_counter()
                     self.engine.step()
@@ -302,9 +304,9 @@ class Profiler:
             measured.add(("prompt", tokens), spent[1:])
 
     def _held_ms(self, size: int, held: int, steps: int) -> tuple[list[float], list[float]]:
-        """Steps that check `held` exits of every request, less their rounds; and the rounds of all requests."""
+        """Steps that check `held` exits of every request, less their draft steps; and those, of all requests."""
         passes_ms: list[float] = []
-        rounds_ms: list[float] = []
+        drafting_ms: list[float] = []
         spent: list[tuple[int, float]] = []
         original, self.drafter.max_exits = self.drafter.run, held
 
@@ -322,11 +324,11 @@ class Profiler:
                 took_ms = (time.perf_counter() - began) * 1e3 - sum(ms for _, ms in spent)
                 if number >= WARM_UP and self._checked() - before == size * held:
                     passes_ms.append(took_ms)
-                    rounds_ms += [ms for rows, ms in spent if rows == size]
+                    drafting_ms += [ms for rows, ms in spent if rows == size]
         finally:
             self.drafter.run = original
             self.drafter.max_exits = self.runner.num_spec_tokens
-        return passes_ms, rounds_ms
+        return passes_ms, drafting_ms
 
     def _checked(self) -> int:
         return int(self.runner.ledger.counts.held)
@@ -337,7 +339,7 @@ class Profiler:
         """Requests that all generate."""
         from apparate_llm.engine.batch import batch_of
 
-        with self._without_rounds():
+        with self._without_drafting():
             names = self._add(size, PROMPT_TOKENS)
             while (batch := batch_of(self.runner)).num_requests < size or batch.num_tokens.min() <= PROMPT_TOKENS:
                 self.engine.step()
@@ -355,12 +357,12 @@ class Profiler:
             self.engine.add_request(names[-1], {"prompt_token_ids": ids}, params)
         return names
 
-    def _without_rounds(self) -> "_Without":
+    def _without_drafting(self) -> "_Without":
         return _Without(self.runner)
 
 
 class _Without:
-    """The runner's rounds are off meanwhile."""
+    """The runner drafts nothing meanwhile."""
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner

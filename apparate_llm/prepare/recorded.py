@@ -18,7 +18,7 @@ Texts = Mapping[int, tuple[list[int], list[int]]]  # conversation -> prompt, ans
 
 
 class Said(NamedTuple):
-    """One round in one row."""
+    """One draft step in one row."""
 
     confidence: float  # calibrated
     agrees: bool
@@ -30,7 +30,7 @@ class Recorded:
 
     kind: str
     prompt_tokens: int
-    rounds: tuple[tuple[Said, ...], ...]  # [num_rounds][rows]
+    positions: tuple[tuple[Said, ...], ...]  # [num_positions][rows]
     matches: tuple[
         int, ...
     ] = ()  # [rows] tokens that repeat earlier ones, where the text may be followed; 0: it may not
@@ -38,20 +38,20 @@ class Recorded:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.rounds[0])
+        return len(self.positions[0])
 
     @property
-    def agreement(self) -> float:
-        """In the first round."""
-        return sum(said.agrees for said in self.rounds[0]) / self.num_tokens
+    def acceptance_rate(self) -> float:
+        """At position 0."""
+        return sum(said.agrees for said in self.positions[0]) / self.num_tokens
 
     def said(self, row: int, number: int) -> Said:
-        """Round `number` (from 0) in a row; later ones than were recorded are like the last."""
-        return self.rounds[min(number, len(self.rounds) - 1)][min(row, self.num_tokens - 1)]
+        """Draft step `number` (from 0) in a row; later ones than were recorded are like the last."""
+        return self.positions[min(number, len(self.positions) - 1)][min(row, self.num_tokens - 1)]
 
 
 def measured_tensors(measured: Sequence[Measured], rows: Rows, kinds: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `recorded` and the calibration read, per round N from 0: `N.confidence`, `N.agrees`, `N.conversation`,
+    """What `recorded` and the calibration read, per position N from 0: `N.confidence`, `N.agrees`, `N.conversation`,
     `N.kind` and `N.row`, the row's place in its answer. kinds: [number of conversations] index of each one's kind."""
     tensors: dict[str, torch.Tensor] = {}
     for number, part in enumerate(measured):
@@ -66,41 +66,41 @@ def measured_tensors(measured: Sequence[Measured], rows: Rows, kinds: torch.Tens
     return tensors
 
 
-def num_rounds(tensors: Tensors) -> int:
+def num_positions(tensors: Tensors) -> int:
     return sum(name.endswith(".confidence") for name in tensors)
 
 
 def recorded(
     tensors: Tensors, calibration: Sequence[tuple[float, float]], kinds: Sequence[str], texts: Texts
 ) -> list[Recorded]:
-    """The conversations that a ramp was measured on. tensors: see `measured_tensors`; calibration: of each round;
-    texts: of these conversations at least.
+    """The conversations that a ramp was measured on. tensors: see `measured_tensors`; calibration: of each
+    position; texts: of these conversations at least.
 
-    Where a round did not run in a row, as one before it disagreed, it is taken to say what the round before it says
+    Where a draft step did not run in a row, as one before it disagreed, it is taken to say what the one before it says
     there. Where even the first did not, as only some rows were measured, the next row that was stands for it.
     """
-    said = [_said(tensors, number, calibration) for number in range(num_rounds(tensors))]
+    said = [_said(tensors, number, calibration) for number in range(num_positions(tensors))]
     by_conversation: dict[int, list[dict[int, Said]]] = {}
-    for number, of_round in enumerate(said):
+    for number, of_position in enumerate(said):
         owners, rows = tensors[f"{number}.conversation"].tolist(), tensors[f"{number}.row"].tolist()
-        for owner, row, one in zip(owners, rows, of_round, strict=True):
+        for owner, row, one in zip(owners, rows, of_position, strict=True):
             by_conversation.setdefault(owner, [{} for _ in said])[number][row] = one
     kind_of = dict(zip(tensors["0.conversation"].tolist(), tensors["0.kind"].tolist(), strict=True))
     return [
-        _conversation(by_round, kinds[kind_of[owner]], *texts[owner])
-        for owner, by_round in by_conversation.items()
-        if by_round[0]
+        _conversation(by_position, kinds[kind_of[owner]], *texts[owner])
+        for owner, by_position in by_conversation.items()
+        if by_position[0]
     ]
 
 
-def _conversation(by_round: list[dict[int, Said]], kind: str, prompt: list[int], answer: list[int]) -> Recorded:
-    known = sorted(by_round[0])
-    rounds = [[by_round[0][known[min(bisect_left(known, row), len(known) - 1)]] for row in range(len(answer))]]
-    for later in by_round[1:]:
-        before = rounds[-1]
-        rounds.append([later.get(row, before[row]) for row in range(len(answer))])
+def _conversation(by_position: list[dict[int, Said]], kind: str, prompt: list[int], answer: list[int]) -> Recorded:
+    known = sorted(by_position[0])
+    positions = [[by_position[0][known[min(bisect_left(known, row), len(known) - 1)]] for row in range(len(answer))]]
+    for later in by_position[1:]:
+        before = positions[-1]
+        positions.append([later.get(row, before[row]) for row in range(len(answer))])
     matches, repeats = copies_of(prompt, answer)
-    return Recorded(kind, len(prompt), tuple(map(tuple, rounds)), matches, repeats)
+    return Recorded(kind, len(prompt), tuple(map(tuple, positions)), matches, repeats)
 
 
 def _said(tensors: Tensors, number: int, calibration: Sequence[tuple[float, float]]) -> list[Said]:

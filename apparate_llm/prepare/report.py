@@ -32,11 +32,11 @@ def write_report(
         depths.append(
             {
                 "depth": depth,
-                "rounds": [
-                    {"round": number, "agreement": agreement, "rows": rows}
-                    for number, (agreement, rows) in enumerate(zip(item["agreement"], item["rows"], strict=True), 1)
+                "positions": [
+                    {"position": number, "acceptance_rate": rate, "rows": rows}
+                    for number, (rate, rows) in enumerate(zip(item["acceptance_rates"], item["rows"], strict=True))
                 ],
-                "tokens_per_cycle": record["held_out_tokens_per_cycle"],
+                "accepted_per_step": record["held_out_accepted_per_step"],
                 "calibration_error": item["calibration_error"],
                 "reliability": item["reliability"],
                 "coverage": item["coverage"],
@@ -49,7 +49,7 @@ def write_report(
             }
         )
     report = {
-        "schema_version": 2,
+        "schema_version": 3,
         "model": model_name,
         "base_model": base.model_dump(),
         "answer_tokens": made.rows["tokens"],
@@ -119,7 +119,7 @@ def render(report: dict[str, Any]) -> str:
         report=report,
         figures=figures(report),
         kind_names=KIND_NAMES,
-        batches=list(report["profile"]["completion_ms"]),
+        batches=list(report["profile"]["verify_ms"]),
         clients=list(report["depths"][0]["predicted"]),
     )
 
@@ -128,17 +128,17 @@ def figures(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(caption, data URI of an SVG) each."""
     depths = report["depths"]
     names = [f"depth {item['depth']}" for item in depths]
-    agreement = [[(part["round"], part["agreement"]) for part in item["rounds"]] for item in depths]
-    coverage = [[(100 * wrong, 100 * covered) for covered, wrong in item["coverage"]] for item in depths]
+    rates = [[(part["position"], part["acceptance_rate"]) for part in item["positions"]] for item in depths]
+    coverage = [[(100 * diverged, 100 * covered) for covered, diverged in item["coverage"]] for item in depths]
     reliability = [[point[:2] for point in item["reliability"]] for item in depths]
     errors = [f"{name}, error {item['calibration_error']:.3f}" for name, item in zip(names, depths, strict=True)]
     ratios = [[(number, value["users"]["tpt_ratio"]) for number, value in item["predicted"].items()] for item in depths]
     diagonal, level = [(0.0, 0.0), (1.0, 1.0)], [(batch, 1.0) for batch in depths[0]["predicted"]]
     return [
-        _figure("Agreement with the full model, round by round", ("round", "agreement"), names, agreement),
+        _figure("Acceptance rate by position", ("position", "acceptance rate"), names, rates),
         _figure(
-            "Tokens that can exit (first round) against tokens that exit wrongly",
-            ("wrong exits, % of all tokens", "exits, % of all tokens"),
+            "Tokens that can exit (position 0) against divergences",
+            ("divergences, % of all tokens", "exits, % of all tokens"),
             names,
             coverage,
             marker="",

@@ -22,7 +22,7 @@ OVERFITTED, UNDERFITTED = 0.05, 0.02  # TPT on training rows lower by that than 
 KEEP_CLOCK_EVERY_S = 15.0
 STOP_BELOW = 0.005  # of TPT: what the next doubling must bring
 # Gain of a doubling over that of the one before: assumed after two laps, and at most. Qwen2.5-Coder-0.5B gained 0.22
-# exits per cycle in the doubling after 386,000 tokens and 0.14 in the next one (docs/ramps.md).
+# accepted tokens per step in the doubling after 386,000 tokens and 0.14 in the next one (docs/ramps.md).
 FIRST_FADING, MOST_FADING = 0.5, 0.6
 
 
@@ -122,14 +122,14 @@ def shifted(lap: Lap, spent_s: float, work_s: float, short: str) -> Lap:
 
 
 def what_is_short(train_score: float, validation_score: float) -> str:
-    """From exits per cycle on rows trained on and on others: far apart, more rows would help."""
+    """From accepted tokens per step on rows trained on and on others: far apart, more rows would help."""
     gap = 1 - (1 + validation_score) / (1 + train_score)
     return "tokens" if gap > OVERFITTED else "training" if gap < UNDERFITTED else "neither"
 
 
 def after_doublings(scores: list[float], number: float) -> float | None:
-    """Exits per cycle that `number` more doublings of tokens and training would add, by what the last ones did; None
-    where one lap tells nothing."""
+    """Accepted tokens per step that `number` more doublings of tokens and training would add, by what the last ones
+    did; None where one lap tells nothing."""
     gains = [after - before for before, after in pairwise(scores)]
     if not gains:
         return None
@@ -139,7 +139,7 @@ def after_doublings(scores: list[float], number: float) -> float | None:
 
 
 def tpt_saved(score: float, added: float) -> float:
-    """Share of TPT that `added` exits per cycle save, costs of a cycle as they are."""
+    """Share of TPT that `added` accepted tokens per step save, costs of a step as they are."""
     return 1 - (1 + score) / (1 + score + added)
 
 
@@ -168,4 +168,4 @@ def outlook(scores: list[float], spent_s: float, short: str) -> str:
 
 def point(record: dict[str, Any]) -> float:
     """Score of a lap's training record."""
-    return float(record["validation_tokens_per_cycle"])
+    return float(record["validation_accepted_per_step"])

@@ -1,4 +1,4 @@
-"""A server and its clients, simulated: the policy of serving decides over recorded rounds at measured costs.
+"""A server and its clients, simulated: the policy of serving decides over recorded draft steps at measured costs.
 
 One pass at a time, as in an engine. Clients of a closed loop ask in blocks, as `eval` has them ask: a block begins with
 all of them at once, and whoever has an answer asks the next prompt. Prompts that wait are read in the next pass, which
@@ -26,7 +26,7 @@ class Costs(Protocol):
 
     def pass_ms(self, requests: int, rows: int, prompt_tokens: int) -> float: ...
 
-    def round_ms(self, rows: int) -> float: ...
+    def draft_step_ms(self, rows: int) -> float: ...
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ class Simulation:
         return request
 
     def _step(self, active: list[Request]) -> list[tuple[Request, float | None]]:
-        """One pass and its rounds; the requests that end, with their time per output token."""
+        """One pass and its draft steps; the requests that end, with their time per output token."""
         going = [request for request in active if not request.unread]
         rows = sum(1 + len(request.taken) for request in going)
         left, prompt_tokens, began = MAX_PASS_TOKENS - rows, 0, list[Request]()
@@ -141,7 +141,7 @@ class Simulation:
             if not prompt_tokens:
                 self.policy.on_decode_step(len(active), rows, took_ms)
             over = {id(request) for request, _ in ended}
-            self._rounds([request for request in (*going, *began) if id(request) not in over], len(active))
+            self._draft([request for request in (*going, *began) if id(request) not in over], len(active))
         return ended
 
     def _check(self, request: Request) -> None:
@@ -160,32 +160,32 @@ class Simulation:
 
     # ---- as exits/draft.py does
 
-    def _rounds(self, rows: list[Request], num_requests: int) -> None:
+    def _draft(self, rows: list[Request], num_requests: int) -> None:
         policy = self.policy
         assert policy is not None
         if not rows:
             return
-        num_rounds = min(policy.start(num_requests), policy.max_exits)
-        if not num_rounds and not policy.looks_up:
+        num_steps = min(policy.start(num_requests), policy.max_exits)
+        if not num_steps and not policy.looks_up:
             return
         self._num_rows = num_requests
         live = [request for request in rows if request.emitted + 1 < request.max_tokens and not self._follows(request)]
-        for number in range(num_rounds if live else 0):
-            took_ms = self.costs.round_ms(len(live))
+        for number in range(num_steps if live else 0):
+            took_ms = self.costs.draft_step_ms(len(live))
             self.now_ms += took_ms
             policy.on_draft_step(policy.depth, len(live), took_ms)
             going = [request for request in live if self._proposes(request) and not self._follows(request)]
             joint_acceptances = [request.joint_acceptance for request in going]
             if (
                 not going
-                or number + 1 == num_rounds
+                or number + 1 == num_steps
                 or not policy.wants_another_step(number + 1, joint_acceptances, self._num_rows)
             ):
                 break
             live = going
 
     def _proposes(self, request: Request) -> bool:
-        """Whether a request goes on after a round's exit."""
+        """Whether a request goes on after a draft step's exit."""
         said = request.recorded.said(request.row, len(request.taken))
         return self._decide(request, said.confidence, said.agrees)
 

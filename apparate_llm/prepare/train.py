@@ -1,8 +1,8 @@
 """Stage train: one fused head per depth on the collected rows.
 
-Loss per round: cross entropy against the full model's best tokens (distillation, within the ramp vocabulary). Rounds
-after the first run on the head's own output state, as they do when serving; a row where an earlier round went wrong
-counts little there, since serving would have stopped.
+Loss per draft step: cross entropy against the full model's best tokens (distillation, within the ramp vocabulary).
+Draft steps after the first run on the head's own output state, as they do when serving; a row where an earlier one
+disagreed counts little there, since serving would have stopped.
 """
 
 import json
@@ -21,8 +21,8 @@ from apparate_llm.prepare.rows import LEAD, TRAIN, VALIDATION, Rows
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.heads import Copies, FusedHead, Head
 
-NUM_ROUNDS = 4  # measured and calibrated
-WRONG_ROUND_WEIGHT = 0.2
+NUM_POSITIONS = 4  # of exits in an engine step that are measured and calibrated
+DISAGREED_WEIGHT = 0.2  # of a row after a draft step that disagreed with the full model
 FINAL_LEARNING_RATE = 0.02  # of the highest one
 WARM_UP_STEPS = 100
 BATCH_ROWS = 1024
@@ -58,7 +58,7 @@ class BaseParts(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     depth: int
-    inner: tuple[int, ...] = ()  # depths of the auxiliary hidden states that the first round's state joins
+    aux_layers: tuple[int, ...] = ()  # blocks before the auxiliary hidden states that the first state joins
     intermediate_size: int = 1536
     batch_rows: int = BATCH_ROWS
     learning_rate: float = 2e-3
@@ -66,7 +66,7 @@ class TrainSettings:
     dropout: float = 0.1
     epochs: float = 3.0
     time_budget_s: float = math.inf
-    round_weights: tuple[float, ...] = (1.0, 0.8, 0.6)
+    step_weights: tuple[float, ...] = (1.0, 0.8, 0.6)
     seed: int = 0
 
 
@@ -82,7 +82,7 @@ def ramp_vocabulary(rows: Rows, size: int) -> torch.Tensor:
 
 
 def starts(rows: Rows, *, split: int) -> torch.Tensor:
-    """Rows in which a first round can run: those of answers."""
+    """Rows in which a first draft step can run: those of answers."""
     return torch.nonzero((rows.answer_index > LEAD) & (rows.split == split))[:, 0]
 
 
@@ -91,26 +91,26 @@ def thinned(index: torch.Tensor, most: int) -> torch.Tensor:
     return index[:: max(1, math.ceil(len(index) / most))]
 
 
-class RoundData:
+class DraftData:
     """Gathers one batch's inputs and targets from the rows."""
 
     def __init__(
-        self, rows: Rows, base: BaseParts, *, depth: int, inner: tuple[int, ...], vocabulary: torch.Tensor
+        self, rows: Rows, base: BaseParts, *, depth: int, aux_layers: tuple[int, ...], vocabulary: torch.Tensor
     ) -> None:
-        self.rows, self.depth, self.inner_depths = rows, depth, inner
+        self.rows, self.depth, self.aux_layers = rows, depth, aux_layers
         self.embedding = base.embedding.to(rows.final.dtype)
         self.position = torch.full((base.lm_head.shape[0],), -1, dtype=torch.int64)
         self.position[vocabulary] = torch.arange(len(vocabulary))
         self.vocabulary_size = len(vocabulary)
 
     def enter(self, head: Head, index: torch.Tensor) -> torch.Tensor:
-        """First state of the rounds that start at `index`: that of the token before."""
+        """State of the first draft step in the rows `index`: that of the token before."""
         before = index - 1
-        inner = [self.rows.states[depth][before] for depth in self.inner_depths]
-        return head.enter(self.rows.final[before], inner)
+        aux = [self.rows.states[depth][before] for depth in self.aux_layers]
+        return head.enter(self.rows.final[before], aux)
 
     def inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, Copies]:
-        """Hidden states and copies of a round in the rows `index`."""
+        """Hidden states and copies of a draft step in the rows `index`."""
         rows, embedding = self.rows, self.embedding
         if self.depth == 0:
             hidden = F.embedding(rows.tokens[index].long(), embedding)
@@ -146,7 +146,7 @@ def new_head(base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings)
         ramp_vocab=len(vocabulary),
         eps=base.eps,
         intermediate_size=settings.intermediate_size,
-        num_inner=len(settings.inner),
+        num_aux_layers=len(settings.aux_layers),
     )
     head = FusedHead(shape)
     head.dropout = settings.dropout
@@ -184,12 +184,12 @@ class _Distillation(torch.autograd.Function):
         return ctx.saved_tensors[0] * outputs[0].to(ctx.saved_tensors[0].dtype), None, None, None
 
 
-def batch_loss(head: FusedHead, data: RoundData, index: torch.Tensor, round_weights: tuple[float, ...]) -> torch.Tensor:
+def batch_loss(head: FusedHead, data: DraftData, index: torch.Tensor, step_weights: tuple[float, ...]) -> torch.Tensor:
     loss = torch.zeros(())
     weight = torch.ones(len(index))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         state = data.enter(head, index)
-    for number, round_weight in enumerate(round_weights):
+    for number, step_weight in enumerate(step_weights):
         later, inside = data.follows(index, number)
         position, probability = data.targets(later)
         hidden, copies = data.inputs(later)
@@ -199,32 +199,34 @@ def batch_loss(head: FusedHead, data: RoundData, index: torch.Tensor, round_weig
         top = scores.detach().amax(-1)
         # torch leaves `apply` without a type.
         distilled: torch.Tensor = _Distillation.apply(scores, position, probability, weight)  # type: ignore[no-untyped-call]
-        loss = loss + round_weight * distilled
+        loss = loss + step_weight * distilled
         best = data.best(later)
         agrees = (scores.detach().gather(1, best.clamp(min=0)[:, None])[:, 0] >= top) & (best >= 0)
-        weight = weight * torch.where(agrees, 1.0, WRONG_ROUND_WEIGHT)
+        weight = weight * torch.where(agrees, 1.0, DISAGREED_WEIGHT)
     return loss
 
 
 class Measured(NamedTuple):
-    """One round on rows of one split; n rows whose earlier rounds all agreed."""
+    """One position on rows of one split; n rows in which all earlier draft steps agreed."""
 
-    rows: torch.Tensor  # [n] index of the row the round ran in
+    rows: torch.Tensor  # [n] index of the row the draft step ran in
     confidence: torch.Tensor  # [n] highest probability of the ramp
     agrees: torch.Tensor  # [n] bool, with the full model's best token
 
 
 @torch.inference_mode()
-def measure_head(head: Head, data: RoundData, index: torch.Tensor, *, num_rounds: int = NUM_ROUNDS) -> list[Measured]:
-    """Rounds starting at the rows `index`.
+def measure_head(
+    head: Head, data: DraftData, index: torch.Tensor, *, num_positions: int = NUM_POSITIONS
+) -> list[Measured]:
+    """By position, draft steps starting at the rows `index`.
 
-    A later round counts only where the rounds before it agreed, as serving runs it only then.
+    A later one counts only where those before it agreed, as serving runs it only then.
     """
-    parts: list[list[Measured]] = [[] for _ in range(num_rounds)]
+    parts: list[list[Measured]] = [[] for _ in range(num_positions)]
     for first in index.split(2048):
         alive = torch.ones(len(first), dtype=torch.bool)
         state = data.enter(head, first)
-        for number in range(num_rounds):
+        for number in range(num_positions):
             later, inside = data.follows(first, number)
             alive &= inside
             hidden, copies = data.inputs(later)
@@ -232,16 +234,17 @@ def measure_head(head: Head, data: RoundData, index: torch.Tensor, *, num_rounds
             confidence, choice = scores.float().softmax(-1).max(-1)
             agrees = choice == data.best(later)
             parts[number].append(Measured(later[alive], confidence[alive], agrees[alive]))
-            # The next round reads this round's token: where the text went another way there is no row for it.
+            # The next draft step reads this one's token: where the text went another way there is no row for it.
             after, _ = data.follows(later, 1)
             alive &= agrees & (data.rows.tokens[after] == data.rows.top_ids[later, 0])
     return [Measured(*(torch.cat(field) for field in zip(*part, strict=True))) for part in parts]
 
 
-def tokens_per_cycle(rounds: list[Measured]) -> float:
-    """Expected exits accepted per cycle if every round is run as long as the ramp agrees."""
+def accepted_per_step(by_position: list[Measured]) -> float:
+    """Expected accepted tokens per engine step, the mean acceptance length less one, if draft steps go on for as long
+    as the ramp agrees."""
     expected, reach = 0.0, 1.0
-    for measured in rounds:
+    for measured in by_position:
         reach *= float(measured.agrees.float().mean()) if len(measured.agrees) else 0.0
         expected += reach
     return expected
@@ -279,7 +282,7 @@ def train_head(
     saved_at = time.monotonic()
     while not run.finished:
         run.step()
-        on_progress(run.done_frac, {"steps": run.steps, "loss": run.recent_loss, "tokens_per_cycle": run.best_score})
+        on_progress(run.done_frac, {"steps": run.steps, "loss": run.recent_loss, "accepted_per_step": run.best_score})
         if run.steps % RELEASE_EVERY == 0:
             release()
         if checkpoint is not None and time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
@@ -295,7 +298,7 @@ class _Training:
     def __init__(self, rows: Rows, base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings) -> None:
         self.settings = settings
         self.dtype = rows.final.dtype
-        self.data = RoundData(rows, base, depth=settings.depth, inner=settings.inner, vocabulary=vocabulary)
+        self.data = DraftData(rows, base, depth=settings.depth, aux_layers=settings.aux_layers, vocabulary=vocabulary)
         self.generator = torch.Generator().manual_seed(settings.seed)
         torch.manual_seed(settings.seed)
         self.head = new_head(base, vocabulary, settings)
@@ -332,7 +335,7 @@ class _Training:
             self.order, self.offset = torch.randperm(len(self.index), generator=self.generator), 0
         chosen = self.index[self.order[self.offset : self.offset + settings.batch_rows]]
         self.offset += settings.batch_rows
-        loss = batch_loss(self.head, self.data, chosen, settings.round_weights)
+        loss = batch_loss(self.head, self.data, chosen, settings.step_weights)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -350,7 +353,7 @@ class _Training:
         if not len(self.validation):
             score = self.best_score
         else:
-            score = tokens_per_cycle(measure_head(working_copy(self.head, self.dtype), self.data, self.validation))
+            score = accepted_per_step(measure_head(working_copy(self.head, self.dtype), self.data, self.validation))
         if score >= self.best_score:
             self.best_score = score
             self.best = {
@@ -366,7 +369,7 @@ class _Training:
             "rows": len(self.index),
             "steps": self.steps,
             "seconds": round(self.spent_s),
-            "validation_tokens_per_cycle": round(self.best_score, 4),
+            "validation_accepted_per_step": round(self.best_score, 4),
         }
 
     PLAIN = ("offset", "steps", "spent_s", "next_evaluation", "recent_loss", "best_score")

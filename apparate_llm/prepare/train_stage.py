@@ -18,14 +18,14 @@ from apparate_llm.prepare.schedule import epochs_for
 from apparate_llm.prepare.train import (
     MAX_EVALUATED_ROWS,
     BaseParts,
-    RoundData,
+    DraftData,
     TrainSettings,
+    accepted_per_step,
     measure_head,
     new_head,
     ramp_vocabulary,
     starts,
     thinned,
-    tokens_per_cycle,
     train_head,
     working_copy,
 )
@@ -54,7 +54,11 @@ def train_depth(
     """
     plan, workspace, stage = run.plan, run.workspace, f"train-{depth}-lap-{lap}"
     settings = TrainSettings(
-        depth=depth, inner=plan.inner, intermediate_size=plan.intermediate_size, epochs=epochs, seed=plan.seed + lap
+        depth=depth,
+        aux_layers=plan.aux_layers,
+        intermediate_size=plan.intermediate_size,
+        epochs=epochs,
+        seed=plan.seed + lap,
     )
     inputs = {
         "rows": rows_record["rows"],
@@ -69,7 +73,7 @@ def train_depth(
         return done
     settings = replace(settings, time_budget_s=_budget_s(run, stage, inputs, depth, until_s))
     with run.progress.stage(f"train depth {depth}", total=1.0) as bar:
-        rows = run.store.rows(depths=_depths(depth, plan.inner), num_rows=rows_record["rows"])
+        rows = run.store.rows(depths=_depths(depth, plan.aux_layers), num_rows=rows_record["rows"])
         base, vocabulary = BaseParts.of(plan.model), ramp_vocabulary(rows, plan.ramp_vocab)
         head, record = train_head(
             rows,
@@ -83,9 +87,9 @@ def train_depth(
         )
     tensors = {name: value.contiguous() for name, value in head.state_dict().items() if name != "head"}
     _save_tensors(workspace.path(f"head-{depth}.safetensors"), tensors | {VOCABULARY: vocabulary.int()})
-    data = RoundData(rows, base, depth=depth, inner=plan.inner, vocabulary=vocabulary)
+    data = DraftData(rows, base, depth=depth, aux_layers=plan.aux_layers, vocabulary=vocabulary)
     known = measure_head(head, data, thinned(starts(rows, split=TRAIN), MAX_EVALUATED_ROWS))
-    record |= {"train_tokens_per_cycle": round(tokens_per_cycle(known), 4), "settings": repr(settings)}
+    record |= {"train_accepted_per_step": round(accepted_per_step(known), 4), "settings": repr(settings)}
     run.store.release()
     run.clock.keep()
     return workspace.write(stage, inputs, record)
@@ -102,9 +106,9 @@ def _budget_s(run: Run, stage: str, inputs: dict[str, Any], depth: int, until_s:
 
 
 def _tell(run: Run, bar: Stage, done_frac: float, facts: dict[str, float]) -> None:
-    exits = max(facts["tokens_per_cycle"], 0.0)
-    text = f"{facts['steps']:.0f} steps, loss {facts['loss']:.3f}, {exits:.3f} exits per cycle on validation rows"
-    bar.update(min(1.0, done_frac), text)
+    accepted = max(facts["accepted_per_step"], 0.0)
+    score = f"{accepted:.3f} accepted tokens per step on validation rows"
+    bar.update(min(1.0, done_frac), f"{facts['steps']:.0f} steps, loss {facts['loss']:.3f}, {score}")
     run.clock.keep_now_and_then()
 
 
@@ -116,9 +120,9 @@ def measure_depth(run: Run, rows_record: dict[str, Any], depth: int, trained: di
     if (done := workspace.read(f"measure-{depth}", inputs)) is not None:
         return done
     head, vocabulary = head_tensors(workspace, depth)
-    rows = run.store.rows(depths=_depths(depth, plan.inner), num_rows=rows_record["rows"])
+    rows = run.store.rows(depths=_depths(depth, plan.aux_layers), num_rows=rows_record["rows"])
     base, kinds = BaseParts.of(plan.model), run.store.kinds()
-    data = RoundData(rows, base, depth=depth, inner=plan.inner, vocabulary=vocabulary.long())
+    data = DraftData(rows, base, depth=depth, aux_layers=plan.aux_layers, vocabulary=vocabulary.long())
     dtype = rows.final.dtype
     served = for_serving(_restored(head, base, vocabulary.long(), plan, dtype), dtype)
     for name, split in (("validation", VALIDATION), ("measured", TEST)):
@@ -127,8 +131,8 @@ def measure_depth(run: Run, rows_record: dict[str, Any], depth: int, trained: di
         _save_tensors(workspace.path(f"{name}-{depth}.safetensors"), measured_tensors(measured, rows, kinds))
     covered = torch.isin(rows.top_ids[index, 0].long(), vocabulary.long()).float()
     result = {
-        "held_out_tokens_per_cycle": round(tokens_per_cycle(measured), 4),
-        "agreement": [float(part.agrees.float().mean()) if len(part.agrees) else 0.0 for part in measured],
+        "held_out_accepted_per_step": round(accepted_per_step(measured), 4),
+        "acceptance_rates": [float(part.agrees.float().mean()) if len(part.agrees) else 0.0 for part in measured],
         "vocabulary_coverage": round(float(covered.mean()), 4) if len(covered) else 0.0,
         "ceiling": ceiling(_part(rows, index)),
     }
@@ -140,7 +144,7 @@ def _restored(
     head: dict[str, torch.Tensor], base: BaseParts, vocabulary: torch.Tensor, plan: Plan, dtype: torch.dtype
 ) -> FusedHead:
     """A trained head from its tensors, as it is served."""
-    settings = TrainSettings(depth=0, inner=plan.inner, intermediate_size=plan.intermediate_size)
+    settings = TrainSettings(depth=0, aux_layers=plan.aux_layers, intermediate_size=plan.intermediate_size)
     made = new_head(base, vocabulary, settings)
     made.load_state_dict({name: value.float() for name, value in head.items()}, strict=False)
     return working_copy(made, dtype)
@@ -157,8 +161,8 @@ def _part(rows: Rows, index: torch.Tensor) -> Rows:
     return Rows(**few, states={}, final=torch.empty(0))
 
 
-def _depths(depth: int, inner: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted({number for number in (depth, *inner) if number > 0}))
+def _depths(depth: int, aux_layers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted({number for number in (depth, *aux_layers) if number > 0}))
 
 
 def head_tensors(workspace: Workspace, depth: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

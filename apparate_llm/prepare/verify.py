@@ -64,9 +64,9 @@ def verify_folder(
     clients: Sequence[int] = CLIENTS,
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, Any]:
-    """Agreement on the prompts, costs on this machine, the prediction from both, and the measurement."""
+    """Acceptance rates on the prompts, costs on this machine, the prediction from both, and the measurement."""
     asked, depth = chosen(prompts), manifest.default_depth
-    conversations, agreement = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
+    conversations, rates = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
     with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
         profiled = profile(
             model,
@@ -88,10 +88,10 @@ def verify_folder(
     measured = measure(model, folder, asked, clients, progress=progress, max_tokens=max_tokens)
     found = compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "model": model.name,
         "depth": depth,
-        "agreement": agreement,
+        "acceptance_rates": rates,  # by position
         "profile": profiled,
     } | found
 
@@ -108,12 +108,12 @@ def _answered(
     import torch
 
     from apparate_llm.prepare.evaluate import answer, mean, served_ramps
-    from apparate_llm.prepare.evaluate import measure as measure_rounds
+    from apparate_llm.prepare.evaluate import measure as measure_positions
 
     messages = [prompt.messages for prompt in prompts]
     answered = answer(model, manifest, messages, max_tokens=max_tokens, progress=progress)
     ramps = served_ramps(folder, manifest, answered, manifest.default_depth)
-    measured = measure_rounds(answered, ramps)
+    measured = measure_positions(answered, ramps)
     kinds = sorted({prompt.category or "prompts" for prompt in prompts})
     of_answer = [kinds.index(prompts[number].category or "prompts") for number in answered.prompts]
     tensors = measured_tensors(measured, answered.rows, torch.tensor(of_answer))

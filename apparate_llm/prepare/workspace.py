@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.files import PART, private_folder, write_atomically
+from apparate_llm.renamed import of_any_preparation
 
 
 class Workspace:
@@ -44,7 +45,7 @@ class Workspace:
 
     def _record(self, stage: str) -> dict[str, Any] | None:
         path = self.path(f"{stage}.json")
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        return of_any_preparation(json.loads(path.read_bytes())) if path.is_file() else None
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from apparate_llm.files import write_atomically
+from apparate_llm.renamed import OLD_AUX_LAYERS
 
 MANIFEST = "ramps.json"
 WEIGHTS = "ramps.safetensors"
@@ -25,7 +26,7 @@ class HeadShape:
     ramp_vocab: int
     eps: float
     intermediate_size: int = 0
-    num_inner: int = 0  # auxiliary hidden states of the full pass that `enter` reads beside the final one
+    num_aux_layers: int = 0  # auxiliary hidden states of the full pass that `enter` reads beside the final one
 
 
 class BaseModelInfo(BaseModel):
@@ -70,8 +71,8 @@ class RampManifest(BaseModel):
     default_depth: int
     ramp_vocab: int = Field(gt=0)
     intermediate_size: int = Field(ge=0)
-    # depths of the auxiliary hidden states that the first draft step's state joins to the final one
-    inner: list[int] = Field(default_factory=list)
+    # blocks before each auxiliary hidden state that the first draft step's state joins to the final one
+    aux_layers: list[int] = Field(default_factory=list, validation_alias=AliasChoices("aux_layers", OLD_AUX_LAYERS))
     # depth -> one (scale, offset) per position: confidence = sigmoid(scale * logit(max probability) + offset)
     calibration: dict[int, list[tuple[float, float]]]
     weights_sha256: str
@@ -83,7 +84,7 @@ class RampManifest(BaseModel):
             ramp_vocab=self.ramp_vocab,
             eps=self.base_model.rms_norm_eps,
             intermediate_size=self.intermediate_size,
-            num_inner=len(self.inner),
+            num_aux_layers=len(self.aux_layers),
         )
 
     def sha256(self) -> str:
@@ -114,9 +115,9 @@ def read_manifest(folder: Path) -> RampManifest:
     if manifest.default_depth not in manifest.depths:
         raise RampError(f"damaged {manifest_path}: default depth {manifest.default_depth} not in {manifest.depths}")
     blocks = manifest.base_model.num_hidden_layers
-    if manifest.inner != sorted({depth for depth in manifest.inner if 0 < depth < blocks}):
+    if manifest.aux_layers != sorted({depth for depth in manifest.aux_layers if 0 < depth < blocks}):
         raise RampError(
-            f"damaged {manifest_path}: auxiliary depths {manifest.inner} (allowed: rising, 1 to {blocks - 1})"
+            f"damaged {manifest_path}: aux_layers {manifest.aux_layers} (allowed: rising, 1 to {blocks - 1})"
         )
     if missing := [depth for depth in manifest.depths if not manifest.calibration.get(depth)]:
         raise RampError(f"damaged {manifest_path}: no calibration for depth {missing[0]}")

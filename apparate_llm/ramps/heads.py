@@ -31,7 +31,7 @@ class Head(Protocol):
 
     reads_lookup: bool
 
-    def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor: ...
+    def enter(self, final: torch.Tensor, aux: list[torch.Tensor]) -> torch.Tensor: ...
 
     def __call__(
         self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies | None
@@ -58,7 +58,7 @@ class LensHead(nn.Module):
         self.norm = empty_parameter(shape.hidden_size)
         self.head = empty_parameter(shape.ramp_vocab, shape.hidden_size)
 
-    def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
+    def enter(self, final: torch.Tensor, aux: list[torch.Tensor]) -> torch.Tensor:
         return final
 
     def forward(
@@ -83,7 +83,7 @@ class FusedHead(nn.Module):
         super().__init__()
         size = shape.hidden_size
         self.eps = shape.eps
-        self.enter_weight = empty_parameter(size, (1 + shape.num_inner) * size)
+        self.enter_weight = empty_parameter(size, (1 + shape.num_aux_layers) * size)
         self.fuse = empty_parameter(size, 3 * size)
         self.match = empty_parameter(LONGEST_MATCH + 1, size)
         self.gate_up = empty_parameter(2 * shape.intermediate_size, size)
@@ -92,10 +92,10 @@ class FusedHead(nn.Module):
         self.pointer = empty_parameter(1, size)
         self.head = empty_parameter(shape.ramp_vocab, size)
 
-    def enter(self, final: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
+    def enter(self, final: torch.Tensor, aux: list[torch.Tensor]) -> torch.Tensor:
         """First state [num_rows, hidden_size]: final [num_rows, hidden_size] full-depth hidden states after the final
-        norm, inner [num_rows, hidden_size] each, residual streams of the same tokens."""
-        parts = [rms_norm(part, None, self.eps) for part in (final, *inner)]
+        norm, aux [num_rows, hidden_size] each, residual streams of the same tokens."""
+        parts = [rms_norm(part, None, self.eps) for part in (final, *aux)]
         return F.linear(torch.cat(parts, dim=-1), self.enter_weight)
 
     def forward(self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,7 +40,7 @@ class RampSet(nn.Module):
         vocabulary: torch.Tensor,
         base_vocab: int,
         depth: int,
-        inner: tuple[int, ...],
+        aux_layers: tuple[int, ...],
         calibration: list[tuple[float, float]],
     ) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class RampSet(nn.Module):
         in_vocabulary[vocabulary] = True
         self.register_buffer("in_vocabulary", in_vocabulary, persistent=False)
         self.depth = depth
-        self.inner = inner
+        self.aux_layers = aux_layers
         self.calibration = calibration
 
     def predict(
@@ -128,6 +128,6 @@ def load_ramps(
         vocabulary=vocabulary,
         base_vocab=manifest.base_model.vocab_size,
         depth=depth,
-        inner=tuple(manifest.inner),
+        aux_layers=tuple(manifest.aux_layers),
         calibration=manifest.calibration[depth],
     )

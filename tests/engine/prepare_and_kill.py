@@ -32,7 +32,7 @@ def plan_for(model: Path, out: Path) -> Plan:
         model=model,
         out=out,
         depths=(0, 2),
-        inner=(1, 3),
+        aux_layers=(1, 3),
         tokens=TOKENS,
         time_budget_s=None,
         seed=0,

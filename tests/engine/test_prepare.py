@@ -97,13 +97,13 @@ def test_the_report_says_what_the_folder_holds(prepared):
     folders, _ = prepared
     for folder in folders.values():
         manifest, report = read_manifest(folder), json.loads((folder / "report.json").read_text())
-        assert manifest.depths == [0, 2] and manifest.inner == [1, 3]
+        assert manifest.depths == [0, 2] and manifest.aux_layers == [1, 3]
         assert manifest.default_depth == report["advice"]["depth"]
         assert report["answer_tokens"] >= TOKENS
         for item in report["depths"]:
-            assert [part["round"] for part in item["rounds"]] == [1, 2, 3, 4]
-            assert item["rounds"][0]["rows"] > 0
-            assert set(item["predicted"]) == {"1", "4", "16", *report["profile"]["completion_ms"]}
+            assert [part["position"] for part in item["positions"]] == [0, 1, 2, 3]
+            assert item["positions"][0]["rows"] > 0
+            assert set(item["predicted"]) == {"1", "4", "16", *report["profile"]["verify_ms"]}
             for predicted in (part for item in item["predicted"].values() for part in (item, item["users"])):
                 low, high = predicted["ci95"]
                 assert 0 < low <= predicted["tpt_ratio"] <= high
@@ -288,17 +288,18 @@ def test_ramps_commands(prepared, tiny_llama, tmp_path):
     cli = [sys.executable, "-m", "apparate_llm.cli", "ramps"]
     shown = subprocess.run([*cli, "show", str(folder)], capture_output=True, text=True)
     assert shown.returncode == 0 and "fused ramps for LlamaForCausalLM" in shown.stdout
+    assert "position 0" in shown.stdout and "position 3" in shown.stdout
     answering = ["--model", str(tiny_llama), "--prompts", str(prompts), "--max-tokens", "20"]
     command = [*cli, "evaluate", str(folder), *answering, "--json", str(tmp_path / "e.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "e.json").read_text())
-    assert result["schema_version"] == 1 and [item["depth"] for item in result["depths"]] == [0, 2]
+    assert result["schema_version"] == 2 and [item["depth"] for item in result["depths"]] == [0, 2]
     for item in result["depths"]:
         assert set(item["by_category"]) == {"kind0", "kind1"}
-        first = item["rounds"][0]
+        first = item["positions"][0]
         assert first["rows"] == result["answer_tokens"]
-        assert first["agreement"] == pytest.approx(sum(part["1"] for part in item["by_category"].values()) / 2)
+        assert first["acceptance_rate"] == pytest.approx(sum(part["0"] for part in item["by_category"].values()) / 2)
     assert 0 <= result["ceiling"]["p_over_0.9_frac"] <= 1 and 0 <= result["calibration_error"] <= 1
 
     copy = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("work")))

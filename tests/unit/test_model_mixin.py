@@ -19,10 +19,10 @@ def test_blocks_up_to_k_give_the_full_passes_inner_state(tiny_models, lens_ramps
 
         def record_full(**kwargs):
             model.set_aux_state_depths((3,))
-            final, (inner,) = stock_forward(**kwargs)
+            final, (aux,) = stock_forward(**kwargs)
             model.set_aux_state_depths(())
             for row, (position, token) in enumerate(zip(kwargs["positions"], kwargs["input_ids"], strict=True)):
-                full[int(position), int(token)] = inner[row].clone()
+                full[int(position), int(token)] = aux[row].clone()
             return final
 
         model.forward_shallow, runner._model_forward = record_shallow, record_full

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from apparate_llm.prepare import predict as predict_module
-from apparate_llm.prepare.costs import ProfiledCosts, completion_cost
+from apparate_llm.prepare.costs import ProfiledCosts, verify_cost
 from apparate_llm.prepare.predict import as_users_ask, harder, predict, predict_both
 from apparate_llm.prepare.recorded import Recorded, Said, copies_of, recorded
 from apparate_llm.prepare.simulate import Simulation
@@ -13,20 +13,20 @@ from apparate_llm.prepare.simulate import Simulation
 TOKENS = 101
 
 
-def profiled(*, round_ms=1.0, per_row=0.2, prompt_ms=0.5, spread=0.0):
+def profiled(*, draft_step_ms=1.0, per_row=0.2, prompt_ms=0.5, spread=0.0):
     """A pass takes 20 ms and a little more for each further row, a prompt so much per token."""
     sizes = (1, 4, 16)
     return {
-        "completion_ms": {str(size): 20.0 + per_row * (size - 1) for size in sizes},
+        "verify_ms": {str(size): 20.0 + per_row * (size - 1) for size in sizes},
         "pass_ms": {str(size): {str(size * n): 20.0 + per_row * (size * n - 1) for n in (2, 4, 8)} for size in sizes},
         "prompt_ms": {"32": 20.0 + prompt_ms * 32, "512": 20.0 + prompt_ms * 512},
-        "round_ms": {"0": {str(size): round_ms for size in sizes}},
-        "spread_frac": dict.fromkeys(("completion", "pass", "prompt", "round"), spread),
+        "draft_step_ms": {"0": {str(size): draft_step_ms for size in sizes}},
+        "spread_frac": dict.fromkeys(("verify", "pass", "prompt", "draft_step"), spread),
     }
 
 
 def conversation(agreement, *, seed=0, kind="open", tokens=TOKENS, prompt_tokens=32, confidence=None):
-    """Every round agrees as often, and is as confident as that."""
+    """Every draft step agrees as often, and is as confident as that."""
     rng = np.random.default_rng(seed)
     said = confidence if confidence is not None else min(max(agreement, 0.02), 0.98)
     row = tuple(Said(said, bool(agrees)) for agrees in rng.random(tokens) < agreement)
@@ -48,7 +48,7 @@ def simulations_are_exact(monkeypatch):
 
 def test_ramps_that_are_always_right_bring_a_pass_ten_exits():
     found = predict(conversations(1.0), profiled(), depth=0, num_layers=12, clients=(1,), max_tokens=TOKENS)
-    # Of a cycle of 11 tokens: ten rounds of 1 ms, and ten rows more. A few steps go without exits, to measure.
+    # Of a step of 11 tokens: ten draft steps of 1 ms, and ten rows more. A few steps go without exits, to measure.
     assert only(found) == pytest.approx((20 + 10 * 0.2 + 10) / 11 / 20, rel=0.08)
 
 
@@ -57,7 +57,7 @@ def test_ramps_that_are_never_right_change_nothing():
     assert only(found) == pytest.approx(1.0, abs=0.015) and only(found, "4") == pytest.approx(1.0, abs=0.015)
 
 
-@pytest.mark.parametrize("costs", [{"round_ms": 60.0}, {"per_row": 40.0}], ids=["rounds", "rows"])
+@pytest.mark.parametrize("costs", [{"draft_step_ms": 60.0}, {"per_row": 40.0}], ids=["draft steps", "rows"])
 def test_exits_that_cost_more_than_they_bring_are_not_taken(costs):
     found = predict(conversations(0.5), profiled(**costs), depth=0, num_layers=12, clients=(1,), max_tokens=TOKENS)
     assert only(found) == pytest.approx(1.0, abs=0.06)
@@ -94,13 +94,13 @@ def test_a_prompt_that_was_read_before_is_found_in_the_cache():
     assert first_ms == pytest.approx(20 + 150 + 20) and server.now_ms - before == pytest.approx(20 + 22 + 20)
 
 
-def test_a_text_that_repeats_itself_is_followed_without_a_round():
+def test_a_text_that_repeats_itself_is_followed_without_a_draft_step():
     text = [*range(20)] * 12
     matches, repeats = copies_of(text[:60], text[60:])
     assert matches[0] >= 12 and repeats[0] == len(text) - 60
     rows = tuple(Said(0.02, False) for _ in matches)
     ramps_know_nothing = [Recorded("open", 60, (rows,), matches, repeats)] * 4
-    dear = profiled(round_ms=1000.0)
+    dear = profiled(draft_step_ms=1000.0)
     assert only(predict(ramps_know_nothing, dear, depth=0, num_layers=12, clients=(1,), max_tokens=180)) < 0.4
     without = [Recorded("open", 60, (rows,))] * 4
     assert only(predict(without, dear, depth=0, num_layers=12, clients=(1,), max_tokens=180)) > 0.99
@@ -144,9 +144,9 @@ def test_each_kind_of_prompt_has_its_own_ratio():
 def test_users_prompts_are_expected_to_be_harder_by_what_is_known():
     rng = np.random.default_rng(0)
     own = [conversation(float(rng.uniform(0.4, 1.0)), seed=i, tokens=60) for i in range(400)]
-    mean = np.mean([one.agreement for one in own])
+    mean = np.mean([one.acceptance_rate for one in own])
     drawn = harder(own, 0.85)
-    assert np.mean([one.agreement for one in drawn]) == pytest.approx(0.85 * mean, rel=0.08)
+    assert np.mean([one.acceptance_rate for one in drawn]) == pytest.approx(0.85 * mean, rel=0.08)
     assert len(drawn) == len(own)
     found = predict_both(own[:40], profiled(), depth=0, num_layers=12)["1"]
     assert found["users"]["tpt_ratio"] > found["tpt_ratio"]
@@ -175,9 +175,9 @@ def test_conversations_come_out_of_what_was_measured():
     }
     calibration = [(1.0, 0.0), (1.0, 1.0)]
     (one,) = recorded(tensors, calibration, ("open", "code"), {3: ([1, 2, 3], answer)})
-    assert (one.kind, one.prompt_tokens, one.num_tokens, one.agreement) == ("code", 3, 4, 0.75)
+    assert (one.kind, one.prompt_tokens, one.num_tokens, one.acceptance_rate) == ("code", 3, 4, 0.75)
     assert one.said(1, 0) == pytest.approx((0.8, True)) and one.said(2, 1) == pytest.approx((0.731, False), abs=1e-3)
-    assert one.said(1, 1) == one.said(1, 0)  # the round did not run there
+    assert one.said(1, 1) == one.said(1, 0)  # the draft step did not run there
     assert one.said(2, 9) == one.said(2, 1)
     assert one.matches == (0, 0, 0, 0)
 
@@ -196,9 +196,9 @@ def test_where_only_some_rows_were_measured_the_next_one_stands_for_those_before
 
 def test_costs_between_what_was_measured_are_linear_and_never_fall():
     costs = {"1": 10.0, "2": 10.0, "4": 14.0}
-    assert completion_cost(costs, 3) == 12.0 and completion_cost(costs, 6) == 18.0
-    assert completion_cost({**costs, "1": 15.0}, 1) == 10.0
-    assert isinstance(completion_cost({"1": 1.0, "2": 2.0}, np.float64(1.5)), float)
+    assert verify_cost(costs, 3) == 12.0 and verify_cost(costs, 6) == 18.0
+    assert verify_cost({**costs, "1": 15.0}, 1) == 10.0
+    assert isinstance(verify_cost({"1": 1.0, "2": 2.0}, np.float64(1.5)), float)
     served = ProfiledCosts.of(profiled(), 0)
     assert served.pass_ms(1, 1, 0) == pytest.approx(20.0) and served.pass_ms(1, 4, 0) == pytest.approx(20.6)
     assert served.pass_ms(2, 4, 0) == pytest.approx(20.6, abs=0.5)

@@ -1,4 +1,4 @@
-"""Ramp training and its surroundings on made-up rows: losses, rounds, calibration, vocabulary, resumption."""
+"""Ramp training and its surroundings on made-up rows: losses, draft steps, calibration, vocabulary, resumption."""
 
 import json
 import math
@@ -7,18 +7,18 @@ from collections import Counter
 import pytest
 import torch
 
-from apparate_llm.prepare.calibrate import calibrate_rounds, coverage_curve, fit
+from apparate_llm.prepare.calibrate import calibrate_positions, coverage_curve, fit
 from apparate_llm.prepare.capture import top_tokens
 from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
 from apparate_llm.prepare.pipeline import disk_errors
-from apparate_llm.prepare.plan import automatic_aux_depths, automatic_depths
+from apparate_llm.prepare.plan import automatic_aux_layers, automatic_depths
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
 from apparate_llm.prepare.splits import BLOCK, next_split, sources, split_of, splits_of_prompts
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.train import (
     BaseParts,
-    RoundData,
+    DraftData,
     TrainSettings,
     batch_loss,
     measure_head,
@@ -175,16 +175,16 @@ def test_the_vocabulary_holds_what_the_model_wants_most_in_training_rows(rows):
     assert set(vocabulary.tolist()) == set(wanted.topk(20).indices.tolist())
 
 
-@pytest.mark.parametrize(("depth", "inner"), [(0, ()), (0, (2,)), (2, (2,))])
-def test_training_learns_the_rows_in_every_round(base, rows, depth, inner):
+@pytest.mark.parametrize(("depth", "aux_layers"), [(0, ()), (0, (2,)), (2, (2,))])
+def test_training_learns_the_rows_at_every_position(base, rows, depth, aux_layers):
     vocabulary = ramp_vocabulary(rows, VOCAB)
-    chosen = settings(depth=depth, inner=inner, round_weights=(1.0, 1.0))
-    data = RoundData(rows, base, depth=depth, inner=inner, vocabulary=vocabulary)
+    chosen = settings(depth=depth, aux_layers=aux_layers, step_weights=(1.0, 1.0))
+    data = DraftData(rows, base, depth=depth, aux_layers=aux_layers, vocabulary=vocabulary)
 
     def agreement(head):
         return [
             float(part.agrees.float().mean())
-            for part in measure_head(head, data, starts(rows, split=TEST), num_rounds=2)
+            for part in measure_head(head, data, starts(rows, split=TEST), num_positions=2)
         ]
 
     before = agreement(new_head(base, vocabulary, chosen))
@@ -198,7 +198,7 @@ def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
     """Against the same loss written out and differentiated by torch."""
     vocabulary = ramp_vocabulary(rows, 30)  # some targets are outside
     head = new_head(base, vocabulary, settings(dropout=0.0))
-    data = RoundData(rows, base, depth=0, inner=(), vocabulary=vocabulary)
+    data = DraftData(rows, base, depth=0, aux_layers=(), vocabulary=vocabulary)
     index = starts(rows, split=TRAIN)[:64]
     columns, probability = data.targets(index)
     hidden, copies = data.inputs(index)
@@ -219,7 +219,7 @@ def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
 
 def test_a_token_outside_the_vocabulary_has_a_column_only_where_it_is_copied(base, rows):
     vocabulary = ramp_vocabulary(rows, 30)
-    data = RoundData(rows, base, depth=0, inner=(), vocabulary=vocabulary)
+    data = DraftData(rows, base, depth=0, aux_layers=(), vocabulary=vocabulary)
     index = starts(rows, split=TRAIN)
     tokens = rows.top_ids[index, :1].long()
     columns = data.columns(index, tokens)[:, 0]
@@ -230,9 +230,9 @@ def test_a_token_outside_the_vocabulary_has_a_column_only_where_it_is_copied(bas
     assert (~inside & copied).any() and (~inside & ~copied).any()
 
 
-def test_later_rounds_count_only_where_the_earlier_ones_agreed_and_the_text_went_on(base, rows):
+def test_later_draft_steps_count_only_where_the_earlier_ones_agreed_and_the_text_went_on(base, rows):
     vocabulary = ramp_vocabulary(rows, VOCAB)
-    data = RoundData(rows, base, depth=0, inner=(), vocabulary=vocabulary)
+    data = DraftData(rows, base, depth=0, aux_layers=(), vocabulary=vocabulary)
     head, _ = train_head(rows, base, vocabulary, settings(epochs=10.0))
     first, second, *_ = measure_head(head, data, starts(rows, split=TEST))
     agreed = first.rows[first.agrees]
@@ -330,11 +330,11 @@ def test_calibration_is_reported_from_conversations_it_was_not_fitted_on():
         kind = torch.zeros(2000, dtype=torch.int8)
         return {"0.confidence": confidence, "0.agrees": agrees, "0.conversation": torch.arange(2000), "0.kind": kind}
 
-    assert calibrate_rounds(tensors(sure), tensors(sure))["calibration_error"] < 0.05
-    result = calibrate_rounds(tensors(sure), tensors(~sure))
+    assert calibrate_positions(tensors(sure), tensors(sure))["calibration_error"] < 0.05
+    result = calibrate_positions(tensors(sure), tensors(~sure))
     assert result["calibration_error"] > 0.7
-    assert result["agreement"] == [pytest.approx(float((~sure).float().mean()))]
-    assert result["by_kind"] == {"open": result["agreement"][0]} and result["rows"] == [2000]
+    assert result["acceptance_rates"] == [pytest.approx(float((~sure).float().mean()))]
+    assert result["by_kind"] == {"open": result["acceptance_rates"][0]} and result["rows"] == [2000]
 
 
 def test_the_coverage_curve_counts_from_the_most_confident_row_on():
@@ -395,9 +395,9 @@ def test_bad_depths_and_durations_say_what_is_allowed():
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 28, 80])
 def test_depths_chosen_for_a_model_are_different_blocks_of_it(num_layers):
-    depths, inner = automatic_depths(num_layers), automatic_aux_depths(num_layers)
+    depths, aux_layers = automatic_depths(num_layers), automatic_aux_layers(num_layers)
     assert list(depths) == sorted({depth for depth in depths if 0 <= depth < num_layers}) and depths[0] == 0
-    assert list(inner) == sorted({depth for depth in inner if 0 < depth < num_layers})
+    assert list(aux_layers) == sorted({depth for depth in aux_layers if 0 < depth < num_layers})
 
 
 def test_numbers_in_a_report_are_plain(base, rows):

@@ -29,7 +29,7 @@ needs_fbgemm = pytest.mark.skipif(not has_fbgemm(), reason="this build of torch 
 @pytest.fixture
 def head() -> FusedHead:
     torch.manual_seed(0)
-    head = FusedHead(HeadShape(hidden_size=SIZE, ramp_vocab=120, eps=1e-5, intermediate_size=96, num_inner=2))
+    head = FusedHead(HeadShape(hidden_size=SIZE, ramp_vocab=120, eps=1e-5, intermediate_size=96, num_aux_layers=2))
     for name, parameter in head.named_parameters():
         spread = 1.0 if name in ("norm", "match") else parameter.shape[-1] ** -0.5
         parameter.data.normal_(std=spread)
@@ -65,7 +65,7 @@ from apparate_llm.models.quantised_heads import for_serving
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.heads import FusedHead
 
-shape = HeadShape(hidden_size=64, ramp_vocab=120, eps=1e-5, intermediate_size=96, num_inner=2)
+shape = HeadShape(hidden_size=64, ramp_vocab=120, eps=1e-5, intermediate_size=96, num_aux_layers=2)
 head = for_serving(FusedHead(shape).eval(), torch.float32)
 assert head.enter(torch.ones(1, 64), [torch.ones(1, 64)] * 2).shape == (1, 64)
 """
@@ -96,12 +96,12 @@ def test_without_its_kernels_a_ramp_runs_as_the_models_own_layers(head, monkeypa
 def test_a_quantised_head_scores_as_the_trained_one(head, num_rows, linear, dtype, error):
     head = head.to(dtype)
     quantised = QuantisedHead(head, linear)
-    final, *inner = torch.randn(3, num_rows, SIZE).to(dtype)
+    final, *aux = torch.randn(3, num_rows, SIZE).to(dtype)
     hidden, embedding = torch.randn(2, num_rows, SIZE).to(dtype)
     lengths = torch.arange(num_rows) % (LONGEST_MATCH + 1)  # the first row has no proposal
     copies = Copies(embedding, lengths, outside=(lengths > 0) & (torch.arange(num_rows) % 2 == 0))
     with torch.inference_mode():
-        state, quantised_state = head.enter(final, inner), quantised.enter(final, inner)
+        state, quantised_state = head.enter(final, aux), quantised.enter(final, aux)
         assert relative_error(quantised_state, state) < 0.4 * error
         for _ in range(3):  # draft steps
             (scores, state), (quantised_scores, quantised_state) = (

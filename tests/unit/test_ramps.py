@@ -34,7 +34,7 @@ def load(folder, depth=2):
 
 def test_heads_are_nan_until_loaded():
     for head_class in HEADS.values():
-        head = head_class(HeadShape(hidden_size=8, ramp_vocab=16, eps=1e-5, intermediate_size=12, num_inner=1))
+        head = head_class(HeadShape(hidden_size=8, ramp_vocab=16, eps=1e-5, intermediate_size=12, num_aux_layers=1))
         assert all(torch.isnan(parameter).all() for parameter in head.parameters())
 
 
@@ -56,13 +56,13 @@ def test_a_lens_at_full_depth_is_the_model_itself(tmp_path, tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     ids = torch.randint(5, VOCAB_SIZE, (1, 12))
     with torch.inference_mode():
-        inner: list[torch.Tensor] = []
-        model.model.norm.register_forward_pre_hook(lambda module, args: inner.append(args[0]))
+        seen: list[torch.Tensor] = []
+        model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         expected = model(ids).logits[0].argmax(-1)
     folder = build_lens_ramps(tmp_path / "lens", tiny_llama, depth=NUM_LAYERS)
     base = {"norm": model.model.norm.weight.data, "head": model.lm_head.weight.data}
     ramps = load_ramps(folder, read_manifest(folder), depth=NUM_LAYERS, base_weights=base, dtype=torch.float32)
-    prediction = ramps.predict(inner[0][0], inner[0][0], None, draft_step=0)
+    prediction = ramps.predict(seen[0][0], seen[0][0], None, draft_step=0)
     assert torch.equal(prediction.token_ids, expected)
 
 
@@ -95,17 +95,17 @@ def test_the_lens_hands_its_state_on_and_the_fused_head_makes_one():
 
 
 def test_every_input_of_the_fused_head_counts():
-    head = random_fused_head(num_inner=2)
-    hidden, final, inner = torch.randn(2, 8), torch.randn(2, 8), [torch.randn(2, 8), torch.randn(2, 8)]
+    head = random_fused_head(num_aux_layers=2)
+    hidden, final, aux = torch.randn(2, 8), torch.randn(2, 8), [torch.randn(2, 8), torch.randn(2, 8)]
     copies = Copies(torch.randn(2, 8), torch.tensor([1, 3]), torch.tensor([False, True]))
 
-    def scores(hidden=hidden, final=final, inner=inner, copies=copies):
-        return head(hidden, head.enter(final, inner), copies)[0][:, :4]
+    def scores(hidden=hidden, final=final, aux=aux, copies=copies):
+        return head(hidden, head.enter(final, aux), copies)[0][:, :4]
 
     for change in (
         {"hidden": hidden + 1},
         {"final": final * torch.arange(8)},
-        {"inner": inner[::-1]},
+        {"aux": aux[::-1]},
         {"copies": copies._replace(embedding=copies.embedding.flip(1))},
         {"copies": copies._replace(lengths=copies.lengths + 1)},
     ):
@@ -163,8 +163,8 @@ def test_every_flipped_byte_of_the_weights_is_found(folder):
         ({"schema_version": 2}, "schema_version"),
         ({"surprise": 1}, "surprise"),
         ({"calibration": {}}, "no calibration for depth 2"),
-        ({"inner": [3, 1]}, r"auxiliary depths \[3, 1\] \(allowed: rising, 1 to 3\)"),
-        ({"inner": [4]}, "auxiliary depths"),
+        ({"aux_layers": [3, 1]}, r"aux_layers \[3, 1\] \(allowed: rising, 1 to 3\)"),
+        ({"aux_layers": [4]}, "aux_layers"),
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused_in_one_line(folder, change, says):

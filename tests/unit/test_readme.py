@@ -12,6 +12,7 @@ from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.eval.compare import load_results
 from apparate_llm.flags import options_from
+from apparate_llm.renamed import depth_of_any_evaluation
 from apparate_llm.vllm_flags import given_value
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,11 +116,12 @@ def test_the_cost_of_exits_that_are_off_is_that_of_the_committed_results():
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("ramps-*.json")))
-def test_agreement_in_the_docs_is_that_of_the_committed_results(path):
+def test_acceptance_rates_in_the_docs_are_that_of_the_committed_results(path):
     text = (path.parents[1] / "ramps.md").read_text()
     for item in json.loads(path.read_text())["depths"]:
-        agreement = " | ".join(f"{part['agreement']:.3f}" for part in item["rounds"])
-        assert f"| {item['depth']} | {agreement} | {item['tokens_per_cycle']:.2f} |" in text
+        item = depth_of_any_evaluation(item)
+        rates = " | ".join(f"{part['acceptance_rate']:.3f}" for part in item["positions"])
+        assert f"| {item['depth']} | {rates} | {item['accepted_per_step']:.2f} |" in text
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)

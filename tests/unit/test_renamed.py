@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from apparate_llm import renamed
-from apparate_llm.cli import build_parser
+from apparate_llm.cli import build_parser, main
 from apparate_llm.config import (
     LIVE_OPTIONS,
     ConfigError,
@@ -28,8 +28,15 @@ from apparate_llm.eval.plan import option_flags
 from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.exits.histograms import Distributions
 from apparate_llm.flags import options_from
+from apparate_llm.prepare.costs import ProfiledCosts
+from apparate_llm.prepare.evaluate import DepthResult
+from apparate_llm.prepare.schedule import point
+from apparate_llm.prepare.train import TrainSettings
+from apparate_llm.prepare.workspace import Workspace
+from apparate_llm.ramps.checkpoint import MANIFEST, read_manifest
 from apparate_llm.vllm_flags import normalised
 from tests.eval_results import a_ratio, a_result, a_run
+from tests.tiny import build_fused_ramps
 
 ROOT = Path(__file__).parents[2]
 OLD_VALUES = {"waiting_weight": 0.5, "max_rows": 8, "class_metrics": False, "state": "none"}
@@ -150,6 +157,59 @@ def test_the_status_has_the_old_names_beside_the_new():
         assert not set(names.values()) & worker[part].keys()
     off = {**worker, "controller": {}}  # of a policy that learns nothing
     assert renamed.beside_old_names(off)["controller"] == {}
+
+
+def test_the_records_of_an_older_preparation_are_used(tmp_path):
+    workspace, settings = Workspace(tmp_path), repr(TrainSettings(depth=0, aux_layers=(1, 3)))
+    old_settings = settings.replace("aux_layers", "inner").replace("step_weights", "round_weights")
+    assert "inner=(1, 3)" in old_settings and "round_weights=(" in old_settings
+    old = {"validation_tokens_per_cycle": 1.5, "train_tokens_per_cycle": 1.6, "settings": old_settings}
+    workspace.write("train-0-lap-0", {"settings": old_settings, "after": None}, old)
+    trained = workspace.read("train-0-lap-0", {"settings": settings, "after": None})
+    assert trained == {"validation_accepted_per_step": 1.5, "train_accepted_per_step": 1.6, "settings": settings}
+    assert point(trained) == 1.5
+    workspace.write("measure-0", {"trained": old}, {"held_out_tokens_per_cycle": 1.4, "agreement": [0.7, 0.6]})
+    measured = workspace.read("measure-0", {"trained": trained})
+    assert measured == {"held_out_accepted_per_step": 1.4, "acceptance_rates": [0.7, 0.6]}
+    kinds = dict.fromkeys(("completion", "pass", "prompt", "round"), 0.1)
+    costs = {"completion_ms": {"1": 20.0}, "round_ms": {"0": {"1": 1.5}}, "spread_frac": kinds}
+    workspace.write("profile", {"heads": {0: old | {"agreement": [0.7, 0.6]}}}, costs)
+    profiled = workspace.read("profile", {"heads": {0: trained | {"acceptance_rates": [0.7, 0.6]}}})
+    assert profiled["spread_frac"] == dict.fromkeys(("verify", "pass", "prompt", "draft_step"), 0.1)
+    found = ProfiledCosts.of(profiled, 0)
+    assert (found.pass_ms(1, 1, 0), found.draft_step_ms(1)) == (20.0, 1.5)
+
+
+def test_an_older_preparation_with_other_settings_is_another_one(tmp_path):
+    workspace = Workspace(tmp_path)
+    workspace.write("train-0-lap-0", {"settings": "TrainSettings(depth=0, inner=(1, 3))"}, {})
+    assert workspace.read("train-0-lap-0", {"settings": "TrainSettings(depth=0, aux_layers=(1, 2))"}) is None
+
+
+def test_ramps_of_version_0_1_are_read_and_shown(tmp_path, tiny_llama, capsys):
+    manifest = build_fused_ramps(tmp_path, tiny_llama, depth=2) / MANIFEST
+    old = json.loads(manifest.read_text())
+    old["inner"] = old.pop("aux_layers")
+    old["training"] = {"depths": {"2": {"held_out_agreement": [0.712], "held_out_calibration_error": 0.034}}}
+    manifest.write_text(json.dumps(old))
+    found = read_manifest(tmp_path)
+    assert found.aux_layers == [1, 3] and "aux_layers" in found.model_dump() and "inner" not in found.model_dump()
+    assert main(["ramps", "show", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "position 0" in shown and "0.712" in shown and "0.034" in shown
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("ramps-*.json")), ids=lambda path: path.name)
+def test_evaluations_of_ramps_by_older_versions_are_read(path):
+    for old in json.loads(path.read_text())["depths"]:
+        found = DepthResult.model_validate(renamed.depth_of_any_evaluation(old))
+        assert renamed.depth_of_any_evaluation(found.model_dump()) == found.model_dump()
+        assert [part.position for part in found.positions] == [0, 1, 2, 3]
+        assert [part.acceptance_rate for part in found.positions] == [part["agreement"] for part in old["rounds"]]
+        assert found.accepted_per_step == old["tokens_per_cycle"]
+        for category, rates in old["by_category"].items():
+            assert list(found.by_category[category].values()) == list(rates.values())
+            assert list(found.by_category[category]) == ["0", "1", "2", "3"]
 
 
 # Words that the code and the pages had for what the field calls otherwise.

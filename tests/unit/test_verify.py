@@ -27,8 +27,8 @@ def depth(number, own=(0.5, 0.8, 0.9), users=(0.6, 0.95, 1.0)):
     }
     return {
         "depth": number,
-        "rounds": [{"round": i, "agreement": 0.7, "rows": 10} for i in range(1, 5)],
-        "tokens_per_cycle": 1.8,
+        "positions": [{"position": i, "acceptance_rate": 0.7, "rows": 10} for i in range(4)],
+        "accepted_per_step": 1.8,
         "calibration_error": 0.01,
         "reliability": [(0.5, 0.5, 10)],
         "coverage": [(0.5, 0.01)],
@@ -41,7 +41,7 @@ def depth(number, own=(0.5, 0.8, 0.9), users=(0.6, 0.95, 1.0)):
 def report():
     depths = [depth(0), depth(2, users=(0.7, 0.99, 1.0))]
     costs = {"1": 10.0, "4": 12.0, "16": 20.0}
-    profiled = {"completion_ms": costs, "round_ms": {"0": costs, "2": costs}, "machine": {"cpu": "cpu", "cores": 2}}
+    profiled = {"verify_ms": costs, "draft_step_ms": {"0": costs, "2": costs}, "machine": {"cpu": "cpu", "cores": 2}}
     names = ("p_over_0.5_frac", "p_over_0.7_frac", "p_over_0.9_frac", "p_over_0.99_frac", "copy_agreement")
     return {
         "model": "model",
@@ -120,14 +120,14 @@ def test_a_profile_says_how_far_its_medians_may_be_off():
     measured = Measurements(until_s=0.0)
     for turn in range(TURNS):
         for size in (1, 4):
-            measured.add(("completion", size), [10.0 * size] * 5)
-            measured.add(("round", 0, size), [1.0 + turn] * 5)
+            measured.add(("verify", size), [10.0 * size] * 5)
+            measured.add(("draft_step", 0, size), [1.0 + turn] * 5)
             measured.add(("pass", size, 2 * size), [11.0 * size] * 5)
     found = measured.result([0])
-    assert found["completion_ms"] == {"1": 10.0, "4": 40.0}
+    assert found["verify_ms"] == {"1": 10.0, "4": 40.0}
     assert found["pass_ms"] == {"1": {"2": 11.0}, "4": {"8": 44.0}}
-    assert found["round_ms"] == {"0": {"1": 1.0, "4": 1.0}}  # of the quietest turn
-    assert found["spread_frac"]["completion"] == 0.0 and found["spread_frac"]["round"] == 1.0
+    assert found["draft_step_ms"] == {"0": {"1": 1.0, "4": 1.0}}  # of the quietest turn
+    assert found["spread_frac"]["verify"] == 0.0 and found["spread_frac"]["draft_step"] == 1.0
     assert found["plain_frac"] == 1.0
     measured.add(("plain", 1), [11.5] * 5)
     assert measured.result([0])["plain_frac"] == 1.15
