@@ -40,7 +40,7 @@ COUNTERS = {  # field of the counts -> help
     "released": "Exits emitted before their remaining layers ran",
     "verified": "Released exits that have their verdict",
     "divergences": "Emitted tokens that differ from their verdict",
-    "divergences_at_worst": "The same and the exits without a verdict, should all of them have been wrong",
+    "divergences_at_worst": "The same and the exits that ended without a verdict",
     "regret_nats": "Over all divergences, how much better the full model's best token was",
     "unverified": "Released exits whose request ended before their verdict",
     "verification_passes": "Passes through all layers",
@@ -58,8 +58,8 @@ FIELDS = {  # metric -> field of the counts, where they differ
 }
 TENANT_COUNTERS = {  # of each tenant
     "emitted": "Output tokens of the tenant",
-    "divergences": "Of them, known to differ from their verdict",
-    "divergences_at_worst": "The same and the exits without a verdict, should all of them have been wrong",
+    "divergences": "Of them, those that differ from their verdict",
+    "divergences_at_worst": "The same and the exits that ended without a verdict",
     "unverified": "Released exits of the tenant whose request ended before their verdict",
     "decode_tokens": "Output tokens of the tenant but for the first of each answer",
     "decode_seconds": "Time these took",
@@ -197,13 +197,13 @@ def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:
             "After a failure, until exits come back by themselves; they need a request for it",
             (status.get("failure") or {}).get("returns_in_s"),
         ),
-        "divergence_ratio": ("Share of emitted tokens that differ from their verdict", counts["divergence_frac"]),
+        "divergence_ratio": ("Share of emitted tokens that are divergences", counts["divergence_frac"]),
         "divergences_at_worst_ratio": (
-            "The same, should all exits without a verdict have been wrong",
+            "The same, exits that ended without a verdict included",
             counts["divergences_at_worst_frac"],
         ),
         "outstanding": ("Released exits that wait for their verdict", counts["outstanding"]),
-        "accuracy_bound": ("Largest share of emitted tokens that may differ", config["accuracy_bound"]),
+        "accuracy_bound": ("Largest share of emitted tokens that may be divergences", config["accuracy_bound"]),
         "budget_left": ("Divergences (or nats) that the bound allows now", status["budget_left"]),
         "budget_fill_ratio": ("Share of the most that the budget can save up", status["budget_fill_frac"]),
         "tpt_target_seconds": (

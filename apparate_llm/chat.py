@@ -25,7 +25,7 @@ STYLES = {  # origin of a token -> how it is shown
     "released_diverged": "red underline",
     "unverified": "green italic",
 }
-LEGEND = (("checked", "checked"), ("held", "held"), ("released", "released"), ("released_diverged", "differs"))
+LEGEND = (("checked", "checked"), ("held", "held"), ("released", "released"), ("released_diverged", "divergence"))
 CONNECT_TIMEOUT_S = 5.0
 TOKEN_TIMEOUT_S = 300.0
 
@@ -86,7 +86,8 @@ class Answer:
             tokens = self.report["tokens"]
             parts += [f"{tokens[name]} {name}" for name in ("checked", "held", "released")]
             known, unverified = self.report["divergences"], tokens["unverified"]
-            parts.append(f"{known} differ, {known + unverified} at worst ({unverified} without a verdict)")
+            counted = f"{known} divergence{'s' * (known != 1)}"
+            parts.append(f"{counted}, {known + unverified} at worst ({unverified} without a verdict)")
         else:
             parts.append("the server has no early exits")
         return " · ".join(parts)

@@ -57,7 +57,7 @@ class EarlyExitConfig(BaseModel):
         ge=0.0,
         lt=1.0,
         allow_inf_nan=False,
-        description="largest share of emitted tokens that may differ from the full model's; 0 is lossless",
+        description="largest share of divergences, emitted tokens that differ from the full model's; 0 is lossless",
     )
     bound_kind: BoundKind = Field(
         "agreement",

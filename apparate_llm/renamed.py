@@ -82,6 +82,12 @@ def beside_old_names(status: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
+def counts_of_any_version(status_counts: dict[str, Any]) -> dict[str, Any]:
+    """Of a status, or of a stored block of an evaluation: by the new names only."""
+    old = {old: new for new, old in STATUS["counts"].items()}
+    return {old.get(name, name): value for name, value in status_counts.items()}
+
+
 def of_any_preparation(record: Any) -> Any:
     """A record of a preparation by its new names, whichever version wrote it."""
     if isinstance(record, list):

@@ -165,7 +165,7 @@ def print_rows(rows: list[Row], title: str) -> None:
 
     table = Table(title=title)
     columns = (
-        "policy|parameters|bound|TPT / plain|tokens per pass|diverged|regret, nats per token|held|accepted|released"
+        "policy|parameters|bound|TPT / plain|tokens per pass|divergences|regret, nats per token|held|accepted|released"
     )
     for column in columns.split("|"):
         table.add_column(column, justify="left" if column in ("policy", "parameters") else "right")
@@ -207,7 +207,7 @@ def draw_tradeoff(ax: Axes, rows: list[Row]) -> None:
             ax.annotate(
                 row["parameters"], (at, row["tpt_ratio"]), fontsize=7, xytext=(4, 4), textcoords="offset points"
             )
-    ax.set_xlabel("divergent tokens, %")
+    ax.set_xlabel("divergences, % of tokens")
     ax.set_ylabel("time per output token / plain")
     ax.grid(alpha=0.3)
     ax.legend()

@@ -96,7 +96,7 @@ def compare(a: Results, b: Results, names: tuple[str, str]) -> list[Table]:
         f"a / baseline, {WITH_INTERVAL}",
         f"b / baseline, {WITH_INTERVAL}",
     ]
-    token_columns = [f"{what} {side}" for side in "ab" for what in ("tokens", "differing", "at worst", "failed")]
+    token_columns = [f"{what} {side}" for side in "ab" for what in ("tokens", "divergences", "at worst", "failed")]
     caption = "\n".join(
         f"{side}: {name}, commit {results.commit or DASH}, {results.started}"
         for side, name, results in zip("ab", names, (a, b), strict=True)

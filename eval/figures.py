@@ -69,7 +69,7 @@ def _of_load(results: Results, points: Points, load: tuple[str, bool], colors: d
         made.append(_figure(f"Gaps between tokens, {name}", partial(gap_cdf, values=gaps, colors=colors)))
     if timelines:
         draw = partial(divergence, timelines=timelines, colors=colors, bounds=bounds_of(results))
-        made.append(_figure(f"Differing tokens as the tokens went by, {name}", draw))
+        made.append(_figure(f"Divergences as the tokens went by, {name}", draw))
     return made
 
 
@@ -164,7 +164,7 @@ def divergence(
     if any(bounds.get(system) for system in timelines):
         ax.plot([], [], "--", linewidth=1, color=GREY, label="accuracy bound")
     ax.set_xlabel("output tokens so far")
-    ax.set_ylabel("differing tokens, %")
+    ax.set_ylabel("divergences, % of tokens")
     ax.margins(x=0.02, y=0.15)
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)

@@ -99,11 +99,11 @@ def _told(ratios: list[Ratio]) -> list[Ratio]:
 def _promise(system: str, bounds: dict[str, float]) -> str:
     if system not in bounds or "lossless" in system:
         return ""
-    return f" (at most {_percent(bounds[system])} % of the tokens may differ)" if bounds[system] else " (lossless)"
+    return f" (at most {_percent(bounds[system])} % divergences)" if bounds[system] else " (lossless)"
 
 
 def _changes(ratios: list[Ratio], runs: dict[tuple[str, str, bool], Run], word: str) -> str:
-    """`takes 23 % less time per token with 1 client (95 % CI 20 to 26) at a cost of 4.1 % differing tokens`"""
+    """`takes 23 % less time per token with 1 client (95 % CI 20 to 26) at a cost of 4.1 % divergences`"""
     cost = _cost([runs[key_of(item)] for item in ratios if key_of(item) in runs], warn_only=word == "more")
     if len(ratios) > MAX_LISTED:
         changes = [abs(1 - item.tpt_mean) for item in ratios if item.tpt_mean is not None]
@@ -125,7 +125,7 @@ def _cost(runs: list[Run], *, warn_only: bool) -> str:
     if not shares or (warn_only and not any(worst)):
         return ""
     at_worst = f" ({_range(worst)} % at worst)" if worst != shares else ""  # exits without a verdict
-    found = f"at a cost of {_range(shares)} % differing tokens" if any(shares) else "without a differing token"
+    found = f"at a cost of {_range(shares)} % divergences" if any(shares) else "without a divergence"
     return f" {found}{at_worst}"
 
 

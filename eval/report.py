@@ -75,10 +75,10 @@ def sections(results: Results) -> list[Section]:
         _section("Absolute figures", "", _speed_columns(runs), runs),
         _section(
             "Quality",
-            "Differing tokens are counted by the server: tokens the full model would not have written; at worst, had "
-            "every exit without a verdict been wrong: that is what the bound holds for. Answers are "
-            "compared with the baseline's. Without any differing token they can still part where the full model's "
-            "best two tokens are nearly equal, as passes over more rows round differently.",
+            "Divergences are counted by the server: tokens the full model would not have written; at worst, exits "
+            "without a verdict included: that is what the bound holds for. Answers are compared with the baseline's. "
+            "Without any divergence they can still part where the full model's best two tokens are nearly equal, as "
+            "passes over more rows round differently.",
             _quality_columns(bounds_of(results)),
             answers,
         ),
@@ -155,7 +155,7 @@ def _speed_columns(runs: list[Run]) -> Columns:
 
 def _quality_columns(bounds: dict[str, float]) -> Columns:
     return {
-        "differing tokens": divergence_cell,
+        "divergences": divergence_cell,
         "at worst": at_worst_cell,
         "bound": lambda run: percent(bounds.get(run.system)),
         "regret, nats/token": lambda run: small(run.regret_nats_per_token),
@@ -164,7 +164,7 @@ def _quality_columns(bounds: dict[str, float]) -> Columns:
 
 
 def _exit_columns(runs: list[Run]) -> Columns:
-    elsewhere = ("differing", "at worst", "regret, nats/token")
+    elsewhere = ("divergences", "at worst", "regret, nats/token")
     columns = {name: cell for name, cell in EXIT_COLUMNS.items() if name not in elsewhere}
     depths = {depth for run in runs if run.exits for depth in run.exits.by_depth}
     for depth in sorted(depths, key=lambda text: (len(text), text)):

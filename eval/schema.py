@@ -89,7 +89,7 @@ class Run(_Strict):
 
     @property
     def divergences_at_worst(self) -> int | None:
-        """What the bound holds for: exits without a verdict count as wrong."""
+        """What the bound holds for: exits without a verdict are among them."""
         if self.divergences is None:
             return None
         return self.divergences + (self.exits.unverified if self.exits else 0)

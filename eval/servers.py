@@ -17,6 +17,7 @@ from apparate_llm.address import authorization
 from apparate_llm.eval.systems import System
 from apparate_llm.files import private_opener
 from apparate_llm.launch import server_environment
+from apparate_llm.renamed import counts_of_any_version
 
 STOP_TIMEOUT_S = 30.0
 PORTS = range(20_000, 32_000)  # below those that connections get, which would take one before the server listens
@@ -103,7 +104,7 @@ class Server:
 
     def counts(self) -> dict[str, Any] | None:
         """Running totals of its exits, None for a system without."""
-        return self.status()["counts"] if self.system.has_exits else None
+        return counts_of_any_version(self.status()["counts"]) if self.system.has_exits else None
 
     def usage(self) -> Usage | None:
         """None for a server that is not ours."""

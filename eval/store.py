@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from apparate_llm.eval.client import Completion
 from apparate_llm.files import private_folder, write_atomically
+from apparate_llm.renamed import counts_of_any_version
 
 
 class BlockKey(NamedTuple):
@@ -89,6 +90,8 @@ class Store:
             record = json.loads(path.read_text())
             key = BlockKey(**record.pop("key"))
             completions = [Completion.of_record(done) for done in record.pop("completions")]
+            if record["counts"] is not None:
+                record["counts"] = counts_of_any_version(record["counts"])
             found.append(Block(key=key, completions=completions, **record))
         return iter(sorted(found, key=lambda block: block.key))
 

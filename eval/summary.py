@@ -171,7 +171,7 @@ def _exits(cell: SystemUnderLoad) -> Exits | None:
 
 def _blocks_per_token(cell: SystemUnderLoad, num_layers: int) -> float | None:
     """Of a system whose passes we know: plain vLLM's run all blocks once a token; held exits that fail cost a row more,
-    rounds their shallow blocks."""
+    draft steps their shallow blocks."""
     if cell.system.name == BASELINE:
         return float(num_layers)
     emitted, held, accepted, blocks = map(cell.total, ("emitted", "held", "accepted", "shallow_blocks"))

@@ -109,7 +109,7 @@ def divergence_cell(run: Run) -> str:
 
 
 def at_worst_cell(run: Run) -> str:
-    """The same, exits without a verdict counted as wrong."""
+    """The same, exits without a verdict included."""
     number = run.divergences_at_worst
     return DASH if number is None else f"{number} ({percent(at_worst_frac(run))})"
 
@@ -166,7 +166,7 @@ EXIT_COLUMNS: Columns = {
     "accepted": exits_cell("accepted"),
     "released": exits_cell("released"),
     "no verdict": exits_cell("unverified"),
-    "differing": divergence_cell,
+    "divergences": divergence_cell,
     "at worst": at_worst_cell,
     "regret, nats/token": lambda run: small(run.regret_nats_per_token),
 }

@@ -21,7 +21,7 @@ from apparate_llm.eval.tables import (
 )
 
 COLUMNS = (
-    "load|system|TPT mean, ms|p99|TTFT mean, ms|tokens/s|exits emitted|tokens that differ|TPT / plain (95 % CI)"
+    "load|system|TPT mean, ms|p99|TTFT mean, ms|tokens/s|exits emitted|divergences|TPT / plain (95 % CI)"
     "|throughput / plain"
 )
 SUMMED_UP = ("lossless", "early-exit-0.05", "ngram", "hf-early-exit")  # columns of the README's table

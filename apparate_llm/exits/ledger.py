@@ -83,7 +83,7 @@ class RequestExits:
 
 @dataclass(slots=True)
 class Audit:
-    """How near the accuracy bound the divergences at worst were: exits that ended without a verdict count as wrong."""
+    """How near the accuracy bound the divergences at worst were: exits that ended without a verdict are among them."""
 
     largest_divergence_frac: float = 0.0  # of the server, over all prefixes of its output beyond SETTLED_TOKENS
     largest_request_excess: float = 0.0  # divergences of a request less its bound x tokens, over all prefixes of all

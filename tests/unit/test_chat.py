@@ -22,10 +22,11 @@ def test_an_answer_is_coloured_by_its_report_and_says_its_speed():
     answer.take(chunk(early_exit=[report]))
     shown = answer.coloured()
     assert shown.plain == "One two" and [(span.start, span.style) for span in shown.spans] == [(3, "blue")]
-    assert "ms per token" in answer.note() and "1 checked · 1 held · 0 released · 0 differ, 0 at worst" in answer.note()
+    assert "ms per token" in answer.note()
+    assert "1 checked · 1 held · 0 released · 0 divergences, 0 at worst" in answer.note()
     answer.report["tokens"] |= {"unverified": 2}
     answer.report["divergences"] = 1
-    assert "1 differ, 3 at worst (2 without a verdict)" in answer.note()
+    assert "1 divergence, 3 at worst (2 without a verdict)" in answer.note()
 
 
 def test_an_error_in_the_stream_ends_it():

@@ -16,9 +16,9 @@ from tests.eval_results import a_ratio, a_result, a_run, cells_of, full_result, 
 def test_the_sentence_tells_gain_cost_and_where_not():
     assert summary_sentence(full_result()) == (
         "Against plain vLLM, lossless takes 23 % less time per token with 1 client (95 % CI 20 to 26) without a "
-        "differing token, and shows no clear difference with 16 clients; early-exit (at most 5 % of the tokens may "
-        "differ) takes 40 % less with 1 client (38 to 42) at a cost of 4.1 % differing tokens (4.5 % at worst), and "
-        "takes 10 % more with 16 clients (2 to 18)."
+        "divergence, and shows no clear difference with 16 clients; early-exit (at most 5 % divergences) takes 40 % "
+        "less with 1 client (38 to 42) at a cost of 4.1 % divergences (4.5 % at worst), and takes 10 % more with 16 "
+        "clients (2 to 18)."
     )
 
 
@@ -43,9 +43,7 @@ def test_a_verdict_needs_the_whole_interval(tpt, ci, says):
 
 def test_without_an_interval_the_sentence_says_so():
     results = a_result([a_run(), with_exits("lossless")], [a_ratio("lossless", tpt=0.9, ci=None)])
-    assert "takes 10 % less time per token with 1 client (no CI) without a differing token." in summary_sentence(
-        results
-    )
+    assert "takes 10 % less time per token with 1 client (no CI) without a divergence." in summary_sentence(results)
 
 
 def test_a_system_without_exits_has_no_cost_in_tokens():
@@ -60,8 +58,8 @@ def test_many_loads_become_a_range():
     runs = [run for n in levels for run in (a_run("vllm", n), with_exits("early-exit", n, divergences=10 * n))]
     ratios = [a_ratio("early-exit", n, 0.6 + n / 25, (0.6 + n / 25 - 0.01, 0.6 + n / 25 + 0.01)) for n in levels]
     assert summary_sentence(a_result(runs, ratios)) == (
-        "Against plain vLLM, early-exit (at most 5 % of the tokens may differ) takes 8 to 36 % less time per token "
-        "with 1, 2, 4 and 8 clients at a cost of 0.5 to 4 % differing tokens (0.9 to 4.3 % at worst)."
+        "Against plain vLLM, early-exit (at most 5 % divergences) takes 8 to 36 % less time per token with 1, 2, 4 and "
+        "8 clients at a cost of 0.5 to 4 % divergences (0.9 to 4.3 % at worst)."
     )
 
 
@@ -191,10 +189,10 @@ def test_there_is_a_figure_for_everything_measured():
         "Throughput and time per output token, by load",
         "Time per output token of the requests, 1 client",
         "Gaps between tokens, 1 client",
-        "Differing tokens as the tokens went by, 1 client",
+        "Divergences as the tokens went by, 1 client",
         "Time per output token of the requests, 16 clients",
         "Gaps between tokens, 16 clients",
-        "Differing tokens as the tokens went by, 16 clients",
+        "Divergences as the tokens went by, 16 clients",
         "Tokens that left early, by depth",
     ]
     drawn = [b64decode(figure.image.partition(",")[2]).decode() for figure in made]

@@ -25,6 +25,7 @@ from apparate_llm.controller.costs import CostModel
 from apparate_llm.core import ExitCounts
 from apparate_llm.eval.compare import load_results
 from apparate_llm.eval.plan import option_flags
+from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.exits.histograms import Distributions
 from apparate_llm.flags import options_from
@@ -159,6 +160,18 @@ def test_the_status_has_the_old_names_beside_the_new():
     assert renamed.beside_old_names(off)["controller"] == {}
 
 
+def test_counts_of_stored_blocks_go_by_the_new_names(tmp_path):
+    store = Store(tmp_path / "evaluation")
+    store.open({}, fresh=True)
+    figures = {"wall_s": 1.0, "cpu_s": None, "energy_j": None, "peak_memory_gib": None, "probe_ms": 1.0}
+    for number, counts in enumerate(({"held": 3, "rounds": 5, "completion_passes": 7}, None)):
+        key = BlockKey(0, 0, number, "lossless")
+        store.add(Block(key=key, completions=[], counts=counts, stolen_frac=0.0, **figures))
+    new = {"held": 3, "draft_steps": 5, "verification_passes": 7}
+    assert [block.counts for block in store.blocks()] == [new, None]
+    assert renamed.counts_of_any_version({**new, "rounds": 5}) == new  # a server tells both
+
+
 def test_the_records_of_an_older_preparation_are_used(tmp_path):
     workspace, settings = Workspace(tmp_path), repr(TrainSettings(depth=0, aux_layers=(1, 3)))
     old_settings = settings.replace("aux_layers", "inner").replace("step_weights", "round_weights")
@@ -212,6 +225,7 @@ def test_evaluations_of_ramps_by_older_versions_are_read(path):
             assert list(found.by_category[category]) == ["0", "1", "2", "3"]
 
 
+VERB = r"(?:a lone|another way|differently|in another|its own way|off|to|up|down)\b"  # what a processor does to a sum
 # Words that the code and the pages had for what the field calls otherwise.
 RETIRED = (
     r"\bknobs?\b",  # option
@@ -220,6 +234,13 @@ RETIRED = (
     r"\binner states?\b",  # auxiliary hidden states
     r"\brequest class(es)?\b",  # tenant
     r"\bjudge_\w+",  # verify
+    r"\bcompletion_(ms|pass|passes|seconds)\b",  # verify_ms, verification pass
+    r"\brounds?_\w+|\w+_rounds?\b",  # draft step
+    rf"(?<!way )\brounds?\b(?!\(|-| {VERB})",  # draft step; position, of an exit in its engine step
+    r"\bper[ _]cycle\b",  # accepted tokens per step
+    r"\bread_cycles\b",  # read_steps
+    r"\bnum_inner\b|\.inner\b|\binner(=|: )",  # aux_layers
+    r"\bdiffering\b|tokens that differ\b(?! from)|count(s|ed)? as wrong|exits? wrongly",  # divergence
 )
 
 
