@@ -150,8 +150,8 @@ def test_a_longer_step_has_to_bring_more_while_requests_wait_for_their_first_tok
         for _ in range(num_steps):
             for _ in range(joining):
                 policy.on_request()
-            num_steps = policy.start(16)
-        return num_steps
+            planned = policy.start(16)
+        return planned
 
     assert serve(150, joining=0) > 0
     assert (

@@ -225,7 +225,8 @@ def test_evaluations_of_ramps_by_older_versions_are_read(path):
             assert list(found.by_category[category]) == ["0", "1", "2", "3"]
 
 
-VERB = r"(?:a lone|another way|differently|in another|its own way|off|to|up|down)\b"  # what a processor does to a sum
+# What a processor does to a sum.
+VERB = r"(?:a lone|another way|differently|in another|in bfloat16|its own way|off|to|up|down)\b"
 # Words that the code and the pages had for what the field calls otherwise.
 RETIRED = (
     r"\bknobs?\b",  # option
@@ -235,7 +236,7 @@ RETIRED = (
     r"\brequest class(es)?\b",  # tenant
     r"\bjudge_\w+",  # verify
     r"\bcompletion_(ms|pass|passes|seconds)\b",  # verify_ms, verification pass
-    r"\brounds?_\w+|\w+_rounds?\b",  # draft step
+    r"\brounds?_(?!robin)\w+|\w+_rounds?\b",  # draft step
     rf"(?<!way )\brounds?\b(?!\(|-| {VERB})",  # draft step; position, of an exit in its engine step
     r"\bper[ _]cycle\b",  # accepted tokens per step
     r"\bread_cycles\b",  # read_steps
