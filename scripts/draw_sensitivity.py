@@ -70,7 +70,7 @@ def main() -> None:
         axes[1][column].set_xscale("log", base=2)
         axes[1][column].axhline(100 * BOUND, color="grey", linestyle=":")
     axes[0][0].set_ylabel("time per output token / plain")
-    axes[1][0].set_ylabel("divergences, % of tokens")
+    axes[1][0].set_ylabel("divergent tokens, %")
     axes[0][0].legend(fontsize=8)
     figure.savefig(Path(sys.argv[1]), metadata={"Date": None} if sys.argv[1].endswith(".svg") else None)
 
