@@ -11,15 +11,14 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from apparate_llm.eval.client import TIMEOUT_S, Completion, PlannedRequest, complete
+from apparate_llm.eval.intervals import Interval, log_mean_interval, ratio_interval
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server
-from apparate_llm.eval.statistics import bootstrap
 from apparate_llm.eval.workloads import lengths_of
 
 MOST_FAILURES = 5  # of a client, one after the other, after which all of them give up
 FAILED_WAIT_S = 0.5  # before a client whose request failed asks again
 MOST_ERRORS = 3
-TINY = 1e-9
 SAME_STEP_S = 0.002  # chunks of one step come within
 STEP_METRICS = ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum", "vllm:generation_tokens_total")
 
@@ -169,20 +168,18 @@ def in_window(arrivals: list[list[tuple[float, int]]], began_s: float, ended_s: 
 
 
 def ratio_of(values: list[float], others: list[float]) -> dict[str, Any]:
-    """Geometric mean of the ratios of pairs, with its 95 % interval; a turn without tokens has none. Raises ValueError
-    where no pair is left."""
+    """Geometric mean of the ratios of pairs, with its 95 % interval, None of too few; a turn without tokens has none.
+    Raises ValueError where no pair is left."""
     logs = np.log([values, others])
     logs = logs[:, np.isfinite(logs).all(0)]
     if not logs.size:
         raise ValueError("no answer had two tokens in a turn: give longer turns")
-    return {
-        "ratio": float(np.exp((logs[0] - logs[1]).mean())),
-        "ci95": bootstrap(logs, lambda sample: np.exp((sample[0] - sample[1]).mean(-1))),
-    }
+    apart = logs[0] - logs[1]
+    return {"ratio": float(np.exp(apart.mean())), "ci95": log_mean_interval(apart)}
 
 
-def throughput_ratio(rates: list[float], others: list[float]) -> tuple[float, tuple[float, float]]:
-    """Of the means of tokens per second over turns, with its 95 % interval."""
-    both = np.array([rates, others])
-    ratio = float(both[0].mean() / both[1].mean()) if both[1].any() else float("inf")
-    return ratio, bootstrap(both, lambda sample: sample[0].mean(-1) / np.maximum(sample[1].mean(-1), TINY))
+def throughput_ratio(rates: list[float], others: list[float]) -> tuple[float, Interval | None]:
+    """Of the means of tokens per second over turns, with its 95 % interval, None of too few."""
+    ours, theirs = ({(0, turn): (rate, 1.0) for turn, rate in enumerate(found)} for found in (rates, others))
+    ratio = sum(rates) / sum(others) if any(others) else float("inf")
+    return ratio, ratio_interval(ours, theirs)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
+from apparate_llm.eval.intervals import Samples
 from apparate_llm.eval.schema import Results, Run, TimelinePoint
-from apparate_llm.eval.statistics import Samples
 from apparate_llm.eval.tables import bounds_of, load_name, loads_of, systems_of
 
 MAX_STEPS = 400  # of a CDF; more cannot be seen

@@ -59,7 +59,7 @@ def _speed_sentence(results: Results) -> str:
 def verdict(item: Ratio) -> Verdict:
     if item.tpt_mean is None:
         return "not measured"
-    # The interval is of prompts that both answered, so the ratio of all requests can lie outside of it.
+    # The interval is of blocks that both answered, so the ratio of all requests can lie outside of it.
     edges = (item.tpt_mean, *(item.tpt_mean_ci95 or ()))
     if max(edges) < 1:
         return "faster"

@@ -106,8 +106,8 @@ def _ratios(results: Results) -> Section:
                 cells = [
                     with_interval(item.tpt_p99, item.tpt_p99_ci95),
                     with_interval(item.ttft_mean, item.ttft_mean_ci95),
-                    number(item.ttft_p99),
-                    number(item.throughput),
+                    with_interval(item.ttft_p99, item.ttft_p99_ci95),
+                    with_interval(item.throughput, item.throughput_ci95),
                 ]
                 spread = " ".join(number(value) for value in item.tpt_mean_by_repeat) or DASH
                 rows.append([name, item.system, ratio_cell(item), verdict(item), *cells, spread])
@@ -122,7 +122,9 @@ def _ratios(results: Results) -> Section:
             "exits that ships with this model. It comes from that log's machine and prompts: a mark to hold the "
             "measured ratios against, no more."
         )
-    return Section("Against the baseline", note, [*columns, "TTFT p99", "throughput", "TPT by repeat"], rows)
+    return Section(
+        "Against the baseline", note, [*columns, "TTFT p99 (95 % CI)", "throughput (95 % CI)", "TPT by repeat"], rows
+    )
 
 
 def _section(title: str, note: str, columns: Columns, runs: list[Run]) -> Section:

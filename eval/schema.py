@@ -18,7 +18,7 @@ class Distribution(_Strict):
     p50: float | None
     p95: float | None
     p99: float | None
-    mean_ci95: tuple[float, float] | None = None  # bootstrap over requests
+    mean_ci95: tuple[float, float] | None = None  # over blocks; over requests in results without `Ratio.units`
 
 
 class Exits(_Strict):
@@ -103,14 +103,17 @@ class Ratio(_Strict):
     load: str
     concurrency: int | None
     fixed_length: bool
+    units: int | None = None  # blocks of both, which intervals are over; None: of old results, over prompts or requests
     tpt_mean: float | None
-    tpt_mean_ci95: tuple[float, float] | None  # bootstrap over prompts, paired
+    tpt_mean_ci95: tuple[float, float] | None  # None, as the next: too few blocks
     tpt_p99: float | None
-    tpt_p99_ci95: tuple[float, float] | None = None  # bootstrap over requests, as the next
+    tpt_p99_ci95: tuple[float, float] | None = None  # None, as of other p99: under 500 requests of either
     ttft_mean: float | None
     ttft_mean_ci95: tuple[float, float] | None = None
     ttft_p99: float | None
+    ttft_p99_ci95: tuple[float, float] | None = None
     throughput: float | None
+    throughput_ci95: tuple[float, float] | None = None
     tpt_mean_by_repeat: list[float]
 
 
@@ -139,9 +142,9 @@ class SteadyRatio(_Strict):
     system: str
     baseline: str
     tpt: float  # geometric mean over pairs of turns
-    tpt_ci95: tuple[float, float]  # bootstrap over turns, as the next
+    tpt_ci95: tuple[float, float] | None  # over turns, as all others; None: too few
     throughput: float
-    throughput_ci95: tuple[float, float]
+    throughput_ci95: tuple[float, float] | None
     answers_of_both: int | None = None  # what the next are over
     tpt_mean: float | None = None
     tpt_mean_ci95: tuple[float, float] | None = None

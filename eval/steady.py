@@ -6,24 +6,35 @@ are those for which a server was running.
 """
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from apparate_llm.eval.closed_loop import SAME_STEP_S, Clients, in_window, ratio_of, throughput_ratio
+from apparate_llm.eval.intervals import p99_interval, ratio_interval, sums_of
 from apparate_llm.eval.plan import SteadyPlan
 from apparate_llm.eval.schema import SteadyLevel, SteadyRatio, SteadyRun
 from apparate_llm.eval.servers import Server
-from apparate_llm.eval.statistics import Samples, Statistic, bootstrap, distribution, mean_of, p99_of
+from apparate_llm.eval.statistics import distribution
 from apparate_llm.progress import Stage
 
 THAWING_S = 0.3  # of each turn, not counted
 EXITS = ("emitted", "held", "accepted", "released")
 
-Answers = dict[tuple[int, int], tuple[float, float]]  # (prompt, times asked before) -> (TPT, TTFT) in ms
+
+class Answer(NamedTuple):
+    """One that began and ended within its server's turns."""
+
+    tpt_ms: float  # NaN of a single token
+    ttft_ms: float
+    turn: int  # in which it began
+
+
+Answers = dict[tuple[int, int], Answer]  # by (prompt, times asked before)
 
 
 def measure_level(plan: SteadyPlan, servers: Sequence[Server], number: int, stage: Stage) -> SteadyLevel:
@@ -88,25 +99,26 @@ class Measured:
 
     def _take_answers(self) -> None:
         turns = self.clients.turns
-        first = next(turn.began_s for turn in turns.turns if turn.counted)
+        began_s = [turn.began_s for turn in turns.turns if turn.counted]
         last = turns.turns[-1].ended_s
         times_asked: Counter[int] = Counter()
         for done in self.clients.done:
             key = (done.prompt_index, times_asked[done.prompt_index])
             times_asked[done.prompt_index] += 1
-            if done.error or done.started_s < first or not done.chunks or done.started_s + done.chunks[-1].at_s > last:
+            turn = bisect_right(began_s, done.started_s) - 1
+            if done.error or turn < 0 or not done.chunks or done.started_s + done.chunks[-1].at_s > last:
                 continue
             began, *ends = (
                 turns.active_s(done.started_s + at_s) for at_s in (0, done.chunks[0].at_s, done.chunks[-1].at_s)
             )
             later_tokens = (done.output_tokens or 1) - 1
             tpt_ms = (ends[1] - ends[0]) * 1e3 / later_tokens if later_tokens else math.nan
-            self.answers[key] = (tpt_ms, (ends[0] - began) * 1e3)
+            self.answers[key] = Answer(tpt_ms, (ends[0] - began) * 1e3, turn)
             self.waits.append((began, ends[0]))
 
     def run(self) -> SteadyRun:
         turns, steps = self.clients.turns, self.clients.steps
-        tpt, ttft = np.array(list(self.answers.values())).T
+        tpt, ttft, _ = np.array(list(self.answers.values())).T
         running = [[turns.active_s(at_s) for at_s, _ in answer] for answer in self.arrivals if answer]
         run = SteadyRun(
             system=self.name,
@@ -144,23 +156,33 @@ def ratio_to(ours: Measured, baseline: Measured) -> SteadyRatio:
 
 def ratios_of_answers(answers: Answers, others: Answers) -> dict[str, Any]:
     """Of mean and p99 of TPT and TTFT over the answers that both servers gave, as clients ask both for the same in the
-    same order; each with its 95 % interval."""
+    same order; each with its 95 % interval, over the turns in which they began."""
     both = sorted(answers.keys() & others.keys())
     if len(both) < 2:
         raise ValueError(f"{len(both)} answers that both servers gave within their turns: give more --turns")
     found: dict[str, Any] = {"answers_of_both": len(both)}
-    for i, measure in enumerate(("tpt", "ttft")):
-        pairs = np.array([[one[key][i] for key in both] for one in (answers, others)])
-        pairs = pairs[:, ~np.isnan(pairs).any(0)]
-        for name, statistic in {"mean": mean_of, "p99": p99_of}.items():
-            ratio = partial(_ratio_of_pairs, statistic)
-            found[f"{measure}_{name}"] = float(ratio(pairs))
-            found[f"{measure}_{name}_ci95"] = bootstrap(pairs, ratio)
+    for measure in ("tpt", "ttft"):
+        pairs = [[getattr(one[key], f"{measure}_ms") for key in both] for one in (answers, others)]
+        known = ~np.isnan(pairs).any(0)
+        values = np.array(pairs)[:, known]
+        (mean, base_mean), (p99, base_p99) = values.mean(1), np.percentile(values, 99, axis=1)
+        by_turn = [
+            _by_turn([one[key].turn for key in both], side, known)
+            for one, side in zip((answers, others), pairs, strict=True)
+        ]
+        found[f"{measure}_mean"], found[f"{measure}_p99"] = float(mean / base_mean), float(p99 / base_p99)
+        found[f"{measure}_mean_ci95"] = ratio_interval(*map(sums_of, by_turn))
+        found[f"{measure}_p99_ci95"] = p99_interval(*by_turn)
     return found
 
 
-def _ratio_of_pairs(statistic: Statistic, pairs: Samples) -> Samples:
-    return statistic(pairs[0]) / statistic(pairs[1])
+def _by_turn(turns: list[int], values: list[float], known: NDArray[np.bool_]) -> dict[tuple[int, int], list[float]]:
+    """As units of an interval."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for turn, value, is_known in zip(turns, values, known, strict=True):
+        if is_known:
+            found.setdefault((0, turn), []).append(value)
+    return found
 
 
 def ttft_parts(waits: list[tuple[float, float]], arrivals: list[list[float]]) -> dict[str, float]:

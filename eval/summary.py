@@ -1,6 +1,6 @@
 """From the blocks on disk to `Results`: figures of every system under every load, ratios, quality."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +10,14 @@ import numpy as np
 
 from apparate_llm.eval.client import Completion
 from apparate_llm.eval.code_check import code_passes
+from apparate_llm.eval.intervals import FEWEST, Sums, Values, mean_interval, p99_interval, ratio_interval, sums_of
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.quality import final_number, first_difference, is_maths, rouge_l
-from apparate_llm.eval.schema import Exits, Quality, Ratio, Run, TimelinePoint
+from apparate_llm.eval.schema import Distribution, Exits, Quality, Ratio, Run, TimelinePoint
 from apparate_llm.eval.statistics import (
-    apart_interval,
     distribution,
     goodput_frac,
-    mean_of,
     output_tokens,
-    p99_of,
-    ratio_interval,
     ratio_of,
     shared_chunk_frac,
     tokens_per_s,
@@ -48,6 +45,26 @@ class SystemUnderLoad:
     def values(self, name: str) -> list[float | None]:
         """Of every completion."""
         return [getattr(done, name) for done in self.completions]
+
+    def by_unit(self, name: str) -> Values:
+        """What is known of the completions of each block."""
+        return {
+            (block.key.repeat, block.key.block): [
+                value for done in block.completions if (value := getattr(done, name)) is not None
+            ]
+            for block in self.blocks
+        }
+
+    def distribution(self, name: str) -> Distribution:
+        return distribution(self.values(name), mean_interval(sums_of(self.by_unit(name))))
+
+    @property
+    def tokens_by_unit(self) -> Sums:
+        """Output tokens and seconds of each block."""
+        return {
+            (block.key.repeat, block.key.block): (float(output_tokens(block.completions)), block.wall_s)
+            for block in self.blocks
+        }
 
     @property
     def wall_s(self) -> float:
@@ -137,10 +154,10 @@ def _run(cell: SystemUnderLoad, summary: Summary, quality: Quality | None) -> Ru
         failed=sum(done.error is not None for done in completions),
         output_tokens=tokens,
         wall_s=cell.wall_s,
-        tpt_ms=distribution(cell.values("tpt_ms"), interval=True),
-        ttft_ms=distribution(cell.values("ttft_ms"), interval=True),
+        tpt_ms=cell.distribution("tpt_ms"),
+        ttft_ms=cell.distribution("ttft_ms"),
         gap_ms=distribution([gap for done in completions for gap in done.gaps_ms]),
-        e2e_ms=distribution(cell.values("e2e_ms"), interval=True),
+        e2e_ms=cell.distribution("e2e_ms"),
         shared_chunk_frac=shared_chunk_frac(completions),
         output_tokens_per_s=tokens_per_s(completions, cell.wall_s),
         goodput_frac=good,
@@ -249,26 +266,34 @@ def ratios_of(cells: list[SystemUnderLoad], runs: list[Run]) -> list[Ratio]:
         if base is None or base is cell:
             continue
         base_run = runs[next(i for i, other in enumerate(cells) if other is base)]
-        pairs = zip(_tpt_by_repeat(cell), _tpt_by_repeat(base), strict=False)
-        ratios.append(
-            Ratio(
-                system=run.system,
-                baseline=BASELINE,
-                load=run.load,
-                concurrency=run.concurrency,
-                fixed_length=run.fixed_length,
-                tpt_mean=ratio_of(run.tpt_ms.mean, base_run.tpt_ms.mean),
-                tpt_mean_ci95=ratio_interval(cell.completions, base.completions),
-                tpt_p99=ratio_of(run.tpt_ms.p99, base_run.tpt_ms.p99),
-                tpt_p99_ci95=apart_interval(cell.values("tpt_ms"), base.values("tpt_ms"), p99_of),
-                ttft_mean=ratio_of(run.ttft_ms.mean, base_run.ttft_ms.mean),
-                ttft_mean_ci95=apart_interval(cell.values("ttft_ms"), base.values("ttft_ms"), mean_of),
-                ttft_p99=ratio_of(run.ttft_ms.p99, base_run.ttft_ms.p99),
-                throughput=ratio_of(run.output_tokens_per_s, base_run.output_tokens_per_s),
-                tpt_mean_by_repeat=[value for a, b in pairs if (value := ratio_of(a, b)) is not None],
-            )
-        )
+        ratios.append(_ratio(cell, run, base, base_run))
     return ratios
+
+
+def _ratio(cell: SystemUnderLoad, run: Run, base: SystemUnderLoad, base_run: Run) -> Ratio:
+    pairs = zip(_tpt_by_repeat(cell), _tpt_by_repeat(base), strict=False)
+    (tpt, ttft), (base_tpt, base_ttft) = (
+        [side.by_unit(name) for name in ("tpt_ms", "ttft_ms")] for side in (cell, base)
+    )
+    return Ratio(
+        system=run.system,
+        baseline=base_run.system,
+        load=run.load,
+        concurrency=run.concurrency,
+        fixed_length=run.fixed_length,
+        units=len(tpt.keys() & base_tpt.keys()),
+        tpt_mean=ratio_of(run.tpt_ms.mean, base_run.tpt_ms.mean),
+        tpt_mean_ci95=ratio_interval(sums_of(tpt), sums_of(base_tpt)),
+        tpt_p99=ratio_of(run.tpt_ms.p99, base_run.tpt_ms.p99),
+        tpt_p99_ci95=p99_interval(tpt, base_tpt),
+        ttft_mean=ratio_of(run.ttft_ms.mean, base_run.ttft_ms.mean),
+        ttft_mean_ci95=ratio_interval(sums_of(ttft), sums_of(base_ttft)),
+        ttft_p99=ratio_of(run.ttft_ms.p99, base_run.ttft_ms.p99),
+        ttft_p99_ci95=p99_interval(ttft, base_ttft),
+        throughput=ratio_of(run.output_tokens_per_s, base_run.output_tokens_per_s),
+        throughput_ci95=ratio_interval(cell.tokens_by_unit, base.tokens_by_unit),
+        tpt_mean_by_repeat=[value for a, b in pairs if (value := ratio_of(a, b)) is not None],
+    )
 
 
 def _tpt_by_repeat(cell: SystemUnderLoad) -> list[float | None]:
@@ -296,10 +321,26 @@ def notes_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) 
             notes.append(
                 f"{system.name} works on one request at a time: it is measured with one client, or not at all."
             )
+    if few := _too_few(blocks, loads):
+        notes.append(
+            f"No interval under {', '.join(few)}: it takes {FEWEST} blocks of either system. More prompts or passes "
+            "(--repeat) make more."
+        )
     failed = sum(done.error is not None for block in blocks for done in block.completions)
     if failed:
         notes.append(f"{failed} requests failed; they have no times and count as missed in goodput.")
     return notes
+
+
+def _too_few(blocks: Sequence[Block], loads: list[Load]) -> list[str]:
+    """Loads with their blocks, of the system that has fewest."""
+    numbers = Counter((block.key.load, block.key.system) for block in blocks)
+    found = []
+    for number, load in enumerate(loads):
+        fewest = min((count for (of_load, _), count in numbers.items() if of_load == number), default=FEWEST)
+        if fewest < FEWEST:
+            found.append(f"{load.name} ({fewest} block{'s' * (fewest > 1)})")
+    return found
 
 
 def saturation_notes(runs: list[Run]) -> list[str]:

@@ -94,8 +94,11 @@ def percent(frac: float | None) -> str:
 
 
 def with_interval(value: float | None, interval: tuple[float, float] | None, digits: int = 2) -> str:
-    if value is None or interval is None:
-        return number(value, digits)
+    """In brackets; a dash there: of too few."""
+    if value is None:
+        return DASH
+    if interval is None:
+        return f"{number(value, digits)} ({DASH})"
     return f"{number(value, digits)} ({number(interval[0], digits)}{DASH}{number(interval[1], digits)})"
 
 

@@ -22,9 +22,9 @@ import numpy as np
 import openai
 from openai.types.chat import ChatCompletionChunk
 
+from apparate_llm.eval.intervals import bootstrap
 from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
-from apparate_llm.eval.statistics import bootstrap
 from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.serve import memory_flags, model_folder

@@ -136,7 +136,8 @@ def measure(
     """By number of clients: the ratio of mean times per output token, lossless exits / plain vLLM, and its interval.
     Raises RuntimeError where a server does not run."""
     from apparate_llm.eval.evaluate import Evaluation, evaluate
-    from apparate_llm.eval.statistics import ratio_interval, ratio_of
+    from apparate_llm.eval.intervals import ratio_interval, sums_of
+    from apparate_llm.eval.statistics import ratio_of
     from apparate_llm.eval.summary import cells_of
     from apparate_llm.eval.systems import ModelChoice, early_exits, plain_vllm
     from apparate_llm.eval.workloads import closed
@@ -172,7 +173,7 @@ def measure(
             means = [_mean(cell.values("tpt_ms")) for cell in (ours, plain)]
             found[str(number)] = {
                 "tpt_ratio": ratio_of(*means),
-                "ci95": ratio_interval(ours.completions, plain.completions),
+                "ci95": ratio_interval(*(sums_of(cell.by_unit("tpt_ms")) for cell in (ours, plain))),
                 "ours_ms": means[0],
                 "plain_ms": means[1],
                 "by_repeat": ratios_of_repeats(ours.blocks + plain.blocks),

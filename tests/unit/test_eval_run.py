@@ -6,17 +6,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.eval import plan as plans
+from apparate_llm.eval.client import Chunk, Completion
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server, free_port
-from apparate_llm.eval.statistics import apart_interval, mean_of
-from apparate_llm.eval.store import BlockKey, Store
+from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import ModelChoice, System, plain_vllm, systems_of
 from apparate_llm.eval.workloads import closed, poisson, traced
@@ -64,8 +63,7 @@ def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
         assert (
             run.tpt_ms.mean > 0.9 * (50 + 250 / 7) / 2
         )  # sleeping is never shorter than asked; exact: the client's tests
-        low, high = run.tpt_ms.mean_ci95
-        assert low <= run.tpt_ms.mean <= high
+        assert run.tpt_ms.mean_ci95 is None  # of two blocks
         assert run.ttft_ms.p50 > 90
         assert run.shared_chunk_frac == pytest.approx(4 / 14)
         assert run.goodput_frac is not None and run.goodput_frac <= 4 / 6
@@ -74,10 +72,12 @@ def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
     assert runs[1].quality.rouge_l_baseline == 1.0 and runs[1].quality.first_difference_tokens is None
     for ratio in ratios:
         assert len(ratio.tpt_mean_by_repeat) == 2
-        assert ratio.tpt_mean_ci95[0] <= ratio.tpt_mean <= ratio.tpt_mean_ci95[1]
-        assert ratio.tpt_p99_ci95[0] <= ratio.tpt_p99 <= ratio.tpt_p99_ci95[1]
-        assert ratio.ttft_mean_ci95[0] <= ratio.ttft_mean <= ratio.ttft_mean_ci95[1]
-    assert any("8 requests failed" in note for note in notes_of(blocks, systems, evaluation.loads))
+        assert (ratio.units, ratio.tpt_mean_ci95, ratio.ttft_mean_ci95, ratio.throughput_ci95) == (2, None, None, None)
+    notes = notes_of(blocks, systems, evaluation.loads)
+    assert any("8 requests failed" in note for note in notes)
+    assert any(
+        note.startswith("No interval under 1 client (2 blocks), 2 clients (2 blocks): it takes 8") for note in notes
+    )
 
 
 def test_texts_are_held_against_those_of_policy_off_and_of_the_first_load(base_url, tmp_path):
@@ -213,9 +213,6 @@ def test_a_system_for_one_request_at_a_time_is_measured_with_one_client(base_url
 
 
 def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
-    from apparate_llm.eval.client import Chunk, Completion
-    from apparate_llm.eval.store import Block
-
     ours = System("early-exit-0.05", has_exits=True, bound=0.05)
     evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a", "b", "c", "d", "e"))
     for number, (first, diverged) in enumerate([(0, 1), (4, 3)]):
@@ -242,8 +239,6 @@ def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
 
 
 def test_answers_are_compared_with_the_baselines_and_with_references():
-    from apparate_llm.eval.client import Chunk, Completion
-
     asked = [
         Prompt([], "math", reference="... #### 42"),
         Prompt([], "qa", reference="the dog sat"),
@@ -281,13 +276,36 @@ def test_varied_lengths_are_the_same_for_all_and_cover_their_range():
     assert {len(block) for block in loads[0].blocks[:-1]} == {6 * 16}
 
 
-def test_the_interval_of_a_ratio_of_samples_that_are_not_pairs():
-    normal = np.random.default_rng(1).normal
-    samples = [(normal(2.0, 0.1, 900), normal(1.0, 0.1, 400)) for _ in range(200)]
-    intervals = [apart_interval(*pair, mean_of) for pair in samples]
-    assert 0.90 <= sum(low <= 2.0 <= high for low, high in intervals) / len(samples) <= 0.99
-    assert all(high - low < 0.1 for low, high in intervals)
-    assert apart_interval([1.0, None], [1.0, 2.0], mean_of) is None
+def block_of(key: BlockKey, *tpt_ms: float, ttft_ms: float = 100.0) -> Block:
+    """Answers of 11 tokens."""
+    first = ttft_ms / 1e3
+    done = [
+        Completion(i, 0.0, [Chunk(first, 1, 1), Chunk(first + ms / 100, 11, 11)], "x", 11)
+        for i, ms in enumerate(tpt_ms)
+    ]
+    return Block(key, done, max(tpt_ms) / 100 + first, None, None, None, None, 5.0, 0.0)
+
+
+def test_intervals_of_ratios_are_over_blocks_that_both_systems_have(tmp_path):
+    systems = [System("vllm"), System("ours")]
+    evaluation = evaluation_of(tmp_path / "out", systems, prompts("a", "b"))
+    for number in range(13):
+        pace = 1 + number % 4 / 10
+        evaluation.store.add(block_of(BlockKey(0, 0, number, "vllm"), 50.0 * pace, 60.0 * pace))
+        if number < 12:
+            evaluation.store.add(block_of(BlockKey(0, 0, number, "ours"), 25.0 * pace, 30.3 * pace, ttft_ms=80.0))
+    (_, ours), (ratio,), blocks = results_of(evaluation)
+    assert ratio.units == 12 and ratio.tpt_mean == pytest.approx(0.5, rel=0.02)
+    for low, value, high in (
+        (ratio.tpt_mean_ci95[0], 0.5027, ratio.tpt_mean_ci95[1]),
+        (ratio.ttft_mean_ci95[0], 0.8, ratio.ttft_mean_ci95[1]),
+        (ratio.throughput_ci95[0], ratio.throughput, ratio.throughput_ci95[1]),
+        (ours.tpt_ms.mean_ci95[0], ours.tpt_ms.mean, ours.tpt_ms.mean_ci95[1]),
+    ):
+        assert low - 1e-9 <= value <= high + 1e-9 and high / low < 1.15
+    assert ratio.tpt_mean_ci95[1] / ratio.tpt_mean_ci95[0] < 1.01  # a block is as slow for the one as for the other
+    assert ratio.tpt_p99_ci95 is None and ratio.ttft_p99_ci95 is None
+    assert not any("No interval under 1 client" in note for note in notes_of(blocks, systems, evaluation.loads[:1]))
 
 
 def test_poisson_arrivals_have_the_rate_and_are_the_same_again():
