@@ -1,8 +1,9 @@
 """Streams chat completions from an OpenAI-compatible server and keeps the raw timestamps."""
 
 import asyncio
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from apparate_llm.eval.prompts import Messages
 from apparate_llm.sse import event_data_async
 
 TIMEOUT_S = 600.0
+FAILED_WAIT_S = 0.5  # before a client whose request failed asks again
 
 
 class PlannedRequest(NamedTuple):
@@ -21,6 +23,22 @@ class PlannedRequest(NamedTuple):
     prompt_index: int
     max_tokens: int
     at_s: float | None = None  # arrival after the block's start; None: as soon as a client is free
+
+    @property
+    def arrival_s(self) -> float:
+        assert self.at_s is not None, f"no arrival time: {self}"
+        return self.at_s
+
+
+class Uncounted(NamedTuple):
+    """What is asked around a block's requests and does not count, so that they meet a server at work."""
+
+    lead_in: tuple[PlannedRequest, ...] = ()  # of each client but the first, or arrivals: before those that count
+    run_out: tuple[PlannedRequest, ...] = ()  # again and again, until the last of those that count has ended
+    period_s: float | None = None  # after which arrivals come again; None: clients ask as soon as they are free
+
+
+NOTHING_ELSE = Uncounted()
 
 
 class Chunk(NamedTuple):
@@ -66,6 +84,13 @@ class Completion:
             return []
         return [(b.at_s - a.at_s) * 1e3 for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
 
+    def tokens_until(self, at_s: float) -> int:
+        """Received by a moment after the block's start; where the server does not say how many, a chunk is a token."""
+        received = [chunk for chunk in self.chunks if self.started_s + chunk.at_s <= at_s]
+        if not received:
+            return 0
+        return received[-1].tokens if received[-1].tokens is not None else len(received)
+
     def tokens_before(self, character: int) -> int | None:
         """Tokens received before the chunk that brought this character."""
         before: int | None = 0
@@ -84,9 +109,17 @@ class Completion:
 
 
 async def complete(
-    client: httpx.AsyncClient, model: str, messages: Messages, ask: PlannedRequest, *, fixed_length: bool, began: float
+    client: httpx.AsyncClient,
+    model: str,
+    messages: Messages,
+    ask: PlannedRequest,
+    *,
+    fixed_length: bool,
+    began: float,
+    on_begun: Callable[[Completion], None] = lambda begun: None,
 ) -> Completion:
-    """Ask for one greedy answer; a failure is recorded, not raised. began: the block's, on the event loop's clock."""
+    """Ask for one greedy answer; a failure is recorded, not raised. began: the block's, on the event loop's clock.
+    on_begun: gets the completion before it is complete, which it may never be."""
     clock = asyncio.get_running_loop().time
     body = {
         "model": model,
@@ -100,6 +133,7 @@ async def complete(
         body["ignore_eos"] = True
     sent = clock()
     result = Completion(prompt_index=ask.prompt_index, started_s=sent - began)
+    on_begun(result)
     finished = False
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -141,46 +175,120 @@ def _take(result: Completion, chunk: dict[str, Any], at_s: float) -> None:
             result.chunks.append(Chunk(at_s, tokens, len(result.text)))
 
 
+class Asked(NamedTuple):
+    """What came of a block."""
+
+    completions: list[Completion]  # that count, as they ended
+    wall_s: float  # from the first of these to the end of the last
+    uncounted: list[Completion]  # as far as they came
+
+
 async def run_block(
     base_url: str,
     model: str,
     prompts: list[Messages],
-    asks: list[PlannedRequest],
+    asks: Sequence[PlannedRequest],
     *,
     concurrency: int | None,
+    uncounted: Uncounted = NOTHING_ELSE,
     fixed_length: bool = False,
     on_done: Callable[[Completion], None] = lambda done: None,
     headers: dict[str, str] | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
-) -> tuple[list[Completion], float]:
-    """All of `asks`: as many at a time as `concurrency`, or each at its own time if that is None. Returns the
-    completions and the wall time in seconds. headers: of every request. transport: instead of a network's."""
-    done: list[Completion] = []
-    clock, timeout = asyncio.get_running_loop().time, httpx.Timeout(TIMEOUT_S)
+) -> Asked:
+    """All of `asks`: as many at a time as `concurrency`, or each at its own time if that is None. on_done: of each that
+    counts. headers: of every request. transport: instead of a network's."""
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(
-        base_url=base_url, headers=headers, timeout=timeout, limits=limits, transport=transport
-    ) as client:
-        began = clock()
-
-        async def serve(ask: PlannedRequest) -> None:
-            messages = prompts[ask.prompt_index]
-            completion = await complete(client, model, messages, ask, fixed_length=fixed_length, began=began)
-            done.append(completion)
-            on_done(completion)
-
-        async def client_of(queue: list[PlannedRequest]) -> None:
-            while queue:
-                await serve(queue.pop(0))
-
-        async def arrive(ask: PlannedRequest) -> None:
-            assert ask.at_s is not None, f"no arrival time: {ask}"
-            await asyncio.sleep(began + ask.at_s - clock())
-            await serve(ask)
-
+        base_url=base_url, headers=headers, timeout=httpx.Timeout(TIMEOUT_S), limits=limits, transport=transport
+    ) as http:
+        block = _Block(http, model, prompts, asks, fixed_length, on_done)
         if concurrency is None:
-            await asyncio.gather(*(arrive(ask) for ask in asks))
-        else:
-            queue = list(asks)
-            await asyncio.gather(*(client_of(queue) for _ in range(concurrency)))
-        return done, clock() - began
+            return await block.run([block.arrivals(uncounted)])
+        run_out = itertools.cycle(uncounted.run_out)
+        leads = itertools.chain([None], uncounted.lead_in, itertools.repeat(None))
+        return await block.run([block.client(lead, run_out) for lead in itertools.islice(leads, concurrency)])
+
+
+@dataclass
+class _Block:
+    """One block under way."""
+
+    http: httpx.AsyncClient
+    model: str
+    prompts: list[Messages]
+    asks: Sequence[PlannedRequest]
+    fixed_length: bool
+    on_done: Callable[[Completion], None]
+    completions: list[Completion] = field(default_factory=list)
+    uncounted: list[Completion] = field(default_factory=list)
+    over: asyncio.Event = field(default_factory=asyncio.Event)  # nothing that counts is left
+
+    def __post_init__(self) -> None:
+        self.queue = list(self.asks)
+        self.clock = asyncio.get_running_loop().time
+        self.began = self.ended = self.clock()
+
+    async def run(self, work: list[Coroutine[Any, Any, None]]) -> Asked:
+        """Until all that counts has ended; what else is under way is cancelled then."""
+        if not self.asks:
+            self.over.set()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part) for part in work]
+            await self.over.wait()
+            for task in tasks:
+                task.cancel()
+        first_s = min((done.started_s for done in self.completions), default=0.0)
+        return Asked(self.completions, self.ended - self.began - first_s, self.uncounted)
+
+    async def client(self, lead_in: PlannedRequest | None, run_out: Iterator[PlannedRequest]) -> None:
+        if lead_in is not None:
+            await self._uncounted(lead_in)
+        while self.queue:
+            await self._counted(self.queue.pop(0))
+        for ask in run_out:
+            if self.over.is_set():
+                return
+            await self._uncounted(ask)
+
+    async def arrivals(self, around: Uncounted) -> None:
+        async with asyncio.TaskGroup() as group:
+            for at_s, ask, counts in self._in_time(around):
+                await asyncio.sleep(self.began + at_s - self.clock())
+                group.create_task(self._counted(ask) if counts else self._uncounted(ask))
+
+    def _in_time(self, around: Uncounted) -> Iterator[tuple[float, PlannedRequest, bool]]:
+        """(when after the block's start, request, whether it counts), in order."""
+        for ask in around.lead_in:
+            yield ask.arrival_s, ask, False
+        for ask in self.asks:
+            yield ask.arrival_s, ask, True
+        if around.run_out and around.period_s is not None:
+            for number in itertools.count(1):
+                for ask in around.run_out:
+                    yield ask.arrival_s + number * around.period_s, ask, False
+
+    async def _counted(self, ask: PlannedRequest) -> None:
+        done = await self._complete(ask)
+        self.completions.append(done)
+        self.ended = self.clock()
+        self.on_done(done)
+        if len(self.completions) == len(self.asks):
+            self.over.set()
+
+    async def _uncounted(self, ask: PlannedRequest) -> None:
+        if (await self._complete(ask, self.uncounted.append)).error:
+            await asyncio.sleep(FAILED_WAIT_S)
+
+    async def _complete(
+        self, ask: PlannedRequest, on_begun: Callable[[Completion], None] = lambda begun: None
+    ) -> Completion:
+        return await complete(
+            self.http,
+            self.model,
+            self.prompts[ask.prompt_index],
+            ask,
+            fixed_length=self.fixed_length,
+            began=self.began,
+            on_begun=on_begun,
+        )

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 
-from apparate_llm.eval.client import Completion, PlannedRequest, run_block
+from apparate_llm.eval.client import NOTHING_ELSE, Asked, Completion, PlannedRequest, Uncounted, run_block
 from apparate_llm.eval.host_noise import energy_j, probe_ms, processor_times, stolen_frac
-from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.prompts import NUM_HELD_OUT, Messages, Prompt, held_out
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.systems import BASELINE, System
@@ -22,6 +22,7 @@ from apparate_llm.progress import Progress, Stage
 
 WARM_UP = (2, 32)  # prompts at once, tokens
 WAKING_TOKENS = 8
+LEAVING_S = 0.2  # after which a server has heard that what was under way is cancelled
 
 
 @dataclass(slots=True)
@@ -36,6 +37,14 @@ class Evaluation:
     dead: dict[str, str] = field(default_factory=dict)  # system -> why it is not measured (any more)
     enough: Callable[[int], bool] = lambda load: False  # whether the load of this number needs no further repeat
     repeats: dict[int, int] = field(default_factory=dict)  # load -> repeats, where they were enough
+    messages: list[Messages] = field(init=False)  # of the prompts, and of the held-out ones behind them
+
+    def __post_init__(self) -> None:
+        self.messages = [prompt.messages for prompt in (*self.prompts, *held_out(self.prompts))]
+
+    def warming(self, number: int, max_tokens: int) -> list[PlannedRequest]:
+        """Requests for held-out prompts."""
+        return [PlannedRequest(len(self.prompts) + i % NUM_HELD_OUT, max_tokens) for i in range(number)]
 
     def keys(self, system: System) -> Iterator[tuple[BlockKey, Load, tuple[PlannedRequest, ...]]]:
         for number, load in enumerate(self.loads):
@@ -91,7 +100,7 @@ def _start(evaluation: Evaluation, stack: ExitStack, progress: Progress) -> list
         try:
             with progress.stage(f"start {system.name}", total=math.inf, facts=f"log {log}"):
                 server.wait_ready()
-                _ask(server, evaluation, [PlannedRequest(index, WARM_UP[1]) for index in range(WARM_UP[0])], WARM_UP[0])
+                _ask(server, evaluation, evaluation.warming(*WARM_UP), WARM_UP[0])
         except (RuntimeError, httpx.HTTPError) as error:
             if system.name == BASELINE:
                 raise RuntimeError(f"the baseline does not run: {error}") from None
@@ -109,7 +118,7 @@ def _measure(
 ) -> None:
     """The systems take turns block by block (A B, B A, A B, ...), so that a machine that is slower for some minutes is
     slower for all. The waiting ones are off the processors; the first request after that is not counted, as nobody
-    freezes a server in use. A closed loop begins with further ones that are not counted."""
+    freezes a server in use. A closed loop begins with further ones that are not counted, for prompts held out."""
     settled: set[str] = set()
     order = list(servers)
     for repeat in range(evaluation.repeat):
@@ -124,7 +133,8 @@ def _measure(
                 try:
                     with _running(server):
                         if name not in settled and load.concurrency is not None:
-                            settling = list(asks[: max(2, load.concurrency)])
+                            longest = max(ask.max_tokens for ask in asks)
+                            settling = evaluation.warming(max(2, load.concurrency), longest)
                             _ask(server, evaluation, settling, load.concurrency)
                         settled.add(name)
                         found = _measure_block(server, evaluation, key, load, asks, stage)
@@ -159,15 +169,19 @@ def _measure_block(
     def on_done(completion: Completion) -> None:
         stage.update(stage.done + 1, stage.facts)
 
-    completions, wall_s = _ask(server, evaluation, list(asks), load.concurrency, load.fixed_length, on_done)
+    around = load.uncounted[key.block] if load.uncounted else NOTHING_ELSE
+    asked = _ask(server, evaluation, asks, load.concurrency, load.fixed_length, around, on_done)
+    if asked.uncounted:
+        time.sleep(LEAVING_S)
     energy_after, stolen = energy_j(), stolen_frac(processors, processor_times())
     if server.process is not None and server.process.poll() is not None:
         raise RuntimeError(f"ended with exit code {server.process.returncode}; its log: {server.log}")
     after, usage_after = server.counts(), server.usage()
     return Block(
         key=key,
-        completions=completions,
-        wall_s=wall_s,
+        completions=asked.completions,
+        uncounted=asked.uncounted,
+        wall_s=asked.wall_s,
         counts=None if counts is None or after is None else difference(counts, after),
         cpu_s=None if usage is None or usage_after is None else usage_after.cpu_s - usage.cpu_s,
         # A counter that ran over between the two says nothing.
@@ -193,19 +207,19 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 def _ask(
     server: Server,
     evaluation: Evaluation,
-    asks: list[PlannedRequest],
+    asks: Sequence[PlannedRequest],
     concurrency: int | None,
     fixed_length: bool = False,
+    uncounted: Uncounted = NOTHING_ELSE,
     on_done: Callable[[Completion], None] = lambda completion: None,
-) -> tuple[list[Completion], float]:
-    asks = [ask for ask in asks if ask.prompt_index < len(evaluation.prompts)]
-    messages = [prompt.messages for prompt in evaluation.prompts]
+) -> Asked:
     call = run_block(
         server.base_url,
         server.model_name(),
-        messages,
+        evaluation.messages,
         asks,
         concurrency=concurrency,
+        uncounted=uncounted,
         fixed_length=fixed_length,
         on_done=on_done,
         headers=server.headers,

@@ -47,7 +47,7 @@ def figures(results: Results, points: Points) -> list[Figure]:
             made.append(_figure(caption, partial(throughput_latency, runs=known, colors=colors)))
     for load in loads_of(results):
         made += _of_load(results, points, load, colors)
-    exits = [run for run in results.runs if run.exits is not None and run.exits.by_depth and run.output_tokens]
+    exits = [run for run in results.runs if run.exits is not None and run.exits.by_depth and run.tokens_at_server]
     if exits:
         height = 1.3 + 0.34 * len(exits)
         made.append(_figure("Tokens that left early, by depth", partial(exits_by_depth, runs=exits), height))
@@ -195,7 +195,7 @@ def exits_by_depth(ax: Axes, runs: list[Run]) -> None:
     left = np.zeros(len(runs))
     for index, depth in enumerate(depths):
         shares = np.array(
-            [100 * (run.exits.by_depth.get(depth, 0) if run.exits else 0) / run.output_tokens for run in runs]
+            [100 * (run.exits.by_depth.get(depth, 0) if run.exits else 0) / run.tokens_at_server for run in runs]
         )
         color = colormaps["plasma"](0.4 + 0.4 * index / max(1, len(depths) - 1))
         ax.barh(range(len(runs)), shares, left=left, height=0.65, color=color, label=f"depth {depth}")

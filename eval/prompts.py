@@ -1,6 +1,7 @@
 """Prompts for an evaluation: a built-in set or a file."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ from apparate_llm.eval.code_check import check_tests
 
 FOLDER = Path(__file__).parent / "prompts"
 BUILT_IN = ("chat", "code", "copy", "quick")
+HELD_OUT = FOLDER / "held_out.jsonl"
+NUM_HELD_OUT = 16
 
 Messages = list[dict[str, str]]
 
@@ -41,6 +44,15 @@ def load_prompts(source: Path | None) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"no prompts in {source}")
     return prompts
+
+
+def held_out(asked: Sequence[Prompt]) -> list[Prompt]:
+    """NUM_HELD_OUT prompts to warm up with, none of them among those asked. Raises ValueError where all are."""
+    texts = {prompt.messages[-1]["content"] for prompt in asked}
+    left = [prompt for prompt in load_prompts(HELD_OUT) if prompt.messages[-1]["content"] not in texts]
+    if not left:
+        raise ValueError(f"the prompts hold all of {HELD_OUT.name}, with which servers are warmed up: ask others")
+    return [left[number % len(left)] for number in range(NUM_HELD_OUT)]
 
 
 def _plain(line: str, where: str) -> Prompt:

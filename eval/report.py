@@ -175,10 +175,10 @@ def _exit_columns(runs: list[Run]) -> Columns:
 
 
 def _depth_cell(run: Run, depth: str) -> str:
-    if not run.exits or not run.output_tokens:
+    if not run.exits or not run.tokens_at_server:
         return DASH
     count = run.exits.by_depth.get(depth, 0)
-    return f"{count} ({percent(count / run.output_tokens)})"
+    return f"{count} ({percent(count / run.tokens_at_server)})"
 
 
 COST_COLUMNS: Columns = {

@@ -47,7 +47,7 @@ class TimelinePoint(_Strict):
     """After one more block of requests."""
 
     phase: str  # of the prompts, one name if there is only one set
-    output_tokens: int  # so far
+    output_tokens: int  # so far, of requests that do not count as well
     divergence_frac: float | None  # of the tokens so far
     block_divergence_frac: float | None  # of this block's tokens
     divergences_at_worst_frac: float | None = None  # of the tokens so far, exits without a verdict included
@@ -65,13 +65,14 @@ class Run(_Strict):
     requests: int
     failed: int
     output_tokens: int
-    wall_s: float
+    served_tokens: int | None = None  # of requests that do not count as well; None: there were none
+    wall_s: float  # in which there were requests that count
     tpt_ms: Distribution
     ttft_ms: Distribution
     gap_ms: Distribution  # between chunks that carry tokens, over all chunks
     e2e_ms: Distribution
     shared_chunk_frac: float | None  # of the tokens: came in one chunk with an earlier one
-    output_tokens_per_s: float | None
+    output_tokens_per_s: float | None  # of all requests, in `wall_s`
     goodput_frac: float | None  # of the requests: within every --slo; None without
     goodput_per_s: float | None
     cpu_s_per_token: float | None
@@ -86,6 +87,11 @@ class Run(_Strict):
     regret_nats_per_token: float | None
     quality: Quality | None  # None without a baseline; of that itself, only what needs no comparison
     timeline: list[TimelinePoint]
+
+    @property
+    def tokens_at_server(self) -> int:
+        """What exits, divergences, processor time and energy are over."""
+        return self.output_tokens if self.served_tokens is None else self.served_tokens
 
     @property
     def divergences_at_worst(self) -> int | None:

@@ -27,8 +27,7 @@ def shared_chunk_frac(completions: list[Completion]) -> float | None:
     return (tokens - chunks) / tokens if tokens else None
 
 
-def tokens_per_s(completions: list[Completion], wall_s: float) -> float | None:
-    tokens = output_tokens(completions)
+def tokens_per_s(tokens: int, wall_s: float) -> float | None:
     return tokens / wall_s if tokens and wall_s > 0 else None
 
 

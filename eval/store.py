@@ -1,13 +1,15 @@
 """What an evaluation has measured so far, block by block on disk: an interrupted one goes on from there."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apparate_llm.eval.client import Completion
+from apparate_llm.eval.statistics import output_tokens
 from apparate_llm.files import private_folder, write_atomically
 from apparate_llm.renamed import counts_of_any_version
 
@@ -25,14 +27,29 @@ class Block:
 
     key: BlockKey
     completions: list[Completion]
-    wall_s: float
-    counts: dict[str, Any] | None  # exits during the block, None for a system without
+    wall_s: float  # from the first of them to the end of the last
+    counts: dict[str, Any] | None  # exits during the block, None for a system without; of all requests, as the next two
     cpu_s: float | None
     energy_j: float | None  # of the whole machine
     peak_memory_gib: float | None  # since the server's start
     probe_ms: float  # a fixed piece of work just before the block: how fast the machine was
     stolen_frac: float  # of processor time, taken by other machines on the same host
     began_s: float | None = None  # since 1970, to find it in what a monitor recorded
+    uncounted: list[Completion] = field(default_factory=list)  # others meanwhile, as far as they came
+
+    @property
+    def tokens_in_time(self) -> int:
+        """Output tokens of all requests that came in `wall_s`."""
+        began_s = min((done.started_s for done in self.completions), default=0.0)
+        others = (done.tokens_until(began_s + self.wall_s) - done.tokens_until(began_s) for done in self.uncounted)
+        return output_tokens(self.completions) + sum(others)
+
+    @property
+    def served_tokens(self) -> int:
+        """Output tokens of all requests; where others were cut off and the server counts, as it does."""
+        if self.uncounted and self.counts is not None:
+            return int(self.counts["emitted"])
+        return output_tokens(self.completions) + sum(done.tokens_until(math.inf) for done in self.uncounted)
 
 
 class Store:
@@ -80,7 +97,8 @@ class Store:
     def add(self, block: Block) -> None:
         record = {name: getattr(block, name) for name in Block.__slots__}
         record["key"] = block.key._asdict()
-        record["completions"] = [done.as_record() for done in block.completions]
+        for name in ("completions", "uncounted"):
+            record[name] = [done.as_record() for done in record[name]]
         write_atomically(self._path(block.key), json.dumps(record).encode(), private=True)
 
     def blocks(self) -> Iterator[Block]:
@@ -89,10 +107,11 @@ class Store:
         for path in (self.folder / "blocks").glob("*.json"):
             record = json.loads(path.read_text())
             key = BlockKey(**record.pop("key"))
-            completions = [Completion.of_record(done) for done in record.pop("completions")]
+            for name in ("completions", "uncounted"):  # the latter not in old blocks
+                record[name] = [Completion.of_record(done) for done in record.get(name, [])]
             if record["counts"] is not None:
                 record["counts"] = counts_of_any_version(record["counts"])
-            found.append(Block(key=key, completions=completions, **record))
+            found.append(Block(key=key, **record))
         return iter(sorted(found, key=lambda block: block.key))
 
     def _path(self, key: BlockKey) -> Path:

@@ -62,8 +62,7 @@ class SystemUnderLoad:
     def tokens_by_unit(self) -> Sums:
         """Output tokens and seconds of each block."""
         return {
-            (block.key.repeat, block.key.block): (float(output_tokens(block.completions)), block.wall_s)
-            for block in self.blocks
+            (block.key.repeat, block.key.block): (float(block.tokens_in_time), block.wall_s) for block in self.blocks
         }
 
     @property
@@ -75,8 +74,12 @@ class SystemUnderLoad:
         values: list[float] = [block.counts[name] for block in self.blocks if block.counts is not None]
         return sum(values) if values else None
 
+    @property
+    def served_tokens(self) -> int:
+        return sum(block.served_tokens for block in self.blocks)
+
     def per_token(self, seconds_or_joules: Sequence[float | None]) -> float | None:
-        tokens = output_tokens(self.completions)
+        tokens = self.served_tokens
         known = [value for value in seconds_or_joules if value is not None]
         return sum(known) / tokens if tokens and len(known) == len(self.blocks) else None
 
@@ -141,7 +144,8 @@ def _same_frac(cell: SystemUnderLoad, other: SystemUnderLoad | None) -> float | 
 def _run(cell: SystemUnderLoad, summary: Summary, quality: Quality | None) -> Run:
     completions, load, blocks = cell.completions, cell.load, cell.blocks
     good = goodput_frac(completions, summary.slo_ms)
-    tokens, diverged = output_tokens(completions), cell.total("diverged")
+    tokens, served = output_tokens(completions), cell.served_tokens
+    rate = tokens_per_s(sum(block.tokens_in_time for block in blocks), cell.wall_s)
     regret = cell.total("regret_nats")
     peaks = [block.peak_memory_gib for block in blocks if block.peak_memory_gib is not None]
     return Run(
@@ -153,23 +157,24 @@ def _run(cell: SystemUnderLoad, summary: Summary, quality: Quality | None) -> Ru
         requests=len(completions),
         failed=sum(done.error is not None for done in completions),
         output_tokens=tokens,
+        served_tokens=served if any(block.uncounted for block in blocks) else None,
         wall_s=cell.wall_s,
         tpt_ms=cell.distribution("tpt_ms"),
         ttft_ms=cell.distribution("ttft_ms"),
         gap_ms=distribution([gap for done in completions for gap in done.gaps_ms]),
         e2e_ms=cell.distribution("e2e_ms"),
         shared_chunk_frac=shared_chunk_frac(completions),
-        output_tokens_per_s=tokens_per_s(completions, cell.wall_s),
+        output_tokens_per_s=rate,
         goodput_frac=good,
-        goodput_per_s=None if good is None or not cell.wall_s else good * len(completions) / cell.wall_s,
+        goodput_per_s=None if good is None or rate is None or not tokens else good * rate * len(completions) / tokens,
         cpu_s_per_token=cell.per_token([block.cpu_s for block in blocks]),
         energy_j_per_token=cell.per_token([block.energy_j for block in blocks]),
         blocks_per_token=_blocks_per_token(cell, summary.num_layers),
         peak_memory_gib=max(peaks) if peaks else None,
         exits=_exits(cell),
-        divergences=diverged,
+        divergences=cell.total("diverged"),
         identical_frac=quality.identical_frac if quality else None,
-        regret_nats_per_token=None if regret is None or not tokens else regret / tokens,
+        regret_nats_per_token=None if regret is None or not served else regret / served,
         quality=quality,
         timeline=_timeline(cell, summary),
     )
@@ -202,7 +207,7 @@ def _timeline(cell: SystemUnderLoad, summary: Summary) -> list[TimelinePoint]:
     moments = []
     tokens = diverged = at_worst = 0
     for block in cell.blocks:
-        block_tokens = output_tokens(block.completions)
+        block_tokens = block.served_tokens
         tokens += block_tokens
         found = None if block.counts is None else block.counts["diverged"]
         diverged += found or 0

@@ -118,13 +118,13 @@ def at_worst_cell(run: Run) -> str:
 
 
 def divergence_frac(run: Run) -> float | None:
-    """Of all output tokens."""
-    return run.divergences / run.output_tokens if run.divergences is not None and run.output_tokens else None
+    """Of all output tokens, of requests that do not count as well."""
+    return run.divergences / run.tokens_at_server if run.divergences is not None and run.tokens_at_server else None
 
 
 def at_worst_frac(run: Run) -> float | None:
     number = run.divergences_at_worst
-    return number / run.output_tokens if number is not None and run.output_tokens else None
+    return number / run.tokens_at_server if number is not None and run.tokens_at_server else None
 
 
 def load_name(load: str, fixed_length: bool) -> str:
@@ -164,7 +164,7 @@ def quality_cell(name: str, shown: Callable[[float | None], str]) -> Callable[[R
 
 
 EXIT_COLUMNS: Columns = {
-    "output tokens": lambda run: str(run.output_tokens),
+    "output tokens": lambda run: str(run.tokens_at_server),
     "held": exits_cell("held"),
     "accepted": exits_cell("accepted"),
     "released": exits_cell("released"),

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from apparate_llm.eval.client import PlannedRequest
-from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.client import PlannedRequest, Uncounted
+from apparate_llm.eval.prompts import NUM_HELD_OUT, Prompt
 
 TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # as in Azure's LLM inference traces
 CHARACTERS_PER_TOKEN = 4  # rough; only to pick a prompt of about the traced length
@@ -26,21 +26,39 @@ class Load:
     blocks: tuple[tuple[PlannedRequest, ...], ...]  # the systems take turns block by block
     concurrency: int | None = None  # clients of a closed loop; None: every request at its own time
     fixed_length: bool = False
+    uncounted: tuple[Uncounted, ...] = ()  # around each block; prompts from `num_prompts` on are the held-out ones
 
 
 def closed(num_prompts: int, concurrency: int, *, max_tokens: int, length: Length, seed: int = 0) -> Load:
-    """`concurrency` clients, each sending its next request when it has its answer."""
+    """`concurrency` clients, each sending its next request when it has its answer.
+
+    None of them is idle while requests that count are under way. All but the first begin with an answer that does not
+    count, each a little longer than the one before, so that they are out of step. They go on asking what the block has
+    asked until the last that counts has ended.
+    """
     asks = [PlannedRequest(index, most) for index, most in enumerate(lengths_of(num_prompts, max_tokens, length, seed))]
-    size = block_size(concurrency, length)
+    size = block_size(concurrency)
     blocks = tuple(tuple(asks[start : start + size]) for start in range(0, num_prompts, size))
+    held_out = tuple(PlannedRequest(num_prompts + index, max_tokens) for index in range(NUM_HELD_OUT))
+    uncounted = tuple(
+        Uncounted(_out_of_step(before, concurrency), block)
+        for before, block in zip((held_out, *blocks), blocks, strict=False)
+    )
     name = _name(f"{concurrency} client{'s' * (concurrency > 1)}", length)
-    return Load(name, blocks, concurrency, length == "fixed")
+    return Load(name, blocks, concurrency, length == "fixed", uncounted)
 
 
-def block_size(concurrency: int, length: Length) -> int:
-    """Short enough to interleave closely, long enough to keep all clients busy most of the time: varied lengths are
-    there to show many clients as they are when they have long been asking, not how they begin and end."""
-    return 6 * concurrency if length == "varied" else max(4, 2 * concurrency)
+def block_size(concurrency: int) -> int:
+    """Small, as blocks are what intervals are over, and systems take turns closely."""
+    return max(2, concurrency)
+
+
+def _out_of_step(asks: tuple[PlannedRequest, ...], concurrency: int) -> tuple[PlannedRequest, ...]:
+    """Of each client but the first: what was asked before, cut off after its share of the longest answer."""
+    few = [asks[client % len(asks)] for client in range(1, concurrency)]
+    return tuple(
+        ask._replace(max_tokens=math.ceil(ask.max_tokens * client / concurrency)) for client, ask in enumerate(few, 1)
+    )
 
 
 def poisson(num_prompts: int, rate_per_s: float, *, max_tokens: int, length: Length, seed: int) -> Load:

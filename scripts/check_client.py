@@ -75,7 +75,7 @@ def ask(base_url: str, model: str, prompts: list[Prompt], max_tokens: int) -> li
     asks = [PlannedRequest(index, max_tokens) for index in range(len(prompts))]
     began = time.monotonic()
     call = run_block(base_url, model, [p.messages for p in prompts], asks, concurrency=1, fixed_length=True)
-    done, _ = asyncio.run(call)
+    done = asyncio.run(call).completions
     assert not any(one.error for one in done), [one.error for one in done if one.error]
     return [(began + one.started_s, one) for one in done]
 

@@ -75,7 +75,8 @@ def ask(server: Server, phase: str, prompts: list[Messages], args: argparse.Name
     name, goal = server.model_name(), before["emitted"] + args.tokens / len(args.phase)
     while (counts := server.status()["counts"])["emitted"] < goal:
         asks = [PlannedRequest(index, args.max_tokens) for index in range(len(prompts))]
-        done, _ = asyncio.run(run_block(server.base_url, name, prompts, asks, concurrency=args.concurrency))
+        call = run_block(server.base_url, name, prompts, asks, concurrency=args.concurrency)
+        done = asyncio.run(call).completions
         if failed := [item.error for item in done if item.error]:
             raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")
     row = {

@@ -36,7 +36,7 @@ def table(path: Path) -> str:
     for run in sorted(results.runs, key=lambda run: [other.load for other in results.runs].index(run.load)):
         exits, ratio = run.exits, ratios.get(key_of(run))
         known, worst = percent(divergence_frac(run)), percent(at_worst_frac(run))
-        taken = None if exits is None else (exits.accepted + exits.released) / run.output_tokens
+        taken = None if exits is None else (exits.accepted + exits.released) / run.tokens_at_server
         cells = [
             run.load,
             run.system,

@@ -7,7 +7,7 @@ of others: that part is time between its chunks in which another's first token c
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,11 +19,11 @@ from apparate_llm.eval.store import Store
 from apparate_llm.eval.systems import BASELINE
 
 
-def parts(completions: list[Completion]) -> Iterator[tuple[float, float, float]]:
-    """Of each request (ms per token with others' prompts, without, ms to the first token)."""
-    begun = [done for done in completions if done.chunks]
+def parts(completions: list[Completion], uncounted: Sequence[Completion] = ()) -> Iterator[tuple[float, float, float]]:
+    """Of each request (ms per token with others' prompts, without, ms to the first token). uncounted: others."""
+    begun = [done for done in (*completions, *uncounted) if done.chunks]
     firsts = np.array([done.started_s + done.chunks[0].at_s for done in begun])
-    for done, own in zip(begun, firsts, strict=True):
+    for done, own in zip(begun[: sum(bool(one.chunks) for one in completions)], firsts, strict=False):
         if done.tpt_ms is None or done.output_tokens is None:
             continue
         others = firsts[firsts > own + SAME_STEP_S] - done.started_s
@@ -43,7 +43,9 @@ def main() -> int:
         store = Store(Path(folder))
         loads = [name for name, _ in store.plan()["loads"]]
         for block in store.blocks():
-            found[loads[block.key.load], block.key.repeat, block.key.system] += parts(block.completions)
+            found[loads[block.key.load], block.key.repeat, block.key.system] += parts(
+                block.completions, block.uncounted
+            )
     print(
         "| load | repeat | system | requests | TPT, ms | with others' prompts | generation | TPT / plain "
         "| generation / plain | TTFT, ms |\n|---|---|---|---|---|---|---|---|---|---|"

@@ -141,7 +141,7 @@ def _blocks(num_conversations: int, clients: int) -> list[list[int]]:
     """Numbers of conversations as `eval` asks for prompts; each of them, and again if clients would have too few."""
     times = max(1, math.ceil(REQUESTS_OF_CLIENT * clients / num_conversations))
     order = list(range(num_conversations)) * times
-    size = block_size(clients, "free")
+    size = block_size(clients)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

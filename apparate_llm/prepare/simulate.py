@@ -1,10 +1,12 @@
 """A server and its clients, simulated: the policy of serving decides over recorded draft steps at measured costs.
 
-One pass at a time, as in an engine. Clients of a closed loop ask in blocks, as `eval` has them ask: a block begins with
-all of them at once, and whoever has an answer asks the next prompt. Prompts that wait are read in the next pass, which
-all others wait for, with exits or without.
+One pass at a time, as in an engine. Clients of a closed loop ask in blocks, as `eval` has them ask: each begins with a
+shorter or longer answer that does not count, so that they are out of step, and asks on until all that counts has ended.
+Prompts that wait are read in the next pass, which all others wait for, with exits or without.
 """
 
+import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,6 @@ from apparate_llm.ramps.lookup import lookup_confidence
 
 MAX_PASS_TOKENS = 2048  # vLLM's max_num_batched_tokens of a server
 APART_MS = 1.0  # between requests that begin together: the API reads one after another
-CACHED_BLOCK = 128  # tokens of a prompt seen before that are found again together, as vLLM keeps them on a CPU
 TURNAROUND_MS = 3.0  # from an answer's last token until the client's next request is there
 
 
@@ -34,6 +35,7 @@ class Request:
     recorded: Recorded
     index: int
     max_tokens: int
+    counts: bool = True
     arrived_ms: float = 0.0
     unread: int = field(init=False)  # tokens of the prompt
     emitted: int = 0
@@ -70,47 +72,50 @@ class Simulation:
         self.now_ms = 0.0
         self._passed_ms = 0.0  # when the last pass ended: tokens that begin or end an answer leave then
         self._num_rows = 0  # of the next pass, as of now
-        self._seen: set[int] = set()  # conversations whose prompts are in the prefix cache
 
     def serve(
         self, blocks: Sequence[Sequence[int]], conversations: Sequence[Recorded], clients: int, *, max_tokens: int
     ) -> dict[int, list[float]]:
         """Ask block by block; returns the times per output token, in ms, by index of the conversation."""
         found: dict[int, list[float]] = {}
-        for block in blocks:
-            for index, tpt_ms in self._serve([Request(conversations[i], i, max_tokens) for i in block], clients):
+        for number, block in enumerate(blocks):
+            before = blocks[number - 1]
+            lead_in = [
+                Request(conversations[i], i, math.ceil(max_tokens * client / clients), counts=False)
+                for client, i in zip(range(1, clients), itertools.cycle(before), strict=False)
+            ]
+            counted = [Request(conversations[i], i, max_tokens) for i in block]
+            run_out = (Request(conversations[i], i, max_tokens, counts=False) for i in itertools.cycle(block))
+            for index, tpt_ms in self._serve(counted, lead_in, run_out):
                 found.setdefault(index, []).append(tpt_ms)
         return found
 
-    def _serve(self, queue: list[Request], clients: int) -> Iterator[tuple[int, float]]:
-        """One block, whose requests are asked in order."""
+    def _serve(
+        self, counted: list[Request], lead_in: list[Request], run_out: Iterator[Request]
+    ) -> Iterator[tuple[int, float]]:
+        """One block. lead_in: first requests of all clients but one."""
         waiting, active = deque[Request](), list[Request]()
+        left, coming = len(counted), itertools.chain(counted, run_out)
 
-        def ask(at_ms: float) -> None:
-            if queue:
-                waiting.append(queue.pop(0))
-                waiting[-1].arrived_ms = at_ms
+        def ask(request: Request, at_ms: float) -> None:
+            waiting.append(request)
+            request.arrived_ms = at_ms
 
-        for client in range(clients):
-            ask(self.now_ms + client * APART_MS)
-        while waiting or active:
+        for client, request in enumerate([next(coming), *lead_in]):
+            ask(request, self.now_ms + client * APART_MS)
+        while left:
             if not active:
                 self.now_ms = max(self.now_ms, waiting[0].arrived_ms)
             while waiting and waiting[0].arrived_ms <= self.now_ms:
-                active.append(self._joins(waiting.popleft()))
+                active.append(waiting.popleft())
                 if self.policy is not None:
                     self.policy.on_request()
             for request, tpt_ms in self._step(active):
                 active.remove(request)
-                ask(self._passed_ms + TURNAROUND_MS)
-                if tpt_ms is not None:
+                ask(next(coming), self._passed_ms + TURNAROUND_MS)
+                left -= request.counts
+                if request.counts and tpt_ms is not None:
                     yield request.index, tpt_ms
-
-    def _joins(self, request: Request) -> Request:
-        if request.index in self._seen:
-            request.unread -= (request.unread - 1) // CACHED_BLOCK * CACHED_BLOCK
-        self._seen.add(request.index)
-        return request
 
     def _step(self, active: list[Request]) -> list[tuple[Request, float | None]]:
         """One pass and its draft steps; the requests that end, with their time per output token."""

@@ -7,7 +7,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 import aiohttp
 import pytest
 
-from apparate_llm.eval.client import Completion, PlannedRequest, run_block
+from apparate_llm.eval.client import Completion, PlannedRequest, Uncounted, run_block
 from apparate_llm.eval.statistics import distribution, goodput_frac, shared_chunk_frac
 from tests.fake_server import SPLITTERS, FakeTransport, fake_server, in_virtual_time
 
@@ -19,7 +19,7 @@ def ask(*prompts, concurrency=1, at_s=None):
     call = run_block(
         "http://fake", "m", messages, asks, concurrency=concurrency, on_done=seen.append, transport=FakeTransport()
     )
-    done, wall_s = in_virtual_time(call)
+    done, wall_s, _ = in_virtual_time(call)
     assert sorted(one.prompt_index for one in seen) == list(range(len(prompts)))
     return sorted(done, key=lambda one: one.prompt_index), wall_s
 
@@ -99,6 +99,74 @@ def test_arrivals_come_at_their_times_whatever_is_answered():
     assert wall_s == pytest.approx(0.6)
 
 
+def block_of(*prompts, counted, concurrency, **uncounted):
+    """counted, and what is given of Uncounted: (number of the prompt, arrival) each."""
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+    def asks(given):
+        return tuple(PlannedRequest(index, 9, at_s) for index, at_s in given)
+
+    around = {name: asks(given) if name != "period_s" else given for name, given in uncounted.items()}
+    call = run_block(
+        "http://fake",
+        "m",
+        messages,
+        asks(counted),
+        concurrency=concurrency,
+        uncounted=Uncounted(**around),
+        transport=FakeTransport(),
+    )
+    return in_virtual_time(call)
+
+
+def test_clients_go_on_asking_until_the_last_that_counts_has_ended():
+    """Two clients: one begins with a short answer that does not count, the other with one that does."""
+    asked = block_of(
+        *("steady", "stall", "single", "bursts"),
+        counted=[(0, None), (1, None)],
+        concurrency=2,
+        lead_in=[(2, None)],
+        run_out=[(3, None), (2, None)],
+    )
+    assert [(done.prompt_index, done.started_s) for done in asked.completions] == [(0, 0.0), (1, pytest.approx(0.1))]
+    assert asked.wall_s == pytest.approx(0.7)  # the stall's end
+    assert [(done.prompt_index, done.started_s) for done in asked.uncounted[:2]] == [(2, 0.0), (3, pytest.approx(0.35))]
+    lead_in, filler = asked.uncounted[:2]
+    assert [lead_in.tokens_until(at_s) for at_s in (0.04, 0.06, 9.0)] == [0, 1, 2]
+    assert [filler.tokens_until(at_s) for at_s in (0.44, 0.46, 0.56)] == [0, 1, 4]
+    assert all(done.started_s < 0.7 + 1e-9 for done in asked.uncounted)
+
+
+def test_what_is_under_way_when_the_last_that_counts_has_ended_is_cut_off():
+    asked = block_of("single", "steady", counted=[(0, None)], concurrency=2, run_out=[(1, None)])
+    assert [done.output_tokens for done in asked.completions] == [2] and asked.wall_s == pytest.approx(0.1)
+    (filler,) = asked.uncounted
+    assert filler.error is None and filler.output_tokens in (None, 0, 1)  # of six
+
+
+def test_arrivals_go_on_as_they_came_until_the_last_that_counts_has_ended():
+    asked = block_of(
+        *("steady", "single", "stall"),
+        counted=[(0, 0.21), (1, 0.27)],
+        concurrency=None,
+        lead_in=[(2, 0.0)],
+        run_out=[(0, 0.21), (1, 0.27)],
+        period_s=0.12,
+    )
+    assert [done.started_s for done in asked.completions] == pytest.approx([0.27, 0.21])
+    assert asked.wall_s == pytest.approx(0.35)  # from 0.21 to 0.56
+    expected = [(2, 0.0), (0, 0.33), (1, 0.39), (0, 0.45), (1, 0.51)]
+    assert [done.prompt_index for done in asked.uncounted] == [index for index, _ in expected]
+    assert [done.started_s for done in asked.uncounted] == pytest.approx([at_s for _, at_s in expected])
+
+
+def test_an_uncounted_request_that_fails_is_not_asked_again_at_once():
+    asked = block_of("stall", "refused", counted=[(0, None)], concurrency=2, run_out=[(1, None)])
+    assert asked.wall_s == pytest.approx(0.6)
+    assert [done.started_s for done in asked.uncounted] == pytest.approx([0.0, 0.5])
+    assert all("HTTP 429" in done.error for done in asked.uncounted)
+
+
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [("refused", "HTTP 429"), ("broken", "ended early"), ("cut", "RemoteProtocolError"), ("error", "boom")],
@@ -111,7 +179,8 @@ def test_failures_are_recorded_and_cost_nobody_else(prompt, says):
 
 def test_a_server_that_is_not_there_is_a_failed_request():
     messages = [[{"role": "user", "content": "steady"}]]
-    ((done,), _) = asyncio.run(run_block("http://127.0.0.1:9", "m", messages, [PlannedRequest(0, 9)], concurrency=1))
+    call = run_block("http://127.0.0.1:9", "m", messages, [PlannedRequest(0, 9)], concurrency=1)
+    (done,) = asyncio.run(call).completions
     assert "ConnectError" in done.error
 
 
@@ -125,6 +194,9 @@ def test_goodput_counts_answers_within_every_objective():
 
 def test_a_record_on_disk_is_the_completion():
     ((done,), _) = ask("bursts")
+    assert [done.tokens_until(at_s) for at_s in (0.05, 0.15, 0.25, 9.0)] == [0, 1, 4, 8]
+    ((old,), _) = ask("bursts old")
+    assert [old.tokens_until(at_s) for at_s in (0.05, 0.15, 0.25, 9.0)] == [0, 1, 2, 4]  # chunks
     again = Completion.of_record(done.as_record())
     assert again.tpt_ms == pytest.approx(done.tpt_ms, abs=0.01) and again.text == done.text
     assert [chunk.tokens for chunk in again.chunks] == [chunk.tokens for chunk in done.chunks]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from apparate_llm.eval.prompts import BUILT_IN, FOLDER, load_prompts
+from apparate_llm.eval.prompts import BUILT_IN, FOLDER, HELD_OUT, NUM_HELD_OUT, held_out, load_prompts
 
 
 def test_prompt_files_of_every_kind(tmp_path):
@@ -43,6 +43,19 @@ def test_built_in_sets_load_by_name_and_ask_nothing_twice(name):
     asked = [prompt.messages[0]["content"] for prompt in found]
     assert len(set(asked)) == len(asked)
     assert found == load_prompts(FOLDER / f"{name}.jsonl")
+
+
+def test_prompts_to_warm_up_with_are_in_no_set_that_is_measured():
+    shipped = [prompt for name in BUILT_IN for prompt in load_prompts(Path(name))]
+    own = load_prompts(HELD_OUT)
+    assert len(own) == NUM_HELD_OUT and {path.stem for path in FOLDER.iterdir()} == {*BUILT_IN, HELD_OUT.stem}
+    texts = {prompt.messages[0]["content"] for prompt in own}
+    assert len(texts) == NUM_HELD_OUT and not texts & {prompt.messages[0]["content"] for prompt in shipped}
+    assert held_out(shipped) == own
+    asked = [*shipped, *own[:13]]  # a file that holds most of them
+    assert held_out(asked) == [own[13 + number % 3] for number in range(NUM_HELD_OUT)]
+    with pytest.raises(ValueError, match=r"the prompts hold all of held_out\.jsonl"):
+        held_out(own)
 
 
 def test_a_set_that_is_not_there_names_the_built_in_ones():

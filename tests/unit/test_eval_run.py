@@ -11,13 +11,14 @@ from rich.console import Console
 
 from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.eval import plan as plans
-from apparate_llm.eval.client import Chunk, Completion
+from apparate_llm.eval.client import NOTHING_ELSE, Chunk, Completion
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import ModelChoice, System, plain_vllm, systems_of
+from apparate_llm.eval.tables import divergence_frac
 from apparate_llm.eval.workloads import closed, poisson, traced
 from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
@@ -63,7 +64,7 @@ def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
         assert (
             run.tpt_ms.mean > 0.9 * (50 + 250 / 7) / 2
         )  # sleeping is never shorter than asked; exact: the client's tests
-        assert run.tpt_ms.mean_ci95 is None  # of two blocks
+        assert run.tpt_ms.mean_ci95 is None  # of four blocks
         assert run.ttft_ms.p50 > 90
         assert run.shared_chunk_frac == pytest.approx(4 / 14)
         assert run.goodput_frac is not None and run.goodput_frac <= 4 / 6
@@ -72,11 +73,11 @@ def test_two_systems_under_two_loads_give_the_known_values(base_url, tmp_path):
     assert runs[1].quality.rouge_l_baseline == 1.0 and runs[1].quality.first_difference_tokens is None
     for ratio in ratios:
         assert len(ratio.tpt_mean_by_repeat) == 2
-        assert (ratio.units, ratio.tpt_mean_ci95, ratio.ttft_mean_ci95, ratio.throughput_ci95) == (2, None, None, None)
+        assert (ratio.units, ratio.tpt_mean_ci95, ratio.ttft_mean_ci95, ratio.throughput_ci95) == (4, None, None, None)
     notes = notes_of(blocks, systems, evaluation.loads)
     assert any("8 requests failed" in note for note in notes)
     assert any(
-        note.startswith("No interval under 1 client (2 blocks), 2 clients (2 blocks): it takes 8") for note in notes
+        note.startswith("No interval under 1 client (4 blocks), 2 clients (4 blocks): it takes 8") for note in notes
     )
 
 
@@ -144,6 +145,67 @@ def test_what_a_server_answers_first_after_it_was_frozen_does_not_count(tmp_path
     assert [turn.split()[0] for turn in turns[:4]] == ["Hello"] * 4  # 2 loads x 2 repeats
     answers = [done for block in evaluation.store.blocks() for done in block.completions]
     assert len(answers) == 8 and all(done.text == "a" for done in answers)
+
+
+def test_no_prompt_is_asked_before_it_is_measured(base_url, tmp_path, monkeypatch):
+    """But for those held out: neither to warm up and to settle, nor beside others."""
+    from apparate_llm.eval import evaluate as module
+
+    asked: list[int] = []  # numbers of prompts, in order
+    counted: set[int] = set()
+    run_block = module.run_block
+
+    def watched(base_url, model, messages, asks, *, uncounted=NOTHING_ELSE, **rest):
+        early = {ask.prompt_index for ask in uncounted.lead_in} - counted
+        counts = {ask.prompt_index for ask in asks if len(messages) > 1 and ask.prompt_index < 4}
+        assert all(index >= 4 for index in early), "led in by a prompt that is still to be measured"
+        counted.update(counts)
+        assert all(index in counted for index in {ask.prompt_index for ask in uncounted.run_out})
+        asked.extend(ask.prompt_index for ask in asks if len(messages) > 1)
+        return run_block(base_url, model, messages, asks, uncounted=uncounted, **rest)
+
+    monkeypatch.setattr(module, "run_block", watched)
+    four = prompts("single 1", "single 2", "single 3", "single 4")
+    evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url)], four)
+    evaluate(replace(evaluation, loads=evaluation.loads[1:], repeat=1), Progress(Console(quiet=True)))
+    assert asked == [4, 5, 4, 5, 0, 1, 2, 3]  # warmed up, settled, measured
+
+
+def test_blocks_on_disk_are_read_with_what_did_not_count_and_old_ones_without(tmp_path):
+    store = Store(tmp_path / "out")
+    store.open({}, fresh=False)
+    counted = Completion(0, 1.0, [Chunk(0.5, 1, 1), Chunk(1.0, 11, 11)], "x", 11)
+    other = Completion(1, 0.0, [Chunk(0.5, 1, 1), Chunk(1.5, 5, 5), Chunk(2.5, 9, 9)], "y", 9)
+    block = replace(block_of(BlockKey(0, 0, 0, "vllm"), 50.0), completions=[counted], wall_s=1.0, uncounted=[other])
+    store.add(block)
+    assert list(store.blocks()) == [block]
+    assert (block.tokens_in_time, block.served_tokens) == (11 + 4, 11 + 9)
+    assert replace(block, counts={"emitted": 23}).served_tokens == 23
+    (path,) = (tmp_path / "out" / "blocks").iterdir()
+    record = json.loads(path.read_text())
+    del record["uncounted"]
+    path.write_text(json.dumps(record))
+    (old,) = store.blocks()
+    assert old.uncounted == [] and (old.tokens_in_time, old.served_tokens) == (11, 11)
+    assert replace(old, counts={"emitted": 23}).served_tokens == 11  # of what was asked, as it has always been
+
+
+def test_figures_of_a_server_are_over_all_it_did_and_throughput_within_what_counts(tmp_path):
+    ours = System("lossless", has_exits=True, bound=0.0)
+    evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a"))
+    counted = Completion(0, 1.0, [Chunk(0.5, 1, 1), Chunk(1.0, 11, 11)], "x", 11)
+    other = Completion(0, 0.0, [Chunk(0.5, 1, 1), Chunk(1.5, 5, 5), Chunk(2.5, 9, 9)], "y", 9)
+    counts = dict.fromkeys(("held", "accepted", "released", "unverified", "shallow_blocks"), 4)
+    counts |= {"emitted": 22, "diverged": 11, "exits_by_depth": {"0": 4}, "regret_nats": 2.2}
+    evaluation.store.add(
+        Block(BlockKey(0, 0, 0, ours.name), [counted], 1.0, counts, 4.4, None, 1.5, 5.0, 0.0, None, [other])
+    )
+    (run,), _, _ = results_of(evaluation)
+    assert (run.requests, run.output_tokens, run.served_tokens, run.tokens_at_server) == (1, 11, 22, 22)
+    assert run.output_tokens_per_s == 15.0 and run.cpu_s_per_token == pytest.approx(0.2)
+    assert run.regret_nats_per_token == pytest.approx(0.1) and run.timeline[-1].divergence_frac == 0.5
+    assert divergence_frac(run) == 0.5
+    assert run.goodput_frac == 1.0 and run.goodput_per_s == pytest.approx(15 / 11)  # requests of its length
 
 
 def test_other_settings_are_refused_and_fresh_ones_begin_anew(tmp_path):
@@ -256,11 +318,22 @@ def test_answers_are_compared_with_the_baselines_and_with_references():
     assert found.code_passed_frac == 1.0 and found.rouge_l_reference == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize(("count", "clients", "sizes"), [(16, 1, [4] * 4), (16, 16, [16]), (10, 4, [8, 2])])
+@pytest.mark.parametrize(("count", "clients", "sizes"), [(16, 1, [2] * 8), (16, 16, [16]), (10, 4, [4, 4, 2])])
 def test_blocks_cover_every_prompt_once(count, clients, sizes):
     load = closed(count, clients, max_tokens=9, length="free")
     assert [len(block) for block in load.blocks] == sizes
     assert [ask.prompt_index for block in load.blocks for ask in block] == list(range(count))
+
+
+def test_clients_begin_out_of_step_with_what_was_asked_before():
+    load = closed(6, 4, max_tokens=40, length="free")
+    assert [len(block) for block in load.blocks] == [4, 2]
+    first, second = load.uncounted
+    assert [(ask.prompt_index, ask.max_tokens) for ask in first.lead_in] == [(7, 10), (8, 20), (9, 30)]  # held out
+    assert [(ask.prompt_index, ask.max_tokens) for ask in second.lead_in] == [(1, 10), (2, 20), (3, 30)]
+    assert [around.run_out for around in load.uncounted] == list(load.blocks)
+    alone = closed(6, 1, max_tokens=40, length="free")
+    assert all(around.lead_in == () for around in alone.uncounted)
 
 
 def test_varied_lengths_are_the_same_for_all_and_cover_their_range():
@@ -273,7 +346,7 @@ def test_varied_lengths_are_the_same_for_all_and_cover_their_range():
     assert set(lengths) == set(range(12, 49)) and sum(lengths) / len(lengths) == pytest.approx(30, rel=0.03)
     assert [load.name for load in loads] == ["16 clients, varied lengths", "2 requests/s, varied lengths"]
     assert not any(load.fixed_length for load in loads)
-    assert {len(block) for block in loads[0].blocks[:-1]} == {6 * 16}
+    assert {len(block) for block in loads[0].blocks} == {16}
 
 
 def block_of(key: BlockKey, *tpt_ms: float, ttft_ms: float = 100.0) -> Block:

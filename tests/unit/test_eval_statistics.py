@@ -12,5 +12,7 @@ def test_time_in_which_others_got_their_first_token_is_that_of_prompts():
     (prompts, generation, ttft_ms), other = parts([early, late, Completion(1, 0.0)])
     assert abs(prompts - 400 / 3) < 1e-6 and abs(generation - 40 / 3) < 1e-6 and ttft_ms == 100
     assert other[0] == 0.0, "a request's own first token is no wait for its next"
+    (_, of_others, _), *more = parts([early], [late])
+    assert abs(of_others - generation) < 1e-6 and not more, "others that do not count are others, too"
     together = list(parts([answer(0.0, 0.1, 0.12), answer(0.0, 0.1, 0.12)]))
     assert [part[0] for part in together] == [0.0, 0.0], "prompts of one step"

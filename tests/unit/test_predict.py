@@ -85,13 +85,28 @@ def test_clients_wait_for_each_others_prompts_with_exits_or_without():
     assert long["plain_ms"] > short["plain_ms"] * 1.2
 
 
-def test_a_prompt_that_was_read_before_is_found_in_the_cache():
-    costs = ProfiledCosts.of(profiled(), 0)
-    server = Simulation(costs)
-    server.serve([[0]], [conversation(0.0, prompt_tokens=300, tokens=2)], 1, max_tokens=2)
-    first_ms, before = server.now_ms, server.now_ms
-    server.serve([[0]], [conversation(0.0, prompt_tokens=300, tokens=2)], 1, max_tokens=2)
-    assert first_ms == pytest.approx(20 + 150 + 20) and server.now_ms - before == pytest.approx(20 + 22 + 20)
+def test_a_prompt_is_read_whole_each_time_as_caches_are_cold():
+    server = Simulation(ProfiledCosts.of(profiled(), 0))
+    for _ in range(2):
+        before = server.now_ms
+        server.serve([[0]], [conversation(0.0, prompt_tokens=300, tokens=2)], 1, max_tokens=2)
+        assert server.now_ms - before == pytest.approx(20 + 150 + 20)
+
+
+def test_no_client_is_idle_while_a_request_that_counts_is_under_way():
+    """Four clients, whose passes take longer the more of them are asking."""
+    passes = []
+
+    class Costs(ProfiledCosts):
+        def pass_ms(self, requests, rows, prompt_tokens):
+            passes.append((requests, bool(prompt_tokens)))
+            return super().pass_ms(requests, rows, prompt_tokens)
+
+    known = conversations(1.0, 8, tokens=80)
+    found = Simulation(Costs.of(profiled(), 0)).serve([[0, 1, 2, 3], [4, 5, 6, 7]], known, 4, max_tokens=80)
+    assert sorted(found) == list(range(8)) and all(len(values) == 1 for values in found.values())
+    decoding = [requests for requests, reads in passes if not reads]
+    assert sum(requests < 4 for requests in decoding) < 0.1 * len(decoding)  # a client turns from answer to request
 
 
 def test_a_text_that_repeats_itself_is_followed_without_a_draft_step():
