@@ -3,9 +3,10 @@
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import httpx
@@ -15,6 +16,8 @@ from apparate_llm.sse import event_data_async
 
 TIMEOUT_S = 600.0
 FAILED_WAIT_S = 0.5  # before a client whose request failed asks again
+
+Fields = Mapping[str, bool | int | float | str]  # of a request, besides those that all servers get
 
 
 class PlannedRequest(NamedTuple):
@@ -116,10 +119,11 @@ async def complete(
     *,
     fixed_length: bool,
     began: float,
+    fields: Fields = MappingProxyType({}),
     on_begun: Callable[[Completion], None] = lambda begun: None,
 ) -> Completion:
-    """Ask for one greedy answer; a failure is recorded, not raised. began: the block's, on the event loop's clock.
-    on_begun: gets the completion before it is complete, which it may never be."""
+    """Ask for one answer, greedy if the fields do not say otherwise; a failure is recorded, not raised. began: the
+    block's, on the event loop's clock. on_begun: gets the completion before it is complete, which it may never be."""
     clock = asyncio.get_running_loop().time
     body = {
         "model": model,
@@ -128,6 +132,7 @@ async def complete(
         "max_tokens": ask.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        **fields,
     }
     if fixed_length:
         body["ignore_eos"] = True
@@ -194,15 +199,16 @@ async def run_block(
     fixed_length: bool = False,
     on_done: Callable[[Completion], None] = lambda done: None,
     headers: dict[str, str] | None = None,
+    fields_of: Callable[[PlannedRequest], Fields] = lambda ask: MappingProxyType({}),
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Asked:
     """All of `asks`: as many at a time as `concurrency`, or each at its own time if that is None. on_done: of each that
-    counts. headers: of every request. transport: instead of a network's."""
+    counts. headers: of every request. fields_of: a request's own. transport: instead of a network's."""
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(
         base_url=base_url, headers=headers, timeout=httpx.Timeout(TIMEOUT_S), limits=limits, transport=transport
     ) as http:
-        block = _Block(http, model, prompts, asks, fixed_length, on_done)
+        block = _Block(http, model, prompts, asks, fixed_length, on_done, fields_of)
         if concurrency is None:
             return await block.run([block.arrivals(uncounted)])
         run_out = itertools.cycle(uncounted.run_out)
@@ -220,6 +226,7 @@ class _Block:
     asks: Sequence[PlannedRequest]
     fixed_length: bool
     on_done: Callable[[Completion], None]
+    fields_of: Callable[[PlannedRequest], Fields]
     completions: list[Completion] = field(default_factory=list)
     uncounted: list[Completion] = field(default_factory=list)
     over: asyncio.Event = field(default_factory=asyncio.Event)  # nothing that counts is left
@@ -290,5 +297,6 @@ class _Block:
             ask,
             fixed_length=self.fixed_length,
             began=self.began,
+            fields=self.fields_of(ask),
             on_begun=on_begun,
         )

@@ -10,14 +10,13 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from apparate_llm.eval.client import TIMEOUT_S, Completion, PlannedRequest, complete
+from apparate_llm.eval.client import FAILED_WAIT_S, TIMEOUT_S, Completion, PlannedRequest, complete
 from apparate_llm.eval.intervals import Interval, log_mean_interval, ratio_interval
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.workloads import lengths_of
 
 MOST_FAILURES = 5  # of a client, one after the other, after which all of them give up
-FAILED_WAIT_S = 0.5  # before a client whose request failed asks again
 MOST_ERRORS = 3
 SAME_STEP_S = 0.002  # chunks of one step come within
 STEP_METRICS = ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum", "vllm:generation_tokens_total")
@@ -118,7 +117,8 @@ class Clients:
             index %= len(self.prompts)
             ask = PlannedRequest(index, self._lengths[index])
             messages = self.prompts[index].messages
-            done = await complete(http, self._model, messages, ask, fixed_length=False, began=0.0)
+            fields = self.server.fields(ask)
+            done = await complete(http, self._model, messages, ask, fixed_length=False, began=0.0, fields=fields)
             self.done.append(done)
             index += self.number
             num_failed = num_failed + 1 if done.error else 0

@@ -223,6 +223,7 @@ def _ask(
         fixed_length=fixed_length,
         on_done=on_done,
         headers=server.headers,
+        fields_of=server.fields,
     )
     return asyncio.run(call)
 

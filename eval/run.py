@@ -30,7 +30,7 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.steady import measure_level
 from apparate_llm.eval.steady_tables import steady_tables
 from apparate_llm.eval.store import Block, Store
-from apparate_llm.eval.summary import Summary, cells_of, notes_of, ratios_of, runs_of, saturation_notes
+from apparate_llm.eval.summary import Summary, cache_notes, cells_of, notes_of, ratios_of, runs_of, saturation_notes
 from apparate_llm.eval.switched import switch_level
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.tables import tables
@@ -77,6 +77,7 @@ def run_steady(args: argparse.Namespace) -> int:
         settings=plan.settings,
         systems={system.name: system.started_by for system in plan.systems},
         levels=[],
+        notes=cache_notes(plan.systems),
     )
     path, console = plan.folder / STEADY_RESULTS, Console(stderr=True)
     private_folder(plan.folder / "logs")
@@ -86,6 +87,8 @@ def run_steady(args: argparse.Namespace) -> int:
     finally:
         if results.levels:  # also those before one that failed
             Console(width=max(Console().width, TABLE_WIDTH)).print(*steady_tables(results))
+            for note in results.notes:
+                console.print(f"Note: {note}", soft_wrap=True, markup=False)
             console.print(f"figures: {path}", soft_wrap=True)
     failed = sum(run.failed for level in results.levels for run in level.runs)
     if failed:

@@ -180,6 +180,7 @@ class _Measured(_Strict):
 
 class SteadyResults(_Measured):
     levels: list[SteadyLevel]
+    notes: list[str] = []  # as of `Results`
 
 
 class Results(_Measured):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import httpx
 import psutil
 
 from apparate_llm.address import authorization
+from apparate_llm.eval.client import Fields, PlannedRequest
 from apparate_llm.eval.systems import System
 from apparate_llm.files import private_opener
 from apparate_llm.launch import server_environment
@@ -95,6 +97,10 @@ class Server:
     def model_name(self) -> str:
         response = httpx.get(f"{self.base_url}/v1/models", headers=self.headers, timeout=10.0)
         return str(response.raise_for_status().json()["data"][0]["id"])
+
+    def fields(self, ask: PlannedRequest) -> Fields:
+        """Of a request to it. A salt of its own keeps it from being answered out of a prefix cache."""
+        return {"cache_salt": secrets.token_hex(16)} if self.system.prefix_cache == "salted" else {}
 
     def status(self) -> dict[str, Any]:
         """Of its exits; for a system that has them."""

@@ -326,6 +326,8 @@ def notes_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) 
             notes.append(
                 f"{system.name} works on one request at a time: it is measured with one client, or not at all."
             )
+    measured = {block.key.system for block in blocks}
+    notes += cache_notes([system for system in systems if system.name in measured])
     if few := _too_few(blocks, loads):
         notes.append(
             f"No interval under {', '.join(few)}: it takes {FEWEST} blocks of either system. More prompts or passes "
@@ -335,6 +337,16 @@ def notes_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) 
     if failed:
         notes.append(f"{failed} requests failed; they have no times and count as missed in goodput.")
     return notes
+
+
+def cache_notes(systems: Sequence[System]) -> list[str]:
+    warm = [system.name for system in systems if system.prefix_cache == "warm"]
+    if not warm:
+        return []
+    return [
+        f"Prefix caches of {', '.join(warm)} may be warm: these servers do not say that they are vLLM's, so their "
+        "requests have no cache_salt, and a prompt that was asked before may not be computed again."
+    ]
 
 
 def _too_few(blocks: Sequence[Block], loads: list[Load]) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import httpx
 
@@ -43,6 +44,9 @@ NAMES = {
     },
 }
 
+# What a request may find of earlier ones: nothing, as each has a `cache_salt`; nothing, as there is none; or prompts.
+PrefixCache = Literal["salted", "none", "warm"]
+
 
 @dataclass(frozen=True, slots=True)
 class System:
@@ -56,6 +60,7 @@ class System:
     bound: float | None = None  # accuracy bound, of a system with exits
     max_concurrency: int | None = None  # requests it works on at a time
     problem: str | None = None  # why it cannot run here
+    prefix_cache: PrefixCache = "warm"
 
     @property
     def started_by(self) -> str:
@@ -90,6 +95,16 @@ def tells_of_exits(base_url: str, api_key: str | None = None) -> bool:
         return False
 
 
+def prefix_cache_of(base_url: str, api_key: str | None = None) -> PrefixCache:
+    """Of a server that is running: vLLM's takes a salt, which others may refuse."""
+    try:
+        answer = httpx.get(f"{base_url}/version", headers=authorization(api_key), timeout=10.0)
+        told = answer.json() if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError):
+        told = None
+    return "salted" if isinstance(told, dict) and "version" in told else "warm"
+
+
 def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> list[System]:
     """The systems by their names, plain vLLM first; raises ValueError for a name that is none."""
     systems = []
@@ -105,7 +120,8 @@ def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> l
         if not name or not url:
             raise ValueError(f"--base-url: NAME=http://HOST:PORT wanted, got {text!r}")
         base_url, key = server_url(url, f"--base-url {name}"), choice.api_key
-        systems.append(System(name, base_url=base_url, has_exits=tells_of_exits(base_url, key), api_key=key))
+        has_exits, cache = tells_of_exits(base_url, key), prefix_cache_of(base_url, key)
+        systems.append(System(name, base_url=base_url, has_exits=has_exits, api_key=key, prefix_cache=cache))
     doubled = {system.name for system in systems if [other.name for other in systems].count(system.name) > 1}
     if doubled:
         raise ValueError(f"two systems are called {', '.join(sorted(doubled))}")
@@ -147,7 +163,7 @@ def _named(name: str, choice: ModelChoice) -> list[System]:
 def plain_vllm(choice: ModelChoice, name: str = BASELINE, *flags: str) -> System:
     """vLLM as it comes, in the same environment."""
     command = (sys.executable, "-m", PLAIN_SERVER, "--model", str(choice.model))
-    return System(name, (*command, *choice.vllm_flags, *flags), api_key=choice.own_key)
+    return System(name, (*command, *choice.vllm_flags, *flags), api_key=choice.own_key, prefix_cache="salted")
 
 
 def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
@@ -176,6 +192,7 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
         bound=config.accuracy_bound if has_exits else None,
         api_key=choice.own_key,
         problem=problem,
+        prefix_cache="salted",
     )
 
 
@@ -184,4 +201,4 @@ def _hugging_face(name: str, choice: ModelChoice) -> System:
     if name == "hf-early-exit":
         layer = choice.hf_layer or layers_of(choice.model) // 2
         command = (*command, "--early-exit", str(layer))
-    return System(name, command, max_concurrency=1)
+    return System(name, command, max_concurrency=1, prefix_cache="none")

@@ -31,8 +31,11 @@ SHAPES: dict[str, list[tuple[float, str, int]]] = {
 T = TypeVar("T")
 END_DELAY_S = 0.05  # before the token that ends an answer, which has no text
 
+bodies: list[dict[str, Any]] = []  # of all requests, for tests to look at
+
 app = FastAPI()
 app.state.api_key = None
+app.state.version = None
 
 
 @app.middleware("http")
@@ -46,6 +49,12 @@ async def check_key(request: Request, call_next: Callable[[Request], Awaitable[R
 @app.get("/health")
 async def health() -> dict[str, str]:
     return {}
+
+
+@app.get("/version")
+async def version() -> Response:
+    known = app.state.version
+    return JSONResponse({"version": known}) if known else JSONResponse({"detail": "Not Found"}, status_code=404)
 
 
 @app.get("/v1/models")
@@ -63,7 +72,8 @@ async def chat(request: Request) -> Response:
 
 def _answer(body: dict[str, Any]) -> AsyncIterator[str] | None:
     """None: refused."""
-    assert body["stream"] and body["temperature"] == 0.0
+    assert body["stream"] and body["temperature"] >= 0.0
+    bodies.append(body)
     words = body["messages"][0]["content"].split()
     continuous = body["stream_options"].get("continuous_usage_stats", False) and "old" not in words
     return None if words[0] == "refused" else _stream(words[0], continuous)
@@ -98,9 +108,9 @@ async def _stream(kind: str, continuous: bool) -> AsyncIterator[str]:
 
 
 @contextmanager
-def fake_server(api_key: str | None = None) -> Iterator[str]:
-    """Base URL of a running fake server, which may want a key."""
-    app.state.api_key = api_key
+def fake_server(api_key: str | None = None, version: str | None = None) -> Iterator[str]:
+    """Base URL of a running fake server, which may want a key, and may say that it is vLLM's."""
+    app.state.api_key, app.state.version = api_key, version
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -112,7 +122,7 @@ def fake_server(api_key: str | None = None) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
-        app.state.api_key = None
+        app.state.api_key = app.state.version = None
 
 
 class FakeTransport(httpx.AsyncBaseTransport):

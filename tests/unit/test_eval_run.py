@@ -22,7 +22,7 @@ from apparate_llm.eval.tables import divergence_frac
 from apparate_llm.eval.workloads import closed, poisson, traced
 from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
-from tests.fake_server import fake_server
+from tests.fake_server import bodies, fake_server
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,30 @@ def test_no_prompt_is_asked_before_it_is_measured(base_url, tmp_path, monkeypatc
     evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url)], four)
     evaluate(replace(evaluation, loads=evaluation.loads[1:], repeat=1), Progress(Console(quiet=True)))
     assert asked == [4, 5, 4, 5, 0, 1, 2, 3]  # warmed up, settled, measured
+
+
+def test_prefix_caches_are_kept_cold_by_a_salt_for_each_request_or_said_to_be_warm(base_url, tmp_path):
+    def asked(url: str) -> tuple[list[str | None], list[str]]:
+        """Salts of all requests, and the notes."""
+        (system,) = systems_of([], [f"vllm={url}"], ModelChoice(tmp_path))
+        evaluation = evaluation_of(tmp_path / system.prefix_cache, [system], prompts("single", "single"))
+        bodies.clear()
+        evaluate(evaluation, Progress(Console(quiet=True)))
+        assert len(bodies) >= 2 + 4 + 8  # warming, settling, measured
+        notes = notes_of(list(evaluation.store.blocks()), [system], evaluation.loads)
+        return [body.get("cache_salt") for body in bodies], [note for note in notes if "cache" in note]
+
+    salts, (note,) = asked(base_url)
+    assert set(salts) == {None} and note.startswith("Prefix caches of vllm may be warm: ")
+    with fake_server(version="0.32.0") as url:
+        salts, notes = asked(url)
+    assert len(set(salts)) == len(salts) and notes == []
+    assert all(salt and len(salt) <= 128 and salt.isalnum() for salt in salts)  # as vLLM takes them
+
+
+def test_servers_that_are_started_here_have_cold_caches(tiny_llama):
+    systems = systems_of(["vllm", "lossless", "off", "ngram", "hf"], [], ModelChoice(tiny_llama))
+    assert [system.prefix_cache for system in systems] == ["salted"] * 4 + ["none"]
 
 
 def test_blocks_on_disk_are_read_with_what_did_not_count_and_old_ones_without(tmp_path):
