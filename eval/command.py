@@ -91,6 +91,11 @@ def _add_tpt(kinds: Commands) -> None:
     )
     tpt.add_argument("--concurrency", type=positive_list, help="clients of closed loops, e.g. 1,16 (default: 1,2,4,8)")
     tpt.add_argument("--rate", type=rates, help="requests per second of open loops with Poisson arrivals, e.g. 0.5,1")
+    tpt.add_argument(
+        "--slice-s",
+        type=above_zero,
+        help="seconds of arrivals (--rate, --trace) after which the next system has its turn (default: 20)",
+    )
     tpt.add_argument("--seed", type=int, default=0, help="of Poisson arrivals and varied lengths (default: 0)")
     tpt.add_argument("--trace", type=Path, help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens: arrivals by it")
     tpt.add_argument("--trace-scale", type=above_zero, help="times of the trace are multiplied by it (default: 1)")

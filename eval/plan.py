@@ -12,7 +12,7 @@ from typing import Any
 from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits, plain_vllm, systems_of
-from apparate_llm.eval.workloads import Length, Load, closed, poisson, traced
+from apparate_llm.eval.workloads import SLICE_S, Length, Load, closed, poisson, traced
 from apparate_llm.flags import options_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
@@ -211,13 +211,18 @@ def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
     arrivals = next((f"--{name}" for name in ("rate", "trace") if getattr(args, name) is not None), None)
     if arrivals is not None and args.concurrency is not None:
         raise ValueError(f"give one of --concurrency and {arrivals}: clients ask when they have their answer")
+    slice_s = args.slice_s or SLICE_S
     if args.trace is not None:
         if args.rate is not None:
             raise ValueError("give one of --rate and --trace: both say when requests arrive")
         if args.length is not None:
             raise ValueError("--length does not go with --trace, which sets the answers' lengths")
         scale, most = args.trace_scale or 1.0, args.num_requests or len(prompts)
-        return [traced(args.trace, prompts, scale=scale, num_requests=most, max_tokens=args.max_tokens)]
+        return [
+            traced(args.trace, prompts, scale=scale, num_requests=most, max_tokens=args.max_tokens, slice_s=slice_s)
+        ]
+    if args.slice_s is not None and args.rate is None:
+        raise ValueError("--slice-s is about arrivals (--rate, --trace), and none are given")
     for flag, given in (("--trace-scale", args.trace_scale), ("--num-requests", args.num_requests)):
         if given is not None:
             raise ValueError(f"{flag} is about a --trace, and none is given")
@@ -226,7 +231,7 @@ def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
     for length in lengths:
         if args.rate is not None:
             loads += [
-                poisson(len(prompts), rate, max_tokens=args.max_tokens, length=length, seed=args.seed)
+                poisson(len(prompts), rate, max_tokens=args.max_tokens, length=length, seed=args.seed, slice_s=slice_s)
                 for rate in args.rate
             ]
         else:

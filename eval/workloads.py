@@ -1,6 +1,7 @@
 """What is asked of a server and when: closed loops of clients, or arrivals by time."""
 
 import csv
+import itertools
 import math
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +16,8 @@ from apparate_llm.eval.prompts import NUM_HELD_OUT, Prompt
 TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # as in Azure's LLM inference traces
 CHARACTERS_PER_TOKEN = 4  # rough; only to pick a prompt of about the traced length
 SHORTEST_FRAC = 0.25  # of the longest answer, where lengths vary
+SLICE_S = 20.0  # of arrivals, after which the next system has its turn
+LEAD_IN_S = 10.0  # of arrivals before those that count: longer than an answer, so that as many are under way as later
 
 # Answers end by themselves or at the longest length, always at that, or by themselves or at a length of their own.
 Length = Literal["free", "fixed", "varied"]
@@ -61,14 +64,40 @@ def _out_of_step(asks: tuple[PlannedRequest, ...], concurrency: int) -> tuple[Pl
     )
 
 
-def poisson(num_prompts: int, rate_per_s: float, *, max_tokens: int, length: Length, seed: int) -> Load:
+def poisson(
+    num_prompts: int, rate_per_s: float, *, max_tokens: int, length: Length, seed: int, slice_s: float = SLICE_S
+) -> Load:
     """Arrivals without memory, the same ones for every system."""
     gaps = np.random.default_rng(seed).exponential(1 / rate_per_s, num_prompts)
     arrivals, lengths = np.cumsum(gaps) - gaps[0], lengths_of(num_prompts, max_tokens, length, seed)
-    asks = tuple(
-        PlannedRequest(i, most, float(at_s)) for i, (at_s, most) in enumerate(zip(arrivals, lengths, strict=True))
-    )
-    return Load(_name(f"{rate_per_s:g} requests/s", length), (asks,), None, length == "fixed")
+    asks = [PlannedRequest(i, most, float(at_s)) for i, (at_s, most) in enumerate(zip(arrivals, lengths, strict=True))]
+    blocks, uncounted = _sliced(asks, slice_s, num_prompts)
+    return Load(_name(f"{rate_per_s:g} requests/s", length), blocks, None, length == "fixed", uncounted)
+
+
+def _sliced(
+    asks: list[PlannedRequest], slice_s: float, num_prompts: int
+) -> tuple[tuple[tuple[PlannedRequest, ...], ...], tuple[Uncounted, ...]]:
+    """Arrivals in slices of time, each a block, with times from its lead-in on: what arrived in the seconds before,
+    and does not count. Before the first slice held-out prompts arrive as those of the first seconds do. After a slice
+    its arrivals come again, every `slice_s` seconds, until the last that counts has ended."""
+    first = [ask for ask in asks if ask.arrival_s < LEAD_IN_S]
+    earlier = [
+        PlannedRequest(num_prompts + number % NUM_HELD_OUT, ask.max_tokens, ask.arrival_s - LEAD_IN_S)
+        for number, ask in enumerate(first)
+    ]
+    blocks, uncounted = [], []
+    for number, found in itertools.groupby(asks, key=lambda ask: int(ask.arrival_s / slice_s)):
+        began_s = number * slice_s - LEAD_IN_S
+        counted = tuple(_later(ask, -began_s) for ask in found)
+        lead_in = [ask for ask in (*earlier, *asks) if began_s <= ask.arrival_s < began_s + LEAD_IN_S]
+        blocks.append(counted)
+        uncounted.append(Uncounted(tuple(_later(ask, -began_s) for ask in lead_in), counted, slice_s))
+    return tuple(blocks), tuple(uncounted)
+
+
+def _later(ask: PlannedRequest, seconds: float) -> PlannedRequest:
+    return ask._replace(at_s=ask.arrival_s + seconds)
 
 
 def lengths_of(num_prompts: int, max_tokens: int, length: Length, seed: int) -> list[int]:
@@ -89,7 +118,9 @@ def _name(load: str, length: Length) -> str:
     return f"{load}, varied lengths" if length == "varied" else load
 
 
-def traced(path: Path, prompts: list[Prompt], *, scale: float, num_requests: int, max_tokens: int) -> Load:
+def traced(
+    path: Path, prompts: list[Prompt], *, scale: float, num_requests: int, max_tokens: int, slice_s: float = SLICE_S
+) -> Load:
     """Arrivals and answer lengths of a trace, its times multiplied by `scale`; each request takes the prompt whose
     length is nearest to the traced one, and is made to answer with the traced number of tokens, at most `max_tokens`.
 
@@ -108,7 +139,8 @@ def traced(path: Path, prompts: list[Prompt], *, scale: float, num_requests: int
         index = int(np.argmin(np.abs(np.log(lengths / max(context, 1))) + used))
         used[index] += 1.0
         asks.append(PlannedRequest(index, min(max(generated, 1), max_tokens), at_s))
-    return Load(f"{path.stem}, time x {scale:g}", (tuple(asks),), None, fixed_length=True)
+    blocks, uncounted = _sliced(asks, slice_s, len(prompts))
+    return Load(f"{path.stem}, time x {scale:g}", blocks, None, True, uncounted)
 
 
 def _trace_rows(path: Path, num_requests: int) -> list[tuple[datetime, int, int]]:

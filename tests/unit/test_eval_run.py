@@ -19,7 +19,7 @@ from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import ModelChoice, System, plain_vllm, systems_of
 from apparate_llm.eval.tables import divergence_frac
-from apparate_llm.eval.workloads import closed, poisson, traced
+from apparate_llm.eval.workloads import LEAD_IN_S, closed, poisson, traced
 from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
 from tests.fake_server import bodies, fake_server
@@ -408,9 +408,49 @@ def test_intervals_of_ratios_are_over_blocks_that_both_systems_have(tmp_path):
 def test_poisson_arrivals_have_the_rate_and_are_the_same_again():
     load, again = (poisson(4000, 2.0, max_tokens=9, length="fixed", seed=3) for _ in range(2))
     assert load == again
-    times = [ask.at_s for block in load.blocks for ask in block]
-    assert times[0] == 0.0 and times == sorted(times)
-    assert times[-1] / len(times) == pytest.approx(0.5, rel=0.05)
+    assert [ask.prompt_index for block in load.blocks for ask in block] == list(range(4000))
+    assert len(load.blocks) == pytest.approx(4000 * 0.5 / 20, rel=0.05)  # slices of 20 s
+    assert load.blocks[0][0].at_s == LEAD_IN_S  # what counts begins after the lead-in
+    for block in load.blocks:
+        times = [ask.at_s for ask in block]
+        assert times == sorted(times) and times[0] >= LEAD_IN_S - 1e-6 and times[-1] < LEAD_IN_S + 20 + 1e-6
+
+
+def test_each_slice_of_arrivals_begins_with_those_before_it_and_goes_on_as_it_was():
+    load = poisson(60, 1.0, max_tokens=9, length="free", seed=0, slice_s=15.0)
+    lead_ins = 0
+    for block, around, before in zip(load.blocks, load.uncounted, (None, *load.blocks), strict=False):
+        assert all(0.0 <= ask.at_s < LEAD_IN_S for ask in around.lead_in)
+        assert around.run_out == block and around.period_s == 15.0
+        lead_ins += len(around.lead_in)
+        if before is None:  # held out, as the first seconds of what is measured
+            early = [ask for ask in block if ask.at_s < 2 * LEAD_IN_S]
+            assert [ask.at_s for ask in around.lead_in] == pytest.approx([ask.at_s - LEAD_IN_S for ask in early])
+            assert [ask.prompt_index for ask in around.lead_in] == [60 + number for number in range(len(early))]
+        else:
+            late = [ask for ask in before if ask.at_s >= 15.0]
+            assert [(ask.prompt_index, ask.max_tokens) for ask in around.lead_in] == [ask[:2] for ask in late]
+            assert [ask.at_s for ask in around.lead_in] == pytest.approx([ask.at_s - 15.0 for ask in late])
+    assert lead_ins > 25
+
+
+def test_arrivals_are_measured_slice_by_slice_in_turns(base_url, tmp_path, monkeypatch):
+    monkeypatch.setattr("apparate_llm.eval.workloads.LEAD_IN_S", 0.3)
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    load = poisson(12, 10.0, max_tokens=9, length="free", seed=1, slice_s=0.4)
+    assert len(load.blocks) >= 3
+    evaluation = evaluation_of(tmp_path / "out", systems, prompts(*["single"] * 12))
+    order = []
+    add = Store.add
+    monkeypatch.setattr(Store, "add", lambda store, block: order.append(block.key) or add(store, block))
+    evaluate(replace(evaluation, loads=[load], repeat=1), Progress(Console(quiet=True)))
+    names = [key.system for key in order]
+    assert names[:6] == ["vllm", "same", "same", "vllm", "vllm", "same"]
+    blocks = list(evaluation.store.blocks())
+    for name in ("vllm", "same"):
+        counted = [done for block in blocks if block.key.system == name for done in block.completions]
+        assert sorted(done.prompt_index for done in counted) == list(range(12))
+    assert any(block.uncounted for block in blocks) and all(block.wall_s < 1.0 for block in blocks)
 
 
 def test_a_trace_sets_times_and_lengths_and_picks_prompts_of_about_its_size(tmp_path):
@@ -419,14 +459,7 @@ def test_a_trace_sets_times_and_lengths_and_picks_prompts_of_about_its_size(tmp_
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n")
     asked = prompts("x" * 9, "x" * 400, "x" * 380)
     (asks,) = traced(path, asked, scale=0.5, num_requests=10, max_tokens=64).blocks
-    assert [ask.at_s for ask in asks] == pytest.approx(
-        [
-            0.0,
-            2.0,
-            2.15970,
-        ],
-        abs=1e-4,
-    )
+    assert [ask.at_s - LEAD_IN_S for ask in asks] == pytest.approx([0.0, 2.0, 2.15970], abs=1e-4)
     assert [ask.max_tokens for ask in asks] == [44, 64, 3]
     assert [ask.prompt_index for ask in asks] == [1, 0, 2]
 
@@ -475,6 +508,7 @@ def test_systems_by_name(tiny_llama):
         ("--trace t.csv --length fixed", "--length does not go with --trace"),
         ("--trace-scale 2", "--trace-scale is about a --trace"),
         ("--num-requests 9", "--num-requests is about a --trace"),
+        ("--slice-s 9", "--slice-s is about arrivals"),
     ],
 )
 def test_a_flag_that_would_be_ignored_is_refused(flags, says):
