@@ -33,6 +33,20 @@ class PlannedRequest(NamedTuple):
         return self.at_s
 
 
+class Sampling(NamedTuple):
+    """How answers are drawn."""
+
+    temperature: float = 0.0  # 0: greedy
+    seed: int | None = None  # of the first prompt; each prompt has its own. None: the server's
+
+    def fields(self, ask: PlannedRequest) -> Fields:
+        seed = {} if self.seed is None else {"seed": self.seed + ask.prompt_index}
+        return {"temperature": self.temperature, **seed}
+
+
+GREEDY = Sampling()
+
+
 class Uncounted(NamedTuple):
     """What is asked around a block's requests and does not count, so that they meet a server at work."""
 
@@ -128,7 +142,7 @@ async def complete(
     body = {
         "model": model,
         "messages": messages,
-        "temperature": 0.0,
+        "temperature": GREEDY.temperature,
         "max_tokens": ask.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from apparate_llm.eval.client import FAILED_WAIT_S, TIMEOUT_S, Completion, PlannedRequest, complete
+from apparate_llm.eval.client import FAILED_WAIT_S, GREEDY, TIMEOUT_S, Completion, PlannedRequest, Sampling, complete
 from apparate_llm.eval.intervals import Interval, log_mean_interval, ratio_interval
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server
@@ -71,6 +71,7 @@ class Clients:
     prompts: list[Prompt]
     number: int
     max_tokens: int
+    sampling: Sampling = GREEDY
     done: list[Completion] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
     steps: list[Steps] = field(default_factory=list)  # of the engine, in each turn that counts
@@ -117,7 +118,7 @@ class Clients:
             index %= len(self.prompts)
             ask = PlannedRequest(index, self._lengths[index])
             messages = self.prompts[index].messages
-            fields = self.server.fields(ask)
+            fields = self.server.fields(ask, self.sampling)
             done = await complete(http, self._model, messages, ask, fixed_length=False, began=0.0, fields=fields)
             self.done.append(done)
             index += self.number

@@ -106,6 +106,7 @@ def _add_tpt(kinds: Commands) -> None:
         help="answers end by themselves or at --max-tokens (free, the default), always at --max-tokens (fixed), or by "
         "themselves or at a length of their own up to --max-tokens (varied), lest many clients go in step",
     )
+    _add_sampling(tpt)
     tpt.set_defaults(run=_later("run_tpt"), goes_on=True)
 
 
@@ -164,6 +165,7 @@ def _add_steady(kinds: Commands) -> None:
     steady.add_argument(
         "--limit", type=above_zero, help="exit with 1 where TPT over the baseline's is above it, e.g. 1.03"
     )
+    _add_sampling(steady)
     _add_options_of_systems(steady)
     _add_servers(steady)
     steady.set_defaults(run=_later("run_steady"))
@@ -192,6 +194,21 @@ def _add_servers(parser: OneLineParser) -> None:
         help="vLLM flag for all vLLM servers; repeatable",
     )
     add_api_key(parser)
+
+
+def _add_sampling(parser: OneLineParser) -> None:
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        help="draw answers at random, 0 to 2 (default: 0, greedy); their texts are not held against each other",
+    )
+    parser.add_argument(
+        "--sampling-seed",
+        type=int,
+        help="with --temperature: a seed for each request, so that answers are the same again; such requests take no "
+        "exits",
+    )
 
 
 def _add_systems(parser: OneLineParser, default: str) -> None:
@@ -239,6 +256,16 @@ def above_zero(text: str) -> float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return number
+
+
+def temperature(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 2:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2, got {text!r}")
     return number
 
 

@@ -11,7 +11,16 @@ from typing import Any
 
 import httpx
 
-from apparate_llm.eval.client import NOTHING_ELSE, Asked, Completion, PlannedRequest, Uncounted, run_block
+from apparate_llm.eval.client import (
+    GREEDY,
+    NOTHING_ELSE,
+    Asked,
+    Completion,
+    PlannedRequest,
+    Sampling,
+    Uncounted,
+    run_block,
+)
 from apparate_llm.eval.host_noise import energy_j, probe_ms, processor_times, stolen_frac
 from apparate_llm.eval.prompts import NUM_HELD_OUT, Messages, Prompt, held_out
 from apparate_llm.eval.servers import Server
@@ -34,6 +43,7 @@ class Evaluation:
     repeat: int
     store: Store
     start_timeout_s: float
+    sampling: Sampling = GREEDY
     dead: dict[str, str] = field(default_factory=dict)  # system -> why it is not measured (any more)
     enough: Callable[[int], bool] = lambda load: False  # whether the load of this number needs no further repeat
     repeats: dict[int, int] = field(default_factory=dict)  # load -> repeats, where they were enough
@@ -223,7 +233,7 @@ def _ask(
         fixed_length=fixed_length,
         on_done=on_done,
         headers=server.headers,
-        fields_of=server.fields,
+        fields_of=lambda ask: server.fields(ask, evaluation.sampling),
     )
     return asyncio.run(call)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, new_options
+from apparate_llm.eval.client import GREEDY, Sampling
 from apparate_llm.eval.prompts import Prompt, load_prompts
-from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits, plain_vllm, systems_of
+from apparate_llm.eval.systems import BASELINE, GREEDY_ONLY, ModelChoice, System, early_exits, plain_vllm, systems_of
 from apparate_llm.eval.workloads import SLICE_S, Length, Load, closed, poisson, traced
 from apparate_llm.flags import options_from
 from apparate_llm.launch import check_build
@@ -39,6 +40,7 @@ class EvalPlan:
     start_timeout_s: float
     fresh: bool = True  # whether to begin anew where the folder holds a run
     slo_ms: dict[str, float]
+    sampling: Sampling = GREEDY
     phases: tuple[tuple[str, int], ...] = ()  # (name, number of its first prompt)
 
 
@@ -60,6 +62,7 @@ class SteadyPlan:
     settings: dict[str, Any]
     folder: Path
     start_timeout_s: float
+    sampling: Sampling = GREEDY
 
     @property
     def level_s(self) -> float:
@@ -118,7 +121,8 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     options_from(args)  # raises for a value that is not allowed
     flags = tuple(_vllm_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds)))
     choice = ModelChoice(model, flags, tuple(option_flags(args)), tuple(args.accuracy_bounds), api_key=args.api_key)
-    systems = systems_of(names, [], choice)
+    sampling = _sampling(args)
+    systems = _that_sample(systems_of(names, [], choice), sampling)
     if problems := [system.problem for system in systems if system.problem]:
         raise ValueError(problems[0])
     for system in systems:
@@ -152,9 +156,10 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         limit=args.limit,
         settings=given
         | {"model": model.name, "num_prompts": len(prompts), "systems": names, "options": option_flags(args)}
-        | {"vllm_flags": redacted(args.vllm_flag)},
+        | {"vllm_flags": redacted(args.vllm_flag), **_sampling_settings(sampling)},
         folder=_new_folder(args.out, fresh=args.fresh),
         start_timeout_s=args.start_timeout_s,
+        sampling=sampling,
     )
 
 
@@ -180,7 +185,8 @@ def _plan(
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds)
     flags = tuple(_vllm_flags(args.vllm_flag, num_servers))
     choice = ModelChoice(model, flags, tuple(options), tuple(args.accuracy_bounds), args.hf_layer, args.api_key)
-    systems = systems_of(names, args.base_url, choice)
+    sampling = _sampling(args)
+    systems = _that_sample(systems_of(names, args.base_url, choice), sampling)
     systems += [_own_system(text, choice) for text in args.system]
     if BASELINE not in (system.name for system in systems):
         raise ValueError(f"--systems must name {BASELINE}, which all others are compared with")
@@ -195,8 +201,28 @@ def _plan(
         start_timeout_s=args.start_timeout_s,
         fresh=args.fresh,
         slo_ms=args.slo or {},
+        sampling=sampling,
         phases=phases,
     )
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    """Greedy where the command does not ask."""
+    temperature, seed = getattr(args, "temperature", 0.0), getattr(args, "sampling_seed", None)
+    if seed is not None and not temperature:
+        raise ValueError("--sampling-seed is about a --temperature above 0, and none is given")
+    return Sampling(temperature, seed)
+
+
+def _sampling_settings(sampling: Sampling) -> dict[str, float | int | None]:
+    return {"temperature": sampling.temperature, "sampling_seed": sampling.seed}
+
+
+def _that_sample(systems: list[System], sampling: Sampling) -> list[System]:
+    if not sampling.temperature:
+        return systems
+    problem = f"it decodes greedily, so not at --temperature {sampling.temperature:g}"
+    return [replace(system, problem=problem) if system.name in GREEDY_ONLY else system for system in systems]
 
 
 def _own_system(text: str, choice: ModelChoice) -> System:
@@ -269,6 +295,7 @@ def _settings(
         "options": option_flags(args) + getattr(args, "system", []),
         "vllm_flags": redacted(args.vllm_flag),
         "hf_layer": getattr(args, "hf_layer", None),
+        **_sampling_settings(_sampling(args)),
     }
 
 

@@ -73,7 +73,7 @@ def sections(results: Results) -> list[Section]:
     made = [
         _ratios(results),
         _section("Absolute figures", "", _speed_columns(runs), runs),
-        _section(
+        _known_columns(
             "Quality",
             "Divergences are counted by the server: tokens the full model would not have written; at worst, exits "
             "without a verdict included: that is what the bound holds for. Answers are compared with the baseline's. "
@@ -132,6 +132,15 @@ def _section(title: str, note: str, columns: Columns, runs: list[Run]) -> Sectio
         [load_name(run.load, run.fixed_length), run.system, *(cell(run) for cell in columns.values())] for run in runs
     ]
     return Section(title, note, ["load", "system", *columns], rows)
+
+
+def _known_columns(title: str, note: str, columns: Columns, runs: list[Run]) -> Section:
+    """Without those in which nothing is known: texts that are drawn at random are not compared."""
+    whole = _section(title, note, columns, runs)
+    shown = [i for i in range(len(whole.columns)) if i < 2 or any(row[i] != DASH for row in whole.rows)]
+    return whole._replace(
+        columns=[whole.columns[i] for i in shown], rows=[[row[i] for i in shown] for row in whole.rows]
+    )
 
 
 def _speed_columns(runs: list[Run]) -> Columns:

@@ -30,7 +30,16 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.steady import measure_level
 from apparate_llm.eval.steady_tables import steady_tables
 from apparate_llm.eval.store import Block, Store
-from apparate_llm.eval.summary import Summary, cache_notes, cells_of, notes_of, ratios_of, runs_of, saturation_notes
+from apparate_llm.eval.summary import (
+    Summary,
+    cache_notes,
+    cells_of,
+    notes_of,
+    ratios_of,
+    runs_of,
+    sampling_notes,
+    saturation_notes,
+)
 from apparate_llm.eval.switched import switch_level
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.tables import tables
@@ -77,7 +86,7 @@ def run_steady(args: argparse.Namespace) -> int:
         settings=plan.settings,
         systems={system.name: system.started_by for system in plan.systems},
         levels=[],
-        notes=cache_notes(plan.systems),
+        notes=sampling_notes(plan.sampling) + cache_notes(plan.systems),
     )
     path, console = plan.folder / STEADY_RESULTS, Console(stderr=True)
     private_folder(plan.folder / "logs")
@@ -155,6 +164,7 @@ def _run(plan: EvalPlan) -> Results:
         repeat=plan.repeat,
         store=store,
         start_timeout_s=plan.start_timeout_s,
+        sampling=plan.sampling,
     )
     with Progress(console) as progress:
         evaluate(evaluation, progress)
@@ -169,7 +179,8 @@ def _run(plan: EvalPlan) -> Results:
 def summarise(plan: EvalPlan, blocks: list[Block], dead: dict[str, str], started: str) -> Results:
     cells = cells_of(blocks, plan.systems, plan.loads)
     model = plan.choice.model
-    runs = runs_of(cells, Summary(model, layers_of(model), plan.prompts, plan.phases, plan.slo_ms))
+    summary = Summary(model, layers_of(model), plan.prompts, plan.phases, plan.slo_ms, plan.sampling)
+    runs = runs_of(cells, summary)
     concurrencies = sorted({load.concurrency for load in plan.loads if load.concurrency is not None})
     return Results(
         command=_command(),
@@ -182,7 +193,7 @@ def summarise(plan: EvalPlan, blocks: list[Block], dead: dict[str, str], started
         runs=runs,
         ratios=ratios_of(cells, runs),
         oracle_ratio=oracle_ratios(model, concurrencies),
-        notes=notes_of(blocks, plan.systems, plan.loads) + saturation_notes(runs),
+        notes=sampling_notes(plan.sampling) + notes_of(blocks, plan.systems, plan.loads) + saturation_notes(runs),
     )
 
 

@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from apparate_llm.address import authorization
-from apparate_llm.eval.client import Fields, PlannedRequest
+from apparate_llm.eval.client import GREEDY, Fields, PlannedRequest, Sampling
 from apparate_llm.eval.systems import System
 from apparate_llm.files import private_opener
 from apparate_llm.launch import server_environment
@@ -98,9 +98,10 @@ class Server:
         response = httpx.get(f"{self.base_url}/v1/models", headers=self.headers, timeout=10.0)
         return str(response.raise_for_status().json()["data"][0]["id"])
 
-    def fields(self, ask: PlannedRequest) -> Fields:
+    def fields(self, ask: PlannedRequest, sampling: Sampling = GREEDY) -> Fields:
         """Of a request to it. A salt of its own keeps it from being answered out of a prefix cache."""
-        return {"cache_salt": secrets.token_hex(16)} if self.system.prefix_cache == "salted" else {}
+        salt = {"cache_salt": secrets.token_hex(16)} if self.system.prefix_cache == "salted" else {}
+        return {**sampling.fields(ask), **salt}
 
     def status(self) -> dict[str, Any]:
         """Of its exits; for a system that has them."""

@@ -42,7 +42,7 @@ def measure_level(plan: SteadyPlan, servers: Sequence[Server], number: int, stag
     everyone, before = [], []
     for server in servers:
         server.resume()
-        everyone.append(Clients(server, plan.prompts, number, plan.max_tokens))
+        everyone.append(Clients(server, plan.prompts, number, plan.max_tokens, plan.sampling))
         before.append(server.counts())
         server.pause()
     order = list(everyone)

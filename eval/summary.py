@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 
-from apparate_llm.eval.client import Completion
+from apparate_llm.eval.client import GREEDY, Completion, Sampling
 from apparate_llm.eval.code_check import code_passes
 from apparate_llm.eval.intervals import FEWEST, Sums, Values, mean_interval, p99_interval, ratio_interval, sums_of
 from apparate_llm.eval.prompts import Prompt
@@ -93,6 +93,7 @@ class Summary:
     prompts: list[Prompt]
     phases: tuple[tuple[str, int], ...]  # (name, number of its first prompt) of a workload that changes
     slo_ms: dict[str, float]
+    sampling: Sampling = GREEDY
 
 
 def cells_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) -> list[SystemUnderLoad]:
@@ -108,7 +109,8 @@ def cells_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) 
 
 
 def runs_of(cells: list[SystemUnderLoad], summary: Summary) -> list[Run]:
-    runs = []
+    """Texts that are drawn at random are not held against others."""
+    runs, sampled = [], summary.sampling.temperature > 0
     for cell in cells:
         base = _of_system(BASELINE, cell, cells)
         quality = None
@@ -116,12 +118,13 @@ def runs_of(cells: list[SystemUnderLoad], summary: Summary) -> list[Run]:
             prompts = summary.prompts
             if cell.load.fixed_length:  # an answer that is made to go on does not end with what it came to
                 prompts = [Prompt(prompt.messages) for prompt in prompts]
-            quality = quality_of(cell.completions, [] if base is cell else base.completions, prompts)
+            alone = base is cell or sampled
+            quality = quality_of(cell.completions, [] if alone else base.completions, prompts)
         first = next(other for other in cells if other.system is cell.system)
         comparable = first is not cell and first.load.fixed_length == cell.load.fixed_length
         same = {
-            "same_as_off_frac": _same_frac(cell, _of_system(OFF, cell, cells)),
-            "same_as_first_load_frac": _same_frac(cell, first if comparable else None),
+            "same_as_off_frac": None if sampled else _same_frac(cell, _of_system(OFF, cell, cells)),
+            "same_as_first_load_frac": None if sampled else _same_frac(cell, first if comparable else None),
         }
         runs.append(_run(cell, summary, quality).model_copy(update=same))
     return runs
@@ -336,6 +339,15 @@ def notes_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) 
     failed = sum(done.error is not None for block in blocks for done in block.completions)
     if failed:
         notes.append(f"{failed} requests failed; they have no times and count as missed in goodput.")
+    return notes
+
+
+def sampling_notes(sampling: Sampling) -> list[str]:
+    if not sampling.temperature:
+        return []
+    notes = [f"Answers were drawn at temperature {sampling.temperature:g}: texts are not held against each other."]
+    if sampling.seed is not None:
+        notes.append("Requests had a seed, with which no exits are taken: so the same answers can be had again.")
     return notes
 
 

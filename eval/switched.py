@@ -28,7 +28,7 @@ EXITS = ("emitted", "held", "accepted", "released", "diverged", "divergences_at_
 def switch_level(plan: SteadyPlan, server: Server, number: int, stage: Stage) -> SteadyLevel:
     server.resume()
     on = str(server.status()["config"]["policy"])
-    clients = Clients(server, plan.prompts, number, plan.max_tokens)
+    clients = Clients(server, plan.prompts, number, plan.max_tokens, plan.sampling)
     turns: dict[str, list[tuple[float, float]]] = {OFF: [], on: []}
     exits = dict.fromkeys(EXITS, 0)  # in the counted parts of turns with exits
 

@@ -27,6 +27,7 @@ OFF = "off"
 SPECULATION = ("ngram", "suffix")  # vLLM's own
 NUM_SPECULATIVE_TOKENS = 4  # of vLLM's n-gram speculation
 SUFFIX_PACKAGE = "arctic_inference"
+GREEDY_ONLY = ("hf", "hf-early-exit")
 NAMES = {
     "vllm": "plain vLLM, the baseline",
     "lossless": "early exits, accuracy bound 0",
@@ -144,7 +145,7 @@ def _named(name: str, choice: ModelChoice) -> list[System]:
         if importlib.util.find_spec(SUFFIX_PACKAGE) is None:
             system = replace(system, problem=f"the package {SUFFIX_PACKAGE} is not installed")
         return [system]
-    if name in ("hf", "hf-early-exit"):
+    if name in GREEDY_ONLY:
         return [_hugging_face(name, choice)]
     if name == "lossless":
         return [early_exits(name, choice, "--accuracy-bound", "0")]

@@ -7,9 +7,9 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 import aiohttp
 import pytest
 
-from apparate_llm.eval.client import Completion, PlannedRequest, Uncounted, run_block
+from apparate_llm.eval.client import Completion, PlannedRequest, Sampling, Uncounted, run_block
 from apparate_llm.eval.statistics import distribution, goodput_frac, shared_chunk_frac
-from tests.fake_server import SPLITTERS, FakeTransport, fake_server, in_virtual_time
+from tests.fake_server import SPLITTERS, FakeTransport, bodies, fake_server, in_virtual_time
 
 
 def ask(*prompts, concurrency=1, at_s=None):
@@ -85,6 +85,22 @@ def test_vllms_own_client_counts_tokens_as_we_do_and_gaps_by_the_chunk(monkeypat
     assert len(gaps) == len(ours.gaps_ms) == 3 < 8 - 1
     assert sum(gaps) * 1e3 / (8 - 1) == pytest.approx(ours.tpt_ms, rel=0.5)
     assert sorted(gaps)[1] * 1e3 > 1.5 * ours.tpt_ms
+
+
+def test_answers_are_greedy_or_drawn_each_prompt_with_its_own_seed():
+    asks = [PlannedRequest(index, 9) for index in range(2)]
+    messages = [[{"role": "user", "content": "single"}]] * 2
+    for sampling, expected in (
+        (Sampling(), [(0.0, None), (0.0, None)]),
+        (Sampling(0.7), [(0.7, None), (0.7, None)]),
+        (Sampling(0.7, 40), [(0.7, 40), (0.7, 41)]),
+    ):
+        bodies.clear()
+        call = run_block(
+            "http://fake", "m", messages, asks, concurrency=1, fields_of=sampling.fields, transport=FakeTransport()
+        )
+        in_virtual_time(call)
+        assert [(body["temperature"], body.get("seed")) for body in bodies] == expected
 
 
 def test_the_loop_keeps_its_concurrency():

@@ -108,6 +108,18 @@ def test_the_page_loads_nothing():
         assert not re.findall(r'(?:src|href)="(?!#)[^"]+"', svg) and "@import" not in svg
 
 
+def test_columns_of_texts_are_left_out_where_none_are_compared():
+    results = full_result()
+    columns = {section.title: section.columns for section in sections(results)}["Quality"]
+    assert "same answers" in columns and "code passed" not in columns  # no prompt has tests
+    for run in results.runs:
+        run.quality = run.quality and run.quality.model_copy(
+            update=dict.fromkeys(("identical_frac", "same_number_frac"))
+        )
+    left = {section.title: section.columns for section in sections(results)}["Quality"]
+    assert [name for name in columns if name not in left] == ["same answers", "same number"]
+
+
 def test_every_figure_of_the_tables_is_on_the_page():
     results = full_result()
     page = render(results, Points())

@@ -11,17 +11,18 @@ from rich.console import Console
 
 from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.eval import plan as plans
-from apparate_llm.eval.client import NOTHING_ELSE, Chunk, Completion
+from apparate_llm.eval.client import NOTHING_ELSE, Chunk, Completion, Sampling
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import Block, BlockKey, Store
-from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of
+from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of, sampling_notes
 from apparate_llm.eval.systems import ModelChoice, System, plain_vllm, systems_of
-from apparate_llm.eval.tables import divergence_frac
+from apparate_llm.eval.tables import divergence_frac, tables
 from apparate_llm.eval.workloads import LEAD_IN_S, closed, poisson, traced
 from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
+from tests.eval_results import a_result, text_of
 from tests.fake_server import bodies, fake_server
 
 
@@ -46,7 +47,7 @@ def evaluation_of(folder: Path, systems: list[System], asked: list[Prompt], **ch
 def results_of(evaluation: Evaluation, phases: tuple[tuple[str, int], ...] = ()):
     blocks = list(evaluation.store.blocks())
     cells = cells_of(blocks, evaluation.systems, evaluation.loads)
-    summary = Summary(Path("fake"), 4, evaluation.prompts, phases, {"tpt": 55.0})
+    summary = Summary(Path("fake"), 4, evaluation.prompts, phases, {"tpt": 55.0}, evaluation.sampling)
     runs = runs_of(cells, summary)
     return runs, ratios_of(cells, runs), blocks
 
@@ -188,6 +189,49 @@ def test_prefix_caches_are_kept_cold_by_a_salt_for_each_request_or_said_to_be_wa
         salts, notes = asked(url)
     assert len(set(salts)) == len(salts) and notes == []
     assert all(salt and len(salt) <= 128 and salt.isalnum() for salt in salts)  # as vLLM takes them
+
+
+def test_texts_that_are_drawn_at_random_are_not_held_against_each_other(base_url, tmp_path):
+    systems = [System(name, base_url=base_url) for name in ("vllm", "off", "lossless")]
+    asked = [prompt._replace(reference="abbbb") for prompt in prompts("steady 1", "steady 2")]
+    evaluation = evaluation_of(tmp_path / "out", systems, asked, sampling=Sampling(0.7, 40))
+    bodies.clear()
+    evaluate(evaluation, Progress(Console(quiet=True)))
+    assert {body["temperature"] for body in bodies} == {0.7}
+    seeds = {body["messages"][0]["content"]: body["seed"] for body in bodies}
+    assert (seeds["steady 1"], seeds["steady 2"]) == (40, 41)
+    runs, ratios, _ = results_of(evaluation)
+    for run in runs:
+        compared = (run.identical_frac, run.same_as_off_frac, run.same_as_first_load_frac, run.quality.rouge_l_baseline)
+        assert compared == (None,) * 4 and run.quality.rouge_l_reference == 1.0
+    assert all(ratio.tpt_mean is not None for ratio in ratios)
+    assert "same" not in text_of(tables(a_result(runs, ratios)))
+    assert [note.partition(":")[0] for note in sampling_notes(Sampling(0.7, 40))] == [
+        "Answers were drawn at temperature 0.7",
+        "Requests had a seed, with which no exits are taken",
+    ]
+    assert sampling_notes(Sampling()) == []
+
+
+def test_what_decodes_greedily_is_left_out_where_answers_are_drawn(tiny_llama, tmp_path):
+    def plan_of(*more: str):
+        argv = ["eval", "tpt", str(tiny_llama), "--out", str(tmp_path), "--systems", "vllm,hf", "--prompts", "quick"]
+        return plans.tpt_plan(build_parser().parse_args([*argv, *more]))
+
+    sampled = plan_of("--temperature", "0.7", "--sampling-seed", "3")
+    assert sampled.sampling == Sampling(0.7, 3) and sampled.settings["temperature"] == 0.7
+    assert [system.problem for system in sampled.systems] == [None, "it decodes greedily, so not at --temperature 0.7"]
+    greedy = plan_of()
+    assert greedy.sampling == Sampling() and [system.problem for system in greedy.systems] == [None, None]
+    with pytest.raises(ValueError, match="--sampling-seed is about a --temperature above 0"):
+        plan_of("--sampling-seed", "3")
+
+
+@pytest.mark.parametrize("given", ["-1", "2.5", "warm", "nan"])
+def test_a_temperature_that_is_none_is_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["eval", "tpt", "--out", "x", f"--temperature={given}"])
+    assert f"must be from 0 to 2, got '{given}'" in capsys.readouterr().err
 
 
 def test_servers_that_are_started_here_have_cold_caches(tiny_llama):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from apparate_llm.cli import build_parser
 from apparate_llm.eval import run, switched
+from apparate_llm.eval.client import Sampling
 from apparate_llm.eval.plan import SteadyPlan, steady_plan
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.schema import SteadyResults
@@ -21,7 +22,7 @@ from apparate_llm.eval.steady_tables import steady_tables
 from apparate_llm.eval.switched import switch_level
 from apparate_llm.eval.systems import ModelChoice, System
 from apparate_llm.progress import SECONDS, Progress
-from tests.fake_server import fake_server
+from tests.fake_server import bodies, fake_server
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,14 @@ def test_servers_take_turns_and_only_their_own_time_counts(base_url, tmp_path):
     assert (ratio.system, ratio.baseline) == ("same", "vllm") and ratio.answers_of_both >= 2
     assert 0.6 < ratio.tpt < 1.6 and ratio.throughput > 0
     assert (ratio.tpt_ci95, ratio.throughput_ci95, ratio.tpt_mean_ci95) == (None, None, None)  # of two turns
+
+
+def test_clients_ask_for_answers_that_are_drawn(base_url, tmp_path):
+    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
+    plan = replace(plan_of(tmp_path, systems, prompt="single"), sampling=Sampling(0.7))
+    bodies.clear()
+    level_of(plan, [server_of(system, tmp_path) for system in systems])
+    assert bodies and all(body["temperature"] == 0.7 and "seed" not in body for body in bodies)
 
 
 def test_turns_too_short_for_an_answer_are_said(base_url, tmp_path):
@@ -165,6 +174,8 @@ def flags(tiny_llama, lens_ramps):
         (["--systems", "vllm,hf"], "hf works on 1 request at a time: --clients 1 only"),
         (["--max-tokens", "1"], "--max-tokens: at least 2, as a single token has no time"),
         (["--turn-s", "0.2"], "--turn-s: 1 to 300 s, got 0.2"),
+        (["--systems", "vllm,hf", "--clients", "1", "--temperature", "0.7"], "it decodes greedily, so not at"),
+        (["--sampling-seed", "3"], "--sampling-seed is about a --temperature above 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, tmp_path, more, says):
