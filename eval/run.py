@@ -15,6 +15,7 @@ from rich.console import Console
 
 from apparate_llm.eval.compare import compare, is_old, load_results
 from apparate_llm.eval.evaluate import Evaluation, evaluate
+from apparate_llm.eval.notes import cache_notes, notes_of, sampling_notes, saturation_notes
 from apparate_llm.eval.oracle import oracle_ratios
 from apparate_llm.eval.plan import (
     STEADY_RESULTS,
@@ -30,16 +31,7 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.steady import measure_level
 from apparate_llm.eval.steady_tables import steady_tables
 from apparate_llm.eval.store import Block, Store
-from apparate_llm.eval.summary import (
-    Summary,
-    cache_notes,
-    cells_of,
-    notes_of,
-    ratios_of,
-    runs_of,
-    sampling_notes,
-    saturation_notes,
-)
+from apparate_llm.eval.summary import Summary, cells_of, ratios_of, runs_of
 from apparate_llm.eval.switched import switch_level
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.tables import tables

@@ -13,10 +13,11 @@ from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.eval import plan as plans
 from apparate_llm.eval.client import NOTHING_ELSE, Chunk, Completion, Sampling
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
+from apparate_llm.eval.notes import notes_of, sampling_notes
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import Block, BlockKey, Store
-from apparate_llm.eval.summary import Summary, cells_of, notes_of, quality_of, ratios_of, runs_of, sampling_notes
+from apparate_llm.eval.summary import Summary, cells_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import ModelChoice, System, plain_vllm, systems_of
 from apparate_llm.eval.tables import divergence_frac, tables
 from apparate_llm.eval.workloads import LEAD_IN_S, closed, poisson, traced
