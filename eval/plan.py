@@ -11,7 +11,7 @@ from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.client import GREEDY, Sampling
-from apparate_llm.eval.prompts import Prompt, load_prompts
+from apparate_llm.eval.prompts import Prompt, PromptSet, prompt_set
 from apparate_llm.eval.systems import BASELINE, GREEDY_ONLY, ModelChoice, System, early_exits, plain_vllm, systems_of
 from apparate_llm.eval.workloads import SLICE_S, Length, Load, closed, poisson, traced
 from apparate_llm.flags import options_from
@@ -77,7 +77,8 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
     config = options_from(args)
     if config.policy != "off":
         check_build()
-    prompts = load_prompts(args.prompts)[: args.num_prompts]
+    asked = prompt_set(args.prompts, args.num_prompts)
+    prompts = asked.prompts
     model = model_folder(args.model)
     preflight_ramps(config, model, architecture_of(model))
     flags = tuple(_vllm_flags(args.vllm_flag, num_servers=2))
@@ -89,7 +90,7 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
         systems=systems,
         prompts=prompts,
         loads=loads,
-        settings=_settings(args, choice.model, systems, prompts, loads),
+        settings=_settings(args, choice.model, systems, prompts, loads) | _labels([asked]),
         folder=(args.logs or Path(tempfile.mkdtemp(prefix="apparate-eval-"))) / "run",
         repeat=args.repeat,
         start_timeout_s=args.start_timeout_s,
@@ -98,22 +99,22 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
 
 
 def tpt_plan(args: argparse.Namespace) -> EvalPlan:
-    prompts = load_prompts(args.prompts)[: args.num_prompts]
-    return _plan(args, prompts, _loads(args, prompts), ())
+    asked = prompt_set(args.prompts, args.num_prompts)
+    return _plan(args, asked.prompts, _loads(args, asked.prompts), (), [asked])
 
 
 def drift_plan(args: argparse.Namespace) -> EvalPlan:
     """One workload, another, and the first again, asked in order in the life of one server."""
-    parts = [load_prompts(source)[: args.num_prompts] for source in args.workloads]
-    if len(parts) != 2:
-        raise ValueError(f"--workloads: two prompt sets wanted, A,B, got {len(parts)}")
-    first, second = parts
+    sets = [prompt_set(source, args.num_prompts) for source in args.workloads]
+    if len(sets) != 2:
+        raise ValueError(f"--workloads: two prompt sets wanted, A,B, got {len(sets)}")
+    first, second = (found.prompts for found in sets)
     prompts = [*first, *second, *first]
     names = [source.stem for source in args.workloads]
     starts = (0, len(first), len(first) + len(second))
     phases = tuple(zip((names[0], names[1], f"{names[0]} again"), starts, strict=True))
     loads = [closed(len(prompts), args.clients, max_tokens=args.max_tokens, length="free")]
-    return _plan(args, prompts, loads, phases)
+    return _plan(args, prompts, loads, phases, sets)
 
 
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
@@ -141,11 +142,11 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         raise ValueError(f"--systems must name two or more, e.g. {BASELINE},lossless, got {systems[0].name}")
     names = [system.name for system in systems]
     given = {name: getattr(args, name) for name in ("clients", "turns", "turn_s", "settle_s", "max_tokens", "switch")}
-    prompts = load_prompts(args.prompts)[: args.num_prompts]
+    asked = prompt_set(args.prompts, args.num_prompts)
     return SteadyPlan(
         choice=choice,
         systems=systems,
-        prompts=prompts,
+        prompts=asked.prompts,
         levels=args.clients,
         turns=args.turns,
         turn_s=args.turn_s,
@@ -155,8 +156,8 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         switch=args.switch,
         limit=args.limit,
         settings=given
-        | {"model": model.name, "num_prompts": len(prompts), "systems": names, "options": option_flags(args)}
-        | {"vllm_flags": redacted(args.vllm_flag), **_sampling_settings(sampling)},
+        | {"model": model.name, "num_prompts": len(asked.prompts), "systems": names, "options": option_flags(args)}
+        | {"vllm_flags": redacted(args.vllm_flag), **_sampling_settings(sampling), **_labels([asked])},
         folder=_new_folder(args.out, fresh=args.fresh),
         start_timeout_s=args.start_timeout_s,
         sampling=sampling,
@@ -176,7 +177,11 @@ def _new_folder(folder: Path, *, fresh: bool) -> Path:
 
 
 def _plan(
-    args: argparse.Namespace, prompts: list[Prompt], loads: list[Load], phases: tuple[tuple[str, int], ...]
+    args: argparse.Namespace,
+    prompts: list[Prompt],
+    loads: list[Load],
+    phases: tuple[tuple[str, int], ...],
+    sets: list[PromptSet],
 ) -> EvalPlan:
     model = model_folder(args.model)
     names = [name.strip() for name in args.systems.split(",")]
@@ -195,7 +200,7 @@ def _plan(
         systems=systems,
         prompts=prompts,
         loads=loads,
-        settings=_settings(args, choice.model, systems, prompts, loads),
+        settings=_settings(args, choice.model, systems, prompts, loads) | _labels(sets),
         folder=args.out,
         repeat=args.repeat,
         start_timeout_s=args.start_timeout_s,
@@ -297,6 +302,11 @@ def _settings(
         "hf_layer": getattr(args, "hf_layer", None),
         **_sampling_settings(_sampling(args)),
     }
+
+
+def _labels(sets: list[PromptSet]) -> dict[str, Any]:
+    """Which prompts they are, for all that shows results."""
+    return {"prompts": {found.name: found.described() for found in sets}}
 
 
 def _vllm_flags(given: list[str], num_servers: int) -> list[str]:

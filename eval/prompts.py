@@ -1,5 +1,7 @@
 """Prompts for an evaluation: a built-in set or a file."""
 
+import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ FOLDER = Path(__file__).parent / "prompts"
 BUILT_IN = ("chat", "code", "copy", "quick")
 HELD_OUT = FOLDER / "held_out.jsonl"
 NUM_HELD_OUT = 16
+DEVELOPED_WITH = FOLDER / "developed_with.json"  # digests of further prompts, by what they are
 
 Messages = list[dict[str, str]]
 
@@ -20,6 +23,44 @@ class Prompt(NamedTuple):
     category: str | None = None
     reference: str | None = None  # a right answer
     tests: str | None = None  # Python asserts for the code of an answer
+
+    @property
+    def asked(self) -> str:
+        return self.messages[-1]["content"]
+
+
+class PromptSet(NamedTuple):
+    """What is asked of a file or a built-in set."""
+
+    name: str
+    size: int  # prompts it has
+    prompts: list[Prompt]  # that are asked
+
+    def described(self) -> dict[str, int]:
+        return {"size": self.size, "asked": len(self.prompts), "developed_with": developed_with(self.prompts)}
+
+
+def prompt_set(source: Path | None, number: int | None) -> PromptSet:
+    """The first `number` prompts, or all; raises as `load_prompts`."""
+    found = load_prompts(source)
+    return PromptSet("quick" if source is None else source.name, len(found), found[:number])
+
+
+def developed_with(prompts: Sequence[Prompt]) -> int:
+    """How many of them were in use while this was developed, going by their text, whatever file they come from."""
+    texts, digests = _developed_with()
+    return sum(prompt.asked in texts or _digest(prompt.asked) in digests for prompt in prompts)
+
+
+@functools.cache
+def _developed_with() -> tuple[frozenset[str], frozenset[str]]:
+    """Texts of the built-in sets, and digests of others."""
+    texts = frozenset(prompt.asked for name in BUILT_IN for prompt in load_prompts(Path(name)))
+    return texts, frozenset(digest for digests in json.loads(DEVELOPED_WITH.read_text()).values() for digest in digests)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_prompts(source: Path | None) -> list[Prompt]:
@@ -48,8 +89,8 @@ def load_prompts(source: Path | None) -> list[Prompt]:
 
 def held_out(asked: Sequence[Prompt]) -> list[Prompt]:
     """NUM_HELD_OUT prompts to warm up with, none of them among those asked. Raises ValueError where all are."""
-    texts = {prompt.messages[-1]["content"] for prompt in asked}
-    left = [prompt for prompt in load_prompts(HELD_OUT) if prompt.messages[-1]["content"] not in texts]
+    texts = {prompt.asked for prompt in asked}
+    left = [prompt for prompt in load_prompts(HELD_OUT) if prompt.asked not in texts]
     if not left:
         raise ValueError(f"the prompts hold all of {HELD_OUT.name}, with which servers are warmed up: ask others")
     return [left[number % len(left)] for number in range(NUM_HELD_OUT)]

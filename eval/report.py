@@ -20,6 +20,7 @@ from apparate_llm.eval.tables import (
     loads_of,
     number,
     percent,
+    prompts_text,
     ratio_cell,
     ratios_by_run,
     small,
@@ -28,7 +29,7 @@ from apparate_llm.eval.tables import (
 from apparate_llm.files import write_atomically
 
 REPORT_NAME = "report.html"
-TOLD_ELSEWHERE = ("loads", "bounds")  # settings that the tables show
+TOLD_ELSEWHERE = ("loads", "bounds", "prompts")  # settings that are shown with the figures
 
 
 class Section(NamedTuple):
@@ -57,6 +58,7 @@ def render(results: Results, points: Points) -> str:
     return environment.get_template(REPORT_NAME).render(
         models=", ".join(dict.fromkeys(run.model for run in results.runs)) or DASH,
         sentence=summary_sentence(results),
+        prompts=prompts_text(results.settings),
         results=results,
         sections=sections(results),
         figures=figures(results, points),

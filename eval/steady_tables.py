@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from apparate_llm.eval.schema import Distribution, SteadyRatio, SteadyResults, SteadyRun
-from apparate_llm.eval.tables import DASH, WITH_INTERVAL, console_table, number, with_interval
+from apparate_llm.eval.tables import DASH, WITH_INTERVAL, console_table, number, prompts_text, with_interval
 
 PARTS = {  # of the wait for a first token
     "step under way": "step_under_way_ms",
@@ -32,6 +32,7 @@ def steady_tables(results: SteadyResults) -> list[Table]:
                 for level in results.levels
                 for run in level.runs
             ],
+            prompts_text(results.settings),
         ),
         _ratio_table(results),
     ]

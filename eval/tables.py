@@ -39,7 +39,8 @@ def tables(results: Results) -> list[Table]:
         "by repeat": by_repeat,
     }
     title = f"Time per output token (TPT), {cpu}, {cores} cores"
-    made = [_table(f"{title}; ratio: to {baselines}" if ratios else title, speed, results.runs)]
+    title = f"{title}; ratio: to {baselines}" if ratios else title
+    made = [_table(title, speed, results.runs, prompts_text(results.settings))]
     if with_exits := [run for run in results.runs if run.exits]:
         made.append(_table("Exits", EXIT_COLUMNS, with_exits))
     if with_quality := [run for run in results.runs if run.quality]:
@@ -47,14 +48,14 @@ def tables(results: Results) -> list[Table]:
     return made
 
 
-def _table(title: str, columns: Columns, runs: list[Run]) -> Table:
+def _table(title: str, columns: Columns, runs: list[Run], caption: str = "") -> Table:
     """A column in which nothing is known is left out: 120 characters are few."""
     rows = [
         [run.system, load_name(run.load, run.fixed_length), *(cell(run) for cell in columns.values())] for run in runs
     ]
     names = ["system", "load", *columns]
     shown = [i for i in range(len(names)) if i < 2 or any(row[i] not in (DASH, "") for row in rows)]
-    return console_table(title, [names[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    return console_table(title, [names[i] for i in shown], [[row[i] for i in shown] for row in rows], caption)
 
 
 def console_table(title: str, columns: list[str], rows: list[list[str]], caption: str | None = None) -> Table:
@@ -184,6 +185,22 @@ ANSWER_COLUMNS: Columns = {
     "right number": quality_cell("right_number_frac", percent),
     "code passed": quality_cell("code_passed_frac", percent),
 }
+
+
+def prompts_text(settings: Mapping[str, Any]) -> str:
+    """`30 of the 60 prompts of code, which were in use while this was developed`; empty where it is not known."""
+    sets = settings.get("prompts")
+    if not isinstance(sets, Mapping):  # of old results, which may have a text
+        return ""
+    return "; ".join(_set_text(name, **found) for name, found in sets.items())
+
+
+def _set_text(name: str, *, size: int, asked: int, developed_with: int) -> str:
+    text = f"{size} prompts of {name}" if asked == size else f"{asked} of the {size} prompts of {name}"
+    if developed_with:
+        which = "which" if developed_with == asked else f"of which {developed_with}"
+        text += f", {which} {'was' if developed_with == 1 else 'were'} in use while this was developed"
+    return text
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -3,7 +3,18 @@ from pathlib import Path
 
 import pytest
 
-from apparate_llm.eval.prompts import BUILT_IN, FOLDER, HELD_OUT, NUM_HELD_OUT, held_out, load_prompts
+from apparate_llm.eval.prompts import (
+    BUILT_IN,
+    DEVELOPED_WITH,
+    FOLDER,
+    HELD_OUT,
+    NUM_HELD_OUT,
+    Prompt,
+    developed_with,
+    held_out,
+    load_prompts,
+    prompt_set,
+)
 
 
 def test_prompt_files_of_every_kind(tmp_path):
@@ -48,7 +59,7 @@ def test_built_in_sets_load_by_name_and_ask_nothing_twice(name):
 def test_prompts_to_warm_up_with_are_in_no_set_that_is_measured():
     shipped = [prompt for name in BUILT_IN for prompt in load_prompts(Path(name))]
     own = load_prompts(HELD_OUT)
-    assert len(own) == NUM_HELD_OUT and {path.stem for path in FOLDER.iterdir()} == {*BUILT_IN, HELD_OUT.stem}
+    assert len(own) == NUM_HELD_OUT and {path.stem for path in FOLDER.glob("*.jsonl")} == {*BUILT_IN, HELD_OUT.stem}
     texts = {prompt.messages[0]["content"] for prompt in own}
     assert len(texts) == NUM_HELD_OUT and not texts & {prompt.messages[0]["content"] for prompt in shipped}
     assert held_out(shipped) == own
@@ -56,6 +67,30 @@ def test_prompts_to_warm_up_with_are_in_no_set_that_is_measured():
     assert held_out(asked) == [own[13 + number % 3] for number in range(NUM_HELD_OUT)]
     with pytest.raises(ValueError, match=r"the prompts hold all of held_out\.jsonl"):
         held_out(own)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_prompts_that_were_in_use_while_developing_are_labelled_whatever_file_they_are_in(name, tmp_path):
+    assert prompt_set(Path(name), None).described()["developed_with"] == len(load_prompts(Path(name)))
+    path = tmp_path / "half.jsonl"
+    lines = (FOLDER / f"{name}.jsonl").read_text().splitlines()[::2]
+    path.write_text("\n".join([*lines, '{"prompt": "one of my own"}']))
+    found = prompt_set(path, None)
+    assert found.name == "half.jsonl"
+    assert found.described() == {"size": len(lines) + 1, "asked": len(lines) + 1, "developed_with": len(lines)}
+    assert prompt_set(path, 3).described() == {"size": len(lines) + 1, "asked": 3, "developed_with": 3}
+
+
+def test_prompts_of_a_users_own_have_no_label_and_those_of_the_half_of_spec_bench_have_one():
+    asked = (
+        "Compose an engaging travel blog post about a recent trip to Hawaii, highlighting cultural experiences and "
+        "must-see attractions."
+    )
+    mine, theirs = ([Prompt([{"role": "user", "content": text}])] for text in ("What is new?", asked))
+    assert developed_with(mine) == 0 and developed_with(theirs) == 1
+    assert developed_with(load_prompts(HELD_OUT)) == 0
+    digests = json.loads(DEVELOPED_WITH.read_text())["half of Spec-Bench"]
+    assert len(set(digests)) == len(digests) > 200
 
 
 def test_a_set_that_is_not_there_names_the_built_in_ones():

@@ -120,6 +120,23 @@ def test_columns_of_texts_are_left_out_where_none_are_compared():
     assert [name for name in columns if name not in left] == ["same answers", "same number"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "own", "says"),
+    [
+        (60, 60, "60 prompts of code, which were in use while this was developed"),
+        (30, 30, "30 of the 60 prompts of code, which were in use while this was developed"),
+        (30, 1, "30 of the 60 prompts of code, of which 1 was in use while this was developed"),
+        (60, 0, "60 prompts of code"),
+    ],
+)
+def test_what_was_asked_is_said_with_the_figures(asked, own, says):
+    results = full_result()
+    results.settings["prompts"] = {"code": {"size": 60, "asked": asked, "developed_with": own}}
+    for shown in (render(results, Points()), " ".join(text_of(tables(results)).split())):
+        assert says in shown and ("developed" in shown) == bool(own)
+    assert "prompts of" not in text_of(tables(full_result()))  # of old results it is not known
+
+
 def test_every_figure_of_the_tables_is_on_the_page():
     results = full_result()
     page = render(results, Points())
