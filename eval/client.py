@@ -139,17 +139,7 @@ async def complete(
     """Ask for one answer, greedy if the fields do not say otherwise; a failure is recorded, not raised. began: the
     block's, on the event loop's clock. on_begun: gets the completion before it is complete, which it may never be."""
     clock = asyncio.get_running_loop().time
-    body = {
-        "model": model,
-        "messages": messages,
-        "temperature": GREEDY.temperature,
-        "max_tokens": ask.max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        **fields,
-    }
-    if fixed_length:
-        body["ignore_eos"] = True
+    body = {"model": model, "messages": messages, **_common_fields(ask, fixed_length), **fields}
     sent = clock()
     result = Completion(prompt_index=ask.prompt_index, started_s=sent - began)
     on_begun(result)
@@ -174,6 +164,17 @@ async def complete(
     if not finished or result.output_tokens is None:
         result.error = "the stream ended early"
     return result
+
+
+def _common_fields(ask: PlannedRequest, fixed_length: bool) -> dict[str, Any]:
+    """That all servers get."""
+    common = {
+        "temperature": GREEDY.temperature,
+        "max_tokens": ask.max_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    return common | {"ignore_eos": True} if fixed_length else common
 
 
 def _take(result: Completion, chunk: dict[str, Any], at_s: float) -> None:

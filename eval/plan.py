@@ -131,15 +131,7 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
             raise ValueError(
                 f"--systems: {system.name} works on {system.max_concurrency} request at a time: --clients 1 only"
             )
-    if args.max_tokens < 2:
-        raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
-    if not LEAST_TURN_S <= args.turn_s <= MOST_TURN_S:
-        raise ValueError(f"--turn-s: {LEAST_TURN_S:g} to {MOST_TURN_S:g} s, got {args.turn_s:g}")
-    if args.switch and (len(systems) != 1 or not systems[0].has_exits):
-        named = ", ".join(system.name for system in systems)
-        raise ValueError(f"--switch: --systems must name one system with exits, e.g. lossless, got {named}")
-    if not args.switch and len(systems) < 2:
-        raise ValueError(f"--systems must name two or more, e.g. {BASELINE},lossless, got {systems[0].name}")
+    _check_turns(args, systems)
     names = [system.name for system in systems]
     given = {name: getattr(args, name) for name in ("clients", "turns", "turn_s", "settle_s", "max_tokens", "switch")}
     asked = prompt_set(args.prompts, args.num_prompts)
@@ -162,6 +154,19 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         start_timeout_s=args.start_timeout_s,
         sampling=sampling,
     )
+
+
+def _check_turns(args: argparse.Namespace, systems: list[System]) -> None:
+    """Raises ValueError for what cannot be measured."""
+    if args.max_tokens < 2:
+        raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
+    if not LEAST_TURN_S <= args.turn_s <= MOST_TURN_S:
+        raise ValueError(f"--turn-s: {LEAST_TURN_S:g} to {MOST_TURN_S:g} s, got {args.turn_s:g}")
+    if args.switch and (len(systems) != 1 or not systems[0].has_exits):
+        named = ", ".join(system.name for system in systems)
+        raise ValueError(f"--switch: --systems must name one system with exits, e.g. lossless, got {named}")
+    if not args.switch and len(systems) < 2:
+        raise ValueError(f"--systems must name two or more, e.g. {BASELINE},lossless, got {systems[0].name}")
 
 
 def _new_folder(folder: Path, *, fresh: bool) -> Path:
