@@ -12,7 +12,16 @@ from typing import Any
 from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.client import GREEDY, Sampling
 from apparate_llm.eval.prompts import Prompt, PromptSet, prompt_set
-from apparate_llm.eval.systems import BASELINE, GREEDY_ONLY, ModelChoice, System, early_exits, plain_vllm, systems_of
+from apparate_llm.eval.systems import (
+    BASELINE,
+    GREEDY_ONLY,
+    ModelChoice,
+    System,
+    early_exits,
+    plain_vllm,
+    spelt_out,
+    systems_of,
+)
 from apparate_llm.eval.workloads import SLICE_S, Length, Load, closed, poisson, traced
 from apparate_llm.flags import options_from
 from apparate_llm.launch import check_build
@@ -118,7 +127,7 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 
 
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
-    model, names = model_folder(args.model), [name.strip() for name in args.systems.split(",")]
+    model, names = model_folder(args.model), _names(args)
     options_from(args)  # raises for a value that is not allowed
     flags = tuple(_vllm_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds)))
     choice = ModelChoice(model, flags, tuple(option_flags(args)), tuple(args.accuracy_bounds), api_key=args.api_key)
@@ -189,7 +198,7 @@ def _plan(
     sets: list[PromptSet],
 ) -> EvalPlan:
     model = model_folder(args.model)
-    names = [name.strip() for name in args.systems.split(",")]
+    names = _names(args)
     options = option_flags(args)
     options_from(args)  # raises for a value that is not allowed
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds)
@@ -214,6 +223,10 @@ def _plan(
         sampling=sampling,
         phases=phases,
     )
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    return spelt_out([name.strip() for name in args.systems.split(",")])
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:

@@ -11,6 +11,8 @@ from apparate_llm.eval.tables import (
     ANSWER_COLUMNS,
     DASH,
     EXIT_COLUMNS,
+    SHARES_COLUMNS,
+    SHARES_TITLE,
     Columns,
     at_worst_cell,
     bounds_of,
@@ -23,6 +25,7 @@ from apparate_llm.eval.tables import (
     prompts_text,
     ratio_cell,
     ratios_by_run,
+    share_rows,
     small,
     with_interval,
 )
@@ -30,6 +33,11 @@ from apparate_llm.files import write_atomically
 
 REPORT_NAME = "report.html"
 TOLD_ELSEWHERE = ("loads", "bounds", "prompts")  # settings that are shown with the figures
+
+SHARES_NOTE = (
+    "TPT of each system over that of the one before it, which lacks one part. Shares are of the logarithm of the ratio "
+    "of all parts, so that they add up."
+)
 
 
 class Section(NamedTuple):
@@ -74,6 +82,7 @@ def sections(results: Results) -> list[Section]:
     answers = [run for run in runs if run.quality or run.divergences is not None]
     made = [
         _ratios(results),
+        Section(SHARES_TITLE, SHARES_NOTE, SHARES_COLUMNS, share_rows(results)),
         _section("Absolute figures", "", _speed_columns(runs), runs),
         _known_columns(
             "Quality",

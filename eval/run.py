@@ -31,7 +31,7 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.steady import measure_level
 from apparate_llm.eval.steady_tables import steady_tables
 from apparate_llm.eval.store import Block, Store
-from apparate_llm.eval.summary import Summary, cells_of, ratios_of, runs_of
+from apparate_llm.eval.summary import Summary, cells_of, ratios_of, runs_of, steps_of
 from apparate_llm.eval.switched import switch_level
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.tables import tables
@@ -184,6 +184,7 @@ def summarise(plan: EvalPlan, blocks: list[Block], dead: dict[str, str], started
         skipped=dead,
         runs=runs,
         ratios=ratios_of(cells, runs),
+        steps=steps_of(cells, runs),
         oracle_ratio=oracle_ratios(model, concurrencies),
         notes=sampling_notes(plan.sampling) + notes_of(blocks, plan.systems, plan.loads) + saturation_notes(runs),
     )

@@ -187,5 +187,6 @@ class Results(_Measured):
     skipped: dict[str, str]  # name -> why it could not run
     runs: list[Run]
     ratios: list[Ratio]
+    steps: list[Ratio] = []  # of systems that have one more part of the gain each, to the one before
     oracle_ratio: dict[str, float]  # concurrency -> TPT with a perfect ramp / without, replayed from the model's log
     notes: list[str]  # what a reader should know, e.g. that the machine was noisy

@@ -59,7 +59,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(),
+                env=server_environment() | dict(self.system.variables),
                 process_group=0,
             )
         # Ends the group once this process is gone, even by kill -9: a server that is paused cannot see that itself.

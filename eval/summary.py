@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +24,7 @@ from apparate_llm.eval.statistics import (
     tokens_per_s,
 )
 from apparate_llm.eval.store import Block
-from apparate_llm.eval.systems import BASELINE, OFF, System
+from apparate_llm.eval.systems import BASELINE, OFF, SHARES, System
 from apparate_llm.eval.workloads import Load
 
 
@@ -273,6 +274,16 @@ def ratios_of(cells: list[SystemUnderLoad], runs: list[Run]) -> list[Ratio]:
         base_run = runs[next(i for i, other in enumerate(cells) if other is base)]
         ratios.append(_ratio(cell, run, base, base_run))
     return ratios
+
+
+def steps_of(cells: list[SystemUnderLoad], runs: list[Run]) -> list[Ratio]:
+    """Each system that has one more part of a gain against the one before it, under the same load."""
+    steps = []
+    for load in dict.fromkeys(cell.load for cell in cells):
+        measured = {cell.system.name: i for i, cell in enumerate(cells) if cell.load is load}
+        rungs = [measured[name] for name in SHARES if name in measured]
+        steps += [_ratio(cells[i], runs[i], cells[before], runs[before]) for before, i in pairwise(rungs)]
+    return steps
 
 
 def _ratio(cell: SystemUnderLoad, run: Run, base: SystemUnderLoad, base_run: Run) -> Ratio:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,8 @@ SPECULATION = ("ngram", "suffix")  # vLLM's own
 NUM_SPECULATIVE_TOKENS = 4  # of vLLM's n-gram speculation
 SUFFIX_PACKAGE = "arctic_inference"
 GREEDY_ONLY = ("hf", "hf-early-exit")
+SHARES = (BASELINE, "+threads", "+pages", "+exits")  # each has all that those before it have
+ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 NAMES = {
     "vllm": "plain vLLM, the baseline",
     "lossless": "early exits, accuracy bound 0",
@@ -36,6 +39,10 @@ NAMES = {
     "ramps-only": "ramps run, and no exit is ever taken: what a ramp costs",
     "ngram": "vLLM's n-gram speculation",
     "suffix": f"vLLM's suffix decoding (package {SUFFIX_PACKAGE})",
+    "shares": "vllm and the three that follow, each with one more part of our gain: what each part brings",
+    "+threads": "plain vLLM that computes on all cores",
+    "+pages": "our server on all cores, weights in huge pages, no exit ever tried",
+    "+exits": "the same with lossless exits",
     "hf": "Hugging Face generate",
     "hf-early-exit": "Hugging Face generate with assistant_early_exit",
     **{
@@ -62,10 +69,14 @@ class System:
     max_concurrency: int | None = None  # requests it works on at a time
     problem: str | None = None  # why it cannot run here
     prefix_cache: PrefixCache = "warm"
+    variables: Mapping[str, str] = field(default_factory=dict, hash=False)  # of its environment, set for it
 
     @property
     def started_by(self) -> str:
-        return " ".join(redacted(self.command)).replace(sys.executable, "python") or f"at {self.base_url}"
+        if not self.command:
+            return f"at {self.base_url}"
+        variables = [f"{name}={value}" for name, value in self.variables.items()]
+        return " ".join([*variables, *redacted(self.command)]).replace(sys.executable, "python")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +123,7 @@ def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> l
     for given in names:
         if given in OLD_SYSTEMS:
             warn(given, OLD_SYSTEMS[given])
-    for name in dict.fromkeys(OLD_SYSTEMS.get(name, name) for name in names):
+    for name in dict.fromkeys(OLD_SYSTEMS.get(name, name) for name in spelt_out(names)):
         if name not in NAMES:
             raise ValueError(f"unknown system {name!r}; there are {', '.join(NAMES)}")
         systems += _named(name, choice)
@@ -129,9 +140,16 @@ def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> l
     return sorted(systems, key=lambda system: system.name != BASELINE)
 
 
+def spelt_out(names: list[str]) -> list[str]:
+    """With those that `shares` stands for."""
+    return [name for given in names for name in (SHARES if given == "shares" else (given,))]
+
+
 def _named(name: str, choice: ModelChoice) -> list[System]:
     if name == "vllm":
         return [plain_vllm(choice)]
+    if name in SHARES:
+        return [_with_parts(name, choice)]
     if name == "ngram":
         settings = {
             "method": "ngram",
@@ -159,6 +177,18 @@ def _named(name: str, choice: ModelChoice) -> list[System]:
         early_exits(f"{name}{joined}{bound:g}", choice, *policy, "--accuracy-bound", f"{bound:g}")
         for bound in choice.bounds
     ]
+
+
+def _with_parts(name: str, choice: ModelChoice) -> System:
+    """Only a server with exits has its weights in huge pages; one whose batches may hold a single token tries none."""
+    if name == "+threads":
+        system = plain_vllm(choice, name)
+    elif name == "+pages":
+        none = ("--policy", "static", "--max-batch-tokens", "1")
+        system = early_exits(name, choice, "--accuracy-bound", "0", "--huge-pages", "true", *none)
+    else:
+        system = early_exits(name, choice, "--accuracy-bound", "0", "--huge-pages", "true")
+    return replace(system, variables=ALL_CORES)
 
 
 def plain_vllm(choice: ModelChoice, name: str = BASELINE, *flags: str) -> System:

@@ -1,5 +1,6 @@
 """The results as tables for the console, and how their figures are written everywhere."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,10 @@ from rich.table import Table
 from apparate_llm.eval.schema import Ratio, Results, Run
 
 DASH = "\N{EN DASH}"  # unknown; never 0
-LEFT = ("load", "system", "what")
+LEFT = ("load", "system", "what", "over")
 WITH_INTERVAL = "95 % CI"  # in the heading of a column
+SHARES_TITLE = "What each part brings"
+SHARES_COLUMNS = ["load", "system", "over", f"TPT, {WITH_INTERVAL}", "share of the gain"]
 
 Columns = dict[str, Callable[[Run], str]]
 
@@ -41,11 +44,29 @@ def tables(results: Results) -> list[Table]:
     title = f"Time per output token (TPT), {cpu}, {cores} cores"
     title = f"{title}; ratio: to {baselines}" if ratios else title
     made = [_table(title, speed, results.runs, prompts_text(results.settings))]
+    if rows := share_rows(results):
+        made.append(console_table(SHARES_TITLE, SHARES_COLUMNS, rows))
     if with_exits := [run for run in results.runs if run.exits]:
         made.append(_table("Exits", EXIT_COLUMNS, with_exits))
     if with_quality := [run for run in results.runs if run.quality]:
         made.append(_table("Answers", ANSWER_COLUMNS, with_quality))
     return made
+
+
+def share_rows(results: Results) -> list[list[str]]:
+    """Of each part: load, system, the one before it, TPT over that, and its share of the logarithm of the gain, so
+    that shares add up; a dash where all parts together bring none."""
+    rows = []
+    for item in results.steps:
+        of_load = [other.tpt_mean or math.nan for other in results.steps if _load_of(other) == _load_of(item)]
+        gain = -sum(map(math.log, of_load))
+        share = -math.log(item.tpt_mean) / gain if item.tpt_mean and gain > 0 else None
+        rows.append([load_name(*_load_of(item)), item.system, item.baseline, ratio_cell(item), percent(share)])
+    return rows
+
+
+def _load_of(item: Ratio) -> tuple[str, bool]:
+    return item.load, item.fixed_length
 
 
 def _table(title: str, columns: Columns, runs: list[Run], caption: str = "") -> Table:

@@ -11,20 +11,18 @@ from rich.console import Console
 
 from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.eval import plan as plans
-from apparate_llm.eval.client import NOTHING_ELSE, Chunk, Completion, Sampling
+from apparate_llm.eval.client import Chunk, Completion
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
-from apparate_llm.eval.notes import notes_of, sampling_notes
+from apparate_llm.eval.notes import notes_of
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import ModelChoice, System, plain_vllm, systems_of
-from apparate_llm.eval.tables import divergence_frac, tables
 from apparate_llm.eval.workloads import LEAD_IN_S, closed, poisson, traced
 from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
-from tests.eval_results import a_result, text_of
-from tests.fake_server import bodies, fake_server
+from tests.fake_server import fake_server
 
 
 @pytest.fixture(scope="module")
@@ -149,134 +147,6 @@ def test_what_a_server_answers_first_after_it_was_frozen_does_not_count(tmp_path
     assert len(answers) == 8 and all(done.text == "a" for done in answers)
 
 
-def test_no_prompt_is_asked_before_it_is_measured(base_url, tmp_path, monkeypatch):
-    """But for those held out: neither to warm up and to settle, nor beside others."""
-    from apparate_llm.eval import evaluate as module
-
-    asked: list[int] = []  # numbers of prompts, in order
-    counted: set[int] = set()
-    run_block = module.run_block
-
-    def watched(base_url, model, messages, asks, *, uncounted=NOTHING_ELSE, **rest):
-        early = {ask.prompt_index for ask in uncounted.lead_in} - counted
-        counts = {ask.prompt_index for ask in asks if len(messages) > 1 and ask.prompt_index < 4}
-        assert all(index >= 4 for index in early), "led in by a prompt that is still to be measured"
-        counted.update(counts)
-        assert all(index in counted for index in {ask.prompt_index for ask in uncounted.run_out})
-        asked.extend(ask.prompt_index for ask in asks if len(messages) > 1)
-        return run_block(base_url, model, messages, asks, uncounted=uncounted, **rest)
-
-    monkeypatch.setattr(module, "run_block", watched)
-    four = prompts("single 1", "single 2", "single 3", "single 4")
-    evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url)], four)
-    evaluate(replace(evaluation, loads=evaluation.loads[1:], repeat=1), Progress(Console(quiet=True)))
-    assert asked == [4, 5, 4, 5, 0, 1, 2, 3]  # warmed up, settled, measured
-
-
-def test_prefix_caches_are_kept_cold_by_a_salt_for_each_request_or_said_to_be_warm(base_url, tmp_path):
-    def asked(url: str) -> tuple[list[str | None], list[str]]:
-        """Salts of all requests, and the notes."""
-        (system,) = systems_of([], [f"vllm={url}"], ModelChoice(tmp_path))
-        evaluation = evaluation_of(tmp_path / system.prefix_cache, [system], prompts("single", "single"))
-        bodies.clear()
-        evaluate(evaluation, Progress(Console(quiet=True)))
-        assert len(bodies) >= 2 + 4 + 8  # warming, settling, measured
-        notes = notes_of(list(evaluation.store.blocks()), [system], evaluation.loads)
-        return [body.get("cache_salt") for body in bodies], [note for note in notes if "cache" in note]
-
-    salts, (note,) = asked(base_url)
-    assert set(salts) == {None} and note.startswith("Prefix caches of vllm may be warm: ")
-    with fake_server(version="0.32.0") as url:
-        salts, notes = asked(url)
-    assert len(set(salts)) == len(salts) and notes == []
-    assert all(salt and len(salt) <= 128 and salt.isalnum() for salt in salts)  # as vLLM takes them
-
-
-def test_texts_that_are_drawn_at_random_are_not_held_against_each_other(base_url, tmp_path):
-    systems = [System(name, base_url=base_url) for name in ("vllm", "off", "lossless")]
-    asked = [prompt._replace(reference="abbbb") for prompt in prompts("steady 1", "steady 2")]
-    evaluation = evaluation_of(tmp_path / "out", systems, asked, sampling=Sampling(0.7, 40))
-    bodies.clear()
-    evaluate(evaluation, Progress(Console(quiet=True)))
-    assert {body["temperature"] for body in bodies} == {0.7}
-    seeds = {body["messages"][0]["content"]: body["seed"] for body in bodies}
-    assert (seeds["steady 1"], seeds["steady 2"]) == (40, 41)
-    runs, ratios, _ = results_of(evaluation)
-    for run in runs:
-        compared = (run.identical_frac, run.same_as_off_frac, run.same_as_first_load_frac, run.quality.rouge_l_baseline)
-        assert compared == (None,) * 4 and run.quality.rouge_l_reference == 1.0
-    assert all(ratio.tpt_mean is not None for ratio in ratios)
-    assert "same" not in text_of(tables(a_result(runs, ratios)))
-    assert [note.partition(":")[0] for note in sampling_notes(Sampling(0.7, 40))] == [
-        "Answers were drawn at temperature 0.7",
-        "Requests had a seed, with which no exits are taken",
-    ]
-    assert sampling_notes(Sampling()) == []
-
-
-def test_what_decodes_greedily_is_left_out_where_answers_are_drawn(tiny_llama, tmp_path):
-    def plan_of(*more: str):
-        argv = ["eval", "tpt", str(tiny_llama), "--out", str(tmp_path), "--systems", "vllm,hf", "--prompts", "quick"]
-        return plans.tpt_plan(build_parser().parse_args([*argv, *more]))
-
-    sampled = plan_of("--temperature", "0.7", "--sampling-seed", "3")
-    assert sampled.sampling == Sampling(0.7, 3) and sampled.settings["temperature"] == 0.7
-    assert [system.problem for system in sampled.systems] == [None, "it decodes greedily, so not at --temperature 0.7"]
-    greedy = plan_of()
-    assert greedy.sampling == Sampling() and [system.problem for system in greedy.systems] == [None, None]
-    with pytest.raises(ValueError, match="--sampling-seed is about a --temperature above 0"):
-        plan_of("--sampling-seed", "3")
-
-
-@pytest.mark.parametrize("given", ["-1", "2.5", "warm", "nan"])
-def test_a_temperature_that_is_none_is_refused(given, capsys):
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["eval", "tpt", "--out", "x", f"--temperature={given}"])
-    assert f"must be from 0 to 2, got '{given}'" in capsys.readouterr().err
-
-
-def test_servers_that_are_started_here_have_cold_caches(tiny_llama):
-    systems = systems_of(["vllm", "lossless", "off", "ngram", "hf"], [], ModelChoice(tiny_llama))
-    assert [system.prefix_cache for system in systems] == ["salted"] * 4 + ["none"]
-
-
-def test_blocks_on_disk_are_read_with_what_did_not_count_and_old_ones_without(tmp_path):
-    store = Store(tmp_path / "out")
-    store.open({}, fresh=False)
-    counted = Completion(0, 1.0, [Chunk(0.5, 1, 1), Chunk(1.0, 11, 11)], "x", 11)
-    other = Completion(1, 0.0, [Chunk(0.5, 1, 1), Chunk(1.5, 5, 5), Chunk(2.5, 9, 9)], "y", 9)
-    block = replace(block_of(BlockKey(0, 0, 0, "vllm"), 50.0), completions=[counted], wall_s=1.0, uncounted=[other])
-    store.add(block)
-    assert list(store.blocks()) == [block]
-    assert (block.tokens_in_time, block.served_tokens) == (11 + 4, 11 + 9)
-    assert replace(block, counts={"emitted": 23}).served_tokens == 23
-    (path,) = (tmp_path / "out" / "blocks").iterdir()
-    record = json.loads(path.read_text())
-    del record["uncounted"]
-    path.write_text(json.dumps(record))
-    (old,) = store.blocks()
-    assert old.uncounted == [] and (old.tokens_in_time, old.served_tokens) == (11, 11)
-    assert replace(old, counts={"emitted": 23}).served_tokens == 11  # of what was asked, as it has always been
-
-
-def test_figures_of_a_server_are_over_all_it_did_and_throughput_within_what_counts(tmp_path):
-    ours = System("lossless", has_exits=True, bound=0.0)
-    evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a"))
-    counted = Completion(0, 1.0, [Chunk(0.5, 1, 1), Chunk(1.0, 11, 11)], "x", 11)
-    other = Completion(0, 0.0, [Chunk(0.5, 1, 1), Chunk(1.5, 5, 5), Chunk(2.5, 9, 9)], "y", 9)
-    counts = dict.fromkeys(("held", "accepted", "released", "unverified", "shallow_blocks"), 4)
-    counts |= {"emitted": 22, "diverged": 11, "exits_by_depth": {"0": 4}, "regret_nats": 2.2}
-    evaluation.store.add(
-        Block(BlockKey(0, 0, 0, ours.name), [counted], 1.0, counts, 4.4, None, 1.5, 5.0, 0.0, None, [other])
-    )
-    (run,), _, _ = results_of(evaluation)
-    assert (run.requests, run.output_tokens, run.served_tokens, run.tokens_at_server) == (1, 11, 22, 22)
-    assert run.output_tokens_per_s == 15.0 and run.cpu_s_per_token == pytest.approx(0.2)
-    assert run.regret_nats_per_token == pytest.approx(0.1) and run.timeline[-1].divergence_frac == 0.5
-    assert divergence_frac(run) == 0.5
-    assert run.goodput_frac == 1.0 and run.goodput_per_s == pytest.approx(15 / 11)  # requests of its length
-
-
 def test_other_settings_are_refused_and_fresh_ones_begin_anew(tmp_path):
     store = Store(tmp_path / "out")
     assert store.open({"repeat": 1, "seed": 0}, fresh=False) == 0
@@ -394,17 +264,6 @@ def test_blocks_cover_every_prompt_once(count, clients, sizes):
     assert [ask.prompt_index for block in load.blocks for ask in block] == list(range(count))
 
 
-def test_clients_begin_out_of_step_with_what_was_asked_before():
-    load = closed(6, 4, max_tokens=40, length="free")
-    assert [len(block) for block in load.blocks] == [4, 2]
-    first, second = load.uncounted
-    assert [(ask.prompt_index, ask.max_tokens) for ask in first.lead_in] == [(7, 10), (8, 20), (9, 30)]  # held out
-    assert [(ask.prompt_index, ask.max_tokens) for ask in second.lead_in] == [(1, 10), (2, 20), (3, 30)]
-    assert [around.run_out for around in load.uncounted] == list(load.blocks)
-    alone = closed(6, 1, max_tokens=40, length="free")
-    assert all(around.lead_in == () for around in alone.uncounted)
-
-
 def test_varied_lengths_are_the_same_for_all_and_cover_their_range():
     loads = [
         closed(4000, 16, max_tokens=48, length="varied"),
@@ -418,38 +277,6 @@ def test_varied_lengths_are_the_same_for_all_and_cover_their_range():
     assert {len(block) for block in loads[0].blocks} == {16}
 
 
-def block_of(key: BlockKey, *tpt_ms: float, ttft_ms: float = 100.0) -> Block:
-    """Answers of 11 tokens."""
-    first = ttft_ms / 1e3
-    done = [
-        Completion(i, 0.0, [Chunk(first, 1, 1), Chunk(first + ms / 100, 11, 11)], "x", 11)
-        for i, ms in enumerate(tpt_ms)
-    ]
-    return Block(key, done, max(tpt_ms) / 100 + first, None, None, None, None, 5.0, 0.0)
-
-
-def test_intervals_of_ratios_are_over_blocks_that_both_systems_have(tmp_path):
-    systems = [System("vllm"), System("ours")]
-    evaluation = evaluation_of(tmp_path / "out", systems, prompts("a", "b"))
-    for number in range(13):
-        pace = 1 + number % 4 / 10
-        evaluation.store.add(block_of(BlockKey(0, 0, number, "vllm"), 50.0 * pace, 60.0 * pace))
-        if number < 12:
-            evaluation.store.add(block_of(BlockKey(0, 0, number, "ours"), 25.0 * pace, 30.3 * pace, ttft_ms=80.0))
-    (_, ours), (ratio,), blocks = results_of(evaluation)
-    assert ratio.units == 12 and ratio.tpt_mean == pytest.approx(0.5, rel=0.02)
-    for low, value, high in (
-        (ratio.tpt_mean_ci95[0], 0.5027, ratio.tpt_mean_ci95[1]),
-        (ratio.ttft_mean_ci95[0], 0.8, ratio.ttft_mean_ci95[1]),
-        (ratio.throughput_ci95[0], ratio.throughput, ratio.throughput_ci95[1]),
-        (ours.tpt_ms.mean_ci95[0], ours.tpt_ms.mean, ours.tpt_ms.mean_ci95[1]),
-    ):
-        assert low - 1e-9 <= value <= high + 1e-9 and high / low < 1.15
-    assert ratio.tpt_mean_ci95[1] / ratio.tpt_mean_ci95[0] < 1.01  # a block is as slow for the one as for the other
-    assert ratio.tpt_p99_ci95 is None and ratio.ttft_p99_ci95 is None
-    assert not any("No interval under 1 client" in note for note in notes_of(blocks, systems, evaluation.loads[:1]))
-
-
 def test_poisson_arrivals_have_the_rate_and_are_the_same_again():
     load, again = (poisson(4000, 2.0, max_tokens=9, length="fixed", seed=3) for _ in range(2))
     assert load == again
@@ -459,43 +286,6 @@ def test_poisson_arrivals_have_the_rate_and_are_the_same_again():
     for block in load.blocks:
         times = [ask.at_s for ask in block]
         assert times == sorted(times) and times[0] >= LEAD_IN_S - 1e-6 and times[-1] < LEAD_IN_S + 20 + 1e-6
-
-
-def test_each_slice_of_arrivals_begins_with_those_before_it_and_goes_on_as_it_was():
-    load = poisson(60, 1.0, max_tokens=9, length="free", seed=0, slice_s=15.0)
-    lead_ins = 0
-    for block, around, before in zip(load.blocks, load.uncounted, (None, *load.blocks), strict=False):
-        assert all(0.0 <= ask.at_s < LEAD_IN_S for ask in around.lead_in)
-        assert around.run_out == block and around.period_s == 15.0
-        lead_ins += len(around.lead_in)
-        if before is None:  # held out, as the first seconds of what is measured
-            early = [ask for ask in block if ask.at_s < 2 * LEAD_IN_S]
-            assert [ask.at_s for ask in around.lead_in] == pytest.approx([ask.at_s - LEAD_IN_S for ask in early])
-            assert [ask.prompt_index for ask in around.lead_in] == [60 + number for number in range(len(early))]
-        else:
-            late = [ask for ask in before if ask.at_s >= 15.0]
-            assert [(ask.prompt_index, ask.max_tokens) for ask in around.lead_in] == [ask[:2] for ask in late]
-            assert [ask.at_s for ask in around.lead_in] == pytest.approx([ask.at_s - 15.0 for ask in late])
-    assert lead_ins > 25
-
-
-def test_arrivals_are_measured_slice_by_slice_in_turns(base_url, tmp_path, monkeypatch):
-    monkeypatch.setattr("apparate_llm.eval.workloads.LEAD_IN_S", 0.3)
-    systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
-    load = poisson(12, 10.0, max_tokens=9, length="free", seed=1, slice_s=0.4)
-    assert len(load.blocks) >= 3
-    evaluation = evaluation_of(tmp_path / "out", systems, prompts(*["single"] * 12))
-    order = []
-    add = Store.add
-    monkeypatch.setattr(Store, "add", lambda store, block: order.append(block.key) or add(store, block))
-    evaluate(replace(evaluation, loads=[load], repeat=1), Progress(Console(quiet=True)))
-    names = [key.system for key in order]
-    assert names[:6] == ["vllm", "same", "same", "vllm", "vllm", "same"]
-    blocks = list(evaluation.store.blocks())
-    for name in ("vllm", "same"):
-        counted = [done for block in blocks if block.key.system == name for done in block.completions]
-        assert sorted(done.prompt_index for done in counted) == list(range(12))
-    assert any(block.uncounted for block in blocks) and all(block.wall_s < 1.0 for block in blocks)
 
 
 def test_a_trace_sets_times_and_lengths_and_picks_prompts_of_about_its_size(tmp_path):

@@ -8,6 +8,9 @@ import time
 
 import pytest
 
+from apparate_llm.eval.servers import Server
+from apparate_llm.eval.systems import System
+
 PROGRAM = """
 import os, pathlib, signal, sys, time
 from apparate_llm.eval.servers import Server
@@ -29,6 +32,16 @@ def group_is_alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_server_has_the_variables_of_its_system(tmp_path):
+    tells = "import os, time; print(os.environ['OMP_NUM_THREADS'], os.environ['HOME'], flush=True); time.sleep(60)"
+    system = System("one", (sys.executable, "-c", tells), variables={"OMP_NUM_THREADS": "7"})
+    with Server(system, log=tmp_path / "log", start_timeout_s=5):
+        until = time.monotonic() + 20
+        while not (told := (tmp_path / "log").read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+    assert told.split() == ["7", os.environ["HOME"]] and system.started_by.startswith("OMP_NUM_THREADS=7 python -c ")
 
 
 @pytest.mark.parametrize("ending", ["waits", "ends"])
