@@ -22,9 +22,10 @@ TPT_COSTS = """
 
 what it costs:
   Each server starts once, in half a minute to several. Then each system answers every prompt, once for each load and
-  pass (--repeat), one system at a time: halve any of these and the time halves. More prompts and passes make the
-  intervals narrower: four times as many, half as wide. For the SmolLM2 model, four systems, 12 prompts of 48 tokens,
-  three loads and two passes take five minutes (`make bench`)."""
+  pass (--repeat), one system at a time: halve any of these and the time halves. With several clients half of the time
+  goes to requests that do not count. More prompts make the intervals narrower: four times as many, half as wide; an
+  interval needs eight blocks, each of as many requests as there are clients. `make bench` is meant to take ten
+  minutes."""
 
 STEADY_COSTS = """
 
