@@ -134,8 +134,10 @@ def _differences(a: Results, b: Results) -> Iterator[list[str]]:
 def _conditions(results: Results) -> list[dict[str, str]]:
     models = ", ".join(dict.fromkeys(run.model for run in results.runs)) or DASH
     baselines = ", ".join(dict.fromkeys(item.baseline for item in results.ratios)) or DASH
+    over = "blocks" if any(item.units is not None for item in results.ratios) else "prompts or requests"
     return [
-        {"model": models, "baseline": baselines, "loads": ", ".join(load_name(*load) for load in loads_of(results))},
+        {"model": models, "baseline": baselines, "intervals": f"over {over}" if results.ratios else DASH},
+        {"loads": ", ".join(load_name(*load) for load in loads_of(results))},
         flat(results.machine, "machine."),
         flat({name: value for name, value in results.settings.items() if name != "loads"}, "settings."),
     ]

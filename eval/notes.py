@@ -1,6 +1,6 @@
 """What a reader should know before believing the figures."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,8 +37,8 @@ def notes_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) 
     notes += cache_notes([system for system in systems if system.name in measured])
     if few := _too_few(blocks, loads):
         notes.append(
-            f"No interval under {', '.join(few)}: it takes {FEWEST} blocks of either system. More prompts or passes "
-            "(--repeat) make more."
+            f"No interval under {', '.join(few)}: it takes {FEWEST} blocks of either system, passes (--repeat) "
+            "included, and two with different prompts."
         )
     failed = sum(done.error is not None for block in blocks for done in block.completions)
     if failed:
@@ -66,13 +66,18 @@ def cache_notes(systems: Sequence[System]) -> list[str]:
 
 
 def _too_few(blocks: Sequence[Block], loads: list[Load]) -> list[str]:
-    """Loads with their blocks, of the system that has fewest."""
-    numbers = Counter((block.key.load, block.key.system) for block in blocks)
+    """Loads without intervals, with their blocks, of the system that has fewest."""
     found = []
     for number, load in enumerate(loads):
-        fewest = min((count for (of_load, _), count in numbers.items() if of_load == number), default=FEWEST)
-        if fewest < FEWEST:
-            found.append(f"{load.name} ({fewest} block{'s' * (fewest > 1)})")
+        of_systems: dict[str, list[int]] = defaultdict(list)
+        for block in blocks:
+            if block.key.load == number:
+                of_systems[block.key.system].append(block.key.block)
+        fewest = min(of_systems.values(), key=len, default=[])
+        if 0 < len(fewest) < FEWEST:
+            found.append(f"{load.name} ({len(fewest)} block{'s' * (len(fewest) > 1)})")
+        elif fewest and len(set(fewest)) == 1:
+            found.append(f"{load.name} (one block, {len(fewest)} times)")
     return found
 
 

@@ -60,6 +60,10 @@ def test_a_comparison_names_what_is_missing_or_not_alike():
     assert not any(row[0] in ("machine.cpu", "model", "run vllm, 1 client") for row in told)
     assert cells_of(speed)[1][2:] == ["45.00", DASH, DASH, "16.2", DASH, f"0.770 (0.740{DASH}0.800)", DASH]
     assert cells_of(tokens)[-1] == ["other", "1 client", DASH, DASH, DASH, DASH, "2000", "0 (0.0 %)", "0 (0.0 %)", "0"]
+    assert not any(row[0] == "intervals" for row in told)
+    b.ratios[0].units = 12
+    told = cells_of(compare(a, b, ("old", "new"))[0])
+    assert ["intervals", "over prompts or requests", "over blocks"] in told
     b.runs = [a_run(model="large")]
     assert ["model", "tiny", "large"] in cells_of(compare(a, b, ("old", "new"))[0])
 

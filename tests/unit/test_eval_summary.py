@@ -49,6 +49,20 @@ def test_intervals_of_ratios_are_over_blocks_that_both_systems_have(tmp_path):
     assert not any("No interval under 1 client" in note for note in notes_of(blocks, systems, evaluation.loads[:1]))
 
 
+def test_a_load_without_an_interval_is_said_with_the_blocks_it_had(tmp_path):
+    systems = [System("vllm"), System("ours")]
+    evaluation = evaluation_of(tmp_path / "out", systems, prompts("a", "b"))
+    for repeat in range(9):
+        evaluation.store.add(block_of(BlockKey(0, repeat, 0, "vllm"), 50.0))
+        evaluation.store.add(block_of(BlockKey(0, repeat, 0, "ours"), 40.0))
+        evaluation.store.add(block_of(BlockKey(1, 0, repeat, "vllm"), 50.0))
+    evaluation.store.add(block_of(BlockKey(1, 0, 0, "ours"), 40.0))
+    _, ratios, blocks = results_of(evaluation)
+    assert [ratio.tpt_mean_ci95 for ratio in ratios] == [None, None]
+    (note,) = [note for note in notes_of(blocks, systems, evaluation.loads) if "interval" in note]
+    assert note.startswith("No interval under 1 client (one block, 9 times), 2 clients (1 block): it takes 8 blocks")
+
+
 def test_blocks_on_disk_are_read_with_what_did_not_count_and_old_ones_without(tmp_path):
     store = Store(tmp_path / "out")
     store.open({}, fresh=False)
