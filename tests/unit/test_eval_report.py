@@ -151,10 +151,10 @@ def test_every_figure_of_the_tables_is_on_the_page():
         "lossless",
         f"0.770 (0.740{DASH}0.800)",
         "faster",
-        "1.14",
-        "1.02",
-        "1.03",
-        "1.28",
+        f"1.14 ({DASH})",
+        f"1.02 ({DASH})",
+        f"1.03 ({DASH})",
+        f"1.28 ({DASH})",
         "0.76 0.78",
     ] in (found["Against the baseline"].rows)
     assert ["1 client", "oracle (perfect ramp)", "0.561", *[DASH] * 6] in found["Against the baseline"].rows

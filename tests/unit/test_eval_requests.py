@@ -182,5 +182,5 @@ def test_the_parts_of_a_gain_are_switched_on_one_by_one(tiny_llama, lens_ramps):
     assert [(given["--huge-pages"], given["--accuracy-bound"]) for given in options] == [("true", "0")] * 2
     config = parse_config({"policy": options[0]["--policy"], "max_batch_tokens": options[0]["--max-batch-tokens"]})
     policy = make_policy(config, depth=3, depths=(3,), num_layers=6)
-    assert [policy.start(requests) for requests in (1, 2, 16)] == [0, 0, 0]  # no round is ever tried
+    assert [policy.start(requests) for requests in (1, 2, 16)] == [0, 0, 0]  # no draft step is ever tried
     assert "--policy" not in options[1]

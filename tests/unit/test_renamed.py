@@ -140,7 +140,7 @@ def test_what_a_controller_of_version_0_1_learned_is_taken_up():
     }
     assert {"completion", "rounds"} <= old.keys() and not {"completion", "rounds"} & state.keys()
     fresh.restore(old)
-    assert fresh.costs == replace(learned.costs, pace=1.0) and fresh.state() == state
+    assert fresh.costs == replace(learned.costs, pace=1.0) and fresh.state() == learned.state()
 
 
 def test_the_status_has_the_old_names_beside_the_new():
