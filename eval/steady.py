@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from apparate_llm.eval.closed_loop import SAME_STEP_S, Clients, in_window, ratio_of, throughput_ratio
 from apparate_llm.eval.intervals import p99_interval, ratio_interval, sums_of
@@ -163,7 +162,7 @@ def ratios_of_answers(answers: Answers, others: Answers) -> dict[str, Any]:
     found: dict[str, Any] = {"answers_of_both": len(both)}
     for measure in ("tpt", "ttft"):
         pairs = [[getattr(one[key], f"{measure}_ms") for key in both] for one in (answers, others)]
-        known = ~np.isnan(pairs).any(0)
+        known = [not any(map(math.isnan, pair)) for pair in zip(*pairs, strict=True)]
         values = np.array(pairs)[:, known]
         (mean, base_mean), (p99, base_p99) = values.mean(1), np.percentile(values, 99, axis=1)
         by_turn = [
@@ -176,7 +175,7 @@ def ratios_of_answers(answers: Answers, others: Answers) -> dict[str, Any]:
     return found
 
 
-def _by_turn(turns: list[int], values: list[float], known: NDArray[np.bool_]) -> dict[tuple[int, int], list[float]]:
+def _by_turn(turns: list[int], values: list[float], known: list[bool]) -> dict[tuple[int, int], list[float]]:
     """As units of an interval."""
     found: dict[tuple[int, int], list[float]] = {}
     for turn, value, is_known in zip(turns, values, known, strict=True):
