@@ -161,7 +161,7 @@ def test_every_figure_of_the_tables_is_on_the_page():
     assert found["Absolute figures"].rows[1] == ["1 client", "lossless", f"45.00 (43.00{DASH}47.00)", "44.50",
         "56.00", "67.00", "209.5", "232.0", "5000", "92.0", "12.3 %", "16.21", "32", "0"]  # fmt: skip
     assert found["Quality"].rows[1] == ["1 client", "early-exit", "82 (4.1 %)", "89 (4.5 %)", "5.0 %", "0.00321",
-        "43.8 %", DASH, DASH, "23", "0.876", "0.345", "75.0 %", "50.0 %", DASH]  # fmt: skip
+        "43.8 %", "23", "0.876", "0.345", "75.0 %", "50.0 %"]  # fmt: skip
     assert found["Exits"].rows[0] == (
         ["1 client", "lossless", "2000", "1682", "633", "29", "0", "500 (25.0 %)", "162 (8.1 %)"]
     )
