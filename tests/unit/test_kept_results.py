@@ -61,3 +61,16 @@ def test_every_result_that_a_page_cites_is_kept():
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
 def test_a_result_can_be_read_and_says_how_it_was_made(path):
     assert json.loads(path.read_text())["command"].startswith(("apparate-llm ", "python -m scripts."))
+
+
+def test_every_decision_is_listed_and_has_all_parts():
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(
+        r"^\| \[(\d+)\]\((\S+)\) \| (.+?) \| (yes|no|in part) \|$", (folder / "README.md").read_text(), re.M
+    )
+    assert [name for _, name, _, _ in listed] == sorted(path.name for path in folder.glob("0*.md"))
+    for number, name, title, kept in listed:
+        text = (folder / name).read_text()
+        said = {"yes": "Kept", "no": "Not kept", "in part": "Kept in part"}[kept]
+        assert text.startswith(f"# {number} {title}\n\n*{said}.*\n\n") and 100 <= len(text.split()) <= 150
+        assert re.findall(r"^- \*\*(\w+)\*\*:", text, re.M) == ["Question", "Change", "Command", "Result", "Kept"]
