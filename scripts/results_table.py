@@ -2,7 +2,7 @@
 """The tables of README.md and docs/benchmarks.md, out of the results in docs/results:
 
 python -m scripts.results_table                               # writes all of them anew
-python -m scripts.results_table --texts RESULTS.json MODEL    # the rows of docs/serving.md: whose text an answer has
+python -m scripts.results_table --texts RESULTS.json NAME     # the rows of docs/serving.md: whose text an answer has
 
 A table stands in its page behind `<!-- table: NAME -->`; TABLES says what each is made of.
 """
@@ -25,6 +25,7 @@ RESULTS = ROOT / "docs" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARK = re.compile(r"^<!-- table: ([\w-]+) -->\n(?:\|.*\n)*", re.M)
 BOUND = "early-exit-0.05"
+TEXTS_OF = ("vllm", "off", "lossless", "ngram")  # rows of the table of texts
 QWEN, SMOLLM = "Qwen2.5-Coder-0.5B", "SmolLM2-135M"
 
 
@@ -208,28 +209,17 @@ def with_tables(text: str, folder: Path) -> str:
     return MARK.sub(lambda mark: f"<!-- table: {mark[1]} -->\n{made(mark[1], folder)}", text)
 
 
-def texts(path: Path, model: str) -> str:
-    """A row for each system that was started for it: answers under each load, and the share with plain vLLM's text,
-    with that of `off`, and with the system's own under the first load, load by load."""
+def texts(path: Path, name: str) -> str:
+    """A row for each system: of its answers, in percent, those with the text of `off` under the same load, for each
+    load; and those with its own text under the first load, for each later one."""
     results = load_results(path)
-    by_system: dict[str, list[Run]] = {}
-    for run in results.runs:
-        if not results.systems[run.system].startswith("at "):
-            by_system.setdefault(run.system, []).append(run)
     lines = []
-    for system, runs in by_system.items():
-        shares = ([run.identical_frac for run in runs], [run.same_as_off_frac for run in runs])
-        own = [run.same_as_first_load_frac for run in runs[1:]]
-        cells = [f"[{model}](results/{path.name})", system, str(runs[0].requests), *map(in_turn, (*shares, own))]
+    for system in TEXTS_OF:
+        runs = [run for run in results.runs if run.system == system]
+        shares = [run.same_as_off_frac for run in runs] + [run.same_as_first_load_frac for run in runs[1:]]
+        cells = [f"[{name}](results/{path.name})", system, *(percent(share).removesuffix(" %") for share in shares)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def in_turn(shares: list[float | None]) -> str:
-    """`70.8, 91.7 %`."""
-    if None in shares:
-        return number(None)
-    return ", ".join(percent(share).removesuffix(" %") for share in shares) + " %"
 
 
 if __name__ == "__main__":

@@ -73,19 +73,28 @@ RESULTS = ROOT / "docs" / "results"
 def test_whose_texts_answers_have_is_that_of_the_committed_results():
     from scripts.results_table import texts
 
-    page = (RESULTS.parent / "operate.md").read_text()
-    rows = re.findall(r"^\| \[(.*?)\]\(results/(texts-.*?)\) \|", page, re.M)
-    assert len(set(rows)) >= 2
-    for name, file in dict.fromkeys(rows):
+    page = (RESULTS.parent / "serving.md").read_text()
+    rows = dict.fromkeys(re.findall(r"^\| \[(.*?)\]\(results/(texts-.*?)\) \|", page, re.M))
+    assert len(rows) >= 2
+    for name, file in rows:
         assert texts(RESULTS / file, name) in page
-    runs = [run for _, file in dict.fromkeys(rows) for run in load_results(RESULTS / file).runs]
+    runs = [run for path in RESULTS.glob("texts-*.json") for run in load_results(path).runs]
     lossless = [run for run in runs if run.system == "lossless"]
     assert all(run.same_as_off_frac == 1.0 for run in lossless)
+    assert f"All {sum(run.requests for run in lossless)} lossless answers" in page
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("ramps-*.json")))
+def test_where_all_texts_are_said_to_be_the_same_they_are():
+    page = (RESULTS.parent / "serving.md").read_text()
+    for path in RESULTS.glob("texts-qwen-*.json"):
+        assert f"](results/{path.name})" in page
+        for run in load_results(path).runs:
+            assert {run.identical_frac, run.same_as_off_frac, run.same_as_first_load_frac} <= {None, 1.0}
+
+
+@pytest.mark.parametrize("path", sorted([*RESULTS.glob("ramps-*.json"), *RESULTS.glob("prepare-*.json")]))
 def test_acceptance_rates_in_the_docs_are_that_of_the_committed_results(path):
-    text = (path.parents[1] / "ramps.md").read_text()
+    text = (path.parents[1] / "prepare.md").read_text()
     for item in json.loads(path.read_text())["depths"]:
         item = depth_of_any_evaluation(item)
         rates = " | ".join(f"{part['acceptance_rate']:.3f}" for part in item["positions"])
