@@ -21,6 +21,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
+from apparate_llm.api.metric_names import (
+    COUNTERS,
+    EXITS,
+    FIELDS,
+    GAUGES,
+    HISTOGRAMS,
+    PREFIX,
+    STATUS_AGE,
+    STATUS_ERRORS,
+    TENANT_COUNTERS,
+)
 from apparate_llm.renamed import LABELS as OLD_LABELS
 from apparate_llm.renamed import METRICS as OLD_NAMES
 
@@ -29,51 +40,6 @@ POLL_INTERVAL_S = 1.0
 PAGE_WAIT_S = 1.0  # for an engine that takes longer to answer; then the page has the last status
 LISTENERS_AT_ONCE = 20  # that are told of a status
 QUIET_POLLS = 3  # without a change and without a request, after which nothing is asked until one comes
-PREFIX = "apparate:"
-COUNTERS = {  # field of the counts -> help
-    "emitted": "Output tokens, exits included",
-    "decode_tokens": "Output tokens but for the first of each answer",
-    "decode_seconds": "Time these took, over all requests: by decode_tokens, the mean time per output token",
-    "held": "Held exits checked by the full model",
-    "held_accepted": "Held exits that were emitted: accepted drafts",
-    "held_accepted_divergences": "Held exits emitted although the full model disagreed",
-    "released": "Exits emitted before their remaining layers ran",
-    "verified": "Released exits that have their verdict",
-    "divergences": "Emitted tokens that differ from their verdict",
-    "divergences_at_worst": "The same and the exits that ended without a verdict",
-    "regret_nats": "Over all divergences, how much better the full model's best token was",
-    "unverified": "Released exits whose request ended before their verdict",
-    "verification_passes": "Passes through all layers",
-    "draft_steps": "Shallow passes, each for one more exit of a request",
-    "targets_met": "Requests that ended within their time per output token",
-    "targets_missed": "Requests that were slower than their target",
-    "fallbacks": "Times early exits failed and serving went on without them",
-    "recoveries": "Times early exits came back after that",
-}
-FIELDS = {  # metric -> field of the counts, where they differ
-    "decode_seconds": "decode_s",
-    "held_accepted": "accepted",
-    "held_accepted_divergences": "accepted_diverged",
-    "divergences": "diverged",
-}
-TENANT_COUNTERS = {  # of each tenant
-    "emitted": "Output tokens of the tenant",
-    "divergences": "Of them, those that differ from their verdict",
-    "divergences_at_worst": "The same and the exits that ended without a verdict",
-    "unverified": "Released exits of the tenant whose request ended before their verdict",
-    "decode_tokens": "Output tokens of the tenant but for the first of each answer",
-    "decode_seconds": "Time these took",
-    "targets_met": "Requests of the tenant that ended within their time per output token",
-    "targets_missed": "Requests of the tenant that were slower than their target",
-}
-HISTOGRAMS = {  # distribution -> (name, help, what a unit of the metric is in the distribution's)
-    "tpt_ms": ("time_per_output_token_seconds", "Time per output token of requests that ended", 1e3),
-    "tokens_per_pass": ("tokens_per_pass", "Tokens a request gets of one verification pass", 1.0),
-    "verify_ms": ("verification_pass_seconds", "Engine steps without their draft steps", 1e3),
-    "draft_step_ms": ("draft_step_seconds", "Draft steps", 1e3),
-    "controller_ms": ("controller_seconds", "Decisions of the controller, per engine step", 1e3),
-    "regret_nats": ("divergence_regret_nats", "Regret of a divergence", 1.0),
-}
 
 
 class ExitCollector(Collector):
@@ -136,12 +102,10 @@ class ExitCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         if self.status is not None or self.num_errors:
-            yield CounterMetricFamily(
-                f"{PREFIX}status_errors", "Times the engine was asked for these and did not answer", self.num_errors
-            )
+            yield CounterMetricFamily(PREFIX + STATUS_ERRORS[0], STATUS_ERRORS[1], self.num_errors)
         if self.status is not None:
             age_s = time.monotonic() - self._published_s
-            yield GaugeMetricFamily(f"{PREFIX}status_age_seconds", "Time since the engine told all of these", age_s)
+            yield GaugeMetricFamily(PREFIX + STATUS_AGE[0], STATUS_AGE[1], age_s)
             yield from metrics_of(self.status)
 
 
@@ -165,9 +129,7 @@ def present_metrics(status: dict[str, Any]) -> Iterable[Metric]:
     counts = status["counts"]
     for name, help_text in COUNTERS.items():
         yield CounterMetricFamily(PREFIX + name, help_text, value=counts[FIELDS.get(name, name)])
-    exits = CounterMetricFamily(
-        f"{PREFIX}exits", "Exits by ramp depth and what became of them", labels=["depth", "outcome"]
-    )
+    exits = CounterMetricFamily(PREFIX + EXITS[0], EXITS[1], labels=["depth", "outcome"])
     for outcome, by_depth in counts["outcomes"].items():
         for depth, number in by_depth.items():
             exits.add_metric([str(depth), outcome], number)
@@ -178,9 +140,9 @@ def present_metrics(status: dict[str, Any]) -> Iterable[Metric]:
         for title, share in status["tenants"].items():
             family.add_metric([title], share[FIELDS.get(name, name)])
         yield family
-    for name, (help_text, value) in gauges_of(status).items():
+    for name, value in gauges_of(status).items():
         if value is not None:
-            yield GaugeMetricFamily(PREFIX + name, help_text, value=float(value))
+            yield GaugeMetricFamily(PREFIX + name, GAUGES[name], value=float(value))
     for field, (name, help_text, unit) in HISTOGRAMS.items():
         histogram = status["distributions"][field]
         bounds = [*(str(bound / unit) for bound in histogram["bounds"]), "+Inf"]
@@ -188,34 +150,22 @@ def present_metrics(status: dict[str, Any]) -> Iterable[Metric]:
         yield HistogramMetricFamily(PREFIX + name, help_text, buckets=buckets, sum_value=histogram["total"] / unit)
 
 
-def gauges_of(status: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Name -> (help, value); None for what there is not."""
+def gauges_of(status: dict[str, Any]) -> dict[str, Any]:
+    """Name -> value; None for what there is not."""
     config, counts = status["config"], status["counts"]
     return {
-        "active": ("1 while exits are made, 0 after a failure until they come back", status["active"]),
-        "pause_seconds": (
-            "After a failure, until exits come back by themselves; they need a request for it",
-            (status.get("failure") or {}).get("returns_in_s"),
-        ),
-        "divergence_ratio": ("Share of emitted tokens that are divergences", counts["divergence_frac"]),
-        "divergences_at_worst_ratio": (
-            "The same, exits that ended without a verdict included",
-            counts["divergences_at_worst_frac"],
-        ),
-        "outstanding": ("Released exits that wait for their verdict", counts["outstanding"]),
-        "accuracy_bound": ("Largest share of emitted tokens that may be divergences", config["accuracy_bound"]),
-        "budget_left": ("Divergences (or nats) that the bound allows now", status["budget_left"]),
-        "budget_fill_ratio": ("Share of the most that the budget can save up", status["budget_fill_frac"]),
-        "tpt_target_seconds": (
-            "Time per output token aimed at",
-            config["tpt_target_ms"] and config["tpt_target_ms"] / 1e3,
-        ),
-        "depth": ("Decoder blocks before the ramp in use", status["depth"]),
-        "max_exits": ("Most exits per request and engine step", config["max_exits"]),
-        "threshold": (
-            "Confidence from which policy static releases",
-            config["threshold"] if config["policy"] == "static" else None,
-        ),
+        "active": status["active"],
+        "pause_seconds": (status.get("failure") or {}).get("returns_in_s"),
+        "divergence_ratio": counts["divergence_frac"],
+        "divergences_at_worst_ratio": counts["divergences_at_worst_frac"],
+        "outstanding": counts["outstanding"],
+        "accuracy_bound": config["accuracy_bound"],
+        "budget_left": status["budget_left"],
+        "budget_fill_ratio": status["budget_fill_frac"],
+        "tpt_target_seconds": config["tpt_target_ms"] and config["tpt_target_ms"] / 1e3,
+        "depth": status["depth"],
+        "max_exits": config["max_exits"],
+        "threshold": config["threshold"] if config["policy"] == "static" else None,
     }
 
 

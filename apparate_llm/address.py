@@ -21,7 +21,11 @@ def server_url(text: str, flag: str) -> str:
 
 
 def add_api_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("OPENAI_API_KEY"),
+        help="key of the servers that are asked (default: $OPENAI_API_KEY)",
+    )
 
 
 def authorization(api_key: str | None) -> dict[str, str]:

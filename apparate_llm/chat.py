@@ -42,8 +42,13 @@ def add_chat(subparsers: Commands) -> None:
         "--url", default="http://localhost:8000", help="of the server, with or without /v1 (default: %(default)s)"
     )
     parser.add_argument("--model", help="name of the model (default: the server's first)")
-    parser.add_argument("--max-tokens", type=positive, default=512, help="of an answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s, the best token")
+    parser.add_argument("--max-tokens", type=positive, default=512, help="longest answer (default: %(default)s)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="draw tokens at random (default: %(default)s, always the best token)",
+    )
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--no-exits", action="store_true", help="ask for answers without early exits, to compare")
     add_api_key(parser)

@@ -13,6 +13,14 @@ from apparate_llm.flags import OneLineParser
 from apparate_llm.lifeline import STDERR, Terminated
 from apparate_llm.redact import without_secrets
 
+EXIT_CODES = {
+    0: "done",
+    1: "something failed, or `doctor` found a problem, or `eval steady --limit` was exceeded",
+    2: "bad input: one line says what was wrong, what was got and what is allowed",
+    130: "stopped by Ctrl-C (SIGINT); a server that is up ends with 0",
+    143: "stopped by SIGTERM; a server that is up ends with 0",
+}
+
 
 def build_parser() -> OneLineParser:
     from apparate_llm.chat import add_chat
@@ -74,7 +82,7 @@ def hush() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 fine, 1 something failed, 2 bad input (one line says what), 130 and 143 stopped by a signal."""
+    """Exit code, one of EXIT_CODES."""
     if argv is None:  # this process is the command's
         atexit.register(hush)
         argv = sys.argv[1:]

@@ -33,7 +33,7 @@ class Tenant(BaseModel):
         (), repr=False, description="digests of the API keys whose requests are this tenant's, whatever they ask for"
     )
     by_name: bool | None = Field(
-        None, description="whether a request with another key, or none, may name it; default: only where it has no keys"
+        None, description="let a request with another key, or none, name it; default: only where it has no keys"
     )
 
     @property
@@ -72,7 +72,7 @@ class EarlyExitConfig(BaseModel):
         "the bound allows",
     )
     allow_looser_requests: bool = Field(
-        False, description="whether a request may ask for a larger accuracy bound than the server's"
+        False, description="let a request ask for a larger accuracy bound than the server's"
     )
     max_exits: int = Field(10, ge=1, le=16, description="most exits per request and engine step")
     depth: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
@@ -105,26 +105,26 @@ class EarlyExitConfig(BaseModel):
         1.0,
         ge=0.0,
         allow_inf_nan=False,
-        description="policy adaptive: how much others' wait for their first token counts against tokens per ms; 0: not "
-        "at all, more exits with many clients",
+        description="policy adaptive: how much the wait of others for their first token counts against tokens per ms; "
+        "0: not at all, so more exits with many clients",
     )
     huge_pages: bool = Field(
-        True, description="whether to keep the weights in pages of 2 MB, where Linux gives them: each pass is faster"
+        True, description="keep the weights in pages of 2 MB, where Linux gives them: each pass is faster"
     )
     batch_invariant: bool = Field(
         True,
-        description="whether a token's bits do not depend on what else is in its batch, so that a text is the same "
-        "whatever the load, with policy off as well",
+        description="compute a token to the same bits whatever else is in its batch: a text does not depend on the "
+        "load, with policy off as well",
     )
     feedback_log: str | None = Field(
         None, description="file to log exits, verdicts and times to, without any text, for `apparate-llm replay`"
     )
     tenants: dict[TenantName, Tenant] = Field(
         {},
-        description="groups of requests, by API key or chosen per request; as a flag: TOML file, see docs/operate.md",
+        description="groups of requests, by API key or by name: a TOML file, see docs/serving.md",
     )
     tenant_metrics: bool = Field(
-        True, description="whether /metrics, which asks nobody for a key, shows the figures of each tenant"
+        True, description="show the figures of each tenant on /metrics, which asks nobody for a key"
     )
     controller_state: str | None = Field(
         None,
@@ -155,10 +155,12 @@ class RequestOptions(BaseModel):
 
     early_exit: Literal[0, 1] = Field(1, description="0: no exits for this request")
     accuracy_bound: float | None = Field(
-        None, ge=0.0, lt=1.0, allow_inf_nan=False, description="its own bound, not above the server's"
+        None, ge=0.0, lt=1.0, allow_inf_nan=False, description="the request's bound, not above the server's"
     )
-    tpt_target_ms: float | None = Field(None, gt=0.0, allow_inf_nan=False, description="its own target")
-    early_exit_tenant: str | None = Field(None, description="the tenant it is of")
+    tpt_target_ms: float | None = Field(
+        None, gt=0.0, allow_inf_nan=False, description="the request's time per output token to aim at"
+    )
+    early_exit_tenant: str | None = Field(None, description="the tenant the request is of")
     early_exit_report: Literal[0, 1] = Field(0, description="1: the answer says where its tokens came from")
 
 

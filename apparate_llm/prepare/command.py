@@ -65,7 +65,7 @@ def add_prepare(subparsers: Any) -> None:
     )
     parser.add_argument("--depths", default="auto", help="blocks before each ramp, e.g. 0,2,4 (default: auto)")
     parser.add_argument("--ramp-vocab", type=positive, default=8192, help="tokens a ramp can predict (default: 8192)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and training (default: 0)")
     parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
     parser.add_argument(
         "--verify",
@@ -81,7 +81,7 @@ def add_ramps(subparsers: Any) -> None:
     show = kinds.add_parser(
         "show", help="what a ramp folder holds", description="Reads the folder and loads no model.", allow_abbrev=False
     )
-    show.add_argument("folder", type=Path)
+    show.add_argument("folder", type=Path, help="ramp folder")
     show.set_defaults(run=run_show)
     evaluate = kinds.add_parser(
         "evaluate",
@@ -123,7 +123,7 @@ def add_ramps(subparsers: Any) -> None:
 
 
 def add_answering(parser: argparse.ArgumentParser, *, several: bool, required: bool = True) -> None:
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="ramp folder")
     parser.add_argument("--model", help="model folder (default: the embedded one)")
     parser.add_argument(
         "--prompts",

@@ -31,7 +31,7 @@ DRAWS = 4  # simulations at costs that may as well be
 RESAMPLES = 2000
 SETTLING = 2  # requests before those that count, at least
 # Acceptance rate at position 0 on users' prompts / on the model's own, of ramps trained on the latter only
-# (docs/ramps.md).
+# (docs/prepare.md).
 USERS_FRAC = 0.85
 ENOUGH_USERS = 16  # conversations with the user's prompts
 STEEPEST = 60.0  # e to this is how much more often the hardest conversation may be drawn than one that always agrees

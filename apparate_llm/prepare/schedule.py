@@ -22,7 +22,7 @@ OVERFITTED, UNDERFITTED = 0.05, 0.02  # TPT on training rows lower by that than 
 KEEP_CLOCK_EVERY_S = 15.0
 STOP_BELOW = 0.005  # of TPT: what the next doubling must bring
 # Gain of a doubling over that of the one before: assumed after two laps, and at most. Qwen2.5-Coder-0.5B gained 0.22
-# accepted tokens per step in the doubling after 386,000 tokens and 0.14 in the next one (docs/ramps.md).
+# accepted tokens per step in the doubling after 386,000 tokens and 0.14 in the next one.
 FIRST_FADING, MOST_FADING = 0.5, 0.6
 
 

@@ -56,7 +56,7 @@ def looked_up(context: TokenIds) -> tuple[int, int]:
 
 def lookup_confidence(match: int) -> float:
     """Probability that a text which repeats `match` tokens goes on to repeat them, LONG_MATCH at least: roughly what
-    68,000 tokens of a model's own answers say (docs/ramps.md)."""
+    68,000 tokens of a model's own answers say."""
     return 1.0 - 1.3 / match
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -225,6 +226,15 @@ def test_a_reset_that_was_not_done_is_no_success():
     app.state.early_exit.engine = Ranks()
     answer = ask(app, "POST", "/reset")
     assert answer.status_code == 409 and "nothing was forgotten" in answer.json()["detail"]
+
+
+def test_every_route_is_in_the_reference():
+    reference = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
+    routes = [route for route in [*router.routes, *page.routes] if route.include_in_schema]
+    assert len(routes) >= 6
+    for route in routes:
+        for method in route.methods:
+            assert f"`{method} {route.path}`" in reference
 
 
 def test_a_server_without_exits_says_so():

@@ -105,6 +105,14 @@ def test_the_page_says_what_was_counted(page):
         assert f"\n{line}\n" in page, line
 
 
+def test_the_reference_has_every_metric_and_no_other(page):
+    text = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| (counter|gauge|histogram) \|", text, re.M)
+    shown = re.findall(r"^# TYPE apparate:(\w+) (\w+)$", page, re.M)
+    old = {name for new in METRICS.values() for name in (new, f"{new}_total")}
+    assert {item for item in shown if item[0] not in old} == {item for item in listed if item[0] != "pause_seconds"}
+
+
 def test_a_failure_and_when_exits_come_back_are_on_the_page(status):
     failure = {"part": "drafting", "error": "RuntimeError", "returns_in_s": 12.5}
     failed = {**status, "active": False, "failure": failure, "counts": {**status["counts"], "fallbacks": 2}}
