@@ -86,7 +86,7 @@ def test_clients_ask_for_answers_that_are_drawn(base_url, tmp_path):
 
 def test_turns_too_short_for_an_answer_are_said(base_url, tmp_path):
     systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
-    plan = replace(plan_of(tmp_path, systems, prompt="stall"), turns=1, turn_s=0.4)
+    plan = replace(plan_of(tmp_path, systems, prompt="stall"), turns=1, turn_s=0.35)
     with pytest.raises(ValueError, match="no two answers of vllm began and ended within its turns: give more --turns"):
         level_of(plan, [server_of(system, tmp_path) for system in systems])
 
