@@ -37,6 +37,24 @@ def mean_interval(ours: Sums) -> Interval | None:
     return ratio_interval(ours, dict.fromkeys(ours, (1.0, 1.0)))
 
 
+def mean_ratio(ours: Sums, baseline: Sums) -> float | None:
+    """(total / number) / (the baseline's), over the units of both; None where it is not known."""
+    units = ours.keys() & baseline.keys()
+    (total, number), (base_total, base_number) = (
+        [sum(side[unit][part] for unit in units) for part in (0, 1)] for side in (ours, baseline)
+    )
+    return total / number / (base_total / base_number) if number and base_number and base_total else None
+
+
+def p99_ratio(ours: Values, baseline: Values) -> float | None:
+    """Of the 99th percentiles over the requests of units of both; None where it is not known."""
+    units = ours.keys() & baseline.keys()
+    values, base_values = ([value for unit in units for value in side[unit]] for side in (ours, baseline))
+    if not values or not base_values:
+        return None
+    return float(np.percentile(values, 99) / np.percentile(base_values, 99))
+
+
 def ratio_interval(ours: Sums, baseline: Sums) -> Interval | None:
     """Of (total / number) / (the baseline's), over the units of both, drawn together; None where there are too few.
 

@@ -11,7 +11,16 @@ import numpy as np
 
 from apparate_llm.eval.client import GREEDY, Completion, Sampling
 from apparate_llm.eval.code_check import code_passes
-from apparate_llm.eval.intervals import Sums, Values, mean_interval, p99_interval, ratio_interval, sums_of
+from apparate_llm.eval.intervals import (
+    Sums,
+    Values,
+    mean_interval,
+    mean_ratio,
+    p99_interval,
+    p99_ratio,
+    ratio_interval,
+    sums_of,
+)
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.quality import final_number, first_difference, is_maths, rouge_l
 from apparate_llm.eval.schema import Distribution, Exits, Quality, Ratio, Run, TimelinePoint
@@ -287,6 +296,7 @@ def steps_of(cells: list[SystemUnderLoad], runs: list[Run]) -> list[Ratio]:
 
 
 def _ratio(cell: SystemUnderLoad, run: Run, base: SystemUnderLoad, base_run: Run) -> Ratio:
+    """Over the blocks that both have: one that ends early is not held against prompts it was not asked."""
     pairs = zip(_tpt_by_repeat(cell), _tpt_by_repeat(base), strict=False)
     (tpt, ttft), (base_tpt, base_ttft) = (
         [side.by_unit(name) for name in ("tpt_ms", "ttft_ms")] for side in (cell, base)
@@ -298,15 +308,15 @@ def _ratio(cell: SystemUnderLoad, run: Run, base: SystemUnderLoad, base_run: Run
         concurrency=run.concurrency,
         fixed_length=run.fixed_length,
         units=len(tpt.keys() & base_tpt.keys()),
-        tpt_mean=ratio_of(run.tpt_ms.mean, base_run.tpt_ms.mean),
+        tpt_mean=mean_ratio(sums_of(tpt), sums_of(base_tpt)),
         tpt_mean_ci95=ratio_interval(sums_of(tpt), sums_of(base_tpt)),
-        tpt_p99=ratio_of(run.tpt_ms.p99, base_run.tpt_ms.p99),
+        tpt_p99=p99_ratio(tpt, base_tpt),
         tpt_p99_ci95=p99_interval(tpt, base_tpt),
-        ttft_mean=ratio_of(run.ttft_ms.mean, base_run.ttft_ms.mean),
+        ttft_mean=mean_ratio(sums_of(ttft), sums_of(base_ttft)),
         ttft_mean_ci95=ratio_interval(sums_of(ttft), sums_of(base_ttft)),
-        ttft_p99=ratio_of(run.ttft_ms.p99, base_run.ttft_ms.p99),
+        ttft_p99=p99_ratio(ttft, base_ttft),
         ttft_p99_ci95=p99_interval(ttft, base_ttft),
-        throughput=ratio_of(run.output_tokens_per_s, base_run.output_tokens_per_s),
+        throughput=mean_ratio(cell.tokens_by_unit, base.tokens_by_unit),
         throughput_ci95=ratio_interval(cell.tokens_by_unit, base.tokens_by_unit),
         tpt_mean_by_repeat=[value for a, b in pairs if (value := ratio_of(a, b)) is not None],
     )
