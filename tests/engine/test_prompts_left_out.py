@@ -63,7 +63,7 @@ def test_the_user_reads_stages_and_results_and_nothing_of_vllms(evaluated):
     assert said[0] == "answer  0/3 prompts (0 %), loading the model"
     assert any(line.startswith("answer  2/2 prompts (100 %)") for line in said)
     assert any(line.startswith("measure  1/1 depths (100 %)") for line in said)
-    assert done.stdout.lstrip().startswith("Agreement with the full model") and "vllm" not in done.stdout.lower()
+    assert done.stdout.lstrip().startswith("Acceptance rate") and "vllm" not in done.stdout.lower()
 
 
 def test_if_no_prompt_is_left_the_reason_is_one_line(tiny_llama, ramps, tmp_path):

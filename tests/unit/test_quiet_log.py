@@ -151,6 +151,7 @@ def stopped_by(number: int, tmp_path: Path) -> tuple[int, str]:
 
         def command(args):
             exit_on_sigterm()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
             with log_of_engines(path):
                 (path.parent / "ready").touch()
                 time.sleep(60)
