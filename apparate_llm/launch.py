@@ -13,6 +13,7 @@ from apparate_llm.config import ConfigError
 LIBRARIES = ("libiomp5.so", "libtcmalloc_minimal.so.4")
 OPENMP_RUNTIMES = ("libiomp", "libomp", "libgomp")  # vLLM takes any of them, and stops at two
 PLUGIN_NAME = "apparate"
+KEPT_CLEAN = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")  # where things are
 
 
 def vllm_build() -> tuple[str, str] | None:
@@ -79,6 +80,12 @@ def server_environment(base: dict[str, str] | None = None) -> dict[str, str]:
         names = {PLUGIN_NAME, *(point.name for group in _plugin_groups() for point in entry_points(group=group))}
         environment["VLLM_PLUGINS"] = ",".join(sorted(names))
     return environment
+
+
+def clean_environment(base: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a server that is not vLLM's: no preloaded libraries, nothing that sets threads or options."""
+    environment = dict(os.environ if base is None else base)
+    return {name: value for name, value in environment.items() if name in KEPT_CLEAN}
 
 
 def _plugin_groups() -> tuple[str, ...]:

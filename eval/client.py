@@ -76,6 +76,7 @@ class Completion:
     text: str = ""
     output_tokens: int | None = None  # from the server's usage
     error: str | None = None
+    prompt_tokens: int | None = None  # from the server's usage, chat template included
 
     @property
     def ttft_ms(self) -> float | None:
@@ -181,18 +182,30 @@ def _take(result: Completion, chunk: dict[str, Any], at_s: float) -> None:
     if "error" in chunk:
         result.error = f"error in stream: {chunk['error']}"
         return
-    before = result.output_tokens or 0
-    usage = chunk.get("usage")
-    if usage:
-        result.output_tokens = usage["completion_tokens"]
-    for choice in chunk.get("choices", ()):
-        text = choice["delta"].get("content") or ""
-        result.text += text
-        # The role chunk comes before any token. A token may have no text yet, and the last one none at all.
-        has_token = usage["completion_tokens"] > before if usage else bool(text or choice.get("finish_reason"))
-        if has_token:
-            tokens = usage["completion_tokens"] if usage else None
-            result.chunks.append(Chunk(at_s, tokens, len(result.text)))
+    if usage := chunk.get("usage"):
+        result.output_tokens, result.prompt_tokens = usage["completion_tokens"], usage.get("prompt_tokens")
+    choices = chunk.get("choices") or ()
+    text = "".join(choice["delta"].get("content") or "" for choice in choices)
+    result.text += text
+    tokens, counted = _tokens_so_far(chunk), result.chunks[-1].tokens if result.chunks else None
+    if tokens is not None:
+        # The role chunk comes before any token. A last count may come without a choice, of a token without text: but
+        # not where it is the only one there is.
+        has_token = tokens > (counted or 0) and (bool(choices) or counted is not None)
+    else:
+        # A token may have no text yet, and the last one none at all. Of a server that counts, the next count tells.
+        has_token = counted is None and any(text or choice.get("finish_reason") for choice in choices)
+    if has_token:
+        result.chunks.append(Chunk(at_s, tokens, len(result.text)))
+    elif text and result.chunks:  # of tokens that were counted just before
+        result.chunks[-1] = result.chunks[-1]._replace(characters=len(result.text))
+
+
+def _tokens_so_far(chunk: dict[str, Any]) -> int | None:
+    """What vLLM has in every chunk's usage, and llama.cpp in its timings; None where the chunk does not say."""
+    usage, timings = chunk.get("usage") or {}, chunk.get("timings") or {}
+    found: int | None = usage.get("completion_tokens", timings.get("predicted_n"))
+    return found
 
 
 class Asked(NamedTuple):

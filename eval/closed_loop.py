@@ -42,7 +42,7 @@ def engine_steps(server: Server) -> Steps | None:
     """None where the server does not count them as vLLM does."""
     found = dict.fromkeys(STEP_METRICS, 0.0)
     answer = httpx.get(f"{server.base_url}/metrics", headers=server.headers, timeout=30.0)
-    if answer.status_code == httpx.codes.NOT_FOUND:
+    if answer.status_code in (httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED):
         return None
     for family in text_string_to_metric_families(answer.raise_for_status().text):
         for sample in family.samples:

@@ -164,9 +164,10 @@ def _add_steady(kinds: Commands) -> None:
     steady.add_argument("--num-prompts", type=positive, help="use only the first N prompts")
     steady.add_argument("--max-tokens", type=positive, default=96, help="longest answer; lengths vary (default: 96)")
     steady.add_argument(
-        "--limit", type=above_zero, help="exit with 1 where TPT over the baseline's is above it, e.g. 1.03"
+        "--limit", type=above_zero, help="exit with 1 where TPT over the first baseline's is above it, e.g. 1.03"
     )
     _add_sampling(steady)
+    _add_baseline(steady)
     _add_options_of_systems(steady)
     _add_servers(steady)
     steady.set_defaults(run=_later("run_steady"))
@@ -227,9 +228,21 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
         metavar="NAME=URL",
         help="a server that is running, any OpenAI-compatible; URL with or without /v1",
     )
+    _add_baseline(parser)
     parser.add_argument("--hf-layer", type=positive, help="blocks of hf-early-exit's draft (default: half of them)")
     parser.add_argument(
         "--slo", type=objectives, metavar="ttft=MS,tpt=MS", help=f"objectives of goodput: {', '.join(OBJECTIVES)} in ms"
+    )
+
+
+def _add_baseline(parser: OneLineParser) -> None:
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="system that all are compared with (default: vllm; vllm is another one wherever it is measured); "
+        "repeatable, the first one's answers are what texts are held against",
     )
 
 

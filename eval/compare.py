@@ -13,6 +13,7 @@ from apparate_llm.eval.tables import (
     DASH,
     WITH_INTERVAL,
     at_worst_cell,
+    baselines_in,
     console_table,
     divergence_cell,
     flat,
@@ -133,7 +134,7 @@ def _differences(a: Results, b: Results) -> Iterator[list[str]]:
 
 def _conditions(results: Results) -> list[dict[str, str]]:
     models = ", ".join(dict.fromkeys(run.model for run in results.runs)) or DASH
-    baselines = ", ".join(dict.fromkeys(item.baseline for item in results.ratios)) or DASH
+    baselines = ", ".join(baselines_in(results)) or DASH
     over = "blocks" if any(item.units is not None for item in results.ratios) else "prompts or requests"
     return [
         {"model": models, "baseline": baselines, "intervals": f"over {over}" if results.ratios else DASH},

@@ -44,6 +44,7 @@ class Evaluation:
     store: Store
     start_timeout_s: float
     sampling: Sampling = GREEDY
+    baseline: str = BASELINE  # without which there is nothing to measure
     dead: dict[str, str] = field(default_factory=dict)  # system -> why it is not measured (any more)
     enough: Callable[[int], bool] = lambda load: False  # whether the load of this number needs no further repeat
     repeats: dict[int, int] = field(default_factory=dict)  # load -> repeats, where they were enough
@@ -101,6 +102,7 @@ def _start(evaluation: Evaluation, stack: ExitStack, progress: Progress) -> list
     servers = []
     for system in evaluation.systems:
         if system.problem is not None:
+            progress.say(f"skipped {system.name}: {system.problem}")
             evaluation.dead[system.name] = system.problem
             continue
         if evaluation.is_done(system):
@@ -112,7 +114,7 @@ def _start(evaluation: Evaluation, stack: ExitStack, progress: Progress) -> list
                 server.wait_ready()
                 _ask(server, evaluation, evaluation.warming(*WARM_UP), WARM_UP[0])
         except (RuntimeError, httpx.HTTPError) as error:
-            if system.name == BASELINE:
+            if system.name == evaluation.baseline:
                 raise RuntimeError(f"the baseline does not run: {error}") from None
             progress.say(f"skipped {system.name}: {error}")
             evaluation.dead[system.name] = str(error)
@@ -245,8 +247,16 @@ def _running(server: Server) -> Iterator[None]:
         if server.process is not None:
             messages = [{"role": "user", "content": "Hello"}]
             ask = PlannedRequest(0, WAKING_TOKENS)
-            model, headers = server.model_name(), server.headers
-            asyncio.run(run_block(server.base_url, model, [messages], [ask], concurrency=1, headers=headers))
+            call = run_block(
+                server.base_url,
+                server.model_name(),
+                [messages],
+                [ask],
+                concurrency=1,
+                headers=server.headers,
+                fields_of=server.fields,
+            )
+            asyncio.run(call)
         yield
     finally:
         server.pause()

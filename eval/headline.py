@@ -1,12 +1,22 @@
 """The results in one sentence: how much faster, at what cost, when not."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal
 
 from apparate_llm.eval.schema import Ratio, Results, Run
-from apparate_llm.eval.systems import SPECULATION
-from apparate_llm.eval.tables import at_worst_frac, bounds_of, divergence_frac, key_of, load_name, number
+from apparate_llm.eval.systems import PLAIN, SPECULATION
+from apparate_llm.eval.tables import (
+    at_worst_frac,
+    baselines_in,
+    bounds_of,
+    divergence_frac,
+    key_of,
+    load_name,
+    loads_of,
+    number,
+)
 
 MAX_LISTED = 3  # more loads than these are given as a range
 
@@ -15,12 +25,14 @@ Verdict = Literal["faster", "slower", "no clear difference", "not measured"]
 
 def summary_sentence(results: Results) -> str:
     """Says faster or slower only where the whole confidence interval (without one: the ratio) does. Before that it
-    warns of texts that are not what lossless exits promise."""
-    return _texts_warning(results) + _speed_sentence(results)
+    warns of texts that are not what lossless exits promise, and after it names others that are faster still."""
+    return _texts_warning(results) + _speed_sentence(results) + _faster_still(results)
 
 
 def _texts_warning(results: Results) -> str:
-    """Of lossless exits whose answers are the baseline's less often than those of vLLM's own speculation."""
+    """Of lossless exits whose answers are plain vLLM's less often than those of vLLM's own speculation."""
+    if not PLAIN.keys() >= {*baselines_in(results)[:1]}:  # answers are compared with another's
+        return ""
     lossless = {name for name, bound in bounds_of(results).items() if bound == 0}
     found: dict[tuple[str, str], list[Run]] = {}
     for run in results.runs:
@@ -44,7 +56,7 @@ def _speed_sentence(results: Results) -> str:
     if not results.ratios:
         return _nothing_compared(results) + _failures(results.runs) + "."
     parts = []
-    for baseline in dict.fromkeys(item.baseline for item in results.ratios):
+    for baseline in baselines_in(results):
         ratios = [item for item in results.ratios if item.baseline == baseline]
         systems = dict.fromkeys(item.system for item in ratios)
         clauses = [_system_clause(results, [item for item in ratios if item.system == system]) for system in systems]
@@ -67,7 +79,29 @@ def verdict(item: Ratio) -> Verdict:
 
 
 def plain_name(system: str) -> str:
-    return "plain vLLM" if system == "vllm" else system
+    return PLAIN.get(system, system)
+
+
+def _faster_still(results: Results) -> str:
+    """Systems without exits, other than the baselines, that take less time per token than all with exits."""
+    with_exits, told = bounds_of(results), baselines_in(results)
+    found: dict[str, list[tuple[Run, Run]]] = {}
+    for load in loads_of(results):
+        runs = [run for run in results.runs if (run.load, run.fixed_length) == load]
+        best = min((run for run in runs if run.system in with_exits and run.tpt_ms.mean), key=_tpt_ms, default=None)
+        for run in runs:
+            if best is not None and run.system not in {*with_exits, *told} and _tpt_ms(run) < _tpt_ms(best):
+                found.setdefault(run.system, []).append((run, best))
+    return "".join(
+        f" {system} is faster than every system with exits {_loads([run for run, _ in pairs])} "
+        f"({_joined([f'{number(_tpt_ms(run), 1)} against {number(_tpt_ms(best), 1)} ms' for run, best in pairs])})."
+        for system, pairs in found.items()
+    )
+
+
+def _tpt_ms(run: Run) -> float:
+    """Infinite where it was not measured."""
+    return math.inf if run.tpt_ms.mean is None else run.tpt_ms.mean
 
 
 def _system_clause(results: Results, ratios: list[Ratio]) -> str:

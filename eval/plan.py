@@ -17,6 +17,8 @@ from apparate_llm.eval.systems import (
     GREEDY_ONLY,
     ModelChoice,
     System,
+    baselines_of,
+    check_names,
     early_exits,
     plain_vllm,
     spelt_out,
@@ -41,6 +43,7 @@ STEADY_RESULTS = "results.json"
 class EvalPlan:
     choice: ModelChoice
     systems: list[System]
+    baselines: tuple[str, ...] = (BASELINE,)  # what ratios are to; answers are compared with the first one's
     prompts: list[Prompt]
     loads: list[Load]
     settings: dict[str, Any]  # shown, and equal in a run that goes on
@@ -58,7 +61,8 @@ class SteadyPlan:
     """What `eval steady` does."""
 
     choice: ModelChoice
-    systems: list[System]  # the first is what the others are compared with
+    systems: list[System]
+    baselines: tuple[str, ...]  # what ratios are to
     prompts: list[Prompt]
     levels: list[int]  # clients, one level after the other
     turns: int  # of each server or policy, at each level
@@ -67,7 +71,7 @@ class SteadyPlan:
     learn_s: float  # with exits, before the first switch
     max_tokens: int
     switch: bool  # whether one server's policy is switched
-    limit: float | None  # of TPT / baseline; above it the exit code is 1
+    limit: float | None  # of TPT / the first baseline's; above it the exit code is 1
     settings: dict[str, Any]
     folder: Path
     start_timeout_s: float
@@ -147,6 +151,7 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     return SteadyPlan(
         choice=choice,
         systems=systems,
+        baselines=baselines_of(args.baseline, systems, systems[0].name),
         prompts=asked.prompts,
         levels=args.clients,
         turns=args.turns,
@@ -174,6 +179,8 @@ def _check_turns(args: argparse.Namespace, systems: list[System]) -> None:
     if args.switch and (len(systems) != 1 or not systems[0].has_exits):
         named = ", ".join(system.name for system in systems)
         raise ValueError(f"--switch: --systems must name one system with exits, e.g. lossless, got {named}")
+    if args.switch and args.baseline:
+        raise ValueError("--switch compares a server with itself: no --baseline")
     if not args.switch and len(systems) < 2:
         raise ValueError(f"--systems must name two or more, e.g. {BASELINE},lossless, got {systems[0].name}")
 
@@ -207,11 +214,14 @@ def _plan(
     sampling = _sampling(args)
     systems = _that_sample(systems_of(names, args.base_url, choice), sampling)
     systems += [_own_system(text, choice) for text in args.system]
-    if BASELINE not in (system.name for system in systems):
-        raise ValueError(f"--systems must name {BASELINE}, which all others are compared with")
+    check_names(systems)
+    if not args.baseline and BASELINE not in (system.name for system in systems):
+        raise ValueError(f"--systems must name {BASELINE}, which all others are compared with, or --baseline another")
+    baselines = baselines_of(args.baseline, systems, BASELINE)
     return EvalPlan(
         choice=choice,
-        systems=systems,
+        systems=sorted(systems, key=lambda system: system.name != baselines[0]),
+        baselines=baselines,
         prompts=prompts,
         loads=loads,
         settings=_settings(args, choice.model, systems, prompts, loads) | _labels(sets),

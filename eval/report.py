@@ -7,6 +7,7 @@ from typing import NamedTuple
 from apparate_llm.eval.figures import Points, figures
 from apparate_llm.eval.headline import plain_name, summary_sentence, verdict
 from apparate_llm.eval.schema import Results, Run
+from apparate_llm.eval.systems import PLAIN
 from apparate_llm.eval.tables import (
     ANSWER_COLUMNS,
     DASH,
@@ -15,6 +16,7 @@ from apparate_llm.eval.tables import (
     SHARES_TITLE,
     Columns,
     at_worst_cell,
+    baselines_in,
     bounds_of,
     divergence_cell,
     flat,
@@ -81,7 +83,7 @@ def sections(results: Results) -> list[Section]:
     with_exits = [run for run in runs if run.exits]
     answers = [run for run in runs if run.quality or run.divergences is not None]
     made = [
-        _ratios(results),
+        *(_ratios(results, baseline) for baseline in baselines_in(results)),
         Section(SHARES_TITLE, SHARES_NOTE, SHARES_COLUMNS, share_rows(results)),
         _section("Absolute figures", "", _speed_columns(runs), runs),
         _known_columns(
@@ -106,9 +108,9 @@ def sections(results: Results) -> list[Section]:
     return [section for section in made if section.rows]
 
 
-def _ratios(results: Results) -> Section:
-    baselines = " and ".join(plain_name(name) for name in dict.fromkeys(item.baseline for item in results.ratios))
-    by_run = ratios_by_run(results)
+def _ratios(results: Results, baseline: str) -> Section:
+    first, by_run = baseline == baselines_in(results)[0], ratios_by_run(results, baseline)
+    oracle = results.oracle_ratio if baseline in PLAIN else {}
     rows = []
     for load, fixed_length in loads_of(results):
         name = load_name(load, fixed_length)
@@ -123,19 +125,19 @@ def _ratios(results: Results) -> Section:
                 spread = " ".join(number(value) for value in item.tpt_mean_by_repeat) or DASH
                 rows.append([name, item.system, ratio_cell(item), verdict(item), *cells, spread])
         clients = {str(run.concurrency) for run in results.runs if (run.load, run.fixed_length) == (load, fixed_length)}
-        for level in sorted(clients & results.oracle_ratio.keys()):
+        for level in sorted(clients & oracle.keys()):
             rows.append([name, "oracle (perfect ramp)", number(results.oracle_ratio[level], 3), *[DASH] * 6])
     columns = ["load", "system", "TPT (95 % CI)", "verdict", "TPT p99 (95 % CI)", "TTFT mean (95 % CI)"]
-    note = f"Divided by the figure of {baselines} under the same load: below 1 is better, for throughput above 1."
-    if results.oracle_ratio:
+    told = plain_name(baseline)
+    note = f"Divided by the figure of {told} under the same load: below 1 is better, for throughput above 1."
+    if oracle:
         note += (
             " Oracle: the ramp's own guesses, were it always known which of them are right, replayed from the log of "
             "exits that ships with this model. It comes from that log's machine and prompts: a mark to hold the "
             "measured ratios against, no more."
         )
-    return Section(
-        "Against the baseline", note, [*columns, "TTFT p99 (95 % CI)", "throughput (95 % CI)", "TPT by repeat"], rows
-    )
+    title = "Against the baseline" if first else f"Against {told}"
+    return Section(title, note, [*columns, "TTFT p99 (95 % CI)", "throughput (95 % CI)", "TPT by repeat"], rows)
 
 
 def _section(title: str, note: str, columns: Columns, runs: list[Run]) -> Section:

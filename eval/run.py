@@ -95,7 +95,8 @@ def run_steady(args: argparse.Namespace) -> int:
     if failed:
         said = dict.fromkeys(error for level in results.levels for run in level.runs for error in run.errors)
         console.print(f"{failed} requests failed: {'; '.join(said)}", soft_wrap=True, markup=False)
-    above = [ratio for level in results.levels for ratio in level.ratios if plan.limit and ratio.tpt > plan.limit]
+    first = [r for level in results.levels for r in level.ratios if plan.switch or r.baseline == plan.baselines[0]]
+    above = [ratio for ratio in first if plan.limit and ratio.tpt > plan.limit]
     return 1 if failed or above else 0
 
 
@@ -157,6 +158,7 @@ def _run(plan: EvalPlan) -> Results:
         store=store,
         start_timeout_s=plan.start_timeout_s,
         sampling=plan.sampling,
+        baseline=plan.baselines[0],
     )
     with Progress(console) as progress:
         evaluate(evaluation, progress)
@@ -170,8 +172,8 @@ def _run(plan: EvalPlan) -> Results:
 
 def summarise(plan: EvalPlan, blocks: list[Block], dead: dict[str, str], started: str) -> Results:
     cells = cells_of(blocks, plan.systems, plan.loads)
-    model = plan.choice.model
-    summary = Summary(model, layers_of(model), plan.prompts, plan.phases, plan.slo_ms, plan.sampling)
+    model, baseline = plan.choice.model, plan.baselines[0]
+    summary = Summary(model, layers_of(model), plan.prompts, plan.phases, plan.slo_ms, plan.sampling, baseline)
     runs = runs_of(cells, summary)
     concurrencies = sorted({load.concurrency for load in plan.loads if load.concurrency is not None})
     return Results(
@@ -183,7 +185,7 @@ def summarise(plan: EvalPlan, blocks: list[Block], dead: dict[str, str], started
         systems={system.name: system.started_by for system in plan.systems},
         skipped=dead,
         runs=runs,
-        ratios=ratios_of(cells, runs),
+        ratios=ratios_of(cells, runs, plan.baselines),
         steps=steps_of(cells, runs),
         oracle_ratio=oracle_ratios(model, concurrencies),
         notes=sampling_notes(plan.sampling) + notes_of(blocks, plan.systems, plan.loads) + saturation_notes(runs),

@@ -18,7 +18,6 @@ from apparate_llm.address import authorization
 from apparate_llm.eval.client import GREEDY, Fields, PlannedRequest, Sampling
 from apparate_llm.eval.systems import System
 from apparate_llm.files import private_opener
-from apparate_llm.launch import server_environment
 from apparate_llm.renamed import counts_of_any_version
 
 STOP_TIMEOUT_S = 30.0
@@ -59,7 +58,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment() | dict(self.system.variables),
+                env=self.system.environment,
                 process_group=0,
             )
         # Ends the group once this process is gone, even by kill -9: a server that is paused cannot see that itself.
@@ -99,9 +98,10 @@ class Server:
         return str(response.raise_for_status().json()["data"][0]["id"])
 
     def fields(self, ask: PlannedRequest, sampling: Sampling = GREEDY) -> Fields:
-        """Of a request to it. A salt of its own keeps it from being answered out of a prefix cache."""
+        """Of a request to it, the system's own included. A salt of its own keeps it from being answered out of a prefix
+        cache."""
         salt = {"cache_salt": secrets.token_hex(16)} if self.system.prefix_cache == "salted" else {}
-        return {**sampling.fields(ask), **salt}
+        return {**sampling.fields(ask), **salt, **self.system.fields}
 
     def status(self) -> dict[str, Any]:
         """Of its exits; for a system that has them."""

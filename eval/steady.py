@@ -60,17 +60,16 @@ def measure_level(plan: SteadyPlan, servers: Sequence[Server], number: int, stag
             clients.end()
     for clients in everyone:
         clients.join()
-    runs, ratios, baseline = [], [], None
+    runs, measured = [], []
     for clients, server, old in zip(everyone, servers, before, strict=True):
         found = Measured(clients)
         run = found.run()
         if old is not None and (new := server.counts()) is not None:
             run.exits = {name: new[name] - old[name] for name in EXITS}
         runs.append(run)
-        if baseline is None:
-            baseline = found
-        else:
-            ratios.append(ratio_to(found, baseline))
+        measured.append(found)
+    baselines = [found for name in plan.baselines for found in measured if found.name == name]
+    ratios = [ratio_to(found, baseline) for baseline in baselines for found in measured if found is not baseline]
     return SteadyLevel(clients=number, runs=runs, ratios=ratios)
 
 

@@ -34,7 +34,7 @@ def steady_tables(results: SteadyResults) -> list[Table]:
             ],
             prompts_text(results.settings),
         ),
-        _ratio_table(results),
+        *_ratio_tables(results),
     ]
     waits = [(run, level.clients) for level in results.levels for run in level.runs if run.ttft_parts]
     if waits:
@@ -53,9 +53,14 @@ def steady_tables(results: SteadyResults) -> list[Table]:
     return tables
 
 
-def _ratio_table(results: SteadyResults) -> Table:
+def _ratio_tables(results: SteadyResults) -> list[Table]:
+    """One for each baseline."""
     found = [(ratio, level.clients) for level in results.levels for ratio in level.ratios]
-    baselines = " and ".join(dict.fromkeys(ratio.baseline for ratio, _ in found))
+    baselines = dict.fromkeys(ratio.baseline for ratio, _ in found)
+    return [_ratio_table(name, [item for item in found if item[0].baseline == name]) for name in baselines]
+
+
+def _ratio_table(baseline: str, found: list[tuple[SteadyRatio, int]]) -> Table:
     columns = ["system", "clients", f"TPT, {WITH_INTERVAL}", f"throughput, {WITH_INTERVAL}"]
     rows = [
         [
@@ -70,7 +75,7 @@ def _ratio_table(results: SteadyResults) -> Table:
     names = ["TPT mean", "TPT p99", "TTFT mean", "TTFT p99"]
     if all(ratio.answers_of_both is None for ratio, _ in found):  # one server, and no answer is of one policy
         names, rows = [], [row[: len(columns)] for row in rows]
-    return console_table(f"Ratios to {baselines}: of turns side by side, and of whole answers", columns + names, rows)
+    return console_table(f"Ratios to {baseline}: of turns side by side, and of whole answers", columns + names, rows)
 
 
 def _of_answers(ratio: SteadyRatio) -> list[str]:

@@ -33,7 +33,7 @@ from apparate_llm.eval.statistics import (
     tokens_per_s,
 )
 from apparate_llm.eval.store import Block
-from apparate_llm.eval.systems import BASELINE, OFF, SHARES, System
+from apparate_llm.eval.systems import BASELINE, OFF, PLAIN, SHARES, System
 from apparate_llm.eval.workloads import Load
 
 
@@ -101,6 +101,7 @@ class Summary:
     phases: tuple[tuple[str, int], ...]  # (name, number of its first prompt) of a workload that changes
     slo_ms: dict[str, float]
     sampling: Sampling = GREEDY
+    baseline: str = BASELINE  # whose answers the others' are held against
 
 
 def cells_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) -> list[SystemUnderLoad]:
@@ -119,7 +120,7 @@ def runs_of(cells: list[SystemUnderLoad], summary: Summary) -> list[Run]:
     """Texts that are drawn at random are not held against others."""
     runs, sampled = [], summary.sampling.temperature > 0
     for cell in cells:
-        base = _of_system(BASELINE, cell, cells)
+        base = _of_system(summary.baseline, cell, cells)
         quality = None
         if base is not None:
             prompts = summary.prompts
@@ -204,7 +205,7 @@ def _exits(cell: SystemUnderLoad) -> Exits | None:
 def _blocks_per_token(cell: SystemUnderLoad, num_layers: int) -> float | None:
     """Of a system whose passes we know: plain vLLM's run all blocks once a token; held exits that fail cost a row more,
     draft steps their shallow blocks."""
-    if cell.system.name == BASELINE:
+    if cell.system.name in PLAIN:
         return float(num_layers)
     emitted, held, accepted, blocks = map(cell.total, ("emitted", "held", "accepted", "shallow_blocks"))
     if not emitted or held is None or accepted is None or blocks is None:
@@ -273,16 +274,15 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def ratios_of(cells: list[SystemUnderLoad], runs: list[Run]) -> list[Ratio]:
-    """Every system against plain vLLM under the same load."""
-    ratios = []
-    for cell, run in zip(cells, runs, strict=True):
-        base = _of_system(BASELINE, cell, cells)
-        if base is None or base is cell:
-            continue
-        base_run = runs[next(i for i, other in enumerate(cells) if other is base)]
-        ratios.append(_ratio(cell, run, base, base_run))
-    return ratios
+def ratios_of(cells: list[SystemUnderLoad], runs: list[Run], baselines: Sequence[str] = (BASELINE,)) -> list[Ratio]:
+    """Every system against each baseline under the same load, all against the first one at the front."""
+    run_of = {id(cell): run for cell, run in zip(cells, runs, strict=True)}
+    pairs = [(cell, _of_system(baseline, cell, cells)) for baseline in baselines for cell in cells]
+    return [
+        _ratio(cell, run_of[id(cell)], base, run_of[id(base)])
+        for cell, base in pairs
+        if base is not None and base is not cell
+    ]
 
 
 def steps_of(cells: list[SystemUnderLoad], runs: list[Run]) -> list[Ratio]:

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -12,8 +12,10 @@ from typing import Literal
 import httpx
 
 from apparate_llm.address import authorization, server_url
-from apparate_llm.config import parse_config
+from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.controller.policies import POLICIES
+from apparate_llm.eval.client import Fields
+from apparate_llm.launch import clean_environment, server_environment
 from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS as OLD_OPTIONS
@@ -23,22 +25,25 @@ from apparate_llm.serve import preflight_ramps
 from apparate_llm.vllm_flags import given_value, normalised
 
 BASELINE = "vllm"
+TUNED = "-tuned"  # behind the name of a system that vLLM has: with the host tuning of ours
+PLAIN = {BASELINE: "plain vLLM", f"{BASELINE}{TUNED}": "plain vLLM tuned alike"}  # a token takes all layers, once
 PLAIN_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # vLLM's own server, as a module
 OFF = "off"
-SPECULATION = ("ngram", "suffix")  # vLLM's own
-NUM_SPECULATIVE_TOKENS = 4  # of vLLM's n-gram speculation
+SPECULATION = ("ngram", "suffix", f"ngram{TUNED}", f"suffix{TUNED}")  # vLLM's own
+LONGEST_NGRAM, SHORTEST_NGRAM = 4, 2  # tokens that n-gram speculation looks for
 SUFFIX_PACKAGE = "arctic_inference"
 GREEDY_ONLY = ("hf", "hf-early-exit")
 SHARES = (BASELINE, "+threads", "+pages", "+exits")  # each has all that those before it have
 ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 NAMES = {
-    "vllm": "plain vLLM, the baseline",
+    "vllm": "plain vLLM as it starts, the baseline",
     "lossless": "early exits, accuracy bound 0",
     "early-exit": "early exits, once for each of --accuracy-bounds",
     "off": "our server with --policy off",
     "ramps-only": "ramps run, and no exit is ever taken: what a ramp costs",
-    "ngram": "vLLM's n-gram speculation",
-    "suffix": f"vLLM's suffix decoding (package {SUFFIX_PACKAGE})",
+    "ngram": "vLLM's n-gram speculation, with as many drafts as --max-exits",
+    "suffix": "vLLM's suffix decoding; needs the extra `suffix`",
+    **{f"{name}{TUNED}": f"{name} on all cores" for name in ("vllm", "ngram", "suffix")},
     "shares": "vllm and the three that follow, each with one more part of our gain: what each part brings",
     "+threads": "plain vLLM that computes on all cores",
     "+pages": "our server on all cores, weights in huge pages, no exit ever tried",
@@ -69,7 +74,9 @@ class System:
     max_concurrency: int | None = None  # requests it works on at a time
     problem: str | None = None  # why it cannot run here
     prefix_cache: PrefixCache = "warm"
+    fields: Fields = field(default_factory=dict, hash=False)  # of every request to it
     variables: Mapping[str, str] = field(default_factory=dict, hash=False)  # of its environment, set for it
+    is_foreign: bool = False  # neither ours nor vLLM's: nothing of our environment is for it
 
     @property
     def started_by(self) -> str:
@@ -77,6 +84,10 @@ class System:
             return f"at {self.base_url}"
         variables = [f"{name}={value}" for name, value in self.variables.items()]
         return " ".join([*variables, *redacted(self.command)]).replace(sys.executable, "python")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return (clean_environment() if self.is_foreign else server_environment()) | dict(self.variables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +145,7 @@ def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> l
         base_url, key = server_url(url, f"--base-url {name}"), choice.api_key
         has_exits, cache = tells_of_exits(base_url, key), prefix_cache_of(base_url, key)
         systems.append(System(name, base_url=base_url, has_exits=has_exits, api_key=key, prefix_cache=cache))
-    doubled = {system.name for system in systems if [other.name for other in systems].count(system.name) > 1}
-    if doubled:
-        raise ValueError(f"two systems are called {', '.join(sorted(doubled))}")
+    check_names(systems)
     return sorted(systems, key=lambda system: system.name != BASELINE)
 
 
@@ -145,24 +154,42 @@ def spelt_out(names: list[str]) -> list[str]:
     return [name for given in names for name in (SHARES if given == "shares" else (given,))]
 
 
+def check_names(systems: Sequence[System]) -> None:
+    """Raises ValueError where two are called the same."""
+    names = [system.name for system in systems]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two systems are called {', '.join(doubled)}")
+
+
+def baselines_of(given: Sequence[str], systems: Sequence[System], default: str) -> tuple[str, ...]:
+    """What ratios are to, the one that comes first in all that is shown at the front; plain vLLM as it starts is one
+    wherever it is measured. Raises ValueError for one that is not measured."""
+    names = [system.name for system in systems]
+    for name in given:
+        if name not in names:
+            raise ValueError(f"--baseline: {name} is not measured; there are {', '.join(names)}")
+    found = tuple(dict.fromkeys([*(given or [default]), *(name for name in names if name == BASELINE)]))
+    first = next(system for system in systems if system.name == found[0])
+    if first.problem is not None:
+        raise ValueError(f"the baseline {first.name} cannot run here: {first.problem}")
+    return found
+
+
+def host_environment() -> dict[str, str]:
+    """Variables with which a vLLM server computes on all cores of this machine."""
+    return ALL_CORES if len(os.sched_getaffinity(0)) > 1 else {}
+
+
 def _named(name: str, choice: ModelChoice) -> list[System]:
     if name == "vllm":
         return [plain_vllm(choice)]
     if name in SHARES:
         return [_with_parts(name, choice)]
-    if name == "ngram":
-        settings = {
-            "method": "ngram",
-            "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
-            "prompt_lookup_max": NUM_SPECULATIVE_TOKENS,
-            "prompt_lookup_min": 2,
-        }
-        return [plain_vllm(choice, name, "--speculative-config", json.dumps(settings))]
-    if name == "suffix":
-        system = plain_vllm(choice, name, "--speculative-config", json.dumps({"method": "suffix"}))
-        if importlib.util.find_spec(SUFFIX_PACKAGE) is None:
-            system = replace(system, problem=f"the package {SUFFIX_PACKAGE} is not installed")
-        return [system]
+    if name.endswith(TUNED):
+        (system,) = _named(name.removesuffix(TUNED), choice)
+        return [replace(system, name=name, variables=host_environment())]
+    if name in SPECULATION:
+        return [_speculation(name, choice)]
     if name in GREEDY_ONLY:
         return [_hugging_face(name, choice)]
     if name == "lossless":
@@ -189,6 +216,26 @@ def _with_parts(name: str, choice: ModelChoice) -> System:
     else:
         system = early_exits(name, choice, "--accuracy-bound", "0", "--huge-pages", "true")
     return replace(system, variables=ALL_CORES)
+
+
+def _speculation(name: str, choice: ModelChoice) -> System:
+    """vLLM's own, with as many drafts as our systems have. Suffix decoding says itself how many it wants; it remembers
+    no earlier answers, as prompts that are asked again would only be answered from them."""
+    if name == "ngram":
+        lengths = {"prompt_lookup_max": LONGEST_NGRAM, "prompt_lookup_min": SHORTEST_NGRAM}
+        settings = {"method": name, "num_speculative_tokens": _most_drafts(choice), **lengths}
+    else:
+        settings = {"method": name, "suffix_decoding_max_cached_requests": 0}
+    system = plain_vllm(choice, name, "--speculative-config", json.dumps(settings))
+    if name == "suffix" and importlib.util.find_spec(SUFFIX_PACKAGE) is None:
+        problem = f"the package {SUFFIX_PACKAGE} is not installed: pip install 'apparate-llm[suffix]'"
+        return replace(system, problem=problem)
+    return system
+
+
+def _most_drafts(choice: ModelChoice) -> int:
+    given = dict(zip(choice.options[::2], choice.options[1::2], strict=True))
+    return int(given.get("--max-exits", EarlyExitConfig.model_fields["max_exits"].default))
 
 
 def plain_vllm(choice: ModelChoice, name: str = BASELINE, *flags: str) -> System:

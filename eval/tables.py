@@ -23,8 +23,7 @@ Columns = dict[str, Callable[[Run], str]]
 def tables(results: Results) -> list[Table]:
     """Speed, exits and answers, of at most 120 columns."""
     cores, cpu = results.machine.get("cores", DASH), results.machine.get("cpu", DASH)
-    baselines = " and ".join(dict.fromkeys(item.baseline for item in results.ratios))
-    ratios = ratios_by_run(results)
+    baselines, ratios = baselines_in(results), ratios_by_run(results)
 
     def by_repeat(run: Run) -> str:
         item = ratios.get(key_of(run))
@@ -42,8 +41,9 @@ def tables(results: Results) -> list[Table]:
         "by repeat": by_repeat,
     }
     title = f"Time per output token (TPT), {cpu}, {cores} cores"
-    title = f"{title}; ratio: to {baselines}" if ratios else title
+    title = f"{title}; ratio: to {baselines[0]}" if ratios else title
     made = [_table(title, speed, results.runs, prompts_text(results.settings))]
+    made += [_ratio_table(results, other) for other in baselines[1:]]
     if rows := share_rows(results):
         made.append(console_table(SHARES_TITLE, SHARES_COLUMNS, rows))
     if with_exits := [run for run in results.runs if run.exits]:
@@ -67,6 +67,20 @@ def share_rows(results: Results) -> list[list[str]]:
 
 def _load_of(item: Ratio) -> tuple[str, bool]:
     return item.load, item.fixed_length
+
+
+def _ratio_table(results: Results, baseline: str) -> Table:
+    columns = [f"TPT, {WITH_INTERVAL}", "TPT p99", "TTFT mean", "tokens/s"]
+    rows = [
+        [
+            item.system,
+            load_name(item.load, item.fixed_length),
+            ratio_cell(item, 2),
+            *(number(value) for value in (item.tpt_p99, item.ttft_mean, item.throughput)),
+        ]
+        for item in ratios_by_run(results, baseline).values()
+    ]
+    return console_table(f"Ratios to {baseline}", ["system", "load", *columns], rows)
 
 
 def _table(title: str, columns: Columns, runs: list[Run], caption: str = "") -> Table:
@@ -157,8 +171,15 @@ def key_of(item: Run | Ratio) -> tuple[str, str, bool]:
     return item.system, item.load, item.fixed_length
 
 
-def ratios_by_run(results: Results) -> dict[tuple[str, str, bool], Ratio]:
-    return {key_of(item): item for item in results.ratios}
+def baselines_in(results: Results) -> list[str]:
+    """What ratios are to. Answers are compared with the first one's."""
+    return list(dict.fromkeys(item.baseline for item in results.ratios))
+
+
+def ratios_by_run(results: Results, baseline: str | None = None) -> dict[tuple[str, str, bool], Ratio]:
+    """To the first baseline, unless another is named."""
+    named = [baseline] if baseline is not None else baselines_in(results)[:1]
+    return {key_of(item): item for item in results.ratios if item.baseline in named}
 
 
 def loads_of(results: Results) -> list[tuple[str, bool]]:
@@ -167,9 +188,8 @@ def loads_of(results: Results) -> list[tuple[str, bool]]:
 
 
 def systems_of(results: Results) -> list[str]:
-    """The baseline first, if there is one."""
-    baselines = [item.baseline for item in results.ratios]
-    return list(dict.fromkeys([*baselines, *results.systems, *(run.system for run in results.runs)]))
+    """Baselines first, if there are any."""
+    return list(dict.fromkeys([*baselines_in(results), *results.systems, *(run.system for run in results.runs)]))
 
 
 def bounds_of(results: Results) -> dict[str, float]:

@@ -68,6 +68,14 @@ def test_a_comparison_names_what_is_missing_or_not_alike():
     assert ["model", "tiny", "large"] in cells_of(compare(a, b, ("old", "new"))[0])
 
 
+def test_ratios_are_compared_by_the_first_baseline():
+    a, b = full_result(), full_result()
+    b.ratios = [a_ratio("lossless", tpt=0.5, baseline="vllm-tuned"), *b.ratios]
+    warning, speed, _ = compare(a, b, ("old", "new"))
+    assert ["baseline", "vllm", "vllm-tuned, vllm"] in cells_of(warning)
+    assert cells_of(speed)[1][-2:] == [f"0.770 (0.740{DASH}0.800)", f"0.500 (0.740{DASH}0.800)"]
+
+
 def test_results_are_read_from_a_file_or_its_folder(tmp_path):
     results = full_result()
     (tmp_path / "results.json").write_text(results.model_dump_json())

@@ -168,6 +168,59 @@ def test_every_figure_of_the_tables_is_on_the_page():
     assert found["Costs"].rows[0] == ["1 client", "vllm", "0.0654", DASH, "30.50", "1.75", "123.4"]
 
 
+def with_peers():
+    """Plain vLLM tuned alike is the baseline, plain vLLM another; one peer is faster than ours, but with 16 clients."""
+    runs, ratios = [], []
+    for level, peer in ((1, 14.0), (4, 22.8), (16, 70.0)):
+        runs += [a_run("vllm-tuned", level, 40.0), a_run("vllm", level, 60.0), with_exits("lossless", level, 20.0)]
+        runs[-1].tpt_ms = spread(24.7 if level == 4 else 20.0)
+        runs += [a_run("llama Q4", level, peer), a_run("ngram", level, 30.0)]
+    for baseline, share in (("vllm-tuned", 0.5), ("vllm", 0.33)):
+        other = {"vllm-tuned": "vllm", "vllm": "vllm-tuned"}[baseline]
+        for level in (1, 4, 16):
+            ratios += [
+                a_ratio(system, level, tpt, (tpt - 0.01, tpt + 0.01), baseline=baseline)
+                for system, tpt in (("lossless", share), (other, 0.75), ("llama Q4", share - 0.1))
+            ]
+    return a_result(runs, ratios, oracle_ratio={"1": 0.561})
+
+
+def test_each_baseline_has_its_table_and_the_first_comes_first():
+    results = with_peers()
+    first, second = sections(results)[:2]
+    assert (first.title, second.title) == ("Against the baseline", "Against plain vLLM")
+    assert "the figure of plain vLLM tuned alike under" in first.note and "of plain vLLM under" in second.note
+    assert [row[1:3] for row in first.rows if row[0] == "4 clients"] == [
+        ["lossless", f"0.500 (0.490{DASH}0.510)"],
+        ["vllm", f"0.750 (0.740{DASH}0.760)"],
+        ["llama Q4", f"0.400 (0.390{DASH}0.410)"],
+    ]
+    assert [row[2] for row in second.rows if row[0] == "1 client"][:1] == [f"0.330 (0.320{DASH}0.340)"]
+    speed, to_other = tables(results)[:2]
+    assert "ratio: to vllm-tuned" in speed.title and to_other.title.strip() == "Ratios to vllm"
+    assert cells_of(speed)[2][-2] == f"0.50 (0.49{DASH}0.51)" and cells_of(speed)[0][-2] == DASH
+    assert cells_of(to_other)[0] == ["lossless", "1 client", f"0.33 (0.32{DASH}0.34)", "1.14", "1.02", "1.28"]
+    assert max(map(len, text_of(tables(results)).splitlines())) <= 120
+
+
+def test_what_a_peer_does_better_is_said():
+    sentence = summary_sentence(with_peers())
+    assert sentence.startswith("Against plain vLLM tuned alike, lossless takes 50 % less time per token")
+    assert "; against plain vLLM, lossless takes 67 % less" in sentence
+    assert sentence.endswith(
+        " llama Q4 is faster than every system with exits with 1 and 4 clients (14.0 against 20.0 ms and 22.8 against "
+        "24.7 ms)."
+    )
+    assert "faster than every" not in summary_sentence(full_result())
+
+
+def test_texts_that_are_held_against_another_s_are_not_called_plain_vllm_s():
+    own, others = ({"identical_frac": share, "quality": quality_with(share)} for share in (0.5, 0.9))
+    runs = [a_run("llama"), with_exits("lossless", **own), a_run("ngram", **others)]
+    assert not summary_sentence(a_result(runs, [a_ratio("lossless", baseline="llama")])).startswith("Warning")
+    assert summary_sentence(a_result(runs, [a_ratio("lossless", baseline="vllm-tuned")])).startswith("Warning")
+
+
 def test_goodput_is_there_when_it_was_measured():
     without = sections(a_result([a_run()]))[0]
     section = sections(a_result([a_run(), a_run("off", goodput_frac=0.875, goodput_per_s=0.25)]))[0]

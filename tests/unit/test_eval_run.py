@@ -3,7 +3,9 @@
 import io
 import json
 import sys
+import tomllib
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,13 @@ from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, quality_of, ratios_of, runs_of
-from apparate_llm.eval.systems import ModelChoice, System, plain_vllm, systems_of
+from apparate_llm.eval.systems import ModelChoice, System, baselines_of, plain_vllm, systems_of
 from apparate_llm.eval.workloads import LEAD_IN_S, closed, poisson, traced
 from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
 from tests.fake_server import fake_server
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -323,8 +327,6 @@ def test_systems_by_name(tiny_llama):
     assert [system.name for system in found] == names
     assert found[-1].base_url == "http://localhost:1"
     assert "no shipped ramps fit" in found[1].problem  # a tiny random model has none
-    settings = json.loads(found[3].command[-1])
-    assert settings["method"] == "ngram"
     for names, urls, says in (
         (["vlm"], [], "unknown system 'vlm'; there are vllm, lossless"),
         (["vllm"], ["x"], "NAME=http"),
@@ -332,6 +334,98 @@ def test_systems_by_name(tiny_llama):
     ):
         with pytest.raises(ValueError, match=says):
             systems_of(names, urls, choice)
+
+
+def speculation_of(system: System) -> dict:
+    assert system.command[-2] == "--speculative-config"
+    return json.loads(system.command[-1])
+
+
+@pytest.mark.parametrize(("options", "drafts"), [((), 10), (("--depth", "2", "--max-exits", "6"), 6)])
+def test_vllm_s_ngram_has_as_many_drafts_as_ours(tiny_llama, options, drafts):
+    (system,) = systems_of(["ngram"], [], ModelChoice(tiny_llama, options=options))
+    assert speculation_of(system) == {
+        "method": "ngram",
+        "num_speculative_tokens": drafts,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    }
+
+
+def test_suffix_decoding_needs_its_package_and_remembers_no_answers(tiny_llama, monkeypatch):
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "arctic_inference" else find_spec(name)
+    )
+    (missing,) = systems_of(["suffix"], [], ModelChoice(tiny_llama))
+    assert missing.problem == "the package arctic_inference is not installed: pip install 'apparate-llm[suffix]'"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [package.partition("=")[0] for package in extras["suffix"]] == ["arctic-inference"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find_spec("json"))
+    (there,) = systems_of(["suffix"], [], ModelChoice(tiny_llama))
+    assert there.problem is None
+    assert speculation_of(there) == {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
+
+
+def test_plain_vllm_tuned_alike_has_our_environment(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    plain, tuned, ngram = systems_of(["vllm", "vllm-tuned", "ngram-tuned"], [], ModelChoice(tiny_llama))
+    assert tuned.command == plain.command and plain.variables == {}
+    assert tuned.variables == ngram.variables == {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    assert tuned.started_by == f"VLLM_CPU_NUM_OF_RESERVED_CPU=0 {plain.started_by}"
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})  # of which the API process needs some
+    (tuned,) = systems_of(["vllm-tuned"], [], ModelChoice(tiny_llama))
+    assert tuned.variables == {}
+
+
+def test_a_server_has_the_variables_of_its_system(tmp_path):
+    command = (sys.executable, "-c", "import os; print(os.environ['ONE'], 'VLLM_PLUGINS' in os.environ)")
+    for is_foreign in (False, True):
+        log = tmp_path / f"{is_foreign}.log"
+        system = System("one", command, variables={"ONE": "1"}, is_foreign=is_foreign)
+        with Server(system, log=log, start_timeout_s=5.0) as server:
+            server.process.wait(60)
+        assert log.read_text() == f"1 {not is_foreign}\n"
+
+
+def test_ratios_are_to_every_baseline_and_texts_to_the_first(base_url, tmp_path):
+    systems = [System(name, base_url=base_url) for name in ("tuned", "vllm", "other")]
+    evaluation = evaluation_of(tmp_path / "out", systems, prompts("steady"), baseline="tuned")
+    evaluate(evaluation, Progress(Console(quiet=True)))
+    blocks = list(evaluation.store.blocks())
+    for block in blocks:
+        if block.key.system == "vllm":
+            block.completions[0] = replace(block.completions[0], text="another")
+    cells = cells_of(blocks, evaluation.systems, evaluation.loads)
+    runs = runs_of(cells, Summary(Path("fake"), 4, evaluation.prompts, (), {}, "tuned"))
+    assert [(run.system, run.identical_frac) for run in runs[:3]] == [("tuned", None), ("vllm", 0.0), ("other", 1.0)]
+    ratios = ratios_of(cells, runs, ("tuned", "vllm"))
+    assert [(r.system, r.baseline) for r in ratios if r.concurrency == 1] == [
+        ("vllm", "tuned"), ("other", "tuned"), ("tuned", "vllm"), ("other", "vllm")
+    ]  # fmt: skip
+    found = {(r.system, r.baseline, r.concurrency): r for r in ratios}
+    assert found["vllm", "tuned", 2].tpt_mean == pytest.approx(1 / found["tuned", "vllm", 2].tpt_mean)
+
+
+def test_a_baseline_must_be_measured_and_be_able_to_run():
+    systems = [System("vllm"), System("a"), System("b", problem="a package is missing")]
+    assert baselines_of([], systems, "vllm") == ("vllm",)
+    assert baselines_of(["a"], systems, "vllm") == ("a", "vllm")
+    assert baselines_of(["a"], systems[1:], "vllm") == ("a",)
+    with pytest.raises(ValueError, match="--baseline: c is not measured; there are vllm, a, b"):
+        baselines_of(["a", "c"], systems, "vllm")
+    with pytest.raises(ValueError, match="the baseline b cannot run here: a package is missing"):
+        baselines_of(["b"], systems, "vllm")
+
+
+def test_without_plain_vllm_another_baseline_must_be_named(tiny_llama, tmp_path):
+    argv = ["eval", "tpt", str(tiny_llama), "--out", str(tmp_path), "--systems", "vllm-tuned,ngram"]
+    with pytest.raises(ValueError, match=r"--systems must name vllm, .*, or --baseline another"):
+        plans.tpt_plan(build_parser().parse_args(argv))
+    plan = plans.tpt_plan(build_parser().parse_args([*argv, "--baseline", "ngram"]))
+    assert plan.baselines == ("ngram",) and [system.name for system in plan.systems] == ["ngram", "vllm-tuned"]
+    again = [*argv, "--baseline", "ngram", "--system", "ngram=--policy off"]
+    with pytest.raises(ValueError, match="two systems are called ngram"):
+        plans.tpt_plan(build_parser().parse_args(again))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def plan_of(folder: Path, systems: list[System], *, switch: bool = False, prompt
     return SteadyPlan(
         choice=ModelChoice(Path("fake")),
         systems=systems,
+        baselines=(systems[0].name,),
         prompts=[Prompt([{"role": "user", "content": prompt}])] * 3,
         levels=[2],
         turns=2,
@@ -82,6 +83,27 @@ def test_clients_ask_for_answers_that_are_drawn(base_url, tmp_path):
     bodies.clear()
     level_of(plan, [server_of(system, tmp_path) for system in systems])
     assert bodies and all(body["temperature"] == 0.7 and "seed" not in body for body in bodies)
+
+
+def test_there_may_be_several_baselines(base_url, tmp_path, monkeypatch, capsys):
+    systems = [System(name, base_url=base_url) for name in ("vllm", "vllm-tuned", "other")]
+    plan = replace(plan_of(tmp_path, systems), baselines=("vllm-tuned", "vllm"))
+    level = level_of(plan, [server_of(system, tmp_path) for system in systems])
+    assert [(ratio.system, ratio.baseline) for ratio in level.ratios] == [
+        ("vllm", "vllm-tuned"),
+        ("other", "vllm-tuned"),
+        ("vllm-tuned", "vllm"),
+        ("other", "vllm"),
+    ]
+    assert level.ratios[0].tpt == pytest.approx(1 / level.ratios[2].tpt)
+    level.ratios[0].tpt, level.ratios[1].tpt, level.ratios[2].tpt, level.ratios[3].tpt = 0.5, 0.4, 2.0, 0.8
+    monkeypatch.setattr(run, "steady_plan", lambda args: plan)
+    monkeypatch.setattr(run, "measure_level", lambda *args: level)
+    for limit, code in ((0.6, 0), (0.45, 1)):  # of the first baseline
+        monkeypatch.setattr(run, "steady_plan", lambda args, limit=limit: replace(plan, limit=limit))
+        assert run.run_steady(argparse.Namespace()) == code
+    text = capsys.readouterr().out
+    assert text.index("Ratios to vllm-tuned:") < text.index("Ratios to vllm:")
 
 
 def test_turns_too_short_for_an_answer_are_said(base_url, tmp_path):
@@ -176,6 +198,7 @@ def flags(tiny_llama, lens_ramps):
         (["--turn-s", "0.2"], "--turn-s: 1 to 300 s, got 0.2"),
         (["--systems", "vllm,hf", "--clients", "1", "--temperature", "0.7"], "it decodes greedily, so not at"),
         (["--sampling-seed", "3"], "--sampling-seed is about a --temperature above 0"),
+        (["--switch", "--systems", "lossless", "--baseline", "lossless"], "--switch compares a server with itself"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, tmp_path, more, says):
