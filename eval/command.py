@@ -167,7 +167,7 @@ def _add_steady(kinds: Commands) -> None:
         "--limit", type=above_zero, help="exit with 1 where TPT over the first baseline's is above it, e.g. 1.03"
     )
     _add_sampling(steady)
-    _add_baseline(steady)
+    _add_peers(steady)
     _add_options_of_systems(steady)
     _add_servers(steady)
     steady.set_defaults(run=_later("run_steady"))
@@ -228,14 +228,23 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
         metavar="NAME=URL",
         help="a server that is running, any OpenAI-compatible; URL with or without /v1",
     )
-    _add_baseline(parser)
+    _add_peers(parser)
     parser.add_argument("--hf-layer", type=positive, help="blocks of hf-early-exit's draft (default: half of them)")
     parser.add_argument(
         "--slo", type=objectives, metavar="ttft=MS,tpt=MS", help=f"objectives of goodput: {', '.join(OBJECTIVES)} in ms"
     )
 
 
-def _add_baseline(parser: OneLineParser) -> None:
+def _add_peers(parser: OneLineParser) -> None:
+    parser.add_argument(
+        "--llama-cpp",
+        action="append",
+        default=[],
+        metavar='"NAME=FILE.gguf FLAGS"',
+        help="llama.cpp's server with this model file; what its flags leave open is set as the others have it: all "
+        "threads, a slot for each client, no prompts kept; repeatable",
+    )
+    parser.add_argument("--llama-server", type=Path, metavar="PATH", help="its program (default: the one on PATH)")
     parser.add_argument(
         "--baseline",
         action="append",

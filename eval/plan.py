@@ -5,12 +5,14 @@ import hashlib
 import json
 import shlex
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.client import GREEDY, Sampling
+from apparate_llm.eval.llama_cpp import demand_of, find_server, llama_cpp_systems, version_of
 from apparate_llm.eval.prompts import Prompt, PromptSet, prompt_set
 from apparate_llm.eval.systems import (
     BASELINE,
@@ -133,10 +135,12 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     model, names = model_folder(args.model), _names(args)
     options_from(args)  # raises for a value that is not allowed
-    flags = tuple(_vllm_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds)))
+    flags = tuple(_vllm_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds) + len(args.llama_cpp)))
     choice = ModelChoice(model, flags, tuple(option_flags(args)), tuple(args.accuracy_bounds), api_key=args.api_key)
-    sampling = _sampling(args)
+    asked, sampling = prompt_set(args.prompts, args.num_prompts), _sampling(args)
     systems = _that_sample(systems_of(names, [], choice), sampling)
+    systems += _llama_cpp(args, model, asked.prompts, args.clients)
+    check_names(systems)
     if problems := [system.problem for system in systems if system.problem]:
         raise ValueError(problems[0])
     for system in systems:
@@ -147,7 +151,6 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     _check_turns(args, systems)
     names = [system.name for system in systems]
     given = {name: getattr(args, name) for name in ("clients", "turns", "turn_s", "settle_s", "max_tokens", "switch")}
-    asked = prompt_set(args.prompts, args.num_prompts)
     return SteadyPlan(
         choice=choice,
         systems=systems,
@@ -163,7 +166,9 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         limit=args.limit,
         settings=given
         | {"model": model.name, "num_prompts": len(asked.prompts), "systems": names, "options": option_flags(args)}
-        | {"vllm_flags": redacted(args.vllm_flag), **_sampling_settings(sampling), **_labels([asked])},
+        | {"vllm_flags": redacted(args.vllm_flag), **_sampling_settings(sampling), **_labels([asked])}
+        | _llama_cpp_settings(args)
+        | _request_fields(systems),
         folder=_new_folder(args.out, fresh=args.fresh),
         start_timeout_s=args.start_timeout_s,
         sampling=sampling,
@@ -208,12 +213,13 @@ def _plan(
     names = _names(args)
     options = option_flags(args)
     options_from(args)  # raises for a value that is not allowed
-    num_servers = len(names) + len(args.system) + len(args.accuracy_bounds)
+    num_servers = len(names) + len(args.system) + len(args.accuracy_bounds) + len(args.llama_cpp)
     flags = tuple(_vllm_flags(args.vllm_flag, num_servers))
     choice = ModelChoice(model, flags, tuple(options), tuple(args.accuracy_bounds), args.hf_layer, args.api_key)
     sampling = _sampling(args)
     systems = _that_sample(systems_of(names, args.base_url, choice), sampling)
     systems += [_own_system(text, choice) for text in args.system]
+    systems += _llama_cpp(args, model, prompts, [load.concurrency for load in loads])
     check_names(systems)
     if not args.baseline and BASELINE not in (system.name for system in systems):
         raise ValueError(f"--systems must name {BASELINE}, which all others are compared with, or --baseline another")
@@ -264,6 +270,28 @@ def _own_system(text: str, choice: ModelChoice) -> System:
     if not name or not options or len(options) % 2:
         raise ValueError(f'--system: "NAME=--option value ..." wanted, got {text!r}')
     return early_exits(name, choice, *options)
+
+
+def _llama_cpp(
+    args: argparse.Namespace, model: Path, prompts: list[Prompt], concurrencies: Sequence[int | None]
+) -> list[System]:
+    if not args.llama_cpp:
+        if args.llama_server is not None:
+            raise ValueError("--llama-server is for --llama-cpp, and none is given")
+        return []
+    demand = demand_of(model, prompts, concurrencies, args.max_tokens)
+    return llama_cpp_systems(args.llama_cpp, find_server(args.llama_server), demand, _sampling(args).temperature)
+
+
+def _llama_cpp_settings(args: argparse.Namespace) -> dict[str, Any]:
+    given = getattr(args, "llama_cpp", [])
+    return {"llama_cpp": given, "llama_server": version_of(find_server(args.llama_server))} if given else {}
+
+
+def _request_fields(systems: list[System]) -> dict[str, Any]:
+    """What requests to some systems say besides."""
+    found = {system.name: dict(system.fields) for system in systems if system.fields}
+    return {"request_fields": found} if found else {}
 
 
 def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
@@ -329,6 +357,8 @@ def _settings(
         "vllm_flags": redacted(args.vllm_flag),
         "hf_layer": getattr(args, "hf_layer", None),
         **_sampling_settings(_sampling(args)),
+        **_llama_cpp_settings(args),
+        **_request_fields(systems),
     }
 
 

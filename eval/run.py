@@ -31,7 +31,7 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.steady import measure_level
 from apparate_llm.eval.steady_tables import steady_tables
 from apparate_llm.eval.store import Block, Store
-from apparate_llm.eval.summary import Summary, cells_of, ratios_of, runs_of, steps_of
+from apparate_llm.eval.summary import Summary, cells_of, prompt_notes, ratios_of, runs_of, steps_of
 from apparate_llm.eval.switched import switch_level
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.tables import tables
@@ -188,7 +188,12 @@ def summarise(plan: EvalPlan, blocks: list[Block], dead: dict[str, str], started
         ratios=ratios_of(cells, runs, plan.baselines),
         steps=steps_of(cells, runs),
         oracle_ratio=oracle_ratios(model, concurrencies),
-        notes=sampling_notes(plan.sampling) + notes_of(blocks, plan.systems, plan.loads) + saturation_notes(runs),
+        notes=[
+            *sampling_notes(plan.sampling),
+            *notes_of(blocks, plan.systems, plan.loads),
+            *prompt_notes(cells, baseline),
+            *saturation_notes(runs),
+        ],
     )
 
 

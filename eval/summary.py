@@ -327,3 +327,21 @@ def _tpt_by_repeat(cell: SystemUnderLoad) -> list[float | None]:
     for block in cell.blocks:
         by_repeat[block.key.repeat] += [done.tpt_ms for done in block.completions]
     return [distribution(by_repeat[repeat]).mean for repeat in sorted(by_repeat)]
+
+
+def prompt_notes(cells: list[SystemUnderLoad], baseline: str) -> list[str]:
+    """Of systems for which the same messages are another number of prompt tokens than for the baseline."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for cell in cells:
+        base = _of_system(baseline, cell, cells)
+        if base is not None and base is not cell:
+            theirs = {done.prompt_index: done.prompt_tokens for done in base.completions}
+            for done in cell.completions:
+                if done.prompt_tokens is not None and (known := theirs.get(done.prompt_index)) is not None:
+                    found[cell.system.name].append(done.prompt_tokens - known)
+    return [
+        f"{name} reads other prompts than {baseline}, by {np.mean(more):+.1f} tokens on average: its chat template or "
+        "its tokenizer is another one."
+        for name, more in found.items()
+        if any(more)
+    ]

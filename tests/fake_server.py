@@ -126,10 +126,13 @@ def fake_server(api_key: str | None = None, version: str | None = None) -> Itera
 
 
 class FakeTransport(httpx.AsyncBaseTransport):
-    """The same answers without a network."""
+    """The same answers without a network, or those of another server."""
+
+    def __init__(self, answer_to: Callable[[dict[str, Any]], AsyncIterator[str] | None] | None = None) -> None:
+        self.answer_to = answer_to or _answer
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        answer = _answer(json.loads(request.content))
+        answer = self.answer_to(json.loads(request.content))
         if answer is None:
             return httpx.Response(429, json={"error": "no"})
         return httpx.Response(200, stream=_Bytes(answer))

@@ -8,7 +8,9 @@ import aiohttp
 import pytest
 
 from apparate_llm.eval.client import Completion, PlannedRequest, Sampling, Uncounted, run_block
+from apparate_llm.eval.llama_cpp import request_fields
 from apparate_llm.eval.statistics import distribution, goodput_frac, shared_chunk_frac
+from tests import fake_llama
 from tests.fake_server import SPLITTERS, FakeTransport, bodies, fake_server, in_virtual_time
 
 
@@ -206,6 +208,44 @@ def test_goodput_counts_answers_within_every_objective():
     assert goodput_frac(done, {"ttft": 75}) == 0.5
     assert goodput_frac(done, {"e2e": 10}) == 0.0
     assert goodput_frac(done, {}) is None
+
+
+def ask_llama(kind, fields):
+    call = run_block(
+        "http://fake",
+        "m",
+        [[{"role": "user", "content": kind}]],
+        [PlannedRequest(0, 9)],
+        concurrency=1,
+        fields_of=lambda ask: fields,
+        transport=FakeTransport(fake_llama.answer),
+    )
+    (done,) = in_virtual_time(call).completions
+    assert done.error is None and done.prompt_tokens == fake_llama.PROMPT_TOKENS
+    return done
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "chunks"),
+    [  # (seconds, tokens so far, characters so far) of each
+        ("steady", "abbbb", [(0.1, 1, 1), (0.15, 2, 2), (0.2, 3, 3), (0.25, 4, 4), (0.3, 5, 5), (0.35, 6, 5)]),
+        ("drafted", "abcdef", [(0.1, 1, 1), (0.2, 4, 4), (0.3, 7, 6)]),
+        ("cut off", "abc", [(0.1, 1, 1), (0.15, 2, 2), (0.2, 3, 3)]),
+        ("silent", "abcd", [(0.1, 1, 0), (0.15, 2, 2), (0.25, 4, 4), (0.3, 5, 4)]),
+    ],
+)
+def test_llama_cpp_s_tokens_are_counted_as_it_counts_them(kind, text, chunks):
+    done = ask_llama(kind, request_fields(0.0))
+    assert done.text == text and done.output_tokens == chunks[-1][1]
+    assert [(round(at_s, 3), tokens, characters) for at_s, tokens, characters in done.chunks] == chunks
+    assert done.ttft_ms == pytest.approx(chunks[0][0] * 1e3)
+    assert done.tpt_ms == pytest.approx((chunks[-1][0] - chunks[0][0]) * 1e3 / (chunks[-1][1] - 1))
+
+
+def test_llama_cpp_s_times_are_right_where_it_counts_no_chunk():
+    done = ask_llama("steady", {})
+    assert [chunk.tokens for chunk in done.chunks] == [None] * 6 and done.output_tokens == 6
+    assert (done.ttft_ms, done.tpt_ms) == (pytest.approx(100), pytest.approx(50))
 
 
 def test_a_record_on_disk_is_the_completion():

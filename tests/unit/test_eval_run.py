@@ -396,7 +396,7 @@ def test_ratios_are_to_every_baseline_and_texts_to_the_first(base_url, tmp_path)
         if block.key.system == "vllm":
             block.completions[0] = replace(block.completions[0], text="another")
     cells = cells_of(blocks, evaluation.systems, evaluation.loads)
-    runs = runs_of(cells, Summary(Path("fake"), 4, evaluation.prompts, (), {}, "tuned"))
+    runs = runs_of(cells, Summary(Path("fake"), 4, evaluation.prompts, (), {}, baseline="tuned"))
     assert [(run.system, run.identical_frac) for run in runs[:3]] == [("tuned", None), ("vllm", 0.0), ("other", 1.0)]
     ratios = ratios_of(cells, runs, ("tuned", "vllm"))
     assert [(r.system, r.baseline) for r in ratios if r.concurrency == 1] == [
