@@ -13,11 +13,12 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-# What the prompt asks for: steps of (delay before it in seconds, texts of its tokens). llama.cpp counts all tokens of a
-# step before it sends the first of them, each in a chunk of its own; None: the token that ends an answer, in no chunk.
+# What the prompt asks for: steps of (delay before it in seconds, texts of its tokens). A token has a chunk of its own;
+# None: the one that ends an answer, which has none.
 SHAPES: dict[str, list[tuple[float, list[str | None]]]] = {
     "steady": [(0.10, ["a"]), *[(0.05, ["b"])] * 4, (0.05, [None])],
     "drafted": [(0.10, ["a"]), (0.10, ["b", "c", "d"]), (0.10, ["e", "f", None])],
+    "drafted, counted at once": [(0.10, ["a"]), (0.10, ["b", "c", "d"]), (0.10, ["e", "f", None])],  # of older versions
     "cut off": [(0.10, ["a"]), (0.05, ["b"]), (0.05, ["c"])],  # by max_tokens
     "silent": [(0.10, [""]), (0.05, ["ab"]), (0.05, [""]), (0.05, ["cd"]), (0.05, [None])],  # half a character
 }
@@ -72,9 +73,12 @@ async def answer(body: dict[str, Any]) -> AsyncIterator[str]:
 
     for delay_s, texts in SHAPES.get(kind, SHAPES["steady"]):
         await asyncio.sleep(delay_s)
-        is_first = tokens == 0
-        tokens += len(texts)
-        for text in texts:
+        for number, text in enumerate(texts):
+            is_first = tokens == 0
+            if "at once" not in kind:
+                tokens += 1
+            elif number == 0:
+                tokens += len(texts)
             if is_first:
                 delta = {"role": "assistant", "content": None}
                 yield event([{"delta": delta, "finish_reason": None}], **({} if text else timings()))

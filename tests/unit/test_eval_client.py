@@ -229,7 +229,8 @@ def ask_llama(kind, fields):
     ("kind", "text", "chunks"),
     [  # (seconds, tokens so far, characters so far) of each
         ("steady", "abbbb", [(0.1, 1, 1), (0.15, 2, 2), (0.2, 3, 3), (0.25, 4, 4), (0.3, 5, 5), (0.35, 6, 5)]),
-        ("drafted", "abcdef", [(0.1, 1, 1), (0.2, 4, 4), (0.3, 7, 6)]),
+        ("drafted", "abcdef", [(0.1, 1, 1), *((0.2, n, n) for n in (2, 3, 4)), (0.3, 5, 5), (0.3, 6, 6), (0.3, 7, 6)]),
+        ("drafted, counted at once", "abcdef", [(0.1, 1, 1), (0.2, 4, 4), (0.3, 7, 6)]),
         ("cut off", "abc", [(0.1, 1, 1), (0.15, 2, 2), (0.2, 3, 3)]),
         ("silent", "abcd", [(0.1, 1, 0), (0.15, 2, 2), (0.25, 4, 4), (0.3, 5, 4)]),
     ],

@@ -206,7 +206,7 @@ def state_of(pid: int) -> str:
 
 
 def test_it_is_measured_beside_others(program, gguf, tmp_path):
-    asked = [Prompt([{"role": "user", "content": kind}]) for kind in ("steady", "drafted")]
+    asked = [Prompt([{"role": "user", "content": kind}]) for kind in ("steady", "drafted, counted at once")]
     loads = [closed(2, 1, max_tokens=9, length="free")]
     store = Store(tmp_path / "out")
     store.open({}, fresh=False)
