@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, get_args, get_origin
 
+from pydantic import BaseModel
+
 from apparate_llm.config import ConfigError, EarlyExitConfig, check_tenants, new_options, parse_config
 from apparate_llm.redact import without_secrets
 from apparate_llm.renamed import OPTIONS
@@ -30,8 +32,15 @@ class Paragraphs(argparse.HelpFormatter):
 
 
 def add_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
-    group = parser.add_argument_group("early exits")
-    for name, field in EarlyExitConfig.model_fields.items():
+    add_fields(parser.add_argument_group("early exits"), EarlyExitConfig, leave_out=leave_out)
+    for old, name in OPTIONS.items():
+        if name not in leave_out:
+            parser.add_argument("--" + old.replace("_", "-"), default=None, help=argparse.SUPPRESS)
+
+
+def add_fields(group: "argparse._ArgumentGroup", schema: type[BaseModel], *, leave_out: tuple[str, ...] = ()) -> None:
+    """A flag for each field of a schema; what was not given is None."""
+    for name, field in schema.model_fields.items():
         if name in leave_out:
             continue
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
@@ -42,9 +51,6 @@ def add_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] =
             metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
             help=f"{field.description}{default}".replace("%", "%%"),
         )
-    for old, name in OPTIONS.items():
-        if name not in leave_out:
-            parser.add_argument("--" + old.replace("_", "-"), default=None, help=argparse.SUPPRESS)
 
 
 def options_from(args: argparse.Namespace, others: dict[str, Any] | None = None) -> EarlyExitConfig:

@@ -63,9 +63,9 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     return max(0, min(left + [limit - used for limit, used in _group_limits(root)]))
 
 
-def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use that cannot be given back) of every control group with one that this process is in, of
-    both versions. A container often sees only its own group, as the root of all."""
+def control_groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+    """(version, folder) of every control group with this controller that this process is in, and of those above it. A
+    container often sees only its own group, as the root of all."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -74,22 +74,30 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            places, names = (mount, mount / "unified"), ("memory.max", "memory.high", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "", "memory.usage_in_bytes", "total_")
-            places = (mount / "memory", mount / controllers)
+            number, places = 2, (mount, mount / "unified")
+        elif controller in controllers.split(","):
+            number, places = 1, (mount / controller, mount / controllers)
         else:
             continue
-        *limits, current, prefix = names
         for top in places:
             group = top / path.lstrip("/")
             for folder in (group, *group.parents):
                 if folder != top and top not in folder.parents:
                     break
-                found = [limit for name in limits if name and (limit := _number(folder / name)) is not None]
-                used = _number(folder / current)
-                if found and used is not None:
-                    yield min(found), used - _cached(folder / "memory.stat", prefix)
+                yield number, folder
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use that cannot be given back) of every control group with one that this process is in."""
+    for number, folder in control_groups(root, "memory"):
+        if number == 2:
+            *limits, current, prefix = "memory.max", "memory.high", "memory.current", ""
+        else:
+            *limits, current, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        found = [limit for name in limits if (limit := _number(folder / name)) is not None]
+        used = _number(folder / current)
+        if found and used is not None:
+            yield min(found), used - _cached(folder / "memory.stat", prefix)
 
 
 def _number(file: Path) -> int | None:

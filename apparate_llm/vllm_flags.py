@@ -36,8 +36,20 @@ SHORTEST = {
     "spec-tokens": "spec-t",
     "worker-cls": "worker-c",
     "scheduler-cls": "scheduler-c",
+    "tensor-parallel-size": "te",
+    "pipeline-parallel-size": "pi",
+    "data-parallel-size": "data-parallel-size",
+    "distributed-executor-backend": "distributed-e",
+    "quantization": "quantization",
 }
-OTHER_NAMES = {"-sc": "--speculative-config", "--device-memory-utilization": "--gpu-memory-utilization"}
+OTHER_NAMES = {
+    "-sc": "--speculative-config",
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-q": "--quantization",
+    "--device-memory-utilization": "--gpu-memory-utilization",
+}
 JSON_FLAGS = ("additional-config", "hf-overrides", "speculative-config")
 # Switches without a `--no-` form: `false` in a YAML file is what they are without being named.
 WITHOUT_NO = (

@@ -1,0 +1,1 @@
+"""How a server uses this machine: threads, kernels, pages, queues, processes."""

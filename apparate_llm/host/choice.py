@@ -1,0 +1,130 @@
+"""How a server uses this machine, as variables for its processes and as a line for its user."""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from apparate_llm.host.limits import CpuLimits
+
+Kernels = Literal["stock", "zentorch"]
+Queues = Literal["spin", "block"]
+Worker = Literal["process", "engine"]
+ZENTORCH = "zentorch"  # AMD's library, as a package
+
+# vLLM's variables.
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # 0: the worker is where the engine is
+CACHE_ROOT = "VLLM_CACHE_ROOT"
+# Ours, read by patches/, plugin.py and engine/plain_pages.py in each of vLLM's processes.
+KERNELS, HUGE_PAGES = "APPARATE_KERNELS", "APPARATE_HUGE_PAGES"
+QUEUES, WORKER = "APPARATE_QUEUES", "APPARATE_WORKER"
+
+BLOCKTIME_MS = 5  # for which a thread without work spins: what vLLM sets where it binds threads
+
+
+class Choice(BaseModel):
+    """None: as vLLM has it, without us."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threads: Literal["all"] | Annotated[int, Field(ge=1)] | None = None  # that compute; all: one on each core
+    kernels: Kernels | None = None
+    huge_pages: bool | None = None  # None: of servers with exits only
+    queues: Queues = "spin"  # what who waits at a queue between engine and worker does
+    worker: Worker = "process"  # where it computes: a process of its own, or the engine's
+
+
+AS_VLLM = Choice()  # with --tuning off
+DEFAULT = Choice(threads="all", huge_pages=True, queues="block", worker="process")  # where nothing was measured
+SEVERAL_RANKS = AS_VLLM.model_copy(update={"huge_pages": DEFAULT.huge_pages})  # vLLM binds each rank's threads
+
+
+def has_zentorch() -> bool:
+    return importlib.util.find_spec(ZENTORCH) is not None
+
+
+def num_threads(choice: Choice, limits: CpuLimits) -> int | None:
+    return limits.threads if choice.threads == "all" else choice.threads
+
+
+def variables(choice: Choice, limits: CpuLimits) -> dict[str, str]:
+    """By which vLLM's processes, ours or plain ones, follow the choice."""
+    found = _thread_variables(num_threads(choice, limits), limits)
+    if choice.kernels is not None and has_zentorch():
+        found[KERNELS] = choice.kernels
+    if choice.kernels == "zentorch":  # a compiled pass calls its kernels, and vLLM's key for it does not tell them
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        found[CACHE_ROOT] = str(Path(cache) / "vllm" / ZENTORCH)
+    if choice.huge_pages is not None:
+        found[HUGE_PAGES] = str(int(choice.huge_pages))
+    if choice.queues == "block":
+        found[QUEUES] = "block"
+    if choice.worker == "engine":
+        found |= {WORKER: "engine", OWN_PROCESS: "0"}
+    return found
+
+
+def _thread_variables(number: int | None, limits: CpuLimits) -> dict[str, str]:
+    if number is None:
+        return {}
+    if not limits.is_shared:
+        return {BIND: ",".join(map(str, limits.cores[:number]))}
+    # Bound to the first CPUs, all containers with a share of the time would compute on the same ones.
+    spin = {"KMP_BLOCKTIME": str(BLOCKTIME_MS), "KMP_TPAUSE": "0"}
+    return {BIND: "nobind", "OMP_NUM_THREADS": str(number)} | spin
+
+
+def environment(choice: Choice, limits: CpuLimits, given: Mapping[str, str]) -> dict[str, str]:
+    """Variables to set beside those `given`: what a user has set stays, and what belongs to it."""
+    found = variables(choice, limits)
+    for names in ((BIND, RESERVED), (WORKER, OWN_PROCESS)):
+        if any(name in given for name in names):
+            found = {name: value for name, value in found.items() if name not in names}
+    return {name: value for name, value in found.items() if name not in given}
+
+
+def line(choice: Choice, limits: CpuLimits, given: Mapping[str, str], origin: str) -> str:
+    """One for the start: what is in force, and why."""
+    parts = [
+        _part(given, (BIND, RESERVED), _threads_text(choice, limits)),
+        _part(given, (KERNELS,), kernels_text(choice)),
+        _part(given, (HUGE_PAGES,), _pages_text(choice)),
+        _part(given, (QUEUES,), "blocking queues" if choice.queues == "block" else "spinning queues"),
+        _part(
+            given,
+            (WORKER, OWN_PROCESS),
+            "worker in the engine's process" if choice.worker == "engine" else "worker in a process of its own",
+        ),
+    ]
+    return f"Tuned: {', '.join(filter(None, parts))} ({origin})"
+
+
+def _part(given: Mapping[str, str], names: tuple[str, ...], text: str) -> str:
+    by_hand = [f"{name}={given[name]}" for name in names if name in given]
+    return " and ".join(by_hand) or text
+
+
+def _threads_text(choice: Choice, limits: CpuLimits) -> str:
+    number = num_threads(choice, limits)
+    return "threads as vLLM gives them" if number is None else f"{number} of {limits.threads} threads"
+
+
+def kernels_text(choice: Choice) -> str:
+    if choice.kernels == "stock" or not has_zentorch():
+        return "stock kernels"
+    try:
+        return f"{ZENTORCH} {version(ZENTORCH)}"
+    except PackageNotFoundError:  # importable, without a record of its installation
+        return ZENTORCH
+
+
+def _pages_text(choice: Choice) -> str:
+    if choice.huge_pages is None:
+        return "huge pages with exits only"
+    return "huge pages" if choice.huge_pages else "small pages"

@@ -1,0 +1,120 @@
+"""What a user says of the use of this machine: `--tuning`, and each part by hand."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from apparate_llm.config import ConfigError
+from apparate_llm.flags import add_fields
+from apparate_llm.host.choice import BIND, OWN_PROCESS, RESERVED, ZENTORCH, has_zentorch
+from apparate_llm.host.limits import CpuLimits
+from apparate_llm.launch import is_cpu_build
+from apparate_llm.vllm_flags import given_value
+
+TUNING_VARIABLE = "APPARATE_TUNING"  # what --tuning is where nobody gives it
+SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+EXECUTOR = "distributed-executor-backend"
+
+
+class Tuning(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tuning: Literal["auto", "off", "again"] = Field(
+        "auto",
+        description="how this machine is used: auto: as `apparate-llm tune` has found best, or all cores where it was "
+        "not asked; off: as vLLM does by itself; again: measure first, for minutes",
+    )
+    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field("auto", description="how many threads compute")
+    kernels: Literal["auto", "stock", "zentorch"] = Field(
+        "auto", description="of linear layers and attention: vLLM's stock ones, or those of AMD's zentorch"
+    )
+    queues: Literal["auto", "spin", "block"] = Field(
+        "auto", description="what engine and worker do while they wait for each other: spin for a second, or block"
+    )
+    worker: Literal["auto", "process", "engine"] = Field(
+        "auto", description="where the model is computed: in a process of its own, or in the engine's"
+    )
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Those given by hand."""
+        named = self.model_dump(exclude={"tuning"})
+        return {name: value for name, value in named.items() if value != "auto"}
+
+    def flags(self) -> tuple[str, ...]:
+        """By which another command is told the same."""
+        given = self.model_dump(exclude_unset=True)
+        return tuple(part for name, value in given.items() for part in (f"--{name}", str(value)))
+
+
+def add_tuning(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
+    add_fields(parser.add_argument_group("this machine"), Tuning, leave_out=leave_out)
+
+
+def tuning_from(args: argparse.Namespace | None = None) -> Tuning:
+    """What the flags say, and the variable where they say nothing; raises ConfigError that names the flag, what was
+    got and what is allowed."""
+    given = {name: value for name in Tuning.model_fields if (value := getattr(args, name, None)) is not None}
+    if "tuning" not in given and (value := os.environ.get(TUNING_VARIABLE)):
+        return parse_tuning(given | {"tuning": value}, {"tuning": TUNING_VARIABLE})
+    return parse_tuning(given)
+
+
+def parse_tuning(given: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> Tuning:
+    """names: what they are called, if not by their flags."""
+    try:
+        return Tuning.model_validate(given)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise ConfigError(f"{names.get(name, f'--{name}')}: must be {_allowed(name)}, got {given[name]!r}") from None
+
+
+def _allowed(name: str) -> str:
+    annotation = Tuning.model_fields[name].annotation
+    if get_origin(annotation) is not Literal:
+        return "auto or a whole number of at least 1"
+    *others, last = get_args(annotation)
+    return f"{', '.join(others)} or {last}"
+
+
+def num_ranks(flags: Sequence[str]) -> int:
+    """Workers of a server with these flags of vLLM's, which have one spelling."""
+    ranks = 1
+    for name in SIZES:
+        text = given_value([*flags], name) or "1"
+        ranks *= int(text) if text.isdigit() else 1  # vLLM says what is wrong with another
+    return ranks
+
+
+def check_tuning(tuning: Tuning, limits: CpuLimits, flags: Sequence[str], given: Mapping[str, str]) -> None:
+    """Raises ConfigError for parts given by hand that this machine, vLLM's flags or the variables `given` do not
+    allow."""
+    if not is_cpu_build():
+        if tuning.parts:
+            raise ConfigError(f"--{next(iter(tuning.parts))} is about vLLM's CPU backend, and this vLLM has none")
+        return
+    if isinstance(tuning.threads, int):
+        if tuning.threads > limits.threads:
+            raise ConfigError(f"--threads: at most {limits.threads} here ({limits.sentence()}), got {tuning.threads}")
+        _check_variables("--threads", (BIND, RESERVED), given)
+        if num_ranks(flags) > 1:
+            raise ConfigError(f"--threads: vLLM binds the threads of several workers itself, by {BIND}")
+    if tuning.kernels == "zentorch" and not has_zentorch():
+        raise ConfigError(f"--kernels zentorch: the package {ZENTORCH} is not installed: apparate-llm doctor --fix")
+    if tuning.worker != "auto":
+        _check_variables("--worker", (OWN_PROCESS,), given)
+    if tuning.worker == "engine":
+        if num_ranks(flags) > 1:
+            raise ConfigError("--worker engine: one worker is wanted, and vLLM's flags make several")
+        if (backend := given_value([*flags], EXECUTOR)) not in (None, "uni"):
+            raise ConfigError(f"--worker engine contradicts --{EXECUTOR} {backend}")
+
+
+def _check_variables(flag: str, names: tuple[str, ...], given: Mapping[str, str]) -> None:
+    for name in names:
+        if name in given:
+            raise ConfigError(f"{flag} and {name}={given[name]} both say it: give one of them")
