@@ -1,14 +1,23 @@
-"""vLLM entry point `vllm.general_plugins`: our model classes are made known, and corrections applied that every process
-needs. Runs in every vLLM process, also where our package is merely installed."""
+"""vLLM entry points. Both run in every vLLM process, also where our package is merely installed."""
 
 import logging
+import os
+
+from apparate_llm.host.choice import KERNELS
 
 logger = logging.getLogger("vllm.apparate")
 
 
+def platform() -> str | None:
+    """Of `vllm.platform_plugins`: vLLM's stock one for a CPU, where it would take zentorch's. None: as vLLM does."""
+    return "vllm.platforms.cpu.CpuPlatform" if os.environ.get(KERNELS) == "stock" else None
+
+
 def register() -> None:
+    """Of `vllm.general_plugins`: our model classes are made known, and corrections applied that every process needs."""
     from vllm import ModelRegistry
 
+    from apparate_llm.engine.plain_pages import move_after_loading
     from apparate_llm.lifeline import tie_to_parent
     from apparate_llm.models.architectures import ARCHITECTURES
     from apparate_llm.patches.guard import PatchMismatchError
@@ -23,5 +32,6 @@ def register() -> None:
             ModelRegistry.register_model(name, class_path)
     try:
         apply_all("any")
+        move_after_loading()
     except PatchMismatchError as error:  # no reason to stop a server without exits; one with exits stops by itself
         logger.warning("%s", error)

@@ -84,6 +84,13 @@ OVERRIDES: tuple[Overrides, ...] = (
         },
     ),
     Overrides(
+        ours="engine.plain_pages",
+        theirs="vllm.v1.worker.gpu_worker.Worker",
+        sha256={
+            "load_model": "350a4fb01458c532555d8c00da77a8158e4bc72ac57f9073f52d833ff3257fc7",
+        },
+    ),
+    Overrides(
         ours="prepare.capture",
         theirs="vllm.v1.worker.gpu_model_runner.GPUModelRunner",
         sha256={
