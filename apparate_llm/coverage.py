@@ -1,4 +1,5 @@
-"""What a start found of its batch invariance, kept for `doctor`: one small file for each model and dtype."""
+"""What a start found of its batch invariance, kept for `doctor`: one small file for each model, dtype, threads and
+kernels."""
 
 import json
 from pathlib import Path
@@ -7,14 +8,18 @@ from typing import Any
 from apparate_llm.files import write_atomically
 
 FOLDER = "batch_invariance"  # in the cache folder
+STOCK = "stock"  # vLLM's own kernels
 
 
-def keep(cache: Path, model: str, dtype: str, num_threads: int, sentence: str, holds: bool) -> None:
+def keep(
+    cache: Path, model: str, dtype: str, num_threads: int, sentence: str, holds: bool, kernels: str = STOCK
+) -> None:
     """Raises OSError where it cannot be written."""
     folder = cache / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     found = {"model": model, "dtype": dtype, "threads": num_threads, "sentence": sentence, "holds": holds}
-    write_atomically(folder / f"{model}-{dtype}-{num_threads}.json", json.dumps(found).encode())
+    name = "-".join([model, dtype, str(num_threads), *([] if kernels == STOCK else [kernels])])
+    write_atomically(folder / f"{name}.json", json.dumps(found | {"kernels": kernels}).encode())
 
 
 def kept(cache: Path) -> list[dict[str, Any]]:
@@ -22,8 +27,8 @@ def kept(cache: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted((cache / FOLDER).glob("*.json")):
         try:
-            one = json.loads(path.read_text())
-            found.append({name: one[name] for name in ("model", "dtype", "threads", "sentence", "holds")})
+            one = {"kernels": STOCK} | json.loads(path.read_text())
+            found.append({name: one[name] for name in ("model", "dtype", "threads", "sentence", "holds", "kernels")})
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import torch
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from apparate_llm.config import config_from_vllm
-from apparate_llm.coverage import keep
+from apparate_llm.coverage import STOCK, keep
 from apparate_llm.engine.batch import attention_groups
 from apparate_llm.engine.batch_invariance import Coverage, before_loading, before_serving, cover
 from apparate_llm.engine.compared_passes import different_passes
+from apparate_llm.host.choice import ZENTORCH
 from apparate_llm.machine import cache_folder
 from apparate_llm.patches.ledger import apply_all
 from apparate_llm.patches.overrides import check_those_of
@@ -56,7 +58,8 @@ class BatchInvariantWorker(CPUWorker):
         if self.rank == 0:
             name, dtype = Path(self.model_config.model).name, str(self.model_config.dtype).removeprefix("torch.")
             with suppress(OSError):  # it is for `doctor` alone
-                keep(cache_folder(), name, dtype, torch.get_num_threads(), coverage.sentence(), coverage.holds)
+                found = (torch.get_num_threads(), coverage.sentence(), coverage.holds)
+                keep(cache_folder(), name, dtype, *found, kernels=kernels_in_use())
 
     def _compare_passes(self, coverage: Coverage) -> None:
         try:
@@ -66,3 +69,7 @@ class BatchInvariantWorker(CPUWorker):
             return
         if different:
             coverage.not_covered.append(f"{different} of {coverage.passes_compared} whole passes differ")
+
+
+def kernels_in_use() -> str:
+    return ZENTORCH if current_platform.is_zen_cpu() else STOCK

@@ -5,14 +5,17 @@ from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.platforms import current_platform
 
 from apparate_llm.engine.fallback import FallbackRunner
+from apparate_llm.host.choice import ZENTORCH
 from apparate_llm.machine import cpu_name
 
 
 def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
     """What the controller's experience is worth nothing without: model, ramps at `depths`, machine and how it is
     used."""
+    kernels = {ZENTORCH: True} if current_platform.is_zen_cpu() else {}  # by themselves vLLM's stock ones
     return {
         "model": Path(runner.model_config.model).name,
         "ramps": runner.get_model().ramps_sha256,
@@ -23,4 +26,4 @@ def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
         "ranks": get_tp_group().world_size,
         "dtype": str(runner.dtype),
         "compiled": not runner.model_config.enforce_eager,
-    }
+    } | kernels
