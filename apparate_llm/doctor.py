@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from apparate_llm.config import ConfigError
-from apparate_llm.coverage import kept
+from apparate_llm.coverage import STOCK, kept
 from apparate_llm.flags import Commands
+from apparate_llm.host.choice import ZENTORCH
+from apparate_llm.host.limits import cpu_limits
+from apparate_llm.host.store import huge_pages_given
 from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
 from apparate_llm.machine import available_memory_bytes, cache_folder, total_memory_bytes, writable_cache
 from apparate_llm.patches.guard import VLLM_VERSION
 
 TORCH_EXTRAS = ("torchvision", "torchaudio", "torchcodec")
-LIBRARY_FIX = {
-    "libiomp5.so": "pip install intel-openmp",
-    "libtcmalloc_minimal.so.4": "apt-get install libtcmalloc-minimal4",
-}
+FIX = "apparate-llm doctor --fix"
+OPENMP = "libiomp5.so"
+PINNED = {OPENMP: "intel-openmp==2024.2.1", ZENTORCH: "zentorch==2.13.0.2"}  # for the vLLM and torch that we pin
+LIBRARY_FIX = {OPENMP: FIX, "libtcmalloc_minimal.so.4": "apt-get install libtcmalloc-minimal4"}
 MIN_FREE_GIB = 2.0
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 class Finding(NamedTuple):
@@ -31,13 +35,22 @@ class Finding(NamedTuple):
 
 def add_doctor(subparsers: Commands) -> None:
     parser = subparsers.add_parser("doctor", help="check this installation and say how to fix it", allow_abbrev=False)
-    parser.add_argument("--fix", action="store_true", help="uninstall torch add-ons that break `transformers`")
+    parser.add_argument(
+        "--fix",
+        nargs="?",
+        const="all",
+        choices=("all", "needed"),
+        help="uninstall torch add-ons that break `transformers`; all (also without a word): install the packages that "
+        "make this machine faster, too",
+    )
     parser.set_defaults(run=run_doctor)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    if args.fix:
+    if args.fix is not None:
         remove_mismatched(mismatched_extras())
+    if args.fix == "all":
+        install(missing_packages())
     marks = {"ok": "  ok    ", "note": "  note  ", "problem": "PROBLEM "}
     findings = examine()
     for finding in findings:
@@ -52,6 +65,9 @@ def examine() -> list[Finding]:
         *check_torch_extras(),
         *check_libraries(),
         *check_cpu(),
+        *check_threads(),
+        *check_kernels(),
+        *check_huge_pages(),
         *check_memory(),
         *check_default_model(),
         *check_batch_invariance(),
@@ -117,10 +133,34 @@ def check_torch_extras() -> list[Finding]:
         Finding(
             "problem",
             f"{name} {installed(name)} does not match torch {installed('torch')} and breaks `transformers`",
-            "apparate-llm doctor --fix",
+            FIX,
         )
         for name in mismatched_extras()
     ]
+
+
+def missing_packages() -> list[str]:
+    """Of those that make this machine faster, as pip takes them."""
+    missing = []
+    if platform.machine() == "x86_64" and find_performance_libraries()[OPENMP] is None:
+        missing.append(PINNED[OPENMP])
+    if takes_zentorch() and installed(ZENTORCH) is None:
+        missing.append(PINNED[ZENTORCH])
+    return missing
+
+
+def install(packages: list[str]) -> None:
+    """Raises RuntimeError where pip cannot."""
+    import shlex
+    import subprocess
+
+    if not packages:
+        return
+    torch = installed("torch")
+    command = [sys.executable, "-m", "pip", "install", *packages, *([f"torch=={torch}"] if torch else [])]
+    print(f"running: {shlex.join(command)}", flush=True)
+    if code := subprocess.run(command).returncode:
+        raise RuntimeError(f"pip ended with exit code {code}; nothing else was changed")
 
 
 def check_libraries() -> list[Finding]:
@@ -138,7 +178,7 @@ def check_libraries() -> list[Finding]:
 
 def check_cpu() -> list[Finding]:
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
+        flags = set(CPU_INFO.read_text().split())
     except OSError:
         return [Finding("ok", "CPU features unknown (no /proc/cpuinfo)")]
     names = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
@@ -147,6 +187,36 @@ def check_cpu() -> list[Finding]:
         slow = "; without AVX-512 vLLM computes bfloat16 row by row: prompts and batches are slow, exits do not pay"
         return [Finding("note", what + slow, "serve with --dtype float32")]
     return [Finding("ok", what)]
+
+
+def check_threads() -> list[Finding]:
+    limits = cpu_limits()
+    plural = "s" * (limits.threads != 1)
+    return [Finding("ok", f"{limits.threads} thread{plural} may compute: {limits.sentence()}")]
+
+
+def takes_zentorch() -> bool:
+    """Whether vLLM would use it here, were it installed."""
+    try:
+        text = CPU_INFO.read_text()
+    except OSError:
+        return False
+    return "AuthenticAMD" in text and "avx512" in text and is_cpu_build()
+
+
+def check_kernels() -> list[Finding]:
+    if not takes_zentorch():
+        return []
+    if (found := installed(ZENTORCH)) is None:
+        return [Finding("note", f"{ZENTORCH} is missing: AMD's kernels, often faster than vLLM's stock ones", FIX)]
+    return [Finding("ok", f"{ZENTORCH} {found}; `apparate-llm tune` says whether it pays")]
+
+
+def check_huge_pages() -> list[Finding]:
+    if huge_pages_given() == "never":
+        what = "Linux gives nobody pages of 2 MB: each pass is slower"
+        return [Finding("note", what, "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")]
+    return []
 
 
 def check_memory() -> list[Finding]:
@@ -181,7 +251,9 @@ def check_batch_invariance() -> list[Finding]:
     return [
         Finding(
             "ok" if one["holds"] else "note",
-            f"batch invariance of {one['model']}, {one['dtype']}, {one['threads']} threads: {one['sentence']}",
+            f"batch invariance of {one['model']}, {one['dtype']}, {one['threads']} threads"
+            + (f", {one['kernels']}" if one["kernels"] != STOCK else "")
+            + f": {one['sentence']}",
         )
         for one in found
     ]

@@ -1,0 +1,87 @@
+"""What `doctor` says is missing, and what it installs, with another program in the place of pip."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from apparate_llm import doctor
+from apparate_llm.cli import main
+
+PIP = """#!/bin/sh
+echo "$@" >> "{log}"
+exit {code}
+"""
+
+
+@pytest.fixture
+def pip(monkeypatch, tmp_path):
+    """pip(code): in place of this Python, what writes down how it was called."""
+    log, program = tmp_path / "calls", tmp_path / "python"
+    log.touch()
+
+    def install(code: int = 0) -> Path:
+        program.write_text(PIP.format(log=log, code=code))
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+        return log
+
+    return install
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """A machine of AMD's with nothing on it."""
+    versions = {"torch": "2.13.0+cpu"}
+    monkeypatch.setattr(doctor, "installed", versions.get)
+    monkeypatch.setattr(doctor, "find_performance_libraries", lambda: dict.fromkeys(doctor.LIBRARY_FIX))
+    monkeypatch.setattr(doctor, "takes_zentorch", lambda: True)
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(doctor, "mismatched_extras", lambda: [])
+    monkeypatch.setattr(doctor, "examine", lambda: [])
+    return versions
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(missing):
+    said = {finding.what.split()[0]: finding for finding in [*doctor.check_libraries(), *doctor.check_kernels()]}
+    assert said["libiomp5.so"].fix == said["zentorch"].fix == "apparate-llm doctor --fix"
+    assert said["libtcmalloc_minimal.so.4"].fix == "apt-get install libtcmalloc-minimal4"
+    assert all(finding.level == "note" for finding in said.values())
+
+
+def test_doctor_installs_what_is_missing_pinned_and_leaves_torch_as_it_is(missing, pip, capsys):
+    log = pip()
+    assert main(["doctor", "--fix"]) == 0
+    expected = "-m pip install intel-openmp==2024.2.1 zentorch==2.13.0.2 torch==2.13.0+cpu"
+    assert log.read_text().split("\n") == [expected, ""]
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--fix", "needed"]], ids=["no fix", "needed"])
+def test_doctor_installs_nothing_unasked(flags, missing, pip):
+    log = pip()
+    assert main(["doctor", *flags]) == 0 and log.read_text() == ""
+
+
+def test_doctor_says_where_pip_fails(missing, pip, capsys):
+    pip(3)
+    assert main(["doctor", "--fix"]) == 1
+    assert "pip ended with exit code 3" in capsys.readouterr().err
+
+
+def test_doctor_installs_nothing_where_all_is_there(missing, pip, monkeypatch):
+    missing["zentorch"] = "2.13.0.2"
+    monkeypatch.setattr(doctor, "find_performance_libraries", lambda: dict.fromkeys(doctor.LIBRARY_FIX, Path("/x")))
+    log = pip()
+    assert main(["doctor", "--fix"]) == 0 and log.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "takes"),
+    [("vendor_id: AuthenticAMD\nflags: avx512f", True), ("vendor_id: GenuineIntel\nflags: avx512f", False)],
+)
+def test_zentorch_is_for_amds_cpus(text, takes, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(doctor, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(doctor, "is_cpu_build", lambda: True)
+    assert doctor.takes_zentorch() == takes
