@@ -16,6 +16,10 @@ from apparate_llm.default_model import NAME, default_model
 from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
+from apparate_llm.host.choice import KERNELS
+from apparate_llm.host.chosen import choose
+from apparate_llm.host.limits import cpu_limits
+from apparate_llm.host.options import Tuning, add_tuning, check_tuning, tuning_from
 from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
 from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
@@ -54,6 +58,7 @@ def add_serve(subparsers: Commands) -> None:
         f"environment, where no list of processes shows it: {KEY_VARIABLE} (default: this machine only may)",
     )
     add_options(parser)
+    add_tuning(parser)
     parser.set_defaults(run=run_serve)
 
 
@@ -64,6 +69,8 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     if config.policy != "off" or vllm_build() is None:
         check_build()
     check_files(config)
+    tuning = tuning_from(args)
+    check_tuning(tuning, cpu_limits(), vllm_flags, os.environ)
     if args.model is None and not (cache_folder() / NAME).is_dir():
         writable_cache()
     check_admin_keys(args.admin_key)
@@ -89,6 +96,7 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         if given_value(rest, "served-model-name") is None:
             rest = [*rest, "--served-model-name", NAME, str(model)]
         preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
+    use_machine(tuning, model, vllm_flags, config, wanted)
     if SPECULATION in wanted:
         keep_state(wanted["additional_config"][ADDITIONAL_CONFIG_KEY])
     wanted["port"] = args.port
@@ -99,6 +107,33 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     pass_on_admin_keys(args.admin_key)
     print("Starting: vllm serve " + " ".join(map(quote, redacted(flags))), file=sys.stderr, flush=True)
     return start_vllm(flags, wanted | {"model_tag": str(model)})
+
+
+def use_machine(
+    tuning: Tuning, model: Path, vllm_flags: list[str], config: EarlyExitConfig, wanted: dict[str, Any]
+) -> None:
+    """Threads, kernels, pages, queues and processes of the server that this process becomes, and a line on them.
+    wanted: our settings of vLLM's, to which is added what exits have to know."""
+    if tuning.tuning == "again":
+        measure_again(model, vllm_flags, config)
+    by_hand = config.huge_pages if "huge_pages" in config.model_fields_set else None
+    chosen = choose(tuning, model, vllm_flags, huge_pages=by_hand)
+    os.environ.update(chosen.environment)
+    if chosen.choice.huge_pages is not None and SPECULATION in wanted:
+        wanted["additional_config"][ADDITIONAL_CONFIG_KEY]["huge_pages"] = chosen.choice.huge_pages
+    if chosen.line is not None:
+        print(chosen.line, file=sys.stderr, flush=True)
+
+
+def measure_again(model: Path, vllm_flags: list[str], config: EarlyExitConfig) -> None:
+    """Raises RuntimeError where it cannot be measured."""
+    import subprocess
+
+    command = [sys.executable, "-m", "apparate_llm.cli", "tune", str(model), "--policy", config.policy]
+    command += ["--ramps", config.ramps] if config.ramps is not None else []
+    command += [f"--vllm-flag={flag}" for flag in vllm_flags]
+    if code := subprocess.run(command, stdout=sys.stderr).returncode:
+        raise RuntimeError(f"`apparate-llm tune` ended with exit code {code}; --tuning auto serves without it")
 
 
 def name_model(args: argparse.Namespace, vllm_flags: list[str]) -> None:
@@ -144,6 +179,7 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     from apparate_llm.patches.ledger import apply_all
     from apparate_llm.patches.overrides import check_those_of
 
+    check_platform()
     gc.freeze()  # nor does any of it later: vLLM's processes, forks of this one, look for it as they start
     gc.enable()
     apply_all("server")
@@ -170,6 +206,18 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     command.cmd(args)
     ignore_signals()
     return 0
+
+
+def check_platform() -> None:
+    """That vLLM has the kernels that were chosen; raises ConfigError."""
+    from vllm.platforms import current_platform
+
+    wanted = os.environ.get(KERNELS)
+    if wanted is not None and (wanted == "zentorch") != current_platform.is_zen_cpu():
+        raise ConfigError(
+            f"{wanted} kernels are wanted, and vLLM has chosen others: this installation's entry points may be older "
+            "than its code, or the CPU is not AMD's"
+        )
 
 
 def resolve_model(name: str) -> Path:

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 
-# Before vLLM is imported: engines live in the test's own process, nothing is looked up outside.
+# Before vLLM is imported: engines live in the test's own process, nothing is looked up outside, kernels are the stock
+# ones, and servers use this machine as vLLM does by itself, unless a test asks for something else.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="ERROR",
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",
+    APPARATE_TUNING="off",
+    APPARATE_KERNELS="stock",
 )
 
 
@@ -50,6 +53,20 @@ def lens_ramps(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFa
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def zentorch(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """zentorch(True or False): whether AMD's package is installed; by itself it is not."""
+    from apparate_llm.host import choice, options
+    from apparate_llm.tune import candidates
+
+    def installed(there: bool) -> None:
+        for module in (choice, options, candidates):
+            monkeypatch.setattr(module, "has_zentorch", lambda: there)
+
+    installed(False)
+    return installed
 
 
 @pytest.fixture
