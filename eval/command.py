@@ -7,6 +7,7 @@ from pathlib import Path
 from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
+from apparate_llm.host.options import add_tuning
 from apparate_llm.lifeline import exit_on_sigterm
 
 DEFAULT_SYSTEMS = "vllm,lossless,early-exit,ngram,hf-early-exit"
@@ -196,6 +197,7 @@ def _add_servers(parser: OneLineParser) -> None:
         help="vLLM flag for all vLLM servers; repeatable",
     )
     add_api_key(parser)
+    add_tuning(parser)
 
 
 def _add_sampling(parser: OneLineParser) -> None:

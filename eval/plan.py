@@ -22,12 +22,14 @@ from apparate_llm.eval.systems import (
     baselines_of,
     check_names,
     early_exits,
-    plain_vllm,
+    plain_alike,
     spelt_out,
     systems_of,
+    tuned,
 )
 from apparate_llm.eval.workloads import SLICE_S, Length, Load, closed, poisson, traced
 from apparate_llm.flags import options_from
+from apparate_llm.host.options import tuning_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
 from apparate_llm.redact import redacted
@@ -96,16 +98,17 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
     prompts = asked.prompts
     model = model_folder(args.model)
     preflight_ramps(config, model, architecture_of(model))
-    flags = tuple(_vllm_flags(args.vllm_flag, num_servers=2))
-    choice = ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key)
-    systems = [plain_vllm(choice), early_exits(name_of(config), choice)]
+    flags = tuple(server_flags(args.vllm_flag, num_servers=2))
+    choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), tuning_from(args))
+    systems = [plain_alike(choice), early_exits(name_of(config), choice)]
     loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
     return EvalPlan(
         choice=choice,
         systems=systems,
+        baselines=(systems[0].name,),
         prompts=prompts,
         loads=loads,
-        settings=_settings(args, choice.model, systems, prompts, loads) | _labels([asked]),
+        settings=_settings(args, choice, systems, prompts, loads) | _labels([asked]),
         folder=(args.logs or Path(tempfile.mkdtemp(prefix="apparate-eval-"))) / "run",
         repeat=args.repeat,
         start_timeout_s=args.start_timeout_s,
@@ -135,8 +138,10 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     model, names = model_folder(args.model), _names(args)
     options_from(args)  # raises for a value that is not allowed
-    flags = tuple(_vllm_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds) + len(args.llama_cpp)))
-    choice = ModelChoice(model, flags, tuple(option_flags(args)), tuple(args.accuracy_bounds), api_key=args.api_key)
+    flags = tuple(server_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds) + len(args.llama_cpp)))
+    bounds = tuple(args.accuracy_bounds)
+    choice = ModelChoice(model, flags, tuple(option_flags(args)), bounds, api_key=args.api_key)
+    choice = tuned(choice, tuning_from(args))
     asked, sampling = prompt_set(args.prompts, args.num_prompts), _sampling(args)
     systems = _that_sample(systems_of(names, [], choice), sampling)
     systems += _llama_cpp(args, model, asked.prompts, args.clients)
@@ -166,7 +171,8 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         limit=args.limit,
         settings=given
         | {"model": model.name, "num_prompts": len(asked.prompts), "systems": names, "options": option_flags(args)}
-        | {"vllm_flags": redacted(args.vllm_flag), **_sampling_settings(sampling), **_labels([asked])}
+        | {"vllm_flags": redacted(args.vllm_flag), "tuning": choice.used.model_dump()}
+        | {**_sampling_settings(sampling), **_labels([asked])}
         | _llama_cpp_settings(args)
         | _request_fields(systems),
         folder=_new_folder(args.out, fresh=args.fresh),
@@ -214,8 +220,10 @@ def _plan(
     options = option_flags(args)
     options_from(args)  # raises for a value that is not allowed
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds) + len(args.llama_cpp)
-    flags = tuple(_vllm_flags(args.vllm_flag, num_servers))
-    choice = ModelChoice(model, flags, tuple(options), tuple(args.accuracy_bounds), args.hf_layer, args.api_key)
+    flags = tuple(server_flags(args.vllm_flag, num_servers))
+    bounds = tuple(args.accuracy_bounds)
+    choice = ModelChoice(model, flags, tuple(options), bounds, args.hf_layer, args.api_key)
+    choice = tuned(choice, tuning_from(args))
     sampling = _sampling(args)
     systems = _that_sample(systems_of(names, args.base_url, choice), sampling)
     systems += [_own_system(text, choice) for text in args.system]
@@ -230,7 +238,7 @@ def _plan(
         baselines=baselines,
         prompts=prompts,
         loads=loads,
-        settings=_settings(args, choice.model, systems, prompts, loads) | _labels(sets),
+        settings=_settings(args, choice, systems, prompts, loads) | _labels(sets),
         folder=args.out,
         repeat=args.repeat,
         start_timeout_s=args.start_timeout_s,
@@ -340,7 +348,7 @@ def _named_apart(loads: list[Load]) -> list[Load]:
 
 
 def _settings(
-    args: argparse.Namespace, model: Path, systems: list[System], prompts: list[Prompt], loads: list[Load]
+    args: argparse.Namespace, choice: ModelChoice, systems: list[System], prompts: list[Prompt], loads: list[Load]
 ) -> dict[str, Any]:
     """What a run that goes on must share with the one that began."""
     asked = json.dumps([prompt.messages for prompt in prompts]).encode()
@@ -351,7 +359,8 @@ def _settings(
         "arrivals_sha256": hashlib.sha256(repr(loads).encode()).hexdigest()[:16],
         "max_tokens": args.max_tokens,
         "repeat": args.repeat,
-        "model": model.name,
+        "model": choice.model.name,
+        "tuning": choice.used.model_dump(),
         "systems": [system.name for system in systems],
         "options": option_flags(args) + getattr(args, "system", []),
         "vllm_flags": redacted(args.vllm_flag),
@@ -367,7 +376,7 @@ def _labels(sets: list[PromptSet]) -> dict[str, Any]:
     return {"prompts": {found.name: found.described() for found in sets}}
 
 
-def _vllm_flags(given: list[str], num_servers: int) -> list[str]:
+def server_flags(given: list[str], num_servers: int) -> list[str]:
     flags = [part for text in given for part in split_flag(text)]
     for name in SET_HERE:
         if given_value(one_spelling(flags), name) is not None:

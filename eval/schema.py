@@ -136,6 +136,7 @@ class SteadyRun(_Strict):
     tpt_ms: Distribution | None = None  # over whole answers, as the next
     ttft_ms: Distribution | None = None
     ttft_parts: dict[str, float] | None = None  # what first tokens waited for
+    gap_ms: Distribution | None = None  # between chunks of an answer, within turns
     step_ms: float | None = None  # an engine step, mean
     tokens_per_step: float | None = None
     prompt_tokens_per_step: float | None = None

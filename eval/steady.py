@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,6 +129,7 @@ class Measured:
             tpt_ms=distribution(tpt[~np.isnan(tpt)].tolist()),
             ttft_ms=distribution(ttft.tolist()),
             ttft_parts=ttft_parts(self.waits, running),
+            gap_ms=distribution(self.gaps_ms()),
         )
         if steps:
             number, computed, generated = map(sum, zip(*steps, strict=True))
@@ -136,6 +138,16 @@ class Measured:
             run.tokens_per_step = generated / number
             run.prompt_tokens_per_step = (computed - generated) / number
         return run
+
+    def gaps_ms(self) -> list[float]:
+        """Between chunks of an answer that came in one turn."""
+        gaps: list[float] = []
+        for turn in self.clients.turns.turns:
+            if turn.counted:
+                for answer in self.arrivals:
+                    inside = [at_s for at_s, _ in answer if turn.began_s + THAWING_S <= at_s < turn.ended_s]
+                    gaps += [(later - earlier) * 1e3 for earlier, later in pairwise(inside)]
+        return gaps
 
 
 def ratio_to(ours: Measured, baseline: Measured) -> SteadyRatio:

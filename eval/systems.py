@@ -12,10 +12,14 @@ from typing import Literal
 import httpx
 
 from apparate_llm.address import authorization, server_url
-from apparate_llm.config import EarlyExitConfig, parse_config
+from apparate_llm.config import ConfigError, EarlyExitConfig, parse_config
 from apparate_llm.controller.policies import POLICIES
 from apparate_llm.eval.client import Fields
-from apparate_llm.launch import clean_environment, server_environment
+from apparate_llm.host.choice import ALL_CORES, AS_VLLM, RESERVED, Choice, environment
+from apparate_llm.host.chosen import choose
+from apparate_llm.host.limits import cpu_limits
+from apparate_llm.host.options import Tuning, num_ranks, parse_tuning
+from apparate_llm.launch import clean_environment, is_cpu_build, server_environment
 from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS as OLD_OPTIONS
@@ -25,7 +29,7 @@ from apparate_llm.serve import preflight_ramps
 from apparate_llm.vllm_flags import given_value, normalised
 
 BASELINE = "vllm"
-TUNED = "-tuned"  # behind the name of a system that vLLM has: with the host tuning of ours
+TUNED = "-tuned"  # behind the name of a system that vLLM has: with this machine used as ours use it, or on all cores
 PLAIN = {BASELINE: "plain vLLM", f"{BASELINE}{TUNED}": "plain vLLM tuned alike"}  # a token takes all layers, once
 PLAIN_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # vLLM's own server, as a module
 OFF = "off"
@@ -34,7 +38,6 @@ LONGEST_NGRAM, SHORTEST_NGRAM = 4, 2  # tokens that n-gram speculation looks for
 SUFFIX_PACKAGE = "arctic_inference"
 GREEDY_ONLY = ("hf", "hf-early-exit")
 SHARES = (BASELINE, "+threads", "+pages", "+exits")  # each has all that those before it have
-ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 NAMES = {
     "vllm": "plain vLLM as it starts, the baseline",
     "lossless": "early exits, accuracy bound 0",
@@ -43,7 +46,7 @@ NAMES = {
     "ramps-only": "ramps run, and no exit is ever taken: what a ramp costs",
     "ngram": "vLLM's n-gram speculation, with as many drafts as --max-exits",
     "suffix": "vLLM's suffix decoding; needs the extra `suffix`",
-    **{f"{name}{TUNED}": f"{name} on all cores" for name in ("vllm", "ngram", "suffix")},
+    **{f"{name}{TUNED}": f"{name} with --tuning as ours, or on all cores" for name in ("vllm", "ngram", "suffix")},
     "shares": "vllm and the three that follow, each with one more part of our gain: what each part brings",
     "+threads": "plain vLLM that computes on all cores",
     "+pages": "our server on all cores, weights in huge pages, no exit ever tried",
@@ -100,12 +103,25 @@ class ModelChoice:
     bounds: tuple[float, ...] = (0.05,)
     hf_layer: int | None = None  # blocks of the draft of hf-early-exit; None: half of them
     api_key: str | None = field(default=None, repr=False)  # that the user has given us
+    tuning: tuple[str, ...] = ()  # flags of our servers
+    used: Choice = AS_VLLM  # how servers use this machine
+    alike: Mapping[str, str] = field(default_factory=dict, hash=False)  # variables by which plain vLLM does so, too
 
     @property
     def own_key(self) -> str | None:
         """That servers started here want, if any."""
         asked = given_value(normalised(list(self.vllm_flags)), "api-key") or os.environ.get("VLLM_API_KEY")
         return asked or self.api_key
+
+
+def tuned(choice: ModelChoice, tuning: Tuning) -> ModelChoice:
+    """For servers that all use this machine as `serve` does; raises ConfigError."""
+    if tuning.tuning == "again":
+        raise ConfigError("--tuning: must be auto or off here (`apparate-llm tune` measures), got 'again'")
+    given = dict(zip(choice.options[::2], choice.options[1::2], strict=True))
+    huge_pages = parse_config({"huge_pages": given["--huge-pages"]}).huge_pages if "--huge-pages" in given else None
+    chosen = choose(tuning, choice.model, normalised([*choice.vllm_flags]), huge_pages=huge_pages)
+    return replace(choice, tuning=tuning.flags(), used=chosen.choice, alike=chosen.environment)
 
 
 def tells_of_exits(base_url: str, api_key: str | None = None) -> bool:
@@ -175,9 +191,13 @@ def baselines_of(given: Sequence[str], systems: Sequence[System], default: str) 
     return found
 
 
-def host_environment() -> dict[str, str]:
-    """Variables with which a vLLM server computes on all cores of this machine."""
-    return ALL_CORES if len(os.sched_getaffinity(0)) > 1 else {}
+def on_all_cores(choice: ModelChoice) -> dict[str, str]:
+    """Variables with which a server computes on all cores of this machine."""
+    if not is_cpu_build():
+        return {}
+    if num_ranks(normalised([*choice.vllm_flags])) > 1:  # vLLM binds the threads of several workers itself
+        return {RESERVED: "0"}
+    return environment(ALL_CORES, cpu_limits(), os.environ)
 
 
 def _named(name: str, choice: ModelChoice) -> list[System]:
@@ -187,7 +207,8 @@ def _named(name: str, choice: ModelChoice) -> list[System]:
         return [_with_parts(name, choice)]
     if name.endswith(TUNED):
         (system,) = _named(name.removesuffix(TUNED), choice)
-        return [replace(system, name=name, variables=host_environment())]
+        variables = on_all_cores(choice) if choice.used == AS_VLLM else choice.alike
+        return [replace(system, name=name, variables=variables)]
     if name in SPECULATION:
         return [_speculation(name, choice)]
     if name in GREEDY_ONLY:
@@ -207,7 +228,8 @@ def _named(name: str, choice: ModelChoice) -> list[System]:
 
 
 def _with_parts(name: str, choice: ModelChoice) -> System:
-    """Only a server with exits has its weights in huge pages; one whose batches may hold a single token tries none."""
+    """Pages are those of a server with exits; one whose batches may hold a single token tries none."""
+    choice = replace(choice, tuning=("--tuning", "off"))
     if name == "+threads":
         system = plain_vllm(choice, name)
     elif name == "+pages":
@@ -215,7 +237,7 @@ def _with_parts(name: str, choice: ModelChoice) -> System:
         system = early_exits(name, choice, "--accuracy-bound", "0", "--huge-pages", "true", *none)
     else:
         system = early_exits(name, choice, "--accuracy-bound", "0", "--huge-pages", "true")
-    return replace(system, variables=ALL_CORES)
+    return replace(system, variables=on_all_cores(choice))
 
 
 def _speculation(name: str, choice: ModelChoice) -> System:
@@ -244,18 +266,28 @@ def plain_vllm(choice: ModelChoice, name: str = BASELINE, *flags: str) -> System
     return System(name, (*command, *choice.vllm_flags, *flags), api_key=choice.own_key, prefix_cache="salted")
 
 
+def plain_alike(choice: ModelChoice) -> System:
+    """Plain vLLM with this machine used as our servers use it."""
+    (system,) = _named(BASELINE if choice.used == AS_VLLM else f"{BASELINE}{TUNED}", choice)
+    return system
+
+
 def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
     """Our server. A later option wins over an earlier one; state is not kept unless an option says so, as what is
     measured should not depend on what was served before."""
-    given = {"--controller-state": "none"}
-    flags = [*choice.options, *options]
+    given, tuning = {"--controller-state": "none"}, {}
+    flags = [*choice.tuning, *choice.options, *options]
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
         old = flag[2:].replace("-", "_")
+        if old in Tuning.model_fields:
+            tuning[flag] = value
+            continue
         if new := OLD_OPTIONS.get(old):
             warn(old, new)
         given[f"--{new.replace('_', '-')}" if new else flag] = value
     command = (sys.executable, "-m", "apparate_llm.cli", "serve", str(choice.model))
     config = parse_config({key[2:].replace("-", "_"): value for key, value in given.items()})
+    parse_tuning({key[2:]: value for key, value in tuning.items()})  # raises for a value that is not allowed
     has_exits = config.policy != "off"
     problem = None
     if has_exits:
@@ -265,7 +297,7 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
             problem = str(error)
     return System(
         name,
-        (*command, *(part for pair in given.items() for part in pair), *choice.vllm_flags),
+        (*command, *(part for pair in (given | tuning).items() for part in pair), *choice.vllm_flags),
         has_exits=has_exits,
         bound=config.accuracy_bound if has_exits else None,
         api_key=choice.own_key,

@@ -41,8 +41,8 @@ class Choice(BaseModel):
 
 
 AS_VLLM = Choice()  # with --tuning off
-DEFAULT = Choice(threads="all", huge_pages=True, queues="block", worker="process")  # where nothing was measured
-SEVERAL_RANKS = AS_VLLM.model_copy(update={"huge_pages": DEFAULT.huge_pages})  # vLLM binds each rank's threads
+DEFAULT = AS_VLLM  # where nothing was measured
+ALL_CORES = Choice(threads="all")
 
 
 def has_zentorch() -> bool:

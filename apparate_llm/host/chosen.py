@@ -1,4 +1,4 @@
-"""What is in force for one server: what was measured or is the default, and what its user says by hand."""
+"""What is in force for one server: what was measured, else as vLLM does, and what its user says by hand."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apparate_llm.config import ConfigError
-from apparate_llm.host.choice import AS_VLLM, DEFAULT, SEVERAL_RANKS, Choice, environment, line
+from apparate_llm.host.choice import AS_VLLM, DEFAULT, Choice, environment, line
 from apparate_llm.host.limits import CpuLimits, cpu_limits
 from apparate_llm.host.options import EXECUTOR, Tuning, check_tuning, num_ranks
 from apparate_llm.host.store import key_of, load
@@ -67,7 +67,7 @@ def _base(tuning: Tuning, model: Path, flags: Sequence[str], limits: CpuLimits) 
     if tuning.tuning == "off":
         return AS_VLLM, OFF
     if num_ranks(flags) > 1:
-        return SEVERAL_RANKS, RANKS
+        return AS_VLLM, RANKS
     try:
         kept = load(cache_folder(), key_of(model, flags, limits))
     except ConfigError:  # no cache folder: nothing is kept

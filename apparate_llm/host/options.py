@@ -25,8 +25,8 @@ class Tuning(BaseModel):
 
     tuning: Literal["auto", "off", "again"] = Field(
         "auto",
-        description="how this machine is used: auto: as `apparate-llm tune` has found best, or all cores where it was "
-        "not asked; off: as vLLM does by itself; again: measure first, for minutes",
+        description="how this machine is used: auto: as `apparate-llm tune` has found best for it and the model, or as "
+        "vLLM does by itself where nothing was measured; off: as vLLM does; again: measure first, for minutes",
     )
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field("auto", description="how many threads compute")
     kernels: Literal["auto", "stock", "zentorch"] = Field(

@@ -16,7 +16,7 @@ from apparate_llm.prepare.calibrate import calibrate_positions
 from apparate_llm.prepare.needs import gib, give_back_memory, say_needs
 from apparate_llm.prepare.peak_memory import PeakMemory
 from apparate_llm.prepare.plan import Made, Plan, Run
-from apparate_llm.prepare.profile import LIMIT_S, profile
+from apparate_llm.prepare.profile import LIMIT_S, profile, used_by_servers
 from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.recorded import Recorded, recorded
 from apparate_llm.prepare.report import write_report
@@ -266,7 +266,8 @@ def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
 
     plan, workspace = run.plan, run.workspace
     here = {key: value for key, value in machine().items() if key in ("cpu", "cores", "packages")}
-    inputs = {"machine": here, "heads": trained, "enforce_eager": plan.enforce_eager}
+    used = used_by_servers(plan.model).choice.model_dump()
+    inputs = {"machine": here, "tuning": used, "heads": trained, "enforce_eager": plan.enforce_eager}
     if (done := workspace.read("profile", inputs)) is not None:
         run.say("profile: done")
         return done

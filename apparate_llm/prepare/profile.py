@@ -17,6 +17,9 @@ from statistics import median
 from types import SimpleNamespace
 from typing import IO, Any
 
+from apparate_llm.host.choice import HUGE_PAGES
+from apparate_llm.host.chosen import Chosen, choose
+from apparate_llm.host.options import tuning_from
 from apparate_llm.launch import server_environment
 
 BATCH_SIZES = (1, 4, 16, 2, 8, 32)  # the first ones always, the others while there is time
@@ -35,6 +38,8 @@ KV_CACHE_BYTES = 1 << 30
 LIMIT_S = 300.0
 UNKNOWN_SPREAD = 0.1  # where there was one turn only
 START_S = 70.0  # of an engine, its libraries and compilation, on a slow day
+# Set for the engine that synthesises, and none of a server's.
+PREPARATIONS = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KMP_BLOCKTIME", "VLLM_ENABLE_V1_MULTIPROCESSING")
 THREADS_SET = "APPARATE_PROFILE_THREADS"
 READ_BYTES_PER_S = 8e9  # of weights, per pass
 
@@ -45,6 +50,12 @@ def expected_profile_s(weight_bytes: int, *, limit_s: float = LIMIT_S) -> float:
     steps = TURNS * (STEPS + WARM_UP) * sum(1 + len(_held(size)) for size in BATCH_SIZES)
     pass_s = 0.01 + 1.5 * weight_bytes / READ_BYTES_PER_S
     return min(limit_s, start_s + 1.3 * steps * pass_s)
+
+
+def used_by_servers(model: Path) -> Chosen:
+    """How servers of the model use this machine."""
+    given = {name: value for name, value in server_environment().items() if name not in PREPARATIONS}
+    return choose(tuning_from(), model, given=given)
 
 
 def profile(
@@ -60,7 +71,7 @@ def profile(
     """What a server pays in ms, medians of the quietest of TURNS turns:
 
     `verify_ms`: requests -> an engine step without draft steps, one row per request; `pass_ms`: requests -> rows ->
-    the same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes, whose weights are in
+    the same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes where its weights are in
     small pages; `prompt_ms`: tokens -> a step that reads a prompt; `draft_step_ms`: depth -> requests -> one draft
     step; `spread_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
     `threads` compute, as many as in a server.
@@ -68,10 +79,8 @@ def profile(
     limit_s: it ends about then, with fewer sizes and steps where the model is slow. log: what the engine prints.
     Raises RuntimeError if the engine fails.
     """
-    environment = server_environment()
-    for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KMP_BLOCKTIME"):  # preparation's, not a server's
-        environment.pop(name, None)
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    chosen = used_by_servers(model)
+    environment = {**chosen.given, **chosen.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", __name__, str(model), str(ramps), ",".join(map(str, depths)), str(limit_s)]
     command += ["--eager"] if enforce_eager else []
     with open(log or os.devnull, "a+") as file:
@@ -260,6 +269,8 @@ class Profiler:
     def _plain(self, measured: Measurements) -> None:
         from apparate_llm.engine.huge_pages import use_huge_pages
 
+        if os.environ.get(HUGE_PAGES) == "1" and (moving := use_huge_pages()):  # plain vLLM's are, as well
+            moving.join()
         for size in BATCH_SIZES[:PLAIN_SIZES]:
             names = self._begin(size)
             with self._without_drafting():

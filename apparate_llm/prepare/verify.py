@@ -8,6 +8,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -139,15 +140,16 @@ def measure(
     from apparate_llm.eval.intervals import ratio_interval, sums_of
     from apparate_llm.eval.statistics import ratio_of
     from apparate_llm.eval.summary import cells_of
-    from apparate_llm.eval.systems import ModelChoice, early_exits, plain_vllm
+    from apparate_llm.eval.systems import ModelChoice, early_exits, plain_alike, tuned
     from apparate_llm.eval.workloads import closed
+    from apparate_llm.host.options import tuning_from
     from apparate_llm.serve import memory_flags
 
     with _servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
         flags = ["--max-model-len", str(context_length(model))]
-        choice = ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2)))
+        choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), tuning_from())
         options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
-        systems = [plain_vllm(choice), early_exits(SYSTEM, choice, *options)]
+        systems = [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
         loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
         store = Store(Path(folder))
         store.open({"loads": [[load.name, load.fixed_length] for load in loads]}, fresh=True)

@@ -17,6 +17,7 @@ from apparate_llm.eval.store import Store
 from apparate_llm.eval.systems import ModelChoice, System, spelt_out, systems_of
 from apparate_llm.eval.tables import tables
 from apparate_llm.eval.workloads import LEAD_IN_S, closed, poisson
+from apparate_llm.host.limits import cpu_limits
 from apparate_llm.progress import Progress
 from tests.eval_results import a_result, text_of
 from tests.fake_server import bodies, fake_server
@@ -176,8 +177,10 @@ def test_the_parts_of_a_gain_are_switched_on_one_by_one(tiny_llama, lens_ramps):
     assert [system.name for system in systems] == names and not any(system.problem for system in systems)
     plain, threads, pages, exits = systems
     assert plain.variables == {} and plain.command == threads.command
-    assert all(system.variables == {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} for system in systems[1:])
-    assert threads.started_by.startswith("VLLM_CPU_NUM_OF_RESERVED_CPU=0 python -m vllm")
+    cores = ",".join(map(str, cpu_limits().cores))
+    assert all(system.variables == {"VLLM_CPU_OMP_THREADS_BIND": cores} for system in systems[1:])
+    assert threads.started_by.startswith(f"VLLM_CPU_OMP_THREADS_BIND={cores} python -m vllm")
+    assert all(dict(pairwise(system.command))["--tuning"] == "off" for system in (pages, exits))
     options = [dict(pairwise(system.command)) for system in (pages, exits)]
     assert [(given["--huge-pages"], given["--accuracy-bound"]) for given in options] == [("true", "0")] * 2
     config = parse_config({"policy": options[0]["--policy"], "max_batch_tokens": options[0]["--max-batch-tokens"]})

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.eval import plan as plans
+from apparate_llm.eval import systems as systems_module
 from apparate_llm.eval.client import Chunk, Completion
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.notes import notes_of
@@ -22,6 +23,8 @@ from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, quality_of, ratios_of, runs_of
 from apparate_llm.eval.systems import ModelChoice, System, baselines_of, plain_vllm, systems_of
 from apparate_llm.eval.workloads import LEAD_IN_S, closed, poisson, traced
+from apparate_llm.host.choice import BIND
+from apparate_llm.host.limits import CpuLimits
 from apparate_llm.progress import Progress
 from apparate_llm.redact import redacted
 from tests.fake_server import fake_server
@@ -366,15 +369,13 @@ def test_suffix_decoding_needs_its_package_and_remembers_no_answers(tiny_llama, 
     assert speculation_of(there) == {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
 
 
-def test_plain_vllm_tuned_alike_has_our_environment(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
-    plain, tuned, ngram = systems_of(["vllm", "vllm-tuned", "ngram-tuned"], [], ModelChoice(tiny_llama))
-    assert tuned.command == plain.command and plain.variables == {}
-    assert tuned.variables == ngram.variables == {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    assert tuned.started_by == f"VLLM_CPU_NUM_OF_RESERVED_CPU=0 {plain.started_by}"
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})  # of which the API process needs some
-    (tuned,) = systems_of(["vllm-tuned"], [], ModelChoice(tiny_llama))
-    assert tuned.variables == {}
+def test_plain_vllm_tuned_is_on_all_cores(tiny_llama, monkeypatch):
+    for cores in ((0, 1), (0,)):
+        monkeypatch.setattr(systems_module, "cpu_limits", lambda cores=cores: CpuLimits(len(cores), cores, quota=None))
+        plain, tuned, ngram = systems_of(["vllm", "vllm-tuned", "ngram-tuned"], [], ModelChoice(tiny_llama))
+        assert tuned.command == plain.command and plain.variables == {}
+        assert tuned.variables == ngram.variables == {BIND: ",".join(map(str, cores))}
+        assert tuned.started_by == f"{BIND}={tuned.variables[BIND]} {plain.started_by}"
 
 
 def test_a_server_has_the_variables_of_its_system(tmp_path):
@@ -491,7 +492,7 @@ def test_servers_started_here_are_asked_with_the_key_they_were_given(monkeypatch
 def settings_of(argv: list[str]) -> tuple[list[str], dict]:
     """The flags that servers get, and the settings that are kept."""
     args = build_parser().parse_args(spelt_out(argv))
-    return plans._vllm_flags(args.vllm_flag, 2), plans._settings(args, Path("model"), [], [], [])
+    return plans.server_flags(args.vllm_flag, 2), plans._settings(args, ModelChoice(Path("model")), [], [], [])
 
 
 def test_vllm_flags_may_be_written_with_a_blank():

@@ -1,0 +1,201 @@
+"""How a server uses this machine: as variables, as a line, and by what a user says by hand."""
+
+from argparse import ArgumentParser, Namespace
+
+import pytest
+
+from apparate_llm.cli import main
+from apparate_llm.config import ConfigError
+from apparate_llm.host import chosen, options
+from apparate_llm.host.choice import (
+    ALL_CORES,
+    AS_VLLM,
+    BIND,
+    DEFAULT,
+    HUGE_PAGES,
+    KERNELS,
+    OWN_PROCESS,
+    QUEUES,
+    RESERVED,
+    WORKER,
+    Choice,
+    environment,
+    line,
+    variables,
+)
+from apparate_llm.host.chosen import choose
+from apparate_llm.host.limits import CpuLimits
+from apparate_llm.host.options import TUNING_VARIABLE, Tuning, add_tuning, num_ranks, parse_tuning, tuning_from
+from apparate_llm.vllm_flags import normalised
+
+FOUR = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=None)
+SHARED = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=2.5)
+
+# ---- as variables
+
+
+def test_as_vllm_does_nothing_is_set(zentorch):
+    assert variables(AS_VLLM, FOUR) == {}
+
+
+def test_threads_are_bound_to_the_first_cores_as_vllm_binds_them(zentorch):
+    assert variables(ALL_CORES, FOUR) == {BIND: "0,1,2,3"}
+    assert variables(Choice(threads=3), FOUR) == {BIND: "0,1,2"}
+    twice = CpuLimits(num_cpus=4, cores=(2, 3), quota=None)
+    assert variables(ALL_CORES, twice) == {BIND: "2,3"}
+
+
+def test_threads_with_a_share_of_the_time_are_not_bound_to_what_all_others_are_bound_to(zentorch):
+    found = variables(ALL_CORES, SHARED)
+    assert (found[BIND], found["OMP_NUM_THREADS"], found["KMP_BLOCKTIME"]) == ("nobind", "2", "5")
+    enough = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=4.0)
+    assert variables(ALL_CORES, enough) == {BIND: "0,1,2,3"}
+
+
+def test_each_part_has_its_variable(zentorch):
+    assert variables(Choice(queues="block"), FOUR) == {QUEUES: "block"}
+    assert variables(Choice(worker="engine"), FOUR) == {WORKER: "engine", OWN_PROCESS: "0"}
+    assert variables(Choice(huge_pages=True), FOUR) == {HUGE_PAGES: "1"}
+    assert variables(Choice(huge_pages=False), FOUR) == {HUGE_PAGES: "0"}
+    assert variables(Choice(kernels="stock"), FOUR) == {}, "there are no others"
+    zentorch(True)
+    assert variables(Choice(kernels="stock"), FOUR) == {KERNELS: "stock"}
+
+
+def test_zentorchs_passes_are_compiled_into_a_place_of_their_own(zentorch, monkeypatch, tmp_path):
+    """vLLM's key for a compiled pass does not say which kernels it calls."""
+    zentorch(True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = variables(Choice(kernels="zentorch"), FOUR)
+    assert found == {KERNELS: "zentorch", "VLLM_CACHE_ROOT": str(tmp_path / "vllm" / "zentorch")}
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        ({BIND: "0"}, {BIND}),
+        ({RESERVED: "1"}, {BIND}),
+        ({QUEUES: "spin"}, {QUEUES}),
+        ({OWN_PROCESS: "1"}, {WORKER, OWN_PROCESS}),
+        ({HUGE_PAGES: "0"}, {HUGE_PAGES}),
+        ({"SOMETHING": "else"}, set()),
+    ],
+    ids=str,
+)
+def test_a_variable_set_by_hand_stays_and_what_belongs_to_it_is_not_set(given, left_out, zentorch):
+    choice = Choice(threads="all", huge_pages=True, queues="block", worker="engine")
+    everything = variables(choice, FOUR)
+    assert environment(choice, FOUR, {}) == everything
+    assert environment(choice, FOUR, given) == {k: v for k, v in everything.items() if k not in left_out}
+
+
+def test_the_line_says_what_is_in_force(zentorch):
+    choice = Choice(threads="all", huge_pages=True, queues="block", worker="process")
+    assert line(choice, FOUR, {}, "because") == (
+        "Tuned: 4 of 4 threads, stock kernels, huge pages, blocking queues, worker in a process of its own (because)"
+    )
+    said = line(Choice(threads=3, worker="engine"), FOUR, {BIND: "5", QUEUES: "block"}, "why")
+    assert said == (
+        f"Tuned: {BIND}=5, stock kernels, huge pages with exits only, {QUEUES}=block, "
+        "worker in the engine's process (why)"
+    )
+    assert "threads as vLLM gives them" in line(AS_VLLM, FOUR, {}, "")
+
+
+def test_the_default_is_as_vllm_does(zentorch):
+    assert DEFAULT == AS_VLLM and variables(DEFAULT, SHARED) == {}
+
+
+def test_all_cores_are_never_more_than_there_is_time_for(zentorch):
+    little = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=0.5)
+    assert variables(ALL_CORES, little)["OMP_NUM_THREADS"] == "1"
+
+
+# ---- by hand
+
+
+def parsed(*flags: str) -> Namespace:
+    parser = ArgumentParser()
+    add_tuning(parser)
+    return parser.parse_args(flags)
+
+
+def test_what_nobody_says_is_tuned(monkeypatch):
+    monkeypatch.delenv(TUNING_VARIABLE)
+    tuning = tuning_from(parsed())
+    assert tuning.tuning == "auto" and tuning.parts == {} and tuning.flags() == ()
+    monkeypatch.setenv(TUNING_VARIABLE, "off")
+    assert tuning_from(parsed()).tuning == "off" and tuning_from().tuning == "off"
+    assert tuning_from(parsed("--tuning", "auto")).tuning == "auto", "a flag is nearer than a variable"
+
+
+def test_each_part_is_set_by_hand_and_told_on():
+    tuning = tuning_from(parsed("--tuning", "off", "--threads", "2", "--queues", "block", "--worker", "auto"))
+    assert tuning.parts == {"threads": 2, "queues": "block"}
+    told = dict(zip(tuning.flags()[::2], tuning.flags()[1::2], strict=True))
+    assert told == {"--tuning": "off", "--threads": "2", "--queues": "block", "--worker": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--tuning", "yes"], "--tuning: must be auto, off or again, got 'yes'"),
+        (["--threads", "0"], "--threads: must be auto or a whole number of at least 1, got '0'"),
+        (["--threads", "many"], "--threads: must be auto or a whole number of at least 1, got 'many'"),
+        (["--kernels", "onednn"], "--kernels: must be auto, stock or zentorch, got 'onednn'"),
+        (["--queues", "fast"], "--queues: must be auto, spin or block, got 'fast'"),
+        (["--worker", "thread"], "--worker: must be auto, process or engine, got 'thread'"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_value_is_one_line_that_says_what_is_allowed(flags, says, capsys):
+    assert main(["serve", *flags]) == 2
+    assert capsys.readouterr().err == f"apparate-llm: error: {says}\n"
+
+
+def test_a_wrong_variable_is_named(monkeypatch):
+    monkeypatch.setenv(TUNING_VARIABLE, "on")
+    with pytest.raises(ConfigError, match=f"{TUNING_VARIABLE}: must be auto, off or again, got 'on'"):
+        tuning_from(parsed())
+
+
+@pytest.mark.parametrize(
+    ("parts", "flags", "given", "says"),
+    [
+        ({"threads": 5}, [], {}, r"--threads: at most 4 here \(4 cores\), got 5"),
+        ({"threads": 2}, [], {BIND: "0"}, f"--threads and {BIND}=0 both say it"),
+        ({"threads": 2}, [], {RESERVED: "0"}, f"--threads and {RESERVED}=0 both say it"),
+        ({"threads": 2}, ["--tensor-parallel-size", "2"], {}, "--threads: vLLM binds the threads of several workers"),
+        ({"worker": "engine"}, ["--data-parallel-size=2"], {}, "--worker engine: one worker is wanted"),
+        ({"worker": "engine"}, ["--distributed-executor-backend", "mp"], {}, "contradicts --distributed-exec.* mp"),
+        ({"worker": "process"}, [], {OWN_PROCESS: "0"}, f"--worker and {OWN_PROCESS}=0 both say it"),
+        ({"kernels": "zentorch"}, [], {}, "--kernels zentorch: the package zentorch is not installed"),
+    ],
+    ids=str,
+)
+def test_what_this_machine_does_not_allow_is_said(parts, flags, given, says, zentorch):
+    with pytest.raises(ConfigError, match=says):
+        options.check_tuning(parse_tuning(parts), FOUR, flags, given)
+
+
+def test_a_vllm_for_gpus_has_no_such_parts(monkeypatch, tmp_path):
+    for module in (options, chosen):
+        monkeypatch.setattr(module, "is_cpu_build", lambda: False)
+    assert choose(Tuning(), tmp_path).environment == {}
+    with pytest.raises(ConfigError, match="--queues is about vLLM's CPU backend"):
+        choose(parse_tuning({"queues": "block"}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ([], 1),
+        (["-tp", "2"], 2),
+        (["--tensor-par", "2", "-dp=3"], 6),
+        (["--pipeline_parallel_size=2"], 2),
+        (["-tp", "two"], 1),
+    ],
+    ids=str,
+)
+def test_workers_are_counted_by_vllms_flags_in_any_spelling(flags, ranks):
+    assert num_ranks(normalised(flags)) == ranks

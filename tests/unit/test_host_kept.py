@@ -1,0 +1,238 @@
+"""What `tune` has kept, and what is in force for a server, alone or in an evaluation."""
+
+import stat
+from dataclasses import replace
+
+import pytest
+
+from apparate_llm.cli import build_parser, spelt_out
+from apparate_llm.config import ConfigError
+from apparate_llm.host import chosen, store
+from apparate_llm.host.choice import AS_VLLM, BIND, HUGE_PAGES, OWN_PROCESS, QUEUES, RESERVED, WORKER, Choice
+from apparate_llm.host.chosen import choose
+from apparate_llm.host.limits import CpuLimits
+from apparate_llm.host.options import TUNING_VARIABLE, Tuning, parse_tuning, tuning_from
+from apparate_llm.host.store import FOLDER, Kept, huge_pages_given, key_of, load, save
+
+FOUR = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=None)
+SHARED = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=2.5)
+FOUND = Choice(threads="all", huge_pages=True, queues="block")
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"hidden_size": 64, "num_hidden_layers": 4, "torch_dtype": "bfloat16"}')
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("APPARATE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def kept_for(key, choice: Choice = FOUND) -> Kept:
+    return Kept(key=key, choice=choice, measured="2026-01-01T00:00:00+00:00", table=[{"ratio": 0.9}])
+
+
+def test_what_was_kept_is_found_again_and_is_nobody_elses_business(model, cache):
+    key = key_of(model, [], FOUR)
+    assert load(cache, key) is None
+    save(cache, kept_for(key))
+    assert load(cache, key) == kept_for(key)
+    (file,) = (cache / FOLDER).iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+def test_it_holds_for_this_machine_model_dtype_and_these_versions_only(model, cache, monkeypatch):
+    key = key_of(model, [], FOUR)
+    save(cache, kept_for(key))
+    others = [key_of(model, [], SHARED), key_of(model, ["--dtype", "float32"], FOUR)]
+    others += [key_of(model, ["--quantization=awq"], FOUR), key_of(model, ["--enforce-eager"], FOUR)]
+    for name, value in (("cpu_name", lambda: "another"), ("_version", lambda name: "1.2.3")):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, name, value)
+            others.append(key_of(model, [], FOUR))
+    (model / "config.json").write_text('{"hidden_size": 128, "num_hidden_layers": 4, "torch_dtype": "bfloat16"}')
+    others.append(key_of(model, [], FOUR))
+    assert all(other != key and load(cache, other) is None for other in others)
+    assert key_of(model, ["--dtype", "bfloat16"], FOUR) == key_of(model, ["--dtype", "auto"], FOUR)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "[]",
+        "\xff",
+        lambda text: text.replace('"schema_version": 1', '"schema_version": 2'),
+        lambda text: text.replace('"queues": "block"', '"queues": "race"'),
+        lambda text: text.replace('"measured"', '"when"'),
+        lambda text: text.replace('"hidden_size": 64', '"hidden_size": 65'),
+    ],
+    ids=range(8),
+)
+def test_a_damaged_file_is_as_none(damage, model, cache):
+    key = key_of(model, [], FOUR)
+    save(cache, kept_for(key, Choice(queues="block")))
+    (file,) = (cache / FOLDER).iterdir()
+    before = file.read_text()
+    file.write_text(damage if isinstance(damage, str) else damage(before), encoding="latin-1")
+    assert file.read_text(encoding="latin-1") != before and load(cache, key) is None
+    save(cache, kept_for(key))  # it is written over
+    assert load(cache, key) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("always [madvise] never\n", "madvise"), ("always madvise [never]\n", "never"), ("", None)],
+)
+def test_who_has_huge_pages_is_linuxs_word(text, word, tmp_path):
+    (tmp_path / "enabled").write_text(text)
+    assert huge_pages_given(tmp_path / "enabled") == word
+    assert huge_pages_given(tmp_path / "none") is None
+
+
+# ---- what is in force
+
+
+@pytest.fixture
+def four_cores(monkeypatch, zentorch):
+    monkeypatch.setattr(chosen, "cpu_limits", lambda: FOUR)
+
+
+def test_without_a_measurement_all_is_as_vllm_does_and_with_one_as_was_kept(model, cache, four_cores):
+    found = choose(Tuning(), model, given={})
+    assert (found.choice, found.environment, found.line) == (AS_VLLM, {}, None)
+    save(cache, kept_for(key_of(model, [], FOUR), Choice(threads=3, queues="block")))
+    found = choose(Tuning(), model, given={})
+    assert found.choice == Choice(threads=3, queues="block") and "kept" in found.line
+    assert found.environment == {BIND: "0,1,2", QUEUES: "block"}
+    assert choose(Tuning(), model, ["--dtype", "float32"], given={}).choice == AS_VLLM
+
+
+def test_off_is_as_vllm_does_and_says_nothing(model, cache, four_cores):
+    save(cache, kept_for(key_of(model, [], FOUR)))
+    found = choose(parse_tuning({"tuning": "off"}), model, given={})
+    assert (found.choice, found.environment, found.line) == (AS_VLLM, {}, None)
+
+
+def test_parts_by_hand_go_over_all_else(model, cache, four_cores):
+    by_hand = parse_tuning({"tuning": "off", "threads": "2", "worker": "engine"})
+    found = choose(by_hand, model, huge_pages=False, given={})
+    assert found.environment == {BIND: "0,1", WORKER: "engine", OWN_PROCESS: "0", HUGE_PAGES: "0"}
+    assert "threads, worker, huge pages by hand" in found.line
+    found = choose(parse_tuning({"threads": "2"}), model, given={})
+    assert found.choice == Choice(threads=2) and "not measured here" in found.line
+    save(cache, kept_for(key_of(model, [], FOUR)))
+    found = choose(parse_tuning({"threads": "2"}), model, given={})
+    assert found.choice == FOUND.model_copy(update={"threads": 2}) and "threads by hand, else kept" in found.line
+
+
+def test_several_workers_are_bound_by_vllm_itself(model, cache, four_cores):
+    save(cache, kept_for(key_of(model, [], FOUR), Choice(threads="all", worker="engine")))
+    for flags in (["--tensor-parallel-size", "2"], ["--data-parallel-size=2"]):
+        found = choose(Tuning(), model, flags, given={})
+        assert not {BIND, WORKER, OWN_PROCESS} & found.environment.keys()
+
+
+def test_a_users_own_executor_keeps_its_worker(model, cache, four_cores):
+    save(cache, kept_for(key_of(model, [], FOUR), Choice(worker="engine")))
+    assert choose(Tuning(), model, given={}).choice.worker == "engine"
+    flags = ["--distributed-executor-backend", "mp"]
+    assert choose(Tuning(), model, flags, given={}).choice.worker == "process"
+
+
+def test_a_user_without_a_cache_is_served_as_vllm_does(model, homeless, four_cores):
+    assert choose(Tuning(), model, given={}).choice == AS_VLLM
+
+
+def test_a_profile_of_prepare_uses_the_machine_as_a_server_does(model, cache, four_cores, monkeypatch):
+    from apparate_llm.prepare.engine import environment as of_preparation
+    from apparate_llm.prepare.profile import used_by_servers
+
+    save(cache, kept_for(key_of(model, [], FOUR), Choice(threads=3)))
+    monkeypatch.delenv(TUNING_VARIABLE)
+    for name, value in of_preparation().items():
+        monkeypatch.setenv(name, value)
+    found = used_by_servers(model)
+    assert found.environment == {BIND: "0,1,2"} and "OMP_NUM_THREADS" not in found.given
+    monkeypatch.setenv(TUNING_VARIABLE, "off")
+    assert used_by_servers(model).environment == {}
+
+
+# ---- servers of an evaluation
+
+
+@pytest.fixture
+def choice_of(model, monkeypatch):
+    """choice_of(*flags): what the servers of `eval quick` have in common."""
+    from apparate_llm.eval import systems
+    from apparate_llm.eval.plan import option_flags
+
+    monkeypatch.setattr(systems, "cpu_limits", lambda: FOUR)
+
+    def parsed(*flags: str) -> systems.ModelChoice:
+        args = build_parser().parse_args(spelt_out(["eval", "quick", str(model), *flags]))
+        return systems.tuned(systems.ModelChoice(args.model, options=tuple(option_flags(args))), tuning_from(args))
+
+    return parsed
+
+
+def systems_by_name(choice):
+    from apparate_llm.eval.systems import systems_of
+
+    names = ["vllm", "vllm-tuned", "off", "ngram", "ngram-tuned", "+threads"]
+    return {system.name: system for system in systems_of(names, [], choice)}
+
+
+def test_plain_vllm_tuned_uses_the_machine_as_our_servers_do(choice_of, cache, four_cores):
+    choice = choice_of("--tuning", "auto", "--threads", "3", "--queues", "spin", "--huge-pages", "false")
+    found = systems_by_name(choice)
+    for name in ("vllm-tuned", "ngram-tuned"):
+        assert found[name].variables == {BIND: "0,1,2", HUGE_PAGES: "0"}
+        assert found[name].started_by.startswith(f"{BIND}=0,1,2 ")
+    command = " ".join(found["off"].command)
+    assert "--tuning auto --threads 3 --queues spin" in command and found["off"].variables == {}
+    assert found["vllm"].variables == found["ngram"].variables == {}, "as it starts, whatever ours do"
+    assert found["vllm-tuned"].command == found["vllm"].command
+    assert found["+threads"].variables == {BIND: "0,1,2,3"}
+
+
+def test_where_ours_are_as_vllm_does_plain_vllm_tuned_is_on_all_cores(choice_of, cache, four_cores):
+    found = systems_by_name(choice_of())
+    assert found["vllm-tuned"].variables == found["ngram-tuned"].variables == {BIND: "0,1,2,3"}
+    assert found["vllm"].variables == found["off"].variables == {}
+
+
+def test_the_threads_of_several_workers_are_bound_by_vllm(choice_of, cache, four_cores):
+    choice = replace(choice_of(), vllm_flags=("--tensor-parallel-size", "2"))
+    assert systems_by_name(choice)["vllm-tuned"].variables == {RESERVED: "0"}
+
+
+def test_ours_are_compared_with_plain_vllm_that_uses_the_machine_alike(choice_of, model, cache, four_cores):
+    from apparate_llm.eval.systems import plain_alike
+
+    assert (plain_alike(choice_of()).name, plain_alike(choice_of()).variables) == ("vllm", {})
+    save(cache, kept_for(key_of(model, [], FOUR)))
+    alike = plain_alike(choice_of("--tuning", "auto"))
+    assert alike.name == "vllm-tuned"
+    assert alike.variables == {BIND: "0,1,2,3", HUGE_PAGES: "1", QUEUES: "block"}
+
+
+def test_a_system_may_have_parts_of_its_own(model, cache, four_cores):
+    from apparate_llm.eval.systems import ModelChoice, early_exits
+
+    choice = ModelChoice(model, tuning=("--tuning", "off", "--threads", "2"))
+    command = " ".join(early_exits("mine", choice, "--policy", "off", "--threads", "4", "--worker", "engine").command)
+    assert "--tuning off --threads 4 --worker engine" in command
+    with pytest.raises(ConfigError, match="--worker: must be auto, process or engine, got 'none'"):
+        early_exits("mine", choice, "--policy", "off", "--worker", "none")
+
+
+def test_an_evaluation_does_not_measure_first(choice_of, cache, four_cores):
+    with pytest.raises(ConfigError, match=r"--tuning: must be auto or off here .* got 'again'"):
+        choice_of("--tuning", "again")
