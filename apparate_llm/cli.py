@@ -29,6 +29,7 @@ def build_parser() -> OneLineParser:
     from apparate_llm.prepare.command import add_prepare, add_ramps
     from apparate_llm.replay import add_replay
     from apparate_llm.serve import add_serve
+    from apparate_llm.tune.command import add_tune
 
     parser = OneLineParser(prog="apparate-llm", description="LLM serving with early exits, on vLLM.")
     parser.add_argument("--version", action="version", version=f"apparate-llm {__version__}")
@@ -40,6 +41,7 @@ def build_parser() -> OneLineParser:
     add_prepare(subparsers)
     add_ramps(subparsers)
     add_replay(subparsers)
+    add_tune(subparsers)
     return parser
 
 

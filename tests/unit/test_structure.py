@@ -19,13 +19,14 @@ TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 LAYERS = (
     ("core", "config", "renamed", "files", "sse", "argmax", "drawing", "lifeline"),
     ("redact", "address", "admin", "coverage", "vllm_flags", "machine", "launch", "flags", "progress", "quiet_log"),
+    ("host",),
     ("ramps", "patches"),
     ("controller", "models"),
     ("exits",),
     ("engine",),
     ("api", "plugin", "default_model", "doctor", "replay", "chat", "serve"),
     ("eval",),
-    ("prepare",),
+    ("prepare", "tune"),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

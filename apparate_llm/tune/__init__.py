@@ -1,0 +1,1 @@
+"""`apparate-llm tune`: how this machine serves a model fastest, by measuring."""
