@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from apparate_llm.eval.servers import free_port
+from apparate_llm.host.limits import cpu_limits
 from tests.e2e.conftest import START_TIMEOUT_S, TINY_FLAGS, group_alive
 
 END_TIMEOUT_S = 10
@@ -136,7 +137,8 @@ def mapped_at(process: psutil.Process) -> str:
     return next(line.split("-")[0] for line in maps.splitlines() if line.endswith("[vdso]"))
 
 
-def test_engine_and_worker_are_forks_and_only_the_worker_is_bound_to_its_cores(server):
+def test_as_vllm_does_engine_and_worker_are_forks_and_only_the_worker_is_bound_to_its_cores(server):
+    """Tuning is off here, unless a test asks for something else."""
     api = psutil.Process(server.process.pid)
     engine, worker = server.named("VLLM::EngineCore"), server.named("VLLM::Worker")
     assert engine.ppid() == api.pid and worker.ppid() == engine.pid
@@ -148,6 +150,79 @@ def test_engine_and_worker_are_forks_and_only_the_worker_is_bound_to_its_cores(s
         time.sleep(0.2)  # what runs beside the start (engine/background.py) may use any core, until it is done
     (bound,) = allowed(worker)
     assert bound < everything or len(everything) == 1
+
+
+IN_ENGINE = ("--worker", "engine")
+BLOCKING = ("--queues", "block")
+
+
+def test_a_worker_in_the_engine_is_bound_and_what_reads_writes_and_answers_is_not(started):
+    with started(*IN_ENGINE) as server:
+        api, engine = psutil.Process(server.process.pid), server.named("VLLM::EngineCore")
+        assert not [child for child in engine.children() if "VLLM" in "".join(child.cmdline())]
+        assert engine.ppid() == api.pid and mapped_at(api) == mapped_at(engine)
+        everything = frozenset(os.sched_getaffinity(0))
+        computes = frozenset(os.sched_getaffinity(engine.pid))
+        assert computes < everything or len(everything) == 1
+        assert everything in allowed(engine) and allowed(api) == {everything}
+
+
+@pytest.fixture(scope="module")
+def answer_of(tiny_llama):
+    """(a server) -> the tokens of one answer."""
+
+    def ask(server: Started) -> str:
+        body = {"model": str(tiny_llama), "prompt": "w1 w2 w3", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 40
+        text: str = answer.json()["choices"][0]["text"]
+        return text
+
+    return ask
+
+
+def test_all_cores_compute_where_they_are_asked_to(started, answer_of):
+    limits = cpu_limits()
+    with started("--threads", str(limits.threads), *BLOCKING) as server:
+        assert f"Tuned: {limits.threads} of {limits.threads} threads" in server.log.read_text()
+        answer_of(server)
+        worker, deadline = server.named("VLLM::Worker"), time.monotonic() + 30
+        wanted = {frozenset([core]) for core in limits.cores}
+        while (found := {cores for cores in allowed(worker) if len(cores) == 1}) != wanted:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.2)
+
+
+def test_however_its_processes_are_a_server_answers_alike_and_ends_in_order(started, answer_of, tiny_llama):
+    texts = []
+    for flags in ((), BLOCKING, IN_ENGINE):
+        with started(*flags) as server:
+            texts.append(answer_of(server))
+            time.sleep(6)  # until readers have heard of their first notices: longer waits from here on
+            assert answer_of(server) == texts[0]
+            server.listen_and_stream(tiny_llama)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait_until_gone() == 0
+        assert "Traceback" not in server.log.read_text()
+    assert texts[0] and texts == [texts[0]] * 3
+
+
+def test_waiting_engines_and_workers_that_block_take_no_processor(started, answer_of):
+    """While a request is under way each waits for the other; vLLM's spin meanwhile, and for a second after."""
+    spent = {}
+    for flags in ((), BLOCKING):
+        with started(*flags) as server:
+            answer_of(server)
+            worker = server.named("VLLM::Worker")
+            before = cpu_s(worker)
+            time.sleep(0.7)  # of the second for which a reader spins
+            spent[flags] = cpu_s(worker) - before
+    assert spent[BLOCKING] < 0.2 < spent[()], spent
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def allowed(process: psutil.Process) -> set[frozenset[int]]:
@@ -179,18 +254,32 @@ SPAWNED = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
 
 
 @pytest.mark.parametrize(
-    ("killed", "variables"),
+    ("killed", "flags", "variables"),
     [
-        ("API server", {}),
-        ("VLLM::EngineCore", {}),
-        ("VLLM::Worker", {}),
-        ("API server", SPAWNED),
-        ("VLLM::Worker", SPAWNED),
+        ("API server", (), {}),
+        ("VLLM::EngineCore", (), {}),
+        ("VLLM::Worker", (), {}),
+        ("API server", (), SPAWNED),
+        ("VLLM::Worker", (), SPAWNED),
+        ("API server", BLOCKING, {}),
+        ("VLLM::Worker", BLOCKING, {}),
+        ("API server", IN_ENGINE, {}),
+        ("VLLM::EngineCore", IN_ENGINE, {}),
     ],
-    ids=["server", "engine", "worker", "server-spawned", "worker-spawned"],
+    ids=[
+        "server",
+        "engine",
+        "worker",
+        "server-spawned",
+        "worker-spawned",
+        "server-blocking",
+        "worker-blocking",
+        "server-in-engine",
+        "engine-in-engine",
+    ],
 )
-def test_where_one_process_is_killed_the_others_end_and_the_port_is_free(started, tiny_llama, killed, variables):
-    with started(**variables) as server:
+def test_where_one_process_is_killed_the_others_end_and_the_port_is_free(started, tiny_llama, killed, flags, variables):
+    with started(*flags, **variables) as server:
         server.listen_and_stream(tiny_llama)
         victim = server.process.pid if killed == "API server" else server.named(killed).pid
         os.kill(victim, signal.SIGKILL)
