@@ -76,8 +76,8 @@ def profile(
     step; `spread_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
     `threads` compute, as many as in a server.
 
-    limit_s: it ends about then, with fewer sizes and steps where the model is slow. log: what the engine prints.
-    Raises RuntimeError if the engine fails.
+    limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. Raises
+    RuntimeError if it fails.
     """
     chosen = used_by_servers(model)
     environment = {**chosen.given, **chosen.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}

@@ -30,11 +30,15 @@ def of_kernels(best: Choice, old: Choice, limits: CpuLimits, *, zentorch: bool) 
     return [one for one in made if not same(one, best, limits) and not same(one, old, limits)]
 
 
-def of_pages(best: Choice, old: Choice, limits: CpuLimits, *, given: str | None) -> list[Choice]:
-    """Last: other pages. given: who has huge ones, by Linux's word."""
+def of_pages(
+    best: Choice, old: Choice, limits: CpuLimits, *, given: str | None, by_exits: bool = False
+) -> list[Choice]:
+    """Last: other pages. given: who has huge ones, by Linux's word; by_exits: whether servers have them where the
+    choice leaves it open."""
     if given not in WITH_PAGES:
         return []
-    made = best.model_copy(update={"huge_pages": best.huge_pages is not True})
+    now = by_exits if best.huge_pages is None else best.huge_pages
+    made = best.model_copy(update={"huge_pages": not now})
     return [] if same(made, old, limits) else [made]
 
 
@@ -55,7 +59,7 @@ def name_of(choice: Choice, limits: CpuLimits) -> str:
     number = num_threads(choice, limits)
     threads = "vLLM's" if number is None else str(number)
     place = "in engine" if choice.worker == "engine" else f"process, {choice.queues}"
-    pages = "" if choice.huge_pages else ", small pages"
+    pages = {True: ", huge pages", False: ", small pages", None: ""}[choice.huge_pages]
     return f"{threads} threads, {place}{pages}, {kernels_text(choice)}"
 
 

@@ -198,12 +198,12 @@ def measure_and_keep(plan: "TunePlan", flags: list[str], file: Path | None) -> N
 
 
 def one_line(trial: "Trial", limits: "CpuLimits") -> str:
+    from apparate_llm.eval.tables import with_interval
     from apparate_llm.tune.candidates import name_of
 
     if not trial.times:
         return f"{name_of(trial.choice, limits)}: {trial.problem}"
-    ratio, (low, high) = trial.ratio()
-    return f"{name_of(trial.choice, limits)}: {ratio:.3f} ({low:.3f} to {high:.3f}) of the old time per token"
+    return f"{name_of(trial.choice, limits)}: {with_interval(*trial.ratio(), 3)} of the old time per token"
 
 
 def table_of(trials: list["Trial"], best: "Trial | None", limits: "CpuLimits", *, old: "Choice") -> "Table":

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apparate_llm.eval.closed_loop import ratio_of
+from apparate_llm.eval.intervals import Interval
 from apparate_llm.host.choice import Choice
 
 BETTER = 0.98  # of the old choice's time per token: what the whole interval must lie below
 WORSE = 1 / BETTER  # with one number of clients: where the whole interval lies above, the others do not count
+TOO_FEW = "too few turns to be certain"
 GAP = 1.25  # of the old choice's 99th percentile of gaps between tokens: above it means do not count
 
 
@@ -30,27 +32,32 @@ class Trial:
     times: dict[int, tuple[Times, Times]] = field(default_factory=dict)  # by clients: (its own, the old choice's)
     problem: str | None = None  # why it is not chosen by itself
 
-    def ratio(self, clients: Sequence[int] = ()) -> tuple[float, tuple[float, float]]:
-        """Of times per token, its own / the old choice's, geometric mean over pairs of turns, with its 95 % interval;
-        by itself over all numbers of clients. Raises ValueError where no pair is left."""
+    def ratio(self, clients: Sequence[int] = ()) -> tuple[float, Interval | None]:
+        """Of times per token, its own / the old choice's, geometric mean over pairs of turns, with its 95 % interval,
+        None of too few; by itself over all numbers of clients. Raises ValueError where no pair is left."""
         pairs: list[tuple[float, float]] = []
         for number in clients or self.times:
             ours, theirs = self.times[number]
             pairs += zip(_known(ours.tpt_by_turn_ms), _known(theirs.tpt_by_turn_ms), strict=True)
         found = ratio_of([one for one, _ in pairs], [other for _, other in pairs])
-        low, high = found["ci95"]
-        return float(found["ratio"]), (float(low), float(high))
+        return float(found["ratio"]), found["ci95"]
 
     def verdict(self) -> str | None:
         """Why it does not take the old choice's place; None: it may."""
         if self.problem is not None:
             return self.problem
         for number, (ours, theirs) in self.times.items():
-            if self.ratio([number])[1][0] > WORSE:
+            _, edges = self.ratio([number])
+            if edges is None:
+                return TOO_FEW
+            if edges[0] > WORSE:
                 return f"slower with {number} client{'s' * (number != 1)}"
             if ours.gap_p99_ms and theirs.gap_p99_ms and ours.gap_p99_ms > GAP * theirs.gap_p99_ms:
                 return f"longer gaps with {number} client{'s' * (number != 1)}"
-        return None if self.ratio()[1][1] < BETTER else "not faster by more than noise"
+        _, edges = self.ratio()
+        if edges is None:
+            return TOO_FEW
+        return None if edges[1] < BETTER else "not faster by more than noise"
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""

@@ -52,6 +52,7 @@ class TunePlan:
         return SteadyPlan(
             choice=self.served,
             systems=systems,
+            baselines=(systems[0].name,),
             prompts=self.prompts,
             levels=self.clients,
             turns=self.turns,
@@ -90,7 +91,8 @@ def _of_kernels(plan: TunePlan, best: Choice) -> list[Choice]:
 
 
 def _of_pages(plan: TunePlan, best: Choice) -> list[Choice]:
-    return of_pages(best, plan.old, plan.limits, given=huge_pages_given())
+    by_exits = plan.system(best, "best").has_exits
+    return of_pages(best, plan.old, plan.limits, given=huge_pages_given(), by_exits=by_exits)
 
 
 def _fastest(plan: TunePlan, trials: Sequence[Trial]) -> Choice:

@@ -27,10 +27,12 @@ TWO = CpuLimits(num_cpus=2, cores=(0, 1), quota=None)
 ONE = CpuLimits(num_cpus=1, cores=(0,), quota=None)
 SHARED = CpuLimits(num_cpus=8, cores=(0, 1, 2, 3, 4, 5, 6, 7), quota=2.0)
 
+OLD = Choice(threads="all", huge_pages=True, queues="block")
+
 # ---- candidates
 
 
-@pytest.mark.parametrize("old", [DEFAULT, AS_VLLM, Choice(threads=2, worker="engine", huge_pages=True)], ids=str)
+@pytest.mark.parametrize("old", [OLD, AS_VLLM, Choice(threads=2, worker="engine", huge_pages=True)], ids=str)
 def test_vllms_own_way_is_always_measured_and_the_old_choice_never_twice(old, zentorch):
     found = of_processes(old, TWO)
     assert not any(same(one, old, TWO) for one in found)
@@ -42,25 +44,29 @@ def test_vllms_own_way_is_always_measured_and_the_old_choice_never_twice(old, ze
 
 
 def test_where_one_thread_may_compute_there_are_no_fewer(zentorch):
-    assert {one.threads for one in of_processes(DEFAULT, ONE)} == {"all"}
+    assert {one.threads for one in of_processes(OLD, ONE)} == {"all"}
 
 
 def test_no_candidate_takes_more_threads_than_the_control_group_gives_time_for(zentorch):
     """vLLM knows nothing of the quota: by itself it would take all cores."""
-    assert {one.threads for one in of_processes(DEFAULT, SHARED)} == {"all", 1}
+    assert {one.threads for one in of_processes(OLD, SHARED)} == {"all", 1}
 
 
 def test_kernels_and_pages_are_tried_with_the_best_so_far(zentorch):
     best = Choice(threads="all", worker="engine", huge_pages=True)
-    assert of_kernels(best, DEFAULT, TWO, zentorch=False) == []
+    assert of_kernels(best, OLD, TWO, zentorch=False) == []
     zentorch(True)
-    (stock,) = of_kernels(best, DEFAULT, TWO, zentorch=True)  # where it is installed, vLLM takes it by itself
+    (stock,) = of_kernels(best, OLD, TWO, zentorch=True)  # where it is installed, vLLM takes it by itself
     assert stock == best.model_copy(update={"kernels": "stock"})
-    (back,) = of_kernels(stock, DEFAULT, TWO, zentorch=True)
+    (back,) = of_kernels(stock, OLD, TWO, zentorch=True)
     assert back.kernels == "zentorch"
-    (small,) = of_pages(best, DEFAULT, TWO, given="madvise")
+    (small,) = of_pages(best, OLD, TWO, given="madvise")
     assert small == best.model_copy(update={"huge_pages": False})
-    assert of_pages(best, DEFAULT, TWO, given="never") == of_pages(best, DEFAULT, TWO, given=None) == []
+    left_open = AS_VLLM  # then servers with exits have huge ones
+    for by_exits in (True, False):
+        (other,) = of_pages(left_open, OLD, TWO, given="always", by_exits=by_exits)
+        assert other == left_open.model_copy(update={"huge_pages": not by_exits})
+    assert of_pages(best, OLD, TWO, given="never") == of_pages(best, OLD, TWO, given=None) == []
 
 
 @pytest.mark.parametrize(
@@ -92,8 +98,8 @@ def trial_of(*levels: tuple[list[float | None], list[float | None]], choice=AS_V
     return Trial(choice, times)
 
 
-STEADY = [10.0, 10.2, 9.9, 10.1, 10.0, 9.8]
-NOISY = [7.0, 13.0, 10.0, 8.0, 12.5, 9.5]
+STEADY = [10.0, 10.2, 9.9, 10.1, 10.0, 9.8, 10.1, 9.9]
+NOISY = [7.0, 13.0, 10.0, 8.0, 12.5, 9.5, 11.0, 7.5]
 
 
 def scaled(values: list[float], by: float) -> list[float | None]:
@@ -106,9 +112,10 @@ DECISIONS = {
         trial_of((scaled(NOISY, 0.8), NOISY), (scaled(NOISY, 0.9), NOISY)),
         None,
     ),
+    "faster, in too few turns": (trial_of((scaled(STEADY[:7], 0.5), STEADY[:7])), "too few turns to be certain"),
     "hardly faster": (trial_of((scaled(STEADY, 0.99), STEADY)), "not faster by more than noise"),
     "faster on average, by noise": (
-        trial_of((STEADY, [13.0, 9.0, 12.0, 8.0, 13.0, 9.0])),
+        trial_of((STEADY, [13.0, 9.0, 12.0, 8.0, 13.0, 9.0, 12.0, 8.0])),
         "not faster by more than noise",
     ),
     "the same": (trial_of((STEADY, STEADY)), "not faster by more than noise"),
@@ -165,7 +172,7 @@ def plan(tmp_path, monkeypatch, zentorch):
     monkeypatch.setattr(trials, "SETTLE_S", 0.2)
     return TunePlan(
         served=ModelChoice(tmp_path / "a-model"),
-        old=DEFAULT,
+        old=OLD,
         limits=ONE,
         prompts=[Prompt([{"role": "user", "content": "steady"}])] * 3,
         clients=[2],
@@ -202,7 +209,9 @@ def test_each_candidate_is_measured_beside_the_old_choice(base_url, plan, monkey
         assert all(40 < tpt_ms < 100 for tpt_ms in ours.tpt_by_turn_ms) and 40 < ours.gap_p99_ms < 150  # 50 ms apart
         assert 0 < ours.tpt_ms < 100  # a fake server is not frozen, and answers in others' turns, too
         assert 0.5 < trial.ratio()[0] < 2.0 and trial.problem is None
-        assert json.loads(json.dumps(trial.as_dict()))["levels"][0]["clients"] == 2
+        assert trial.ratio()[1] is None and trial.verdict() == "too few turns to be certain"
+        written = json.loads(json.dumps(trial.as_dict()))
+        assert written["levels"][0]["clients"] == 2 and written["ci95"] is None
 
 
 def test_a_candidate_that_does_not_start_is_no_end(base_url, plan, monkeypatch):
@@ -263,8 +272,10 @@ def test_the_best_is_kept_and_then_in_force(measured, capsys):
     assert choose(Tuning(), model).choice == DEFAULT
     assert tune(model, "--json", str(model / "out.json")) == 0
     said = capsys.readouterr()
-    assert "2 threads, in engine, stock kernels" in said.out and "0.600 (" in said.out and "kept" in said.out
-    assert "kept: 2 threads, in engine, stock kernels" in said.err
+    assert (
+        "2 threads, in engine, huge pages, stock kernels" in said.out and "0.600 (" in said.out and "kept" in said.out
+    )
+    assert "kept: 2 threads, in engine, huge pages, stock kernels" in said.err
     written = json.loads((model / "out.json").read_text())
     assert written["choice"]["worker"] == "engine" and len(written["table"]) == 2 and written["machine"]["cpu"]
     assert choose(Tuning(), model).choice == best
@@ -351,10 +362,10 @@ def test_a_servers_start_sets_variables_and_says_what_is_in_force(tmp_path, monk
     wanted = {"speculative_config": {}, "additional_config": {ADDITIONAL_CONFIG_KEY: {}}}
     config = parse_config({"huge_pages": False})
     serve.use_machine(parse_tuning({"worker": "engine"}), tmp_path, [], config, wanted)
-    assert (os.environ[BIND], os.environ[WORKER], os.environ[OWN_PROCESS]) == ("0,1", "engine", "0")
+    assert BIND not in os.environ and (os.environ[WORKER], os.environ[OWN_PROCESS]) == ("engine", "0")
     assert wanted["additional_config"][ADDITIONAL_CONFIG_KEY] == {"huge_pages": False}
     said = capsys.readouterr().err
-    assert said.startswith("Tuned: 2 of 2 threads, stock kernels, small pages") and said.count("\n") == 1
+    assert said.startswith("Tuned: threads as vLLM gives them, stock kernels, small pages") and said.count("\n") == 1
 
 
 def test_the_command_says_what_it_costs(capsys):
