@@ -137,8 +137,7 @@ def mapped_at(process: psutil.Process) -> str:
     return next(line.split("-")[0] for line in maps.splitlines() if line.endswith("[vdso]"))
 
 
-def test_as_vllm_does_engine_and_worker_are_forks_and_only_the_worker_is_bound_to_its_cores(server):
-    """Tuning is off here, unless a test asks for something else."""
+def test_engine_and_worker_are_forks_and_only_the_worker_is_bound_to_its_cores(server):
     api = psutil.Process(server.process.pid)
     engine, worker = server.named("VLLM::EngineCore"), server.named("VLLM::Worker")
     assert engine.ppid() == api.pid and worker.ppid() == engine.pid
