@@ -72,6 +72,7 @@ OVERRIDES: tuple[Overrides, ...] = (
         sha256={
             "__init__": "c026802456720b432a00b7a4cc2dfb14e9e90d6a9a0711aa8c41c76bf0319703",
             "update_from_output": "85b29db96051135c2e8efcb26637eb46d30b8b7707e947ccf4f86f6fdc613c49",
+            "update_draft_token_ids": "f05dcf1d78912b3633f794fddda0fdd5fa71675c168b261cc2e9358397f5a893",
             "_update_request_with_output": "ff6e3f664c996a8f17eefa1808b392ae97ff3c57ee996a6d21d17b26d298f062",
             "_preempt_request": "4113f5de8a84ec2532821578e8e3fb6ca4609b14d3d77b4a57d2b641ca427902",
         },

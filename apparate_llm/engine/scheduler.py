@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from apparate_llm.patches.ledger import apply_all
@@ -47,8 +47,15 @@ class EarlyExitScheduler(Scheduler):
         drafts = getattr(model_runner_output, "drafts", None)
         self.has_drafts = drafts is not None
         if drafts is not None:
-            self._safely(lambda: self.update_draft_token_ids(drafts), None)
+            self.update_draft_token_ids(drafts)
         return outputs
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Also vLLM's own call, where drafting comes after the output."""
+        self._safely(lambda: self._hold(draft_token_ids), None)
+
+    def _hold(self, drafts: DraftTokenIds) -> None:
+        super().update_draft_token_ids(drafts)
 
     def _check_computed(self) -> None:
         """Raise AssertionError if KV is counted that was never computed."""

@@ -44,8 +44,15 @@ class Started:
             time.sleep(0.05)
 
     def named(self, title: str) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(child for child in children if child.cmdline() and child.cmdline()[0].strip() == title)
+        """The process with this title, which it may take some seconds after its siblings."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if [word.strip() for word in child.cmdline()[:1]] == [title]:
+                        return child
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.05)
 
     def listen(self, name: str, method: str, path: str, **body: object) -> None:
         """Read a stream in a thread until it ends or breaks off, one answer after the other; returns when the first

@@ -71,7 +71,7 @@ TARGETS = [
     "drafter.free_slots",
     "scheduler._check_computed",
     "scheduler._released_of",
-    "scheduler.update_draft_token_ids",
+    "scheduler._hold",
     "runner module.admit_request",
     "step module.best_and_regret",
     "step module.verdicts_of_sampling",
@@ -84,7 +84,7 @@ ELSEWHERE = {
     "runner.take_draft_token_ids",
     "scheduler._check_computed",
     "scheduler._released_of",
-    "scheduler.update_draft_token_ids",
+    "scheduler._hold",
 }
 
 
@@ -214,6 +214,16 @@ def test_a_fault_leaves_plain_texts_and_exits_come_back(target, engine, expected
     assert engine.tokens(PROMPTS, greedy(NUM_TOKENS)) == expected["prefill"]
     after = engine.counts()
     assert after["released"] > before["released"] and after["fallbacks"] == before["fallbacks"]
+
+
+def test_drafts_that_come_after_the_output_may_fail_too(engine, expected, monkeypatch):
+    """As where an answer begins or ends: the tokens leave first."""
+    assert configure(engine) is None
+    emit = engine.runner.step.emit
+    monkeypatch.setattr(engine.runner.step, "emit", lambda *args: emit(*args) is not None)
+    raised, tokens = run_with_fault(engine, "scheduler._hold", "decode", once=False, names=iter([10**6]))
+    assert raised > 1 and tokens == expected["decode"]
+    engine.scheduler.num_failures = 0
 
 
 def test_what_a_request_asks_for_in_any_shape_costs_nobody_anything(engine, expected):
