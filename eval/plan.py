@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, new_options
+from apparate_llm.eval.asked_loads import asked_loads
 from apparate_llm.eval.client import GREEDY, Sampling
 from apparate_llm.eval.llama_cpp import demand_of, find_server, llama_cpp_systems, version_of
 from apparate_llm.eval.prompts import Prompt, PromptSet, prompt_set
@@ -27,7 +28,7 @@ from apparate_llm.eval.systems import (
     systems_of,
     tuned,
 )
-from apparate_llm.eval.workloads import SLICE_S, Length, Load, closed, poisson, traced
+from apparate_llm.eval.workloads import Load, closed
 from apparate_llm.flags import options_from
 from apparate_llm.host.options import tuning_from
 from apparate_llm.launch import check_build
@@ -38,7 +39,6 @@ from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
 from apparate_llm.vllm_flags import given_value, one_spelling, split_flag
 
 SET_HERE = ("model", "host", "port", "uds")
-DEFAULT_CONCURRENCY = (1, 2, 4, 8)
 LEAST_TURN_S, MOST_TURN_S = 1.0, 300.0  # a client waits for an answer no longer than twice that
 STEADY_RESULTS = "results.json"
 
@@ -118,7 +118,7 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
 
 def tpt_plan(args: argparse.Namespace) -> EvalPlan:
     asked = prompt_set(args.prompts, args.num_prompts)
-    return _plan(args, asked.prompts, _loads(args, asked.prompts), (), [asked])
+    return _plan(args, asked.prompts, asked_loads(args, asked.prompts), (), [asked])
 
 
 def drift_plan(args: argparse.Namespace) -> EvalPlan:
@@ -300,51 +300,6 @@ def _request_fields(systems: list[System]) -> dict[str, Any]:
     """What requests to some systems say besides."""
     found = {system.name: dict(system.fields) for system in systems if system.fields}
     return {"request_fields": found} if found else {}
-
-
-def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
-    arrivals = next((f"--{name}" for name in ("rate", "trace") if getattr(args, name) is not None), None)
-    if arrivals is not None and args.concurrency is not None:
-        raise ValueError(f"give one of --concurrency and {arrivals}: clients ask when they have their answer")
-    slice_s = args.slice_s or SLICE_S
-    if args.trace is not None:
-        if args.rate is not None:
-            raise ValueError("give one of --rate and --trace: both say when requests arrive")
-        if args.length is not None:
-            raise ValueError("--length does not go with --trace, which sets the answers' lengths")
-        scale, most = args.trace_scale or 1.0, args.num_requests or len(prompts)
-        return [
-            traced(args.trace, prompts, scale=scale, num_requests=most, max_tokens=args.max_tokens, slice_s=slice_s)
-        ]
-    if args.slice_s is not None and args.rate is None:
-        raise ValueError("--slice-s is about arrivals (--rate, --trace), and none are given")
-    for flag, given in (("--trace-scale", args.trace_scale), ("--num-requests", args.num_requests)):
-        if given is not None:
-            raise ValueError(f"{flag} is about a --trace, and none is given")
-    lengths: tuple[Length, ...] = ("free", "fixed") if args.length == "both" else (args.length or "free",)
-    loads = []
-    for length in lengths:
-        if args.rate is not None:
-            loads += [
-                poisson(len(prompts), rate, max_tokens=args.max_tokens, length=length, seed=args.seed, slice_s=slice_s)
-                for rate in args.rate
-            ]
-        else:
-            loads += [
-                closed(len(prompts), number, max_tokens=args.max_tokens, length=length, seed=args.seed)
-                for number in args.concurrency or DEFAULT_CONCURRENCY
-            ]
-    return _named_apart(loads)
-
-
-def _named_apart(loads: list[Load]) -> list[Load]:
-    """A load that is asked for again, as in --concurrency 1,16,1, is another one."""
-    named: list[Load] = []
-    for load in loads:
-        key = (load.name, load.fixed_length)
-        times = sum((other.name.partition(", time ")[0], other.fixed_length) == key for other in named)
-        named.append(replace(load, name=f"{load.name}, time {times + 1}") if times else load)
-    return named
 
 
 def _settings(

@@ -443,20 +443,20 @@ def test_without_plain_vllm_another_baseline_must_be_named(tiny_llama, tmp_path)
 )
 def test_a_flag_that_would_be_ignored_is_refused(flags, says):
     from apparate_llm.cli import build_parser
-    from apparate_llm.eval.plan import _loads
+    from apparate_llm.eval.asked_loads import asked_loads
 
     args = build_parser().parse_args(["eval", "tpt", "--out", "x", *flags.split()])
     with pytest.raises(ValueError, match=says):
-        _loads(args, prompts("a"))
+        asked_loads(args, prompts("a"))
 
 
 def test_a_load_that_is_asked_for_again_is_another_one():
     from apparate_llm.cli import build_parser
-    from apparate_llm.eval.plan import _loads
+    from apparate_llm.eval.asked_loads import asked_loads
 
     args = build_parser().parse_args(["eval", "tpt", "--out", "x", "--concurrency", "1,16,1", "--length", "both"])
     free = ["1 client", "16 clients", "1 client, time 2"]
-    assert [load.name for load in _loads(args, prompts("a"))] == free * 2
+    assert [load.name for load in asked_loads(args, prompts("a"))] == free * 2
 
 
 def test_a_server_that_wants_a_key_gets_it_and_one_that_wants_another_is_said_at_once(tmp_path):
