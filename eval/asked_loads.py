@@ -19,6 +19,8 @@ def asked_loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
             raise ValueError("give one of --rate and --trace: both say when requests arrive")
         if args.length is not None:
             raise ValueError("--length does not go with --trace, which sets the answers' lengths")
+        if args.prompt_tokens:
+            raise ValueError("--prompt-tokens does not go with --trace, which sets the prompts' lengths")
         scale, most = args.trace_scale or 1.0, args.num_requests or len(prompts)
         return [
             traced(args.trace, prompts, scale=scale, num_requests=most, max_tokens=args.max_tokens, slice_s=slice_s)

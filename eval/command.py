@@ -91,6 +91,13 @@ def _add_tpt(kinds: Commands) -> None:
         help="chat (default), code, copy, quick, or a file: JSONL with turns, prompt or messages (Spec-Bench, "
         "MT-bench), ShareGPT JSON, or plain lines",
     )
+    tpt.add_argument(
+        "--prompt-tokens",
+        type=positive_list,
+        metavar="N1,N2",
+        help="prompts of about these many tokens, the chat template not counted, made of the texts of --prompts: each "
+        "load once for each, e.g. to see how long first tokens take",
+    )
     tpt.add_argument("--concurrency", type=positive_list, help="clients of closed loops, e.g. 1,16 (default: 1,2,4,8)")
     tpt.add_argument("--rate", type=rates, help="requests per second of open loops with Poisson arrivals, e.g. 0.5,1")
     tpt.add_argument(

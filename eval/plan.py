@@ -14,6 +14,7 @@ from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.eval.asked_loads import asked_loads
 from apparate_llm.eval.client import GREEDY, Sampling
 from apparate_llm.eval.llama_cpp import demand_of, find_server, llama_cpp_systems, version_of
+from apparate_llm.eval.prompt_lengths import loads_by_length, prompts_of_lengths
 from apparate_llm.eval.prompts import Prompt, PromptSet, prompt_set
 from apparate_llm.eval.systems import (
     BASELINE,
@@ -118,7 +119,11 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
 
 def tpt_plan(args: argparse.Namespace) -> EvalPlan:
     asked = prompt_set(args.prompts, args.num_prompts)
-    return _plan(args, asked.prompts, asked_loads(args, asked.prompts), (), [asked])
+    prompts, loads = asked.prompts, asked_loads(args, asked.prompts)
+    if args.prompt_tokens:
+        loads = loads_by_length(loads, args.prompt_tokens, len(prompts))
+        prompts = prompts_of_lengths(model_folder(args.model), prompts, args.prompt_tokens)
+    return _plan(args, prompts, loads, (), [asked])
 
 
 def drift_plan(args: argparse.Namespace) -> EvalPlan:

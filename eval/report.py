@@ -188,8 +188,10 @@ def _quality_columns(bounds: dict[str, float]) -> Columns:
 
 
 def _exit_columns(runs: list[Run]) -> Columns:
-    elsewhere = ("divergences", "at worst", "regret, nats/token")
-    columns = {name: cell for name, cell in EXIT_COLUMNS.items() if name not in elsewhere}
+    left_out = {"divergences", "at worst", "regret, nats/token"}  # which are in other tables
+    if all(run.within_target_frac is None for run in runs):
+        left_out.add("within target")
+    columns = {name: cell for name, cell in EXIT_COLUMNS.items() if name not in left_out}
     depths = {depth for run in runs if run.exits for depth in run.exits.by_depth}
     for depth in sorted(depths, key=lambda text: (len(text), text)):
         columns[f"at depth {depth}"] = partial(_depth_cell, depth=depth)

@@ -75,6 +75,7 @@ class Run(_Strict):
     output_tokens_per_s: float | None  # of all requests, in `wall_s`
     goodput_frac: float | None  # of the requests: within every --slo; None without
     goodput_per_s: float | None
+    within_target_frac: float | None = None  # of the requests with a TPT: at most --tpt-target-ms; None without
     cpu_s_per_token: float | None
     energy_j_per_token: float | None  # None where the machine does not tell
     blocks_per_token: float | None  # decoder blocks executed

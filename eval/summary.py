@@ -177,6 +177,7 @@ def _run(cell: SystemUnderLoad, summary: Summary, quality: Quality | None) -> Ru
         shared_chunk_frac=shared_chunk_frac(completions),
         output_tokens_per_s=rate,
         goodput_frac=good,
+        within_target_frac=_within_target_frac(cell),
         goodput_per_s=None if good is None or rate is None or not tokens else good * rate * len(completions) / tokens,
         cpu_s_per_token=cell.per_token([block.cpu_s for block in blocks]),
         energy_j_per_token=cell.per_token([block.energy_j for block in blocks]),
@@ -189,6 +190,11 @@ def _run(cell: SystemUnderLoad, summary: Summary, quality: Quality | None) -> Ru
         quality=quality,
         timeline=_timeline(cell, summary),
     )
+
+
+def _within_target_frac(cell: SystemUnderLoad) -> float | None:
+    target_ms = cell.system.tpt_target_ms
+    return None if target_ms is None else _mean([ms <= target_ms for ms in cell.values("tpt_ms") if ms is not None])
 
 
 def _exits(cell: SystemUnderLoad) -> Exits | None:

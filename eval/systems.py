@@ -79,6 +79,7 @@ class System:
     prefix_cache: PrefixCache = "warm"
     fields: Fields = field(default_factory=dict, hash=False)  # of every request to it
     variables: Mapping[str, str] = field(default_factory=dict, hash=False)  # of its environment, set for it
+    tpt_target_ms: float | None = None  # of its requests; None: as fast as the bound allows
     is_foreign: bool = False  # neither ours nor vLLM's: nothing of our environment is for it
 
     @property
@@ -300,6 +301,7 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
         (*command, *(part for pair in (given | tuning).items() for part in pair), *choice.vllm_flags),
         has_exits=has_exits,
         bound=config.accuracy_bound if has_exits else None,
+        tpt_target_ms=config.tpt_target_ms if has_exits else None,
         api_key=choice.own_key,
         problem=problem,
         prefix_cache="salted",

@@ -213,6 +213,7 @@ EXIT_COLUMNS: Columns = {
     "no verdict": exits_cell("unverified"),
     "divergences": divergence_cell,
     "at worst": at_worst_cell,
+    "within target": lambda run: percent(run.within_target_frac),
     "regret, nats/token": lambda run: small(run.regret_nats_per_token),
 }
 ANSWER_COLUMNS: Columns = {

@@ -137,6 +137,14 @@ def test_what_was_asked_is_said_with_the_figures(asked, own, says):
     assert "prompts of" not in text_of(tables(full_result()))  # of old results it is not known
 
 
+def test_the_share_within_a_target_is_shown_where_there_is_one():
+    plain, ours = a_run(), with_exits("target", within_target_frac=0.75)
+    (section,) = [found for found in sections(a_result([plain, ours])) if found.title == "Exits"]
+    assert dict(zip(section.columns, section.rows[0], strict=True))["within target"] == "75.0 %"
+    (section,) = [found for found in sections(full_result()) if found.title == "Exits"]
+    assert "within target" not in section.columns
+
+
 def test_every_figure_of_the_tables_is_on_the_page():
     results = full_result()
     page = render(results, Points())

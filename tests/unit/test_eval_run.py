@@ -436,6 +436,7 @@ def test_without_plain_vllm_another_baseline_must_be_named(tiny_llama, tmp_path)
         ("--rate 1 --concurrency 4", "one of --concurrency and --rate"),
         ("--trace t.csv --concurrency 4", "one of --concurrency and --trace"),
         ("--trace t.csv --length fixed", "--length does not go with --trace"),
+        ("--trace t.csv --prompt-tokens 9", "--prompt-tokens does not go with --trace"),
         ("--trace-scale 2", "--trace-scale is about a --trace"),
         ("--num-requests 9", "--num-requests is about a --trace"),
         ("--slice-s 9", "--slice-s is about arrivals"),

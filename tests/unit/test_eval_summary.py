@@ -82,6 +82,21 @@ def test_blocks_on_disk_are_read_with_what_did_not_count_and_old_ones_without(tm
     assert replace(old, counts={"emitted": 23}).served_tokens == 11  # of what was asked, as it has always been
 
 
+def test_a_target_of_a_system_is_held_against_each_of_its_requests(tmp_path):
+    systems = [System("vllm"), System("target", has_exits=True, tpt_target_ms=50.0)]
+    evaluation = evaluation_of(tmp_path / "out", systems, prompts("a", "b"))
+    for name in ("vllm", "target"):
+        evaluation.store.add(block_of(BlockKey(0, 0, 0, name), 40.0, 49.9))
+        evaluation.store.add(block_of(BlockKey(0, 0, 1, name), 50.1, 49.9))
+    (plain, ours), _, blocks = results_of(evaluation)
+    assert (plain.within_target_frac, ours.within_target_frac) == (None, 0.75)
+    failed = [replace(block, completions=[Completion(0, 0.0, [], "", None, "refused")]) for block in blocks]
+    (_, ours) = runs_of(
+        cells_of(failed, systems, evaluation.loads), Summary(Path("fake"), 4, evaluation.prompts, (), {})
+    )
+    assert ours.within_target_frac is None
+
+
 def test_figures_of_a_server_are_over_all_it_did_and_throughput_within_what_counts(tmp_path):
     ours = System("lossless", has_exits=True, bound=0.0)
     evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a"))
