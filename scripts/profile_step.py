@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""One engine step, line by line: python -m scripts.profile_step --model DIR [--batch 1,4] [--systems ...] [--json FILE]
+"""One engine step, line by line: python -m scripts.profile_step [--model DIR] [--batch 1,4] [--json FILE]
 
-From the repository's root. Runs plain vLLM and exits in this process, without a server, on the built-in prompts: what
-each part of a step takes by itself (the parts it calls taken off), per step, and the least it could take: the bytes
-it must read over the bandwidth measured beside it. What a client sees on top of that (processes, HTTP) is `eval`'s.
+From the repository's root. Runs plain vLLM, our server without exits (`off`) and exits in this process, without a
+server, on the built-in prompts: what each part of a step takes by itself (the parts it calls taken off), per step, and
+the least it could take: the bytes it must read over the bandwidth measured beside it. What a client sees on top of that
+(processes, HTTP) is `eval`'s.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from apparate_llm.launch import reexec_with_libraries
+from apparate_llm.machine import machine
 from apparate_llm.ramps.fingerprint import weight_files
 from apparate_llm.serve import model_folder
 
@@ -134,7 +138,7 @@ def bytes_read(engine: "Engine", model: Path, bytes_per_weight: int) -> dict[str
 
 
 def bandwidth() -> float:
-    """Bytes per ms that one thread reads, best of several."""
+    """Bytes per ms that the threads of this process read, best of several."""
     import torch
 
     data = torch.ones(BANDWIDTH_BYTES // 4)
@@ -148,13 +152,15 @@ def bandwidth() -> float:
 
 def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> None:
     """In a process of its own: put what was measured on the queue."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # a server's worker has one core for itself, too
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # as a server's worker is bound
     from apparate_llm.eval.prompts import load_prompts
     from tests import conftest  # noqa: F401 - sets vLLM's environment before it is imported
     from tests.harness import Engine, greedy
 
     options = None
-    if system != "plain":
+    if system == "off":
+        options = {"policy": "off"}
+    elif system != "plain":
         options = {"policy": "adaptive", "accuracy_bound": 0.0 if system == "lossless" else args.bound, "max_exits": 6}
         if args.depth is not None:
             options |= {"policy": "static", "depth": args.depth, "threshold": THRESHOLD}
@@ -227,6 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--depth", type=int, help=f"all exits at this depth, by policy static with threshold {THRESHOLD}"
     )
+    parser.add_argument("--threads", type=int, default=1, help="that compute, each on a core (default: 1)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=Path, default=Path("chat"), help="built-in set or file")
     parser.add_argument("--num-prompts", type=int, default=8)
@@ -246,7 +253,9 @@ def main() -> None:
             process.join()
     show(results)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        command = shlex.join(["python", "-m", "scripts.profile_step", *sys.argv[1:]])
+        found = {"command": command, "machine": machine(), "model": args.model.name, "results": results}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
