@@ -1,42 +1,30 @@
 #!/usr/bin/env python3
 """The tables of README.md and docs/benchmarks.md, out of the results in docs/results:
 
-python -m scripts.results_table                               # writes all of them anew
-python -m scripts.results_table --texts RESULTS.json NAME     # the rows of docs/serving.md: whose text an answer has
+python -m scripts.results_table        # writes all of them anew
 
-A table stands in its page behind `<!-- table: NAME -->`; TABLES says what each is made of.
+A table stands in its page behind `<!-- table: NAME -->`. A row is left out while its result is not kept.
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from apparate_llm.eval.compare import load_results
-from apparate_llm.eval.schema import Ratio, Run, SteadyLevel, SteadyRatio
-from apparate_llm.eval.tables import at_worst_frac, number, percent, with_interval
-from apparate_llm.renamed import depth_of_any_evaluation, system_of_old
+from apparate_llm.eval.schema import Ratio, SteadyRatio
+from apparate_llm.eval.tables import number, with_interval
+from scripts.kept import QWEN, RESULTS, ROOT, SMOLLM, Measured, is_kept, link, measured, table_of
+from scripts.other_tables import OTHERS
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARK = re.compile(r"^<!-- table: ([\w-]+) -->\n(?:\|.*\n)*", re.M)
-BOUND = "early-exit-0.05"
-TEXTS_OF = ("vllm", "off", "lossless", "ngram")  # rows of the table of texts
-QWEN, SMOLLM = "Qwen2.5-Coder-0.5B", "SmolLM2-135M"
+PLAIN = ("vllm-tuned",)  # plain vLLM with this machine used as ours use it
+LLAMA = ("llama.cpp bf16", "llama.cpp Q8_0")  # in the precision of ours
+SMALLEST = ("llama.cpp Q4_0 n-gram",)
+LOSSLESS, BOUND = "lossless", "early-exit-0.05"
 
-
-class Measured(NamedTuple):
-    """One system under one load; None where it was not measured."""
-
-    ratio: Ratio | SteadyRatio | None
-    run: Run | None
-
-
-NOTHING = Measured(None, None)
+AnyRatio = Ratio | SteadyRatio | None
 
 
 class Rows(NamedTuple):
@@ -47,7 +35,11 @@ class Rows(NamedTuple):
     loads: tuple[str, ...]
 
 
-Column = tuple[str, str, Callable[[Measured], str]]  # heading, system, cell
+class Column(NamedTuple):
+    title: str
+    system: str
+    cell: Callable[[Measured, AnyRatio], str]
+    over: tuple[str, ...] = PLAIN
 
 
 class Table(NamedTuple):
@@ -55,149 +47,98 @@ class Table(NamedTuple):
     columns: tuple[Column, ...]
 
 
-def tpt(found: Measured) -> str:
-    ratio = found.ratio
-    return number(None) if ratio is None else with_interval(ratio.tpt_mean, ratio.tpt_mean_ci95)
+def ratio_of(measure: str) -> Callable[[Measured, AnyRatio], str]:
+    """With its interval."""
+
+    def cell(_: Measured, ratio: AnyRatio) -> str:
+        return with_interval(getattr(ratio, measure, None), getattr(ratio, f"{measure}_ci95", None))
+
+    return cell
 
 
-def ratio_of(measure: str) -> Callable[[Measured], str]:
-    return lambda found: number(getattr(found.ratio, measure, None))
+def mean_of(measure: str) -> Callable[[Measured, AnyRatio], str]:
+    def cell(found: Measured, _: AnyRatio) -> str:
+        return number(getattr(getattr(found.run, measure), "mean", None), 1)
+
+    return cell
 
 
-def mean_ms(found: Measured) -> str:
-    return number(found.run.tpt_ms.mean if found.run else None, 1)
-
-
-def exits_share(found: Measured) -> str:
-    run = found.run
-    if run is None or run.exits is None:
-        return number(None)
-    return percent((run.exits.accepted + run.exits.released) / run.tokens_at_server)
-
-
-def at_worst(found: Measured) -> str:
-    return percent(at_worst_frac(found.run) if found.run else None)
-
-
-TPT_COLUMNS: tuple[Column, ...] = (
-    ("lossless", "lossless", tpt),
-    ("bound 0.05", BOUND, tpt),
-    ("vLLM n-gram", "ngram", tpt),
-)
-FEW = (
-    Rows(f"{QWEN}, code", "tpt-qwen-code-zen5-7.json", ("1 client", "4 clients")),
-    Rows(f"{QWEN}, Spec-Bench", "tpt-qwen-spec120-zen5-2.json", ("1 client",)),
-    Rows(f"{SMOLLM}, Spec-Bench", "tpt-smollm2-zen5-18.json", ("1 client",)),
-    Rows(f"{SMOLLM}, Spec-Bench", "tpt-smollm2-zen5-17.json", ("4 clients",)),
-    Rows(f"{SMOLLM}, Spec-Bench", "tpt-smollm2-zen5-varied-3.json", ("4 clients, varied lengths",)),
-    Rows(f"{SMOLLM}, Spec-Bench", "open-smollm2-zen5-3.json", ("2 requests/s, varied lengths",)),
-)
+TPT, TTFT = ratio_of("tpt_mean"), ratio_of("ttft_mean")
+QWEN_BF16 = Rows(f"{QWEN}, code", "tpt-qwen-code.json", ("1 client", "4 clients"))
+QWEN_INT8 = Rows(f"{QWEN} in int8, code", "tpt-qwen-int8-code.json", ("1 client", "4 clients"))
+QWEN_DRAWN = Rows(f"{QWEN}, code, temperature 0.7", "tpt-qwen-code-drawn.json", ("1 client", "4 clients"))
+SMOLLM_BF16 = Rows(f"{SMOLLM}, Spec-Bench", "tpt-smollm2-spec-bench.json", ("1 client", "4 clients"))
 MANY = (
-    Rows(f"{QWEN}, Spec-Bench", "steady16-qwen-zen5-3.json", ("16 clients",)),
-    Rows(f"{QWEN}, Spec-Bench", "steady-qwen-zen5-6.json", ("32 clients",)),
-    Rows(f"{SMOLLM}, Spec-Bench", "steady16-smollm2-zen5.json", ("16 clients",)),
-    Rows(f"{SMOLLM}, Spec-Bench", "steady-smollm2-zen5-6.json", ("32 clients",)),
+    Rows(f"{QWEN}, code", "steady-qwen-code.json", ("16 clients",)),
+    Rows(f"{SMOLLM}, Spec-Bench", "steady-smollm2-spec-bench.json", ("16 clients",)),
 )
+FIRST_TOKENS = Rows(SMOLLM, "ttft-smollm2.json", tuple(f"1 client, {n}-token prompts" for n in (100, 600, 2100)))
 TABLES: dict[str, Table] = {
     "readme": Table(
-        (FEW[0], MANY[0], *FEW[2:4], MANY[2]),
-        TPT_COLUMNS,
+        (QWEN_BF16, MANY[0], SMOLLM_BF16, MANY[1]),
+        (
+            Column("lossless", LOSSLESS, TPT),
+            Column("bound 0.05", BOUND, TPT),
+            Column("vLLM n-gram", "ngram-tuned", TPT),
+            Column("llama.cpp bf16", "llama.cpp bf16", TPT),
+        ),
     ),
     "tpt": Table(
-        FEW,
-        (("plain, ms", "vllm", mean_ms), *TPT_COLUMNS, ("HF `assistant_early_exit`", "hf-early-exit", tpt)),
-    ),
-    "beside": Table(
-        FEW,
+        (QWEN_BF16, QWEN_INT8, QWEN_DRAWN, SMOLLM_BF16),
         (
-            ("TTFT, lossless", "lossless", ratio_of("ttft_mean")),
-            ("TTFT, 0.05", BOUND, ratio_of("ttft_mean")),
-            ("throughput, lossless", "lossless", ratio_of("throughput")),
-            ("throughput, 0.05", BOUND, ratio_of("throughput")),
-            ("exits, lossless", "lossless", exits_share),
-            ("divergences at worst, 0.05", BOUND, at_worst),
+            Column("lossless, ms", LOSSLESS, mean_of("tpt_ms")),
+            Column("/ plain vLLM", LOSSLESS, TPT),
+            Column("/ llama.cpp, same precision", LOSSLESS, TPT, LLAMA),
+            Column("/ llama.cpp Q4_0, n-gram", LOSSLESS, TPT, SMALLEST),
+            Column("bound 0.05 / lossless", BOUND, TPT, (LOSSLESS,)),
         ),
     ),
     "many-clients": Table(
         MANY,
+        tuple(
+            Column(f"{title} / {name}", LOSSLESS, ratio_of(measure), over)
+            for name, over in (("plain vLLM", PLAIN), ("llama.cpp bf16", LLAMA))
+            for title, measure in (("throughput", "throughput"), ("TPT mean", "tpt_mean"), ("p99", "tpt_p99"))
+        ),
+    ),
+    "first-tokens": Table(
+        (FIRST_TOKENS,),
         (
-            ("TPT, lossless", "lossless", tpt),
-            ("n-gram", "ngram", tpt),
-            ("TTFT, lossless", "lossless", ratio_of("ttft_mean")),
-            ("n-gram", "ngram", ratio_of("ttft_mean")),
-            ("throughput, lossless", "lossless", ratio_of("throughput")),
-            ("n-gram", "ngram", ratio_of("throughput")),
+            Column("plain vLLM, ms", PLAIN[0], mean_of("ttft_ms")),
+            Column("lossless, ms", LOSSLESS, mean_of("ttft_ms")),
+            Column("llama.cpp bf16, ms", LLAMA[0], mean_of("ttft_ms")),
+            Column("lossless / plain vLLM", LOSSLESS, TTFT),
+            Column("lossless / llama.cpp bf16", LOSSLESS, TTFT, LLAMA),
         ),
     ),
 }
-RAMPS = (
-    (f"{QWEN}, code", "ramps-qwen-code.json"),
-    (f"{QWEN}, Spec-Bench", "ramps-qwen-spec-bench.json"),
-    (f"{SMOLLM}, Spec-Bench", "ramps-smollm2-spec-bench.json"),
-)
-
-
-@cache
-def measured(file: str) -> dict[tuple[str, str], Measured]:
-    """By load and system, of `eval tpt` or `eval steady`."""
-    data = json.loads((RESULTS / file).read_text())
-    if "levels" in data:
-        levels = data["levels"]
-        return {
-            (f"{level['clients']} clients", ratio.system): Measured(ratio, None)
-            for level in levels
-            for ratio in steady_ratios(level)
-        }
-    results = load_results(RESULTS / file)
-    ratios = {(item.load, item.system): item for item in results.ratios}
-    return {(run.load, run.system): Measured(ratios.get((run.load, run.system)), run) for run in results.runs}
-
-
-def steady_ratios(level: dict[str, Any]) -> list[SteadyRatio]:
-    """Also of a level that was written before these results had a schema."""
-    if "ratios" in level:
-        return SteadyLevel.model_validate(level).ratios
-    keys = {
-        name: name.removesuffix("_ci95") + "_ratio" + "_ci95" * name.endswith("_ci95")
-        for name in SteadyRatio.model_fields
-    }
-    keys |= {"tpt": "ratio", "tpt_ci95": "ci95"}
-    found = []
-    for run in level["systems"]:
-        if values := {name: run[key] for name, key in keys.items() if key in run}:
-            found.append(SteadyRatio(system=system_of_old(run["system"]), baseline="vllm", **values))
-    return found
 
 
 def made(name: str, folder: Path) -> str:
     """A table by its name. folder: the results, as seen from the page."""
-    if name == "ramps":
-        return ramps_table(folder)
+    if name in OTHERS:
+        return OTHERS[name].made(folder)
     table = TABLES[name]
     rows = []
     for one in table.rows:
-        found = measured(one.file)
+        if not is_kept(one.file):
+            continue
+        found = measured(RESULTS / one.file)
         loads = {load for load, _ in found}
         for load in one.loads:
             assert load in loads, f"{one.file}: no load {load!r} among {sorted(loads)}"
-            cells = [cell(found.get((load, system), NOTHING)) for _, system, cell in table.columns]
-            rows.append([f"[{one.name}]({folder / one.file})", load, *cells])
-    return as_table(["model, prompts", "load", *(title for title, _, _ in table.columns)], rows)
+            cells = [_cell(column, found.get((load, column.system))) for column in table.columns]
+            rows.append([link(one.name, one.file, folder), load, *cells])
+    return table_of(["model, prompts", "load", *(column.title for column in table.columns)], rows)
 
 
-def ramps_table(folder: Path) -> str:
-    """Acceptance rates of the ramps that ship."""
-    head = ["model, prompts", "depth", *(f"position {k}" for k in range(4)), "accepted tokens per step"]
-    rows = []
-    for name, file in RAMPS:
-        for item in map(depth_of_any_evaluation, json.loads((RESULTS / file).read_text())["depths"]):
-            rates = [number(part["acceptance_rate"], 3) for part in item["positions"]]
-            rows.append([f"[{name}]({folder / file})", str(item["depth"]), *rates, number(item["accepted_per_step"])])
-    return as_table(head, rows)
+def _cell(column: Column, found: Measured | None) -> str:
+    return number(None) if found is None else column.cell(found, found.over(column.over))
 
 
-def as_table(head: list[str], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in [head, *rows]).replace("\n", f"\n{'|---' * len(head)}|\n", 1)
+def files_of(name: str) -> list[str]:
+    """Results that a table is made of."""
+    return [*OTHERS[name].files.values()] if name in OTHERS else [rows.file for rows in TABLES[name].rows]
 
 
 def freshened(page: Path) -> str:
@@ -209,22 +150,9 @@ def with_tables(text: str, folder: Path) -> str:
     return MARK.sub(lambda mark: f"<!-- table: {mark[1]} -->\n{made(mark[1], folder)}", text)
 
 
-def texts(path: Path, name: str) -> str:
-    """A row for each system: of its answers, in percent, those with the text of `off` under the same load, for each
-    load; and those with its own text under the first load, for each later one."""
-    results = load_results(path)
-    lines = []
-    for system in TEXTS_OF:
-        runs = [run for run in results.runs if run.system == system]
-        shares = [run.same_as_off_frac for run in runs] + [run.same_as_first_load_frac for run in runs[1:]]
-        cells = [f"[{name}](results/{path.name})", system, *(percent(share).removesuffix(" %") for share in shares)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--texts"]:
-        print(texts(Path(sys.argv[2]), sys.argv[3]))
-    else:
-        for page in PAGES:
-            page.write_text(freshened(page))
+    for page in PAGES:
+        page.write_text(freshened(page))
+        missing = [file for name in MARK.findall(page.read_text()) for file in files_of(name) if not is_kept(file)]
+        if missing:
+            print(f"{page.name}: without {', '.join(missing)}, which docs/results does not hold", file=sys.stderr)
