@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apparate_llm.eval.compare import load_results
+from apparate_llm.eval.systems import OFF
 from apparate_llm.eval.tables import at_worst_frac, number, percent, share_rows
 from scripts.kept import QWEN, RESULTS, SMOLLM, is_kept, link, read, table_of
 
@@ -28,14 +29,15 @@ class Other(NamedTuple):
 
 
 def texts(file: str) -> list[list[str]]:
-    """Of each system: answers with the text of `off` under the same load, and with its own under the first one."""
+    """Of each system, in percent: answers with the text of `off` under the same load."""
     results = load_results(RESULTS / file)
-    rows = []
-    for system in results.systems:
-        runs = [run for run in results.runs if run.system == system]
-        shares = [run.same_as_off_frac for run in runs] + [run.same_as_first_load_frac for run in runs[1:]]
-        rows.append([system, *map(percent, shares)])
-    return rows
+    systems = [name for name in results.systems if name != OFF]
+    return [[name, *(plain(run.same_as_off_frac) for run in results.runs if run.system == name)] for name in systems]
+
+
+def plain(frac: float | None) -> str:
+    """In percent, where a heading says so."""
+    return percent(frac).removesuffix(" %")
 
 
 def targets(file: str) -> list[list[str]]:
@@ -44,8 +46,8 @@ def targets(file: str) -> list[list[str]]:
         [
             run.system,
             number(run.tpt_ms.mean, 1),
-            percent(run.within_target_frac),
-            percent(at_worst_frac(run)),
+            plain(run.within_target_frac),
+            plain(at_worst_frac(run)),
         ]
         for run in load_results(RESULTS / file).runs
         if run.exits
@@ -53,8 +55,9 @@ def targets(file: str) -> list[list[str]]:
 
 
 def shares(file: str) -> list[list[str]]:
-    """Each part over those before it."""
-    return [[load, system, ratio, share] for load, system, _, ratio, share in share_rows(load_results(RESULTS / file))]
+    """Each part over those before it, with one client."""
+    rows = [row for row in share_rows(load_results(RESULTS / file)) if row[0] == "1 client"]
+    return [[system, ratio, share.removesuffix(" %")] for _, system, _, ratio, share in rows]
 
 
 def passes(file: str) -> list[list[str]]:
@@ -71,15 +74,15 @@ def passes(file: str) -> list[list[str]]:
 OTHERS: dict[str, Other] = {
     "texts": Other(
         {QWEN: "texts-qwen.json", SMOLLM: "texts-smollm2.json"},
-        ("system", "as off, 1 client", "4", "16", "as its own with 1, 4 clients", "16"),
+        ("system", "as off with 1 client, %", "4", "16"),
         texts,
     ),
     "targets": Other(
-        {SMOLLM: "targets-smollm2.json"}, ("system", "TPT, ms", "within the target", "divergences at worst"), targets
+        {SMOLLM: "targets-smollm2.json"}, ("system", "TPT, ms", "within the target, %", "at worst, %"), targets
     ),
     "shares": Other(
         {QWEN: "shares-qwen.json", SMOLLM: "shares-smollm2.json"},
-        ("load", "part", "TPT over those before", "share of the gain"),
+        ("part", "TPT over those before", "share of the gain, %"),
         shares,
     ),
     "passes": Other(

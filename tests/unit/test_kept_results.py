@@ -41,6 +41,10 @@ def test_the_readme_has_one_short_table():
     assert sum(len(rows.loads) for rows in TABLES["readme"].rows) <= 6
 
 
+def test_benchmarks_are_short():
+    assert len((ROOT / "docs" / "benchmarks.md").read_text().split()) <= 900
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_figure_comes_from_elsewhere(page):
     assert loose_figures(page.read_text()) == []
