@@ -28,7 +28,8 @@ from apparate_llm.vllm_flags import given_value
 TUNING_VARIABLE = "APPARATE_TUNING"  # what --tuning is where nobody gives it
 SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 EXECUTOR = "distributed-executor-backend"
-VARIABLES = {  # ours: part -> its variable, and what each of its values stands for
+# Ours: part -> its variable, and what each of its values stands for.
+VARIABLES: dict[str, tuple[str, dict[str, str | bool]]] = {
     "kernels": (KERNELS, {"stock": "stock", "zentorch": "zentorch"}),
     "huge_pages": (HUGE_PAGES, {"0": False, "1": True}),
     "queues": (QUEUES, {"spin": "spin", "block": "block"}),

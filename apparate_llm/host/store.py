@@ -51,10 +51,10 @@ def key_of(model: Path, flags: Sequence[str], limits: CpuLimits, config: EarlyEx
     """What a choice holds for. flags: vLLM's, in one spelling; config: of the server, whose passes have more rows with
     exits, and which takes only some choices where texts must not depend on the load."""
     try:
-        config = json.loads((model / "config.json").read_text())
+        found = json.loads((model / "config.json").read_text())
     except (OSError, ValueError):  # whoever serves it says what is wrong
-        config = {}
-    shapes = config if isinstance(config, dict) else {}
+        found = {}
+    shapes = found if isinstance(found, dict) else {}
     dtype = given_value([*flags], "dtype") or "auto"
     if dtype == "auto":
         dtype = str(shapes.get("dtype") or shapes.get("torch_dtype"))
@@ -72,7 +72,7 @@ def key_of(model: Path, flags: Sequence[str], limits: CpuLimits, config: EarlyEx
         "batch_invariant": config.batch_invariant,
         "eager": any(flag.partition("=")[0] == "--enforce-eager" for flag in flags),
         "preloads": sorted(Path(name).name for name in preloads),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": {name: number for name in PACKAGES if (number := _version(name)) is not None},
     }
 
 

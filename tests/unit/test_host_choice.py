@@ -160,6 +160,18 @@ def test_a_wrong_variable_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("value", "says"),
+    [("on", "must be auto, off or again, got 'on'"), ("again", "must be auto or off here")],
+)
+@pytest.mark.parametrize("command", [["prepare", "--out"], ["ramps", "verify"]], ids=" ".join)
+def test_prepare_says_at_its_start_what_its_servers_cannot_do(value, says, command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(TUNING_VARIABLE, value)
+    assert main([*command, str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert TUNING_VARIABLE in said and says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("parts", "flags", "given", "says"),
     [
         ({"threads": 5}, [], {}, r"--threads: at most 4 here \(4 cores\), got 5"),
