@@ -7,6 +7,7 @@ import numpy as np
 
 from apparate_llm.eval.client import Sampling
 from apparate_llm.eval.intervals import FEWEST
+from apparate_llm.eval.prompt_lengths import length_of
 from apparate_llm.eval.schema import Run
 from apparate_llm.eval.store import Block
 from apparate_llm.eval.systems import System
@@ -82,18 +83,24 @@ def _too_few(blocks: Sequence[Block], loads: list[Load]) -> list[str]:
 
 
 def saturation_notes(runs: list[Run]) -> list[str]:
-    """Whether the loads went up to where a system serves no more tokens per second."""
+    """Whether the loads went up to where a system serves no more tokens per second; prompts of each length by
+    themselves."""
+    by_length: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        if not run.fixed_length:
+            by_length[run.system, length_of(run.load)].append(run)
     notes = []
-    for system in dict.fromkeys(run.system for run in runs):
+    for (system, length), some in by_length.items():
         found = sorted(
             (run.concurrency, run.output_tokens_per_s)
-            for run in runs
-            if run.system == system and run.concurrency is not None and run.output_tokens_per_s and not run.fixed_length
+            for run in some
+            if run.concurrency is not None and run.output_tokens_per_s
         )
         if len(found) < 2:
             continue
         best_at, best = max(found, key=lambda item: item[1])
         rising = best_at == found[-1][0] and best > 1.1 * found[-2][1]
         ending = "still rising there" if rising else "saturated"
-        notes.append(f"{system}: at most {best:.1f} output tokens/s, with {best_at} clients ({ending}).")
+        loads = f"{best_at} clients{f', {length}' if length else ''}"
+        notes.append(f"{system}: at most {best:.1f} output tokens/s, with {loads} ({ending}).")
     return notes

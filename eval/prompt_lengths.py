@@ -1,5 +1,6 @@
 """Prompts of given lengths, for how long first tokens take by the length of a prompt."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.workloads import Load
 
 BETWEEN = "\n\n"
+LENGTH = re.compile(r"\d+-token prompts$")  # in the name of a load
 
 
 def prompts_of_lengths(model: Path, prompts: Sequence[Prompt], lengths: Sequence[int]) -> list[Prompt]:
@@ -41,6 +43,12 @@ def loads_by_length(loads: Sequence[Load], lengths: Sequence[int], number: int) 
         for place, tokens in enumerate(lengths)
         for load in loads
     ]
+
+
+def length_of(load: str) -> str:
+    """What the name of a load says of its prompts' length; empty where they have their own."""
+    found = LENGTH.search(load)
+    return found[0] if found else ""
 
 
 def _moved(load: Load, first: int, number: int, total: int, name: str) -> Load:

@@ -6,9 +6,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from apparate_llm.cli import build_parser
+from apparate_llm.eval.notes import saturation_notes
 from apparate_llm.eval.plan import tpt_plan
 from apparate_llm.eval.prompt_lengths import prompts_of_lengths
 from apparate_llm.eval.prompts import NUM_HELD_OUT, Prompt
+from tests.eval_results import a_run
 
 ASKED = [Prompt([{"role": "user", "content": text}]) for text in ("w1 w2 w3", "w4 w5", "w6")]
 
@@ -41,6 +43,19 @@ def test_each_load_asks_for_prompts_of_one_length_and_warms_up_with_others(tiny_
         assert all(ask.prompt_index in own for around in later for ask in around.lead_in)
         assert all(ask.prompt_index in own for around in load.uncounted for ask in around.run_out)
     assert plan.loads[1].uncounted[0].lead_in, "with two clients one is held back"
+
+
+def test_where_a_system_is_saturated_is_said_of_each_length():
+    loads = [f"{name}, {tokens}-token prompts" for tokens in (2, 20) for name in ("1 client", "4 clients")]
+    runs = [
+        a_run("vllm", clients, load=load, output_tokens_per_s=rate)
+        for load, clients, rate in zip(loads, (1, 4, 1, 4), (30.0, 90.0, 10.0, 10.5), strict=True)
+    ]
+    assert saturation_notes(runs) == [
+        "vllm: at most 90.0 output tokens/s, with 4 clients, 2-token prompts (still rising there).",
+        "vllm: at most 10.5 output tokens/s, with 4 clients, 20-token prompts (saturated).",
+    ]
+    assert saturation_notes(runs[::2]) == []
 
 
 def test_lengths_that_cannot_be_had_are_refused(tiny_llama, tmp_path):
