@@ -301,12 +301,12 @@ def rates(text: str) -> list[float]:
 def shares(text: str) -> list[float]:
     bound = EarlyExitConfig.model_fields["accuracy_bound"]
     try:
-        found = [float(part) for part in text.split(",")]
+        fractions = [float(part) for part in text.split(",")]
     except ValueError:
-        found = [-1.0]
-    if not all(0 <= share < 1 for share in found):
+        fractions = [-1.0]
+    if not all(0 <= share < 1 for share in fractions):
         raise argparse.ArgumentTypeError(f"each must be in [0, 1) ({bound.description}), got {text!r}")
-    return found
+    return fractions
 
 
 def paths(text: str) -> list[Path]:
@@ -314,13 +314,13 @@ def paths(text: str) -> list[Path]:
 
 
 def objectives(text: str) -> dict[str, float]:
-    found = {}
+    limits = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
         if name not in OBJECTIVES:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(OBJECTIVES)} (e.g. ttft=200,tpt=20)")
-        found[name] = above_zero(value)
-    return found
+        limits[name] = above_zero(value)
+    return limits
 
 
 def _later(name: str) -> Callable[[argparse.Namespace], int]:

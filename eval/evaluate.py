@@ -149,14 +149,14 @@ def _measure(
                             settling = evaluation.warming(max(2, load.concurrency), longest)
                             _ask(server, evaluation, settling, load.concurrency)
                         settled.add(name)
-                        found = _measure_block(server, evaluation, key, load, asks, stage)
+                        measured = _measure_block(server, evaluation, key, load, asks, stage)
                 except (httpx.HTTPError, RuntimeError) as error:
                     evaluation.dead[name] = f"stopped answering under {load.name}: {error}"
                     progress.say(f"{name} {evaluation.dead[name]}")
                     stage.total, _ = _requests(evaluation, servers)
                     stage.update(before)
                     continue
-                evaluation.store.add(found)
+                evaluation.store.add(measured)
                 stage.update(before + len(asks), stage.facts)
             order.reverse()
         if evaluation.enough(number):
@@ -207,13 +207,13 @@ def _measure_block(
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What was counted in between; shares, which have no difference, are left out."""
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for name, value in after.items():
         if isinstance(value, dict):
-            found[name] = difference(before.get(name, {}), value)
+            changes[name] = difference(before.get(name, {}), value)
         elif not name.endswith("_frac"):
-            found[name] = value - (before.get(name) or 0)
-    return found
+            changes[name] = value - (before.get(name) or 0)
+    return changes
 
 
 def _ask(

@@ -87,9 +87,9 @@ def _sliced(
         for number, ask in enumerate(first)
     ]
     blocks, uncounted = [], []
-    for number, found in itertools.groupby(asks, key=lambda ask: int(ask.arrival_s / slice_s)):
+    for number, group in itertools.groupby(asks, key=lambda ask: int(ask.arrival_s / slice_s)):
         began_s = number * slice_s - LEAD_IN_S
-        counted = tuple(_later(ask, -began_s) for ask in found)
+        counted = tuple(_later(ask, -began_s) for ask in group)
         lead_in = [ask for ask in (*earlier, *asks) if began_s <= ask.arrival_s < began_s + LEAD_IN_S]
         blocks.append(counted)
         uncounted.append(Uncounted(tuple(_later(ask, -began_s) for ask in lead_in), counted, slice_s))

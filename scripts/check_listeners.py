@@ -91,9 +91,7 @@ def main() -> int:
 
 def result_of(clients: Clients, windows: dict[int, list[tuple[float, float, int]]], listeners: int) -> dict[str, Any]:
     arrivals = clients.arrivals()
-    tpt = {
-        number: [in_window(arrivals, began, ended)[0] for began, ended, _ in found] for number, found in windows.items()
-    }
+    tpt = {number: [in_window(arrivals, began, ended)[0] for began, ended, _ in own] for number, own in windows.items()}
     return {
         "listeners": listeners,
         "events_per_s": sum(heard for *_, heard in windows[listeners])

@@ -68,7 +68,7 @@ def key_of(model: Path, flags: Sequence[str], limits: CpuLimits) -> Key:
         "quantization": given_value([*flags], "quantization"),
         "eager": any(flag.partition("=")[0] == "--enforce-eager" for flag in flags),
         "preloads": sorted(Path(name).name for name in preloads),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
     }
 
 

@@ -92,8 +92,8 @@ def print_variables(chosen: "Chosen") -> None:
     """As a shell reads them, libraries to preload included."""
     from apparate_llm.launch import server_environment
 
-    found = {"LD_PRELOAD": server_environment().get("LD_PRELOAD", "")} | chosen.environment
-    for name, value in found.items():
+    env = {"LD_PRELOAD": server_environment().get("LD_PRELOAD", "")} | chosen.environment
+    for name, value in env.items():
         if value:
             print(f"export {name}={shlex.quote(value)}")
 
@@ -213,13 +213,13 @@ def table_of(trials: list["Trial"], best: "Trial | None", limits: "CpuLimits", *
 
     rows = []
     for trial in trials:
-        said = "kept" if trial is best else trial.verdict() or "slower than what is kept"
+        verdict = "kept" if trial is best else trial.verdict() or "slower than what is kept"
         if not trial.times:
-            rows.append([name_of(trial.choice, limits), "", "", "", "", "", "", said])
+            rows.append([name_of(trial.choice, limits), "", "", "", "", "", "", verdict])
         for place, (clients, (ours, theirs)) in enumerate(trial.times.items()):
             ratio = with_interval(*trial.ratio([clients]), 3)
             times = [ours.tpt_ms, theirs.tpt_ms, ours.gap_p99_ms, theirs.gap_p99_ms]
             name = name_of(trial.choice, limits) if place == 0 else ""
-            rows.append([name, str(clients), *(number(value, 1) for value in times), ratio, "" if place else said])
+            rows.append([name, str(clients), *(number(value, 1) for value in times), ratio, "" if place else verdict])
     columns = ["system", "clients", "TPT ms", "old", "gap p99 ms", "old", f"ratio, {WITH_INTERVAL}", ""]
     return console_table(f"Compared with: {name_of(old, limits)}", columns, rows)

@@ -68,8 +68,8 @@ class TunePlan:
         )
 
 
-def measure(plan: TunePlan, progress: Progress, told: Callable[[Trial], None]) -> list[Trial]:
-    """All candidates; told: of each as soon as it is measured. Raises RuntimeError where no server starts as it did so
+def measure(plan: TunePlan, progress: Progress, on_trial: Callable[[Trial], None]) -> list[Trial]:
+    """All candidates; on_trial: called with each as soon as it is measured. Raises RuntimeError where no server starts as it did so
     far."""
     trials: list[Trial] = []
     with ExitStack() as stack:
@@ -78,7 +78,7 @@ def measure(plan: TunePlan, progress: Progress, told: Callable[[Trial], None]) -
             for choice in stage(plan, _fastest(plan, trials)):
                 trial = _tried(plan, old, choice, len(trials), progress)
                 trials.append(trial)
-                told(trial)
+                on_trial(trial)
     return trials
 
 
@@ -152,13 +152,13 @@ def variance(plan: TunePlan, choice: Choice) -> str | None:
     not."""
     kernels = choice.kernels or (ZENTORCH if has_zentorch() else STOCK)
     number = num_threads(choice, plan.limits)
-    found = [
+    records = [
         one
         for one in kept(plan.cache)
         if one["model"] == plan.served.model.name
         and one["kernels"] == kernels
         and (number is None or one["threads"] == number)
     ]
-    if not found:
+    if not records:
         return "not known to be batch-invariant"
-    return None if all(one["holds"] for one in found) else "not batch-invariant"
+    return None if all(one["holds"] for one in records) else "not batch-invariant"
