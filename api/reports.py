@@ -90,7 +90,7 @@ def choice_of(request_id: str, n: int) -> int:
 
 
 def report_of(record: dict[str, Any], texts: list[str]) -> dict[str, Any]:
-    """What the client gets of one choice. record: the engine's; a stop string can have cut off tokens that it counted."""
+    """What the client gets of one choice. record: the engine's; a stop string can have cut off tokens it counted."""
     origins, depths = record["origins"][: len(texts)], record["depths"][: len(texts)]
     assert len(origins) == len(texts), f"{len(texts)} tokens sent, {len(origins)} on record"
     tokens = {origin.value: origins.count(origin.value) for origin in Origin}

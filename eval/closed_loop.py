@@ -1,4 +1,4 @@
-"""Clients that never stop asking, of servers that are frozen in turn: what both kinds of `eval steady` count by."""
+"""Clients in a closed loop, of servers that are frozen in turn: what both kinds of `eval steady` count by."""
 
 import asyncio
 import threading
@@ -64,8 +64,8 @@ class Turns:
 
 @dataclass
 class Clients:
-    """Those of one server: each asks again as soon as it has its answer. Answers' lengths vary, lest clients go in
-    step."""
+    """Those of one server: each asks again as soon as it has its answer. Output lengths vary, lest clients be
+    synchronised."""
 
     server: Server
     prompts: list[Prompt]

@@ -1,4 +1,4 @@
-"""One evaluation: servers started and warmed, loads measured with the systems taking turns, everything kept on disk."""
+"""One evaluation: servers started and warmed, loads measured with the systems interleaved, everything kept on disk."""
 
 import asyncio
 import math
@@ -128,7 +128,7 @@ def _start(evaluation: Evaluation, stack: ExitStack, progress: Progress) -> list
 def _measure(
     evaluation: Evaluation, number: int, load: Load, servers: list[Server], progress: Progress, stage: Stage
 ) -> None:
-    """The systems take turns block by block (A B, B A, A B, ...), so that a machine that is slower for some minutes is
+    """The systems are interleaved block by block (A B, B A, A B, ...), so a machine that is slower for some minutes is
     slower for all. The waiting ones are off the processors; the first request after that is not counted, as nobody
     freezes a server in use. A closed loop begins with further ones that are not counted, for prompts held out."""
     settled: set[str] = set()

@@ -123,7 +123,7 @@ def _system_clause(results: Results, ratios: list[Ratio]) -> str:
 
 
 def _headline_ratios(ratios: list[Ratio]) -> list[Ratio]:
-    """Users get answers of their own length; the others are told of only where they alone warn."""
+    """Users get answers that end by themselves; the others are told of only where they alone warn."""
     own_length = [item for item in ratios if not item.fixed_length]
     slower = {item.load for item in own_length if verdict(item) == "slower"}
     others = [item for item in ratios if item.fixed_length and verdict(item) == "slower" and item.load not in slower]

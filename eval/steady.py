@@ -1,8 +1,8 @@
-"""`eval steady`: clients that never stop asking, while their number steps up and down, to within a few percent.
+"""`eval steady`: clients in a closed loop, while their number steps up and down, to within a few percent.
 
-Every server has its own clients. The servers take turns of a few seconds, all but one frozen, in the middle of their
-answers: so a machine that is slower for ten seconds is slower for all, and ratios are of turns side by side. All times
-are those for which a server was running.
+Every server has its own clients. The servers are interleaved in turns of a few seconds, all but one frozen, in the
+middle of their answers: so a machine that is slower for ten seconds is slower for all, and ratios are of turns side by
+side. All times are those for which a server was running.
 """
 
 import math

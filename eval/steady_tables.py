@@ -17,7 +17,7 @@ def steady_tables(results: SteadyResults) -> list[Table]:
     cores, cpu = results.machine.get("cores", DASH), results.machine.get("cpu", DASH)
     tables = [
         console_table(
-            f"Clients that never stop asking, {cpu}, {cores} cores",
+            f"Clients in a closed loop, {cpu}, {cores} cores",
             ["system", "clients", "TPT ms mean", "p99", "TTFT ms mean", "p99", "tokens/s", "step ms", "failed"],
             [
                 [

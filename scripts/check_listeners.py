@@ -3,9 +3,9 @@
 
     python -m scripts.check_listeners [--listeners 200] [--pairs 20] [--clients 1] [--json OUT] [vLLM flags]
 
-From the repository's root. One server, whose clients never stop asking the same: what exits bring differs more from
-prompt to prompt than what is to be seen here. Windows with listeners on `/early_exit/events` and without take turns.
-Exit code 1 if the mean ratio is above --limit, or a request failed.
+From the repository's root. One server, whose clients ask the same in a closed loop: what exits bring differs more from
+prompt to prompt than what is to be seen here. Windows with listeners on `/early_exit/events` and without are
+interleaved. Exit code 1 if the mean ratio is above --limit, or a request failed.
 """
 
 import argparse

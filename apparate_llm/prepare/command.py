@@ -110,7 +110,7 @@ def add_ramps(subparsers: Any) -> None:
         "verify",
         help="predicted gain of ramps against measured",
         description="Predicts TPT with lossless exits / plain vLLM, from acceptance rates on the prompts and "
-        "from costs on this machine. Then it measures: both servers are started and asked in turns. That takes minutes "
+        "from costs on this machine. Then it measures: both servers are started and interleaved. That takes minutes "
         "and wants the machine to itself.",
         allow_abbrev=False,
     )

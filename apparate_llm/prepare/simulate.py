@@ -1,8 +1,8 @@
 """A server and its clients, simulated: the policy of serving decides over recorded draft steps at measured costs.
 
 One pass at a time, as in an engine. Clients of a closed loop ask in blocks, as `eval` has them ask: each begins with a
-shorter or longer answer that does not count, so that they are out of step, and asks on until all that counts has ended.
-Prompts that wait are read in the next pass, which all others wait for, with exits or without.
+shorter or longer answer that does not count, so that they are not synchronised, and asks on until all that counts has
+ended. Prompts that wait are read in the next pass, which all others wait for, with exits or without.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Prediction against measurement: a short evaluation of plain vLLM and of exits with given ramps, in turns.
+"""Prediction against measurement: a short evaluation of plain vLLM and of exits with given ramps, interleaved.
 
 `prepare --verify` does it with the ramps it has just made, `apparate-llm ramps verify` with any ramp folder.
 """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COSTS = """\
 Measures how this machine serves the model fastest, and keeps it for `serve`, `eval` and `prepare`: how many threads
 compute, with which kernels and pages, how engine and worker wait for each other, and whether they are one process. Each
-candidate is a server that takes turns with one as it is used so far. It takes that one's place where the whole 95 %
+candidate is a server, interleaved with one as it is used so far. It takes that one's place where the whole 95 %
 interval of the ratio of times per token lies below 0.98, with gaps no longer, and texts that do not depend on the load.
 
 what it costs:

@@ -1,4 +1,4 @@
-"""Candidates as servers, each in turns with one that uses the machine as it was used so far."""
+"""Candidates as servers, each interleaved with one that uses the machine as it was used so far."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -69,8 +69,8 @@ class TunePlan:
 
 
 def measure(plan: TunePlan, progress: Progress, on_trial: Callable[[Trial], None]) -> list[Trial]:
-    """All candidates; on_trial: called with each as soon as it is measured. Raises RuntimeError where no server starts as it did so
-    far."""
+    """All candidates; on_trial: called with each as soon as it is measured. Raises RuntimeError where no server starts
+    as it did so far."""
     trials: list[Trial] = []
     with ExitStack() as stack:
         old = _started(plan, plan.old, "old", stack, progress)

@@ -116,7 +116,7 @@ def test_the_dashboard_draws_a_server_under_load_and_its_switch_slows_it_down(se
         assert page.locator("#charts svg path[d*='L']").count() >= 4
         assert "Now: measured" in page.locator("#charts svg").first.get_attribute("aria-label")
         switch.focus()
-        for _ in range(3):  # by turns, as the machine has other work as well
+        for _ in range(3):  # interleaved, as the machine has other work as well
             page.keyboard.press("Space")
             until(page, "config.policy === 'off'", 10)
             begun = page.evaluate("samples.length")

@@ -76,7 +76,7 @@ class Started:
             time.sleep(0.01)
 
     def listen_and_stream(self, model: Path) -> None:
-        """A dashboard, and clients that never stop asking, for answers of different lengths: they do not all end at
+        """A dashboard, and clients in a closed loop, for answers of different lengths: they do not all end at
         once."""
         body = {"model": str(model), "prompt": "w1 w2 w3", "ignore_eos": True, "stream": True}
         self.listen("events", "GET", "/early_exit/events")

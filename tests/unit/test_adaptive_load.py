@@ -131,7 +131,7 @@ def tokens_per_pass(server: Server, num_requests: int) -> float:
 
 
 def test_where_many_come_and_go_steps_get_longer_only_for_what_is_well_worth_it():
-    """Sixteen clients who never stop: a third of a request joins per step."""
+    """Sixteen clients in a closed loop: a third of a request joins per step."""
     for seed in range(8):
         server = Server(seed, joining=True)
         assert server.ratio(1, 300) < 0.70 and server.ratio(4, 200) < 0.80, seed

@@ -276,7 +276,7 @@ def test_an_idle_engine_is_not_asked_until_a_request_comes(monkeypatch):
     asyncio.run(serve())
 
 
-def test_many_listeners_are_told_in_turns_and_leave_nothing_behind():
+def test_many_listeners_get_a_status_in_batches_and_leave_nothing_behind():
     app, _ = served()
     server, num_listeners = app.state.early_exit, 200
 

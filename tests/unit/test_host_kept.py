@@ -16,7 +16,7 @@ from apparate_llm.host.store import FOLDER, Kept, huge_pages_given, key_of, load
 
 FOUR = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=None)
 SHARED = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=2.5)
-FOUND = Choice(threads="all", huge_pages=True, queues="block")
+BEST = Choice(threads="all", huge_pages=True, queues="block")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def kept_for(key, choice: Choice = FOUND) -> Kept:
+def kept_for(key, choice: Choice = BEST) -> Kept:
     return Kept(key=key, choice=choice, measured="2026-01-01T00:00:00+00:00", table=[{"ratio": 0.9}])
 
 
@@ -129,7 +129,7 @@ def test_parts_by_hand_go_over_all_else(model, cache, four_cores):
     assert chosen.choice == Choice(threads=2) and "not measured here" in chosen.line
     save(cache, kept_for(key_of(model, [], FOUR)))
     chosen = choose(parse_tuning({"threads": "2"}), model, given={})
-    assert chosen.choice == FOUND.model_copy(update={"threads": 2}) and "threads by hand, else kept" in chosen.line
+    assert chosen.choice == BEST.model_copy(update={"threads": 2}) and "threads by hand, else kept" in chosen.line
 
 
 def test_several_workers_are_bound_by_vllm_itself(model, cache, four_cores):

@@ -242,6 +242,17 @@ RETIRED = (
     r"\bread_cycles\b",  # read_steps
     r"\bnum_inner\b|\.inner\b|\binner(=|: )",  # aux_layers
     r"\bdiffering\b|tokens that differ\b(?! from)|count(s|ed)? as wrong|exits? wrongly",  # divergence
+    r"\b(found|told|said)\b *(:[^=\n]*)?[-+|:]?=(?!=)",  # by content: paths, matches, records
+    r"\bfor (\w+, )?(found|told|said) in\b|\b(found|told|said)\[|\bdef _?(found|told|said)\b|\((found|told|said)[,:)]",
+    r"\bspreads? *=(?!=)|\bspread_frac\b",  # histogram, error_frac
+    r"\bstock_\w+",  # original
+    r"\bpaces?\b",  # slowdown
+    r"(?<!\.)\bprices?\b(?!: float)",  # cost; not of the product in an answer
+    r"\bnever stop",  # closed loop
+    r"\blengths? of (their|its|a) own\b",  # varied output lengths
+    r"\b(go|goes|going|went|out of)\s+(in )?step\b",  # synchronised
+    r"\bdear(er|est|ly)?\b",  # expensive
+    r"\bby turns\b|\btak(e|es|ing) turns\b",  # interleaved
 )
 
 

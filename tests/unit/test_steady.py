@@ -1,4 +1,4 @@
-"""`eval steady`: servers that take turns under clients that never stop asking, over fake servers."""
+"""`eval steady`: interleaved servers under clients in a closed loop, over fake servers."""
 
 import argparse
 import json
@@ -229,7 +229,7 @@ def test_results_are_kept_after_every_level(base_url, tmp_path, monkeypatch, cap
     results = SteadyResults.model_validate_json((tmp_path / "results.json").read_text())
     assert [level.clients for level in results.levels] == [2]
     text = capsys.readouterr().out
-    assert "Clients that never stop asking" in text and "Ratios to vllm" in text and "What first tokens waited" in text
+    assert "Clients in a closed loop" in text and "Ratios to vllm" in text and "What first tokens waited" in text
     assert all(len(line) <= 120 for line in text.splitlines()) and len(steady_tables(results)) == 3
     assert json.loads((tmp_path / "results.json").read_text())["schema_version"] == 1
 
