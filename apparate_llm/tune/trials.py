@@ -92,7 +92,7 @@ def _of_kernels(plan: TunePlan, best: Choice) -> list[Choice]:
 
 
 def _of_pages(plan: TunePlan, best: Choice) -> list[Choice]:
-    by_exits = plan.system(best, "best").has_exits
+    by_exits = plan.config.policy != "off"
     return of_pages(best, plan.old, plan.limits, given=huge_pages_given(), by_exits=by_exits)
 
 

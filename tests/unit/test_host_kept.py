@@ -249,8 +249,8 @@ def test_where_ours_are_as_vllm_does_plain_vllm_tuned_is_on_all_cores(choice_of,
 
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_pages_by_hand_are_no_tuning(value, choice_of, cache, four_cores):
-    choice = choice_of("--huge-pages", value)
-    assert (choice.used, choice.alike, choice.tuning) == (AS_VLLM, {}, ())
+    choice = choice_of("--tuning", "auto", "--huge-pages", value)
+    assert (choice.used, choice.alike) == (AS_VLLM, {})
     assert plain_alike(choice).name == "vllm"
     assert systems_by_name(choice)["vllm-tuned"].variables == {BIND: "0,1,2,3"}
     assert f"--huge-pages {value}" in " ".join(early_exits("ours", choice, "--policy", "off").command)
