@@ -71,6 +71,11 @@ def passes(file: str) -> list[list[str]]:
     return [[cells[rows] for rows in (1, 2, 4, 8)]]
 
 
+def int8(file: str) -> list[list[str]]:
+    agreement = read(file)["agreement"]
+    return [[str(agreement["num_tokens"]), plain(agreement["same_frac"]), number(agreement["kl_nats"], 4)]]
+
+
 OTHERS: dict[str, Other] = {
     "texts": Other(
         {QWEN: "texts-qwen.json", SMOLLM: "texts-smollm2.json"},
@@ -88,4 +93,5 @@ OTHERS: dict[str, Other] = {
     "passes": Other(
         {QWEN: "passes-qwen.json", SMOLLM: "passes-smollm2.json"}, tuple(f"{n}, ms" for n in (1, 2, 4, 8)), passes
     ),
+    "int8": Other({QWEN: "int8-qwen.json"}, ("greedy tokens", "the same in int8, %", "KL, nats"), int8),
 }

@@ -142,5 +142,11 @@ def test_a_pass_stands_beside_the_time_that_its_weights_take_to_be_read(folder):
     assert made("passes", HERE).splitlines()[2].endswith("| 8.0 (2.00) | 8.0 (2.00) | 8.0 (2.00) | 8.0 (2.00) |")
 
 
+def test_an_int8_model_has_its_agreement(folder):
+    agreement = {"num_prompts": 9, "num_tokens": 900, "same_frac": 0.97, "kl_nats": 0.0123}
+    (folder / "int8-qwen.json").write_text(json.dumps({"agreement": agreement}))
+    assert made("int8", HERE).splitlines()[2].endswith("| 900 | 97.0 | 0.0123 |")
+
+
 def test_a_table_without_a_kept_result_has_no_rows(folder):
-    assert [made(name, HERE) for name in (*results_table.TABLES, *other_tables.OTHERS)] == [""] * 8
+    assert [made(name, HERE) for name in (*results_table.TABLES, *other_tables.OTHERS)] == [""] * 9
