@@ -26,8 +26,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from apparate_llm import __version__
+from tests.dockerfile import ROOT, command_of, last_stage, sent_to_docker
 from tests.e2e.conftest import group_alive
-from tests.unit.test_container import ROOT, command_of, last_stage, sent_to_docker
 
 LINKED = ("api", "eval", "patches")  # inside the package they are links
 BUILD = "from setuptools.build_meta import build_sdist; build_sdist('dist')"

@@ -11,28 +11,10 @@ import pytest
 import yaml
 
 from apparate_llm.doctor import LIBRARY_FIX
+from tests.dockerfile import DOCKERFILE, ROOT, command_of, last_stage, sent_to_docker
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
-
-
-def instructions(text: str) -> list[tuple[str, str]]:
-    """(name, the rest) of each, lines that go on joined."""
-    lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", " ")
-    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in lines.splitlines() if line.strip()]
-
-
-def last_stage() -> dict[str, str]:
-    found = instructions(DOCKERFILE)
-    start = max(number for number, (name, _) in enumerate(found) if name == "FROM")
-    return {name: rest for name, rest in found[start:] if name != "RUN"}
-
-
-def command_of(instruction: str) -> list[str]:
-    """Raises ValueError where it is not in the form that starts no shell."""
-    return json.loads(instruction[instruction.index("[") :])
 
 
 def test_a_linter_finds_nothing():
@@ -63,13 +45,6 @@ def test_the_image_has_the_library_that_doctor_asks_for():
     package = LIBRARY_FIX["libtcmalloc_minimal.so.4"].split()[-1]
     assert re.search(rf"apt-get install [^&]*\b{package}\b", DOCKERFILE)
     assert "doctor --fix" in DOCKERFILE
-
-
-def sent_to_docker() -> set[str]:
-    """Names at the top that .dockerignore lets through."""
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
-    assert lines[0] == "*"
-    return {line[1:] for line in lines if line.startswith("!")}
 
 
 def test_docker_is_sent_what_a_wheel_is_made_of_and_nothing_else():
