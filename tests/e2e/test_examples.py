@@ -24,7 +24,7 @@ QUESTION = "w3 w5 w9"
 @pytest.fixture(scope="module")
 def server(serve, tiny_llama, lens_ramps):
     """Exits wherever they can be: by a policy that does not look at what they cost."""
-    flags = ["--ramps", str(lens_ramps(depth=3)), "--policy", "static", "--threshold", "0.05"]
+    flags = ["--ramps", str(lens_ramps(depth=3)), "--policy", "static", "--threshold", "0.05", "--tpt-target-ms", "20"]
     flags += ["--tenants", str(EXAMPLES / "tenants.toml"), "--api-key", *KEYS.values(), "--served-model-name", "tiny"]
     with serve(str(tiny_llama), *flags, *TINY_FLAGS, APPARATE_ADMIN_KEY="sk-boss") as base_url:
         yield base_url
@@ -89,7 +89,9 @@ def test_tenants_have_options_and_figures_of_their_own(server):
 
 
 def test_bench_measures_with_and_without_exits_and_leaves_the_policy_as_it_was(server):
-    out = run(server, KEYS["reports"], str(EXAMPLES / "bench.sh"), server, "1", KEY="sk-boss").splitlines()
+    out = run(
+        server, KEYS["reports"], str(EXAMPLES / "bench.sh"), server, "1", APPARATE_ADMIN_KEY="sk-boss"
+    ).splitlines()
     times = {line.split()[0]: float(line.split()[1]) for line in out[:2]}
     assert set(times) == {"static", "off"} and min(times.values()) > 0
     ratio = float(re.fullmatch(r"static over off: (\d+\.\d\d)", out[2])[1])
