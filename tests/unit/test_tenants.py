@@ -1,5 +1,7 @@
 """Tenants: what a file may say, whose a request is, and that none spends what another has earned."""
 
+import json
+
 import pytest
 
 from apparate_llm.cli import build_parser
@@ -27,7 +29,9 @@ def test_a_file_names_tenants_and_only_digests_of_its_keys_go_on(tmp_path):
     )
     config = flags("--tenants", str(file))
     assert config.tenants["interactive"].tpt_target_ms == 20.0 and config.tenants["batch"].early_exit == 0
-    assert "sk-1" not in str(vllm_args(config, "LlamaForCausalLM"))
+    settings = vllm_args(config, "LlamaForCausalLM")
+    assert "sk-1" not in str(settings)
+    assert json.loads(json.dumps(settings)) == settings  # as vLLM reads its flags, which must be what is meant
     assert len(config.tenants["interactive"].api_keys_sha256) == 1
     assert "api_keys_sha256" not in str(public_config(config))
 
