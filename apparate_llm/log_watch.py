@@ -5,6 +5,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class LogReader:
     def __init__(self) -> None:
         self._head: str | None = None  # of the message under way; "": of one whose further lines have none
         self._level = self._first = self._last = ""
+        self._is_indented = False  # its line before
         self._told: deque[str] = deque(maxlen=REMEMBERED)
 
     def take(self, line: str) -> list[Message]:
@@ -54,9 +56,10 @@ class LogReader:
         found = OF_VLLM.match(line)
         head = line[: found.start("text")].rstrip() if found else ""
         text = found["text"] if found else line
-        if self._head is not None and head == self._head and not (found is None and self._begins(line)):
-            if text and not text[0].isspace():
-                self._last = text
+        if self._head is not None and head == self._head and not (found is None and OF_UVICORN.match(line)):
+            if text and not text[0].isspace() and (head or self._is_indented):
+                self._last = text  # of a bare trace: what stands behind its calls, and no line after it
+            self._is_indented = text[:1].isspace()
             return []
         ended = self.end()
         if found is not None:
@@ -81,12 +84,14 @@ class LogReader:
         return [Message(self._level, "\n".join(dict.fromkeys(texts)))] if texts else []
 
     def _begin(self, head: str, level: str, text: str) -> None:
-        self._head, self._level, self._first, self._last = head, level, text, ""
+        self._head, self._level, self._first, self._last, self._is_indented = head, level, text, "", False
 
-    @staticmethod
-    def _begins(line: str) -> bool:
-        """Whether another message begins with this line, which is not vLLM's."""
-        return OF_UVICORN.match(line) is not None
+
+def errors_in(text: str) -> list[str]:
+    """Of a whole log, the lines that say what went wrong."""
+    reader = LogReader()
+    found = [message for line in text.splitlines() for message in reader.take(line)] + reader.end()
+    return [line for message in found if message.level == "error" for line in message.text.splitlines()]
 
 
 class LogWatch(threading.Thread):
@@ -105,7 +110,8 @@ class LogWatch(threading.Thread):
     def run(self) -> None:
         while not self._ends.wait(POLL_S):
             self._look()
-            self._beat()
+            with suppress(OSError):  # the terminal is gone: the server is not
+                self._beat()
 
     def stop(self) -> None:
         """After a last look."""
@@ -126,4 +132,5 @@ class LogWatch(threading.Thread):
     def _tell(self, messages: list[Message]) -> None:
         for message in messages:
             self.num_errors += message.level == "error"
-            self._say(message)
+            with suppress(OSError):
+                self._say(message)

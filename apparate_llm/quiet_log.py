@@ -93,8 +93,9 @@ def _tell(console: Console, message: Message) -> None:
 
 
 def _say(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    with suppress(OSError):  # a terminal that is gone
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _temporary() -> Path:

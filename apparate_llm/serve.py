@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -162,7 +163,8 @@ def start_quietly(lines: list[str], flags: list[str], wanted: dict[str, Any], sh
     with log_of_engines(log_file(shown.port), note=NOTE, beat=shown.beat) as console:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
         code = start_vllm(flags, wanted)
-        console.print("The server has ended.", highlight=False)
+        with suppress(OSError):  # the terminal is gone
+            console.print("The server has ended.", highlight=False)
     return code
 
 

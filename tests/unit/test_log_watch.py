@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from apparate_llm.log_watch import LOGGER, LogReader, LogWatch, Message, sign_our_lines
+from apparate_llm.log_watch import LOGGER, LogReader, LogWatch, Message, errors_in, sign_our_lines
 
 AT = "11-30 15:52:57"
 FAILED = f"""\
@@ -23,6 +23,8 @@ Traceback (most recent call last):
   File "process.py", line 314, in _bootstrap
     self.run()
 ValueError: No available memory
+
+words of a library
 (APIServer pid=1) INFO {AT} [x.py:1] after it
 """
 
@@ -37,6 +39,7 @@ def test_of_a_failed_start_the_reasons_are_told_once():
         Message("error", "EngineCore failed to start.\nValueError: No available memory"),
         Message("error", "Worker proc died"),
     ]
+    assert errors_in(FAILED) == ["EngineCore failed to start.", "ValueError: No available memory", "Worker proc died"]
 
 
 def test_colours_and_carriage_returns_change_nothing():
