@@ -24,7 +24,7 @@ def add_api_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         default=os.environ.get("OPENAI_API_KEY"),
-        help="key of the servers that are asked (default: $OPENAI_API_KEY)",
+        help="API key of the servers that are asked (default: $OPENAI_API_KEY)",
     )
 
 

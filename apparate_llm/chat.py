@@ -39,18 +39,22 @@ def add_chat(subparsers: Commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--url", default="http://localhost:8000", help="of the server, with or without /v1 (default: %(default)s)"
+        "--url",
+        default="http://localhost:8000",
+        help="address of the server, with or without /v1 (default: %(default)s)",
     )
     parser.add_argument("--model", help="name of the model (default: the server's first)")
-    parser.add_argument("--max-tokens", type=positive, default=512, help="longest answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=512, help="longest answer, in tokens (default: %(default)s)"
+    )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
-        help="draw tokens at random (default: %(default)s, always the best token)",
+        help="0: always the best token; above: drawn at random (default: %(default)s)",
     )
     parser.add_argument("--system", help="system prompt")
-    parser.add_argument("--no-exits", action="store_true", help="ask for answers without early exits, to compare")
+    parser.add_argument("--no-exits", action="store_true", help="ask for answers without exits, to compare")
     add_api_key(parser)
     parser.set_defaults(run=run_chat)
 
@@ -79,13 +83,20 @@ class Answer:
             self.first_s = self.first_s or self.last_s
             self.text += text
 
+    @property
+    def tpt_ms(self) -> float | None:
+        """None for an answer of less than two tokens."""
+        if self.first_s is None or self.num_tokens < 2:
+            return None
+        return (self.last_s - self.first_s) * 1e3 / (self.num_tokens - 1)
+
     def note(self) -> str:
         """One line on its speed and its tokens."""
         if self.first_s is None:
             return "no text"
         parts = [f"first token after {(self.first_s - self.sent_s) * 1e3:.0f} ms"]
-        if self.num_tokens > 1:
-            parts.insert(0, f"{(self.last_s - self.first_s) * 1e3 / (self.num_tokens - 1):.1f} ms per token")
+        if self.tpt_ms is not None:
+            parts.insert(0, f"{self.tpt_ms:.1f} ms per token")
         parts.append(f"{self.num_tokens} tokens")
         if self.report is not None:
             tokens = self.report["tokens"]
@@ -144,8 +155,8 @@ class ChatClient:
         if answer.status_code != 200:
             raise RuntimeError(f"the server answers with HTTP {answer.status_code}: {answer.text[:300]}")
 
-    def ask(self, messages: list[dict[str, str]]) -> Iterator[Answer]:
-        """The answer, again after every chunk."""
+    def ask(self, messages: list[dict[str, str]], options: dict[str, int | float] | None = None) -> Iterator[Answer]:
+        """The answer, again after every chunk. options: instead of the command's, in `vllm_xargs`."""
         import httpx
 
         body = {
@@ -153,7 +164,7 @@ class ChatClient:
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "vllm_xargs": self.options,
+            "vllm_xargs": self.options if options is None else options,
         }
         answer = Answer()
         try:
@@ -175,9 +186,8 @@ def run_chat(args: argparse.Namespace) -> int:
     client = ChatClient(args)
     console = Console(highlight=False)
     if console.is_terminal:
-        legend = "  ".join(f"[{STYLES[name] or 'none'}]{title}[/]" for name, title in LEGEND)
         console.print(
-            f"{client.body['model']} at {client.url}. Tokens: {legend}. An empty line ends, /new begins anew."
+            f"{client.body['model']} at {client.url}. Tokens: {legend()}. An empty line ends, /new begins anew."
         )
     begin = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(begin)
@@ -191,6 +201,11 @@ def run_chat(args: argparse.Namespace) -> int:
     return 0
 
 
+def legend() -> str:
+    """What the colours mean, as rich's markup."""
+    return "  ".join(f"[{STYLES[name] or 'none'}]{title}[/]" for name, title in LEGEND)
+
+
 def read_line(console: "Console") -> str | None:
     """What the user says; None at the end."""
     try:
@@ -200,17 +215,22 @@ def read_line(console: "Console") -> str | None:
     return line.strip() or None
 
 
+def end_of(text: str, console: "Console", width: int, height: int) -> "Text":
+    """As many of the last lines as fit."""
+    from rich.text import Text
+
+    return Text("\n").join(Text(text).wrap(console, width)[-height:])
+
+
 def show(console: "Console", answers: Iterator[Answer]) -> Answer:
     """Stream one answer to the terminal, as much of it as fits; in the end all of it, in its colours."""
     from rich.live import Live
-    from rich.text import Text
 
     answer = Answer()
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for answer in answers:
             if console.is_terminal:
-                lines = Text(answer.text).wrap(console, console.width)
-                live.update(Text("\n").join(lines[-(console.height - 2) :]), refresh=True)
+                live.update(end_of(answer.text, console, console.width, console.height - 2), refresh=True)
     console.print(answer.coloured(), soft_wrap=not console.is_terminal)
     console.print(answer.note(), style="dim", soft_wrap=not console.is_terminal)
     return answer

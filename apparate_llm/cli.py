@@ -22,8 +22,20 @@ EXIT_CODES = {
 }
 
 
+FIRST_STEPS = f"""\
+apparate-llm {__version__}: LLM serving with early exits, on vLLM. To begin:
+  apparate-llm demo                        one prompt with exits off and on, side by side
+  apparate-llm serve                       serve a small model on port 8000, by OpenAI's API
+  apparate-llm chat                        talk to that server
+  apparate-llm prepare MODEL --out RAMPS   make exits for your own model
+  apparate-llm eval quick                  measure against plain vLLM
+  apparate-llm doctor                      what is wrong with this installation, and the fix
+All commands: apparate-llm --help. Their options: apparate-llm COMMAND --help"""
+
+
 def build_parser() -> OneLineParser:
     from apparate_llm.chat import add_chat
+    from apparate_llm.demo.command import add_demo
     from apparate_llm.doctor import add_doctor
     from apparate_llm.eval.command import add_eval
     from apparate_llm.prepare.command import add_prepare, add_ramps
@@ -31,12 +43,16 @@ def build_parser() -> OneLineParser:
     from apparate_llm.serve import add_serve
     from apparate_llm.tune.command import add_tune
 
-    parser = OneLineParser(prog="apparate-llm", description="LLM serving with early exits, on vLLM.")
+    parser = OneLineParser(
+        prog="apparate-llm",
+        description="LLM serving with early exits, on vLLM. To begin: apparate-llm demo",
+    )
     parser.add_argument("--version", action="version", version=f"apparate-llm {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    add_demo(subparsers)
     add_serve(subparsers)
-    add_doctor(subparsers)
     add_chat(subparsers)
+    add_doctor(subparsers)
     add_eval(subparsers)
     add_prepare(subparsers)
     add_ramps(subparsers)
@@ -88,6 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:  # this process is the command's
         atexit.register(hush)
         argv = sys.argv[1:]
+    if not argv:
+        print(FIRST_STEPS, file=sys.stderr)
+        return 2
     args = argparse.Namespace()
     try:
         args, rest = parsed(argv)

@@ -57,24 +57,25 @@ class EarlyExitConfig(BaseModel):
         ge=0.0,
         lt=1.0,
         allow_inf_nan=False,
-        description="largest share of divergences, emitted tokens that differ from the full model's; 0 is lossless",
+        description="largest share of emitted tokens that may differ from the full model's (divergences); 0: none, "
+        "lossless",
     )
     bound_kind: BoundKind = Field(
         "agreement",
-        description="what the bound counts per token: agreement: divergences; regret: nats between the full model's "
-        "best token and the emitted one",
+        description="what the bound counts: agreement: divergences; regret: how much less likely than the full model's "
+        "best token they were, in nats per token",
     )
     tpt_target_ms: float | None = Field(
         None,
         gt=0.0,
         allow_inf_nan=False,
-        description="time per output token to aim at: a request diverges only while it is slower; default: as fast as "
-        "the bound allows",
+        description="time per output token to aim at, in ms: tokens may differ only while a request is slower; "
+        "default: as fast as the bound allows",
     )
     allow_looser_requests: bool = Field(
         False, description="let a request ask for a larger accuracy bound than the server's"
     )
-    max_exits: int = Field(10, ge=1, le=16, description="most exits per request and engine step")
+    max_exits: int = Field(10, ge=1, le=16, description="most exits per request and step")
     depth: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="decoder blocks before the ramp; auto: the ramp that pays most"
     )
@@ -98,26 +99,26 @@ class EarlyExitConfig(BaseModel):
     max_batch_tokens: int = Field(
         4,
         ge=1,
-        description="policies static and apparate: tokens per step up to which exits may fill the batch, within vLLM's "
-        "--max-num-batched-tokens; adaptive measures what tokens cost",
+        description="policies static and apparate: exits join a step until it has this many tokens, within vLLM's "
+        "--max-num-batched-tokens; adaptive measures what tokens cost instead",
     )
     ttft_weight: float = Field(
         1.0,
         ge=0.0,
         allow_inf_nan=False,
-        description="policy adaptive: how much the wait of others for their first token counts against tokens per ms; "
-        "0: not at all, so more exits with many clients",
+        description="policy adaptive: how much it counts that other requests wait for their first token; 0: not at "
+        "all, so more exits with many clients",
     )
     huge_pages: bool = Field(
-        True, description="keep the weights in pages of 2 MB, where Linux gives them: each pass is faster"
+        True, description="keep the weights in pages of 2 MB, where Linux gives them, which makes each pass faster"
     )
     batch_invariant: bool = Field(
         True,
-        description="compute a token to the same bits whatever else is in its batch: a text does not depend on the "
-        "load, with policy off as well",
+        description="compute each token to the same bits whatever else is in its batch, so that a text does not depend "
+        "on the load; with policy off, too",
     )
     feedback_log: str | None = Field(
-        None, description="file to log exits, verdicts and times to, without any text, for `apparate-llm replay`"
+        None, description="file to log exits, verdicts and times to, for `apparate-llm replay`; it holds no text"
     )
     tenants: dict[TenantName, Tenant] = Field(
         {},
@@ -128,8 +129,8 @@ class EarlyExitConfig(BaseModel):
     )
     controller_state: str | None = Field(
         None,
-        description="file for what the controller has learned, or none; default: one for each model, ramps and machine "
-        "in the cache folder",
+        description="file that keeps what the controller has learned; none: keep nothing; default: one in the cache "
+        "folder for each model, ramps and machine",
     )
 
 

@@ -36,14 +36,20 @@ class Finding(NamedTuple):
 
 
 def add_doctor(subparsers: Commands) -> None:
-    parser = subparsers.add_parser("doctor", help="check this installation and say how to fix it", allow_abbrev=False)
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check this installation and say how to fix it",
+        description="Checks this installation and this machine. Each problem and note has its fix behind an arrow; the "
+        "exit code is 1 where there is a problem.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--fix",
         nargs="?",
         const="all",
         choices=("all", "needed"),
-        help="uninstall torch add-ons that break `transformers`; all (also without a word): install the packages that "
-        "make this machine faster, and the default model, too",
+        help="needed: uninstall torch add-ons that break `transformers`; all, or --fix alone: also install the "
+        "packages that make this machine faster, and the default model",
     )
     parser.set_defaults(run=run_doctor)
 

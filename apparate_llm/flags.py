@@ -45,7 +45,10 @@ def add_fields(group: "argparse._ArgumentGroup", schema: type[BaseModel], *, lea
         if name in leave_out:
             continue
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
-        default = "" if field.default in (None, {}) else f" (default: {field.default})"
+        shown = field.default
+        if field.annotation is bool:
+            choices, shown = ("true", "false"), str(shown).lower()
+        default = "" if shown in (None, {}) else f" (default: {shown})"
         group.add_argument(
             "--" + name.replace("_", "-"),
             default=None,

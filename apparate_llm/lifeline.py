@@ -23,6 +23,17 @@ STDERR = 2
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 
+class _User:
+    """Where the user reads what this process says at its very end."""
+
+    stderr = STDERR
+
+
+def tell_user_at(number: int) -> None:
+    """A descriptor, where stderr itself leads to a log."""
+    _User.stderr = number
+
+
 class _Fork:
     """What a child knows of the moment it was forked in."""
 
@@ -99,7 +110,7 @@ def end_at_once_on_signals() -> None:
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """The end of this process and its children by the signal that came: no exception that somebody might catch."""
-    os.write(STDERR, f"apparate-llm: stopped by {signal.Signals(number).name} while starting\n".encode())
+    os.write(_User.stderr, f"apparate-llm: stopped by {signal.Signals(number).name} while starting\n".encode())
     for child in multiprocessing.active_children():
         child.kill()
     end_by(number)

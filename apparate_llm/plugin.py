@@ -19,12 +19,14 @@ def register() -> None:
 
     from apparate_llm.engine.plain_pages import move_after_loading
     from apparate_llm.lifeline import tie_to_parent
+    from apparate_llm.log_watch import sign_our_lines
     from apparate_llm.models.architectures import ARCHITECTURES
     from apparate_llm.patches.guard import PatchMismatchError
     from apparate_llm.patches.ledger import apply_all
     from apparate_llm.redact import hide_digests_in_vllm_log
 
     hide_digests_in_vllm_log()
+    sign_our_lines()
     tie_to_parent()
     known = ModelRegistry.get_supported_archs()
     for name, class_path in ARCHITECTURES.values():

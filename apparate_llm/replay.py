@@ -26,7 +26,7 @@ Row = dict[str, Any]
 def add_replay(subparsers: Commands) -> None:
     parser: OneLineParser = subparsers.add_parser(
         "replay",
-        help="any policy on a feedback log, offline",
+        help="try any policy on logged exits, without a server",
         description="Replays a feedback log (written by `serve --feedback-log FILE`) under a policy, once for each "
         "combination of the --param values, and shows speed against divergences. An oracle's row shows what a perfect "
         "ramp with the same proposals would reach.",
@@ -42,8 +42,8 @@ def add_replay(subparsers: Commands) -> None:
         metavar="NAME=V1,V2",
         help="values to try of an option (threshold=0.8,0.9) or of a policy's parameter (window=8,16,32); repeatable",
     )
-    parser.add_argument("--figure", type=Path, help="draw TPT against divergences (PNG, SVG or PDF)")
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--figure", type=Path, help="file for a figure of TPT against divergences (PNG, SVG or PDF)")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     add_options(parser, leave_out=("tenants",))  # a log does not tell them apart
     parser.set_defaults(run=run_replay)
 

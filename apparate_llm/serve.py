@@ -5,8 +5,11 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from apparate_llm.admin import KEY_VARIABLE, check_admin_keys, pass_on_admin_keys
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitConfig
@@ -24,9 +27,15 @@ from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_
 from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
+from apparate_llm.quiet_log import log_of_engines
 from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
 from apparate_llm.redact import redacted
+from apparate_llm.serve_lines import NOTE, ServeLines, hides_log, log_file
 from apparate_llm.vllm_flags import given_value, normalised, parse_object, without
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 SPECULATION = "speculative_config"  # a setting of every server with exits, and of no other
 SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of it
@@ -40,13 +49,23 @@ def add_serve(subparsers: Commands) -> None:
         "serve",
         help="OpenAI-compatible server with early exits",
         usage="apparate-llm serve [MODEL] [options] [vLLM options]",
-        description="Serves MODEL with early exits. Every other flag is vLLM's own: see `vllm serve --help=all`.",
+        description="Serves MODEL with early exits, by OpenAI's API. Every flag of `vllm serve` works as well: "
+        "`apparate-llm serve --help=all` lists them.",
         allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", action="help", help="show this help and exit")
+    parser.add_argument(
+        "--help",
+        nargs="?",
+        action=Help,
+        metavar="SECTION",
+        help="the same; with =all or a section's name: vLLM's flags",
     )
     parser.add_argument(
-        "--model", metavar="MODEL", help="model folder; may stand first without --model (default: the embedded one)"
+        "--model", metavar="MODEL", help="model folder; may stand first, without --model (default: the embedded model)"
     )
-    parser.add_argument("--host", default=None, help="address to listen on (default: all)")
+    parser.add_argument("--host", default=None, help="address to listen on (default: all of this machine)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     parser.add_argument(
         "--admin-key",
@@ -54,12 +73,35 @@ def add_serve(subparsers: Commands) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="who may change options while serving and sees all tenants; may be given several times. Better in the "
-        f"environment, where no list of processes shows it: {KEY_VARIABLE} (default: this machine only may)",
+        help="key of those who may change options while serving and see all tenants; may be given several times. The "
+        f"variable {KEY_VARIABLE} keeps it out of the list of processes (default: only this machine may)",
+    )
+    parser.add_argument(
+        "--verbose",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="show vLLM's log on a terminal, too; elsewhere it always is on stderr and stdout",
     )
     add_options(parser)
     add_tuning(parser)
     parser.set_defaults(run=run_serve)
+
+
+class Help(argparse.Action):
+    """Ours by itself, vLLM's where a section of it is named."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if values is None:
+            parser.print_help()
+        else:
+            vllm_parser()[1].parse_args(["serve", f"--help={values}"])
+        parser.exit()
 
 
 def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
@@ -90,13 +132,14 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         for finding in check_cpu():
             if finding.level == "note":
                 print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
+    lines = []  # on what is started, and how
     if args.model is None:
         model = default_model()
-        print(f"Default model {NAME}: using {model}", file=sys.stderr, flush=True)
+        lines.append(f"Default model {NAME}: using {model}")
         if given_value(rest, "served-model-name") is None:
             rest = [*rest, "--served-model-name", NAME, str(model)]
         preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
-    use_machine(tuning, model, vllm_flags, config, wanted)
+    lines += use_machine(tuning, model, vllm_flags, config, wanted)
     if SPECULATION in wanted:
         keep_state(wanted["additional_config"][ADDITIONAL_CONFIG_KEY])
     wanted["port"] = args.port
@@ -105,14 +148,30 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     flags = [str(model), *as_flags(wanted), *rest, *memory_flags(rest)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the folder
     pass_on_admin_keys(args.admin_key)
-    print("Starting: vllm serve " + " ".join(map(quote, redacted(flags))), file=sys.stderr, flush=True)
-    return start_vllm(flags, wanted | {"model_tag": str(model)})
+    lines.append("Starting: vllm serve " + " ".join(map(quote, redacted(flags))))
+    wanted["model_tag"] = str(model)
+    shown = ServeLines(str(model), config, host=args.host, port=args.port, vllm_flags=rest)
+    if hides_log(verbose=args.verbose, port=args.port, vllm_flags=rest):
+        return start_quietly(lines, flags, wanted, shown)
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    return start_vllm(flags, wanted)
+
+
+def start_quietly(lines: list[str], flags: list[str], wanted: dict[str, Any], shown: ServeLines) -> int:
+    """The same with vLLM's log in a file, `lines` at its beginning."""
+    print(*shown.first(), sep="\n", file=sys.stderr, flush=True)
+    with log_of_engines(log_file(shown.port), note=NOTE, beat=shown.beat) as console:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        code = start_vllm(flags, wanted)
+        with suppress(OSError):  # the terminal is gone
+            console.print("The server has ended.", highlight=False)
+    return code
 
 
 def use_machine(
     tuning: Tuning, model: Path, vllm_flags: list[str], config: EarlyExitConfig, wanted: dict[str, Any]
-) -> None:
-    """Threads, kernels, pages, queues and processes of the server that this process becomes, and a line on them.
+) -> list[str]:
+    """Threads, kernels, pages, queues and processes of the server that this process becomes; returns a line on them.
     wanted: our settings of vLLM's, to which is added what exits have to know."""
     if tuning.tuning == "again":
         measure_again(model, vllm_flags, config)
@@ -120,8 +179,7 @@ def use_machine(
     os.environ.update(chosen.environment)
     if chosen.huge_pages is not None and SPECULATION in wanted:
         wanted["additional_config"][ADDITIONAL_CONFIG_KEY]["huge_pages"] = chosen.huge_pages
-    if chosen.line is not None:
-        print(chosen.line, file=sys.stderr, flush=True)
+    return [chosen.line] if chosen.line is not None else []
 
 
 def measure_again(model: Path, vllm_flags: list[str], config: EarlyExitConfig) -> None:
@@ -171,10 +229,9 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     end_at_once_on_signals()
     tie_forks()
     gc.disable()  # nothing of an import becomes garbage: looking for it is a seventh of the time and more
-    from vllm.entrypoints.cli.serve import ServeSubcommand
+    import_module("vllm.entrypoints.cli.serve")  # the largest part, for the parser below
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from apparate_llm.patches.ledger import apply_all
     from apparate_llm.patches.overrides import check_those_of
@@ -185,14 +242,7 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     apply_all("server")
     cli_env_setup()
     sys.argv = ["vllm", "serve", *flags]
-
-    class Parser(FlexibleArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(message)
-
-    parser = Parser(prog="apparate-llm")  # type: ignore[no-untyped-call]  # vLLM's constructor
-    command = ServeSubcommand()
-    command.subparser_init(parser.add_subparsers())
+    command, parser = vllm_parser()
     args = parser.parse_args(["serve", *flags])
     check_understood(args, wanted)
     if SPECULATION in wanted:
@@ -206,6 +256,21 @@ def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
     command.cmd(args)
     ignore_signals()
     return 0
+
+
+def vllm_parser() -> "tuple[ServeSubcommand, FlexibleArgumentParser]":
+    """vLLM's `serve` and the parser of its flags, which raises ConfigError."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(message)
+
+    parser = Parser(prog="apparate-llm")  # type: ignore[no-untyped-call]  # vLLM's constructor
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers())
+    return command, parser
 
 
 def check_platform() -> None:

@@ -44,29 +44,37 @@ def add_eval(subparsers: Commands) -> None:
     _add_drift(kinds)
     _add_steady(kinds)
     report: OneLineParser = kinds.add_parser(
-        "report", help="draw the report of an evaluation again", allow_abbrev=False
+        "report",
+        help="draw the report of an evaluation again",
+        description="Draws report.html of an evaluation again, from what was measured. No server is needed.",
+        allow_abbrev=False,
     )
-    report.add_argument("folder", type=Path, help="the evaluation's --out")
+    report.add_argument("folder", type=Path, help="folder that was --out of the evaluation")
     report.set_defaults(run=_later("run_report"))
-    compare: OneLineParser = kinds.add_parser("compare", help="two evaluations side by side", allow_abbrev=False)
-    compare.add_argument("a", type=Path, help="folder or results.json")
-    compare.add_argument("b", type=Path, help="another")
+    compare: OneLineParser = kinds.add_parser(
+        "compare",
+        help="two evaluations side by side",
+        description="Prints the figures of two evaluations side by side.",
+        allow_abbrev=False,
+    )
+    compare.add_argument("a", type=Path, help="an evaluation: its folder or results.json")
+    compare.add_argument("b", type=Path, help="the other one")
     compare.set_defaults(run=_later("run_compare"))
 
 
 def _add_quick(kinds: Commands) -> None:
     quick: OneLineParser = kinds.add_parser(
         "quick",
-        help="plain vLLM against early exits, minutes",
+        help="plain vLLM against early exits, in minutes",
         description="Starts plain vLLM and a server with early exits on the same model and compares them over HTTP, "
         "the two interleaved in short blocks of prompts. Greedy decoding.",
         allow_abbrev=False,
     )
     _add_common(quick, repeat=2)
-    quick.add_argument("--concurrency", type=positive_list, default=[1, 4], help="e.g. 1,4 (the default)")
-    quick.add_argument("--json", type=Path, help="write the results there")
+    quick.add_argument("--concurrency", type=positive_list, default=[1, 4], help="numbers of clients (default: 1,4)")
+    quick.add_argument("--json", type=Path, help="file to write the results to")
     quick.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
-    quick.add_argument("--prompts", type=Path, help="prompts, see `eval tpt --help` (default: quick)")
+    quick.add_argument("--prompts", type=Path, help="prompts, as `eval tpt --help` says (default: quick)")
     add_options(quick, leave_out=("tenants",))
     quick.set_defaults(run=_later("run_quick"))
 
@@ -98,17 +106,25 @@ def _add_tpt(kinds: Commands) -> None:
         help="prompts of about these many tokens, the chat template not counted, made of the texts of --prompts: each "
         "load once for each, e.g. to see how long first tokens take",
     )
-    tpt.add_argument("--concurrency", type=positive_list, help="clients of closed loops, e.g. 1,16 (default: 1,2,4,8)")
-    tpt.add_argument("--rate", type=rates, help="requests per second of open loops with Poisson arrivals, e.g. 0.5,1")
+    tpt.add_argument(
+        "--concurrency",
+        type=positive_list,
+        help="numbers of clients that ask one after the other, e.g. 1,16 (default: 1,2,4,8)",
+    )
+    tpt.add_argument("--rate", type=rates, help="requests per second that arrive at random (Poisson), e.g. 0.5,1")
     tpt.add_argument(
         "--slice-s",
         type=above_zero,
         help="seconds of arrivals (--rate, --trace) after which the next system has its turn (default: 20)",
     )
-    tpt.add_argument("--seed", type=int, default=0, help="of Poisson arrivals and varied lengths (default: 0)")
-    tpt.add_argument("--trace", type=Path, help="CSV with TIMESTAMP,ContextTokens,GeneratedTokens: arrivals by it")
-    tpt.add_argument("--trace-scale", type=above_zero, help="times of the trace are multiplied by it (default: 1)")
-    tpt.add_argument("--num-requests", type=positive, help="of the trace (default: as many as prompts)")
+    tpt.add_argument("--seed", type=int, default=0, help="seed of arrivals and varied lengths (default: 0)")
+    tpt.add_argument(
+        "--trace", type=Path, help="requests arrive as in this CSV file with TIMESTAMP,ContextTokens,GeneratedTokens"
+    )
+    tpt.add_argument("--trace-scale", type=above_zero, help="the times of --trace are multiplied by it (default: 1)")
+    tpt.add_argument(
+        "--num-requests", type=positive, help="number of requests taken from --trace (default: as many as prompts)"
+    )
     tpt.add_argument(
         "--length",
         choices=("free", "fixed", "both", "varied"),
@@ -130,8 +146,13 @@ def _add_drift(kinds: Commands) -> None:
     )
     _add_common(drift, repeat=1)
     _add_systems(drift, "vllm,early-exit")
-    drift.add_argument("--workloads", type=paths, default=[Path("chat"), Path("code")], help="A,B (default: chat,code)")
-    drift.add_argument("--clients", type=positive, default=2, help="clients of the closed loop (default: 2)")
+    drift.add_argument(
+        "--workloads",
+        type=paths,
+        default=[Path("chat"), Path("code")],
+        help="the two sets of prompts (default: chat,code)",
+    )
+    drift.add_argument("--clients", type=positive, default=2, help="number of clients (default: 2)")
     drift.set_defaults(run=_later("run_drift"), goes_on=True)
 
 
@@ -148,15 +169,22 @@ def _add_steady(kinds: Commands) -> None:
         allow_abbrev=False,
     )
     steady.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
-    steady.add_argument("--out", type=Path, required=True, help="folder for everything measured")
-    steady.add_argument("--fresh", action="store_true", help="throw away what --out holds of an earlier measurement")
+    steady.add_argument("--out", type=Path, required=True, help="folder for all that is measured")
+    steady.add_argument("--fresh", action="store_true", help="delete what --out holds of an earlier measurement")
     steady.add_argument(
-        "--systems", default="vllm,lossless", help="compared with vllm, else with the first (default: vllm,lossless)"
+        "--systems",
+        default="vllm,lossless",
+        help="names, see below; compared with vllm, else with the first (default: vllm,lossless)",
     )
     steady.add_argument("--switch", action="store_true", help="switch the policy of the one system named by --systems")
-    steady.add_argument("--clients", type=positive_list, default=[1, 16], help="levels, e.g. 1,16,1 (default: 1,16)")
     steady.add_argument(
-        "--turns", type=positive, default=20, help="of each system, or policy, at each level (default: 20)"
+        "--clients",
+        type=positive_list,
+        default=[1, 16],
+        help="numbers of clients, one level each, e.g. 1,16,1 (default: 1,16)",
+    )
+    steady.add_argument(
+        "--turns", type=positive, default=20, help="turns of each system, or policy, at each level (default: 20)"
     )
     steady.add_argument("--turn-s", type=above_zero, default=5.0, help="seconds of a turn, 1 to 300 (default: 5)")
     steady.add_argument(
@@ -166,11 +194,15 @@ def _add_steady(kinds: Commands) -> None:
         help="seconds that do not count: of each system as a level begins, or after every switch (default: 5)",
     )
     steady.add_argument(
-        "--learn-s", type=above_zero, default=30.0, help="with --switch: before the first (default: 30)"
+        "--learn-s", type=above_zero, default=30.0, help="with --switch: seconds before the first turn (default: 30)"
     )
-    steady.add_argument("--prompts", type=Path, default=Path("chat"), help="prompts, see `eval tpt --help`")
+    steady.add_argument(
+        "--prompts", type=Path, default=Path("chat"), help="prompts, as `eval tpt --help` says (default: chat)"
+    )
     steady.add_argument("--num-prompts", type=positive, help="use only the first N prompts")
-    steady.add_argument("--max-tokens", type=positive, default=96, help="longest answer; lengths vary (default: 96)")
+    steady.add_argument(
+        "--max-tokens", type=positive, default=96, help="longest answer, in tokens; lengths vary (default: 96)"
+    )
     steady.add_argument(
         "--limit", type=above_zero, help="exit with 1 where TPT over the first baseline's is above it, e.g. 1.03"
     )
@@ -184,7 +216,7 @@ def _add_steady(kinds: Commands) -> None:
 def _add_common(parser: OneLineParser, *, repeat: int) -> None:
     parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
     parser.add_argument("--num-prompts", type=positive, help="use only the first N prompts (of each set)")
-    parser.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: 128)")
+    parser.add_argument("--max-tokens", type=positive, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument(
         "--repeat",
         type=positive,
@@ -195,7 +227,9 @@ def _add_common(parser: OneLineParser, *, repeat: int) -> None:
 
 
 def _add_servers(parser: OneLineParser) -> None:
-    parser.add_argument("--start-timeout-s", type=positive, default=900, help="longest wait for a server")
+    parser.add_argument(
+        "--start-timeout-s", type=positive, default=900, help="longest wait for a server to start (default: 900)"
+    )
     parser.add_argument(
         "--vllm-flag",
         action="append",
@@ -223,8 +257,8 @@ def _add_sampling(parser: OneLineParser) -> None:
 
 
 def _add_systems(parser: OneLineParser, default: str) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything measured")
-    parser.add_argument("--fresh", action="store_true", help="throw away what --out holds of an earlier evaluation")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all that is measured")
+    parser.add_argument("--fresh", action="store_true", help="delete what --out holds of an earlier evaluation")
     parser.add_argument("--systems", default=default, help=f"names, see below (default: {default})")
     _add_options_of_systems(parser)
     parser.add_argument(
@@ -238,7 +272,9 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
         help="a server that is running, any OpenAI-compatible; URL with or without /v1",
     )
     _add_peers(parser)
-    parser.add_argument("--hf-layer", type=positive, help="blocks of hf-early-exit's draft (default: half of them)")
+    parser.add_argument(
+        "--hf-layer", type=positive, help="number of blocks that hf-early-exit drafts with (default: half)"
+    )
     parser.add_argument(
         "--slo", type=objectives, metavar="ttft=MS,tpt=MS", help=f"objectives of goodput: {', '.join(OBJECTIVES)} in ms"
     )
@@ -253,7 +289,9 @@ def _add_peers(parser: OneLineParser) -> None:
         help="llama.cpp's server with this model file; what its flags leave open is set as the others have it: all "
         "threads, a slot for each client, no prompts kept; repeatable",
     )
-    parser.add_argument("--llama-server", type=Path, metavar="PATH", help="its program (default: the one on PATH)")
+    parser.add_argument(
+        "--llama-server", type=Path, metavar="PATH", help="llama.cpp's server program (default: the one on PATH)"
+    )
     parser.add_argument(
         "--baseline",
         action="append",
@@ -266,7 +304,11 @@ def _add_peers(parser: OneLineParser) -> None:
 
 def _add_options_of_systems(parser: OneLineParser) -> None:
     parser.add_argument(
-        "--accuracy-bounds", type=shares, default=[0.05], metavar="E1,E2", help="of system early-exit (default: 0.05)"
+        "--accuracy-bounds",
+        type=shares,
+        default=[0.05],
+        metavar="E1,E2",
+        help="accuracy bounds of system early-exit (default: 0.05)",
     )
     add_options(parser, leave_out=NOT_SHARED)
 

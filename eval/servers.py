@@ -18,9 +18,11 @@ from apparate_llm.address import authorization
 from apparate_llm.eval.client import GREEDY, Fields, PlannedRequest, Sampling
 from apparate_llm.eval.systems import System
 from apparate_llm.files import private_opener
+from apparate_llm.log_watch import errors_in
 from apparate_llm.renamed import counts_of_any_version
 
 STOP_TIMEOUT_S = 30.0
+LOG_LINES = 15  # that an error quotes
 PORTS = range(20_000, 32_000)  # below those that connections get, which would take one before the server listens
 
 
@@ -155,7 +157,8 @@ class Server:
     def _tail(self) -> str:
         if self.process is None:
             return ""
-        lines = self.log.read_text(errors="replace").strip().splitlines()[-15:]
+        text = self.log.read_text(errors="replace").strip()
+        lines = errors_in(text)[:LOG_LINES] or text.splitlines()[-LOG_LINES:]
         return f"; end of its log {self.log}:\n" + "\n".join(lines)
 
 

@@ -45,9 +45,11 @@ class Tuning(BaseModel):
         description="how this machine is used: auto: as `apparate-llm tune` has found best for it and the model, or as "
         "vLLM does by itself where nothing was measured; off: as vLLM does; again: measure first, for minutes",
     )
-    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field("auto", description="how many threads compute")
+    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="how many threads compute, or auto"
+    )
     kernels: Literal["auto", "stock", "zentorch"] = Field(
-        "auto", description="of linear layers and attention: vLLM's stock ones, or those of AMD's zentorch"
+        "auto", description="what computes linear layers and attention: vLLM's stock kernels, or AMD's zentorch"
     )
     queues: Literal["auto", "spin", "block"] = Field(
         "auto", description="what engine and worker do while they wait for each other: spin for a second, or block"

@@ -60,24 +60,24 @@ def add_prepare(subparsers: Any) -> None:
         "--prompts", type=Path, help="your own prompts, mixed in: JSONL with `turns`, `prompt` or `messages`"
     )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--tokens", type=positive, help="answer tokens to synthesise; more are better")
+    amount.add_argument("--tokens", type=positive, help="number of answer tokens to train on; more are better")
     amount.add_argument(
         "--time-budget", type=duration, metavar="TIME", help=f"e.g. 45m, 2h (default: {DEFAULT_TIME_BUDGET})"
     )
     parser.add_argument("--depths", default="auto", help="blocks before each ramp, e.g. 0,2,4 (default: auto)")
     parser.add_argument("--ramp-vocab", type=positive, default=8192, help="tokens a ramp can predict (default: 8192)")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and training (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and training (default: 0)")
     parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="at the end measure the gain, on --prompts or on eval's, and put it beside the prediction: minutes more",
+        help="at the end measure the gain as well, on --prompts or on eval's; that takes minutes more",
     )
     parser.set_defaults(run=run_prepare, goes_on=True)
 
 
 def add_ramps(subparsers: Any) -> None:
-    parser = subparsers.add_parser("ramps", help="look at ramps")
+    parser = subparsers.add_parser("ramps", help="look at ramps, measure and calibrate them")
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=OneLineParser)
     show = kinds.add_parser(
         "show", help="what a ramp folder holds", description="Reads the folder and loads no model.", allow_abbrev=False
@@ -94,7 +94,7 @@ def add_ramps(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     add_answering(evaluate, several=False)
-    evaluate.add_argument("--json", type=Path, help="write the results there")
+    evaluate.add_argument("--json", type=Path, help="file to write the results to")
     evaluate.set_defaults(run=run_evaluate)
     calibrate = kinds.add_parser(
         "calibrate",
@@ -117,9 +117,13 @@ def add_ramps(subparsers: Any) -> None:
     )
     add_answering(verify, several=False, required=False)
     verify.add_argument(
-        "--concurrency", type=positive_list, default=[1, 4, 16], metavar="N,N", help="clients (default: 1,4,16)"
+        "--concurrency",
+        type=positive_list,
+        default=[1, 4, 16],
+        metavar="N,N",
+        help="numbers of clients (default: 1,4,16)",
     )
-    verify.add_argument("--json", type=Path, help="write the results there")
+    verify.add_argument("--json", type=Path, help="file to write the results to")
     verify.set_defaults(run=run_verify)
 
 
@@ -133,7 +137,7 @@ def add_answering(parser: argparse.ArgumentParser, *, several: bool, required: b
         nargs="+" if several else None,
         help="JSONL with `turns`, `prompt` or `messages`, and `category`" + ("" if required else " (default: eval's)"),
     )
-    parser.add_argument("--max-tokens", type=positive, default=128, help="longest answer (default: 128)")
+    parser.add_argument("--max-tokens", type=positive, default=128, help="longest answer, in tokens (default: 128)")
 
 
 def duration(text: str) -> float:

@@ -42,20 +42,29 @@ def add_tune(subparsers: Commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
-    parser.add_argument("--clients", type=positive_list, default=[1, 4], help="that ask at a time (default: 1,4)")
+    parser.add_argument("--clients", type=positive_list, default=[1, 4], help="numbers of clients (default: 1,4)")
     parser.add_argument(
-        "--seconds", type=above_zero, default=30.0, help="of each server with each number of clients (default: 30)"
+        "--seconds",
+        type=above_zero,
+        default=30.0,
+        help="seconds that each server is measured with each number of clients (default: 30)",
     )
-    parser.add_argument("--prompts", type=Path, default=Path("chat"), help="prompts, see `eval tpt --help`")
-    parser.add_argument("--max-tokens", type=positive, default=64, help="longest answer; lengths vary (default: 64)")
-    parser.add_argument("--json", type=Path, help="write what was measured there")
+    parser.add_argument(
+        "--prompts", type=Path, default=Path("chat"), help="prompts, as `eval tpt --help` says (default: chat)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=positive, default=64, help="longest answer, in tokens; lengths vary (default: 64)"
+    )
+    parser.add_argument("--json", type=Path, help="file to write what was measured to")
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
     parser.add_argument(
         "--print-env",
         action="store_true",
-        help="measure nothing: print what is kept as variables, by which plain vLLM uses this machine alike",
+        help="measure nothing: print what is kept as variables, with which plain vLLM uses this machine the same way",
     )
-    parser.add_argument("--start-timeout-s", type=positive, default=900, help="longest wait for a server")
+    parser.add_argument(
+        "--start-timeout-s", type=positive, default=900, help="longest wait for a server to start (default: 900)"
+    )
     parser.add_argument(
         "--vllm-flag", action="append", default=[], metavar='"--FLAG VALUE"', help="vLLM flag for servers; repeatable"
     )

@@ -39,6 +39,7 @@ def test_what_contributors_are_told_to_run_is_there():
 
 def test_there_are_commands_of_every_kind():
     assert {command.split()[1] for command in COMMANDS} == {
+        "demo",
         "serve",
         "chat",
         "doctor",

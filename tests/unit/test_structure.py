@@ -18,15 +18,27 @@ TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 # From the bottom up: what stands in a layer imports from its own and from those above it in this list, never below.
 LAYERS = (
     ("core", "config", "renamed", "files", "sse", "argmax", "drawing", "lifeline"),
-    ("redact", "address", "admin", "coverage", "vllm_flags", "machine", "launch", "flags", "progress", "quiet_log"),
+    (
+        "redact",
+        "address",
+        "admin",
+        "coverage",
+        "vllm_flags",
+        "machine",
+        "launch",
+        "flags",
+        "progress",
+        "log_watch",
+        "quiet_log",
+    ),
     ("host",),
     ("ramps", "patches"),
     ("controller", "models"),
     ("exits",),
     ("engine",),
-    ("api", "plugin", "default_model", "doctor", "replay", "chat", "serve"),
+    ("api", "plugin", "default_model", "doctor", "replay", "chat", "serve_lines", "serve"),
     ("eval",),
-    ("prepare", "tune"),
+    ("prepare", "tune", "demo"),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
