@@ -17,14 +17,14 @@ TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 
 # From the bottom up: what stands in a layer imports from its own and from those above it in this list, never below.
 LAYERS = (
-    ("core", "config", "renamed", "files", "sse", "argmax", "drawing", "lifeline"),
+    ("core", "config", "renamed", "files", "sse", "argmax", "drawing", "lifeline", "naming"),
     ("redact", "address", "admin", "coverage", "vllm_flags", "machine", "launch", "flags", "progress", "quiet_log"),
     ("host",),
     ("ramps", "patches"),
     ("controller", "models"),
     ("exits",),
     ("engine",),
-    ("api", "plugin", "default_model", "doctor", "replay", "chat", "serve"),
+    ("api", "plugin", "gguf_model", "default_model", "hub", "named_model", "doctor", "replay", "chat", "serve"),
     ("eval",),
     ("prepare", "tune"),
     ("cli",),
