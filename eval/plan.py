@@ -32,12 +32,14 @@ from apparate_llm.flags import options_from
 from apparate_llm.host.options import tuning_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
+from apparate_llm.named_model import model_of
+from apparate_llm.naming import model_name
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS
-from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
+from apparate_llm.serve import memory_flags, preflight_ramps
 from apparate_llm.vllm_flags import given_value, one_spelling, split_flag
 
-SET_HERE = ("model", "host", "port", "uds")
+SET_HERE = ("model", "revision", "download-dir", "host", "port", "uds")
 DEFAULT_CONCURRENCY = (1, 2, 4, 8)
 LEAST_TURN_S, MOST_TURN_S = 1.0, 300.0  # a client waits for an answer no longer than twice that
 STEADY_RESULTS = "results.json"
@@ -96,7 +98,7 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
         check_build()
     asked = prompt_set(args.prompts, args.num_prompts)
     prompts = asked.prompts
-    model = model_folder(args.model)
+    model = model_of(args)
     preflight_ramps(config, model, architecture_of(model))
     flags = tuple(server_flags(args.vllm_flag, num_servers=2))
     choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), tuning_from(args))
@@ -136,7 +138,7 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 
 
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
-    model, names = model_folder(args.model), _names(args)
+    model, names = model_of(args), _names(args)
     options_from(args)  # raises for a value that is not allowed
     flags = tuple(server_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds) + len(args.llama_cpp)))
     bounds = tuple(args.accuracy_bounds)
@@ -170,7 +172,12 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         switch=args.switch,
         limit=args.limit,
         settings=given
-        | {"model": model.name, "num_prompts": len(asked.prompts), "systems": names, "options": option_flags(args)}
+        | {
+            "model": model_name(model),
+            "num_prompts": len(asked.prompts),
+            "systems": names,
+            "options": option_flags(args),
+        }
         | {"vllm_flags": redacted(args.vllm_flag), "tuning": choice.used.model_dump()}
         | {**_sampling_settings(sampling), **_labels([asked])}
         | _llama_cpp_settings(args)
@@ -215,7 +222,7 @@ def _plan(
     phases: tuple[tuple[str, int], ...],
     sets: list[PromptSet],
 ) -> EvalPlan:
-    model = model_folder(args.model)
+    model = model_of(args)
     names = _names(args)
     options = option_flags(args)
     options_from(args)  # raises for a value that is not allowed
@@ -359,7 +366,7 @@ def _settings(
         "arrivals_sha256": hashlib.sha256(repr(loads).encode()).hexdigest()[:16],
         "max_tokens": args.max_tokens,
         "repeat": args.repeat,
-        "model": choice.model.name,
+        "model": model_name(choice.model),
         "tuning": choice.used.model_dump(),
         "systems": [system.name for system in systems],
         "options": option_flags(args) + getattr(args, "system", []),
