@@ -98,9 +98,9 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
         check_build()
     asked = prompt_set(args.prompts, args.num_prompts)
     prompts = asked.prompts
+    flags = tuple(server_flags(args.vllm_flag, num_servers=2))
     model = model_of(args)
     preflight_ramps(config, model, architecture_of(model))
-    flags = tuple(server_flags(args.vllm_flag, num_servers=2))
     choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), tuning_from(args))
     systems = [plain_alike(choice), early_exits(name_of(config), choice)]
     loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
@@ -138,10 +138,11 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 
 
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
-    model, names = model_of(args), _names(args)
+    names = _names(args)
     options_from(args)  # raises for a value that is not allowed
     flags = tuple(server_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds) + len(args.llama_cpp)))
     bounds = tuple(args.accuracy_bounds)
+    model = model_of(args)
     choice = ModelChoice(model, flags, tuple(option_flags(args)), bounds, api_key=args.api_key)
     choice = tuned(choice, tuning_from(args))
     asked, sampling = prompt_set(args.prompts, args.num_prompts), _sampling(args)
@@ -222,13 +223,13 @@ def _plan(
     phases: tuple[tuple[str, int], ...],
     sets: list[PromptSet],
 ) -> EvalPlan:
-    model = model_of(args)
     names = _names(args)
     options = option_flags(args)
     options_from(args)  # raises for a value that is not allowed
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds) + len(args.llama_cpp)
     flags = tuple(server_flags(args.vllm_flag, num_servers))
     bounds = tuple(args.accuracy_bounds)
+    model = model_of(args)
     choice = ModelChoice(model, flags, tuple(options), bounds, args.hf_layer, args.api_key)
     choice = tuned(choice, tuning_from(args))
     sampling = _sampling(args)
