@@ -18,7 +18,7 @@ def keep(
     folder = cache / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     record = {"model": model, "dtype": dtype, "threads": num_threads, "sentence": sentence, "holds": holds}
-    name = "-".join([model, dtype, str(num_threads), *([] if kernels == STOCK else [kernels])])
+    name = "-".join([model.replace("/", "--"), dtype, str(num_threads), *([] if kernels == STOCK else [kernels])])
     write_atomically(folder / f"{name}.json", json.dumps(record | {"kernels": kernels}).encode())
 
 

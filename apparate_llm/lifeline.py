@@ -123,6 +123,21 @@ def end_by(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Around work that may stop anywhere, and whose threads would be waited for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, end_at_once) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def ignore_signals() -> None:
     """When the server has ended in order: what comes now must not change its exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):

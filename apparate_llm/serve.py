@@ -15,7 +15,7 @@ from apparate_llm.admin import KEY_VARIABLE, check_admin_keys, pass_on_admin_key
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitConfig
 from apparate_llm.controller.state import NONE as NO_STATE
 from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
-from apparate_llm.default_model import NAME, default_model
+from apparate_llm.default_model import NAME
 from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
@@ -23,12 +23,23 @@ from apparate_llm.host.choice import KERNELS
 from apparate_llm.host.chosen import choose
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.options import Tuning, add_tuning, check_tuning, tuning_from
+from apparate_llm.hub import Origin
 from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
 from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
+from apparate_llm.named_model import HELP, folder_here, model_folder
+from apparate_llm.naming import model_name
 from apparate_llm.quiet_log import log_of_engines
-from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
+from apparate_llm.ramps.checkpoint import (
+    RampError,
+    check_fits,
+    choose_depth,
+    find_shipped,
+    might_fit,
+    read_manifest,
+    shipped_folders,
+)
 from apparate_llm.redact import redacted
 from apparate_llm.serve_lines import NOTE, ServeLines, hides_log, log_file
 from apparate_llm.vllm_flags import given_value, normalised, parse_object, without
@@ -39,6 +50,8 @@ if TYPE_CHECKING:
 
 SPECULATION = "speculative_config"  # a setting of every server with exits, and of no other
 SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of it
+NAMING_FLAGS = ("revision", "download-dir")  # of the model
+NAMED_ELSEWHERE = ("tokenizer", "hf-config-path", "generation-config")  # vLLM may look for these on the hub
 DEFAULTS = ("", "None", "auto")  # values by which a flag of vLLM's is as if it were not given
 YOURS = "contradicts early exits; with --policy off it is yours"
 MAX_DEFAULT_KV_CACHE_BYTES = 4 << 30
@@ -62,9 +75,7 @@ def add_serve(subparsers: Commands) -> None:
         metavar="SECTION",
         help="the same; with =all or a section's name: vLLM's flags",
     )
-    parser.add_argument(
-        "--model", metavar="MODEL", help="model folder; may stand first, without --model (default: the embedded model)"
-    )
+    parser.add_argument("--model", metavar="MODEL", help=f"may stand first without --model: {HELP}")
     parser.add_argument("--host", default=None, help="address to listen on (default: all of this machine)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     parser.add_argument(
@@ -116,15 +127,10 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     if args.model is None and not (cache_folder() / NAME).is_dir():
         writable_cache()
     check_admin_keys(args.admin_key)
-    architecture = DEFAULT_ARCHITECTURE
-    if args.model is not None:
-        model = resolve_model(args.model)
-        architecture = architecture_of(model) if config.policy != "off" else ""
-        preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
-    settings = vllm_args(config, architecture)
-    if config.policy == "off" and (given_value(vllm_flags, "worker-cls") is not None or not is_cpu_build()):
-        settings = {}  # plain vLLM, its texts as they come
-    wanted, rest = merge_settings(settings, vllm_flags)
+    model, architecture = None if args.model is None else folder_here(args.model), DEFAULT_ARCHITECTURE
+    if model is not None:
+        architecture = architecture_for(config, model, vllm_flags)
+    wanted, rest = settings_of(config, architecture, vllm_flags)  # what contradicts them is said before a download
     if given_value(rest, "uds") is None and (problem := port_problem(args.host or "", args.port)):
         raise ConfigError(problem)
     reexec_with_libraries()  # before anything heavy is imported
@@ -133,12 +139,12 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
             if finding.level == "note":
                 print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
     lines = []  # on what is started, and how
-    if args.model is None:
-        model = default_model()
-        lines.append(f"Default model {NAME}: using {model}")
+    if model is None:
+        model, names, line = bring_model(args.model, config, vllm_flags)
+        lines.append(line)
+        wanted, rest = settings_of(config, architecture_for(config, model, vllm_flags), vllm_flags)
         if given_value(rest, "served-model-name") is None:
-            rest = [*rest, "--served-model-name", NAME, str(model)]
-        preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
+            rest = [*rest, "--served-model-name", *names]
     lines += use_machine(tuning, model, vllm_flags, config, wanted)
     if SPECULATION in wanted:
         keep_state(wanted["additional_config"][ADDITIONAL_CONFIG_KEY])
@@ -146,7 +152,8 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     if args.host not in (None, *DEFAULTS):
         wanted["host"] = args.host
     flags = [str(model), *as_flags(wanted), *rest, *memory_flags(rest)]
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the folder
+    if all(given_value(rest, name) is None for name in NAMED_ELSEWHERE):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the folder
     pass_on_admin_keys(args.admin_key)
     lines.append("Starting: vllm serve " + " ".join(map(quote, redacted(flags))))
     wanted["model_tag"] = str(model)
@@ -166,6 +173,42 @@ def start_quietly(lines: list[str], flags: list[str], wanted: dict[str, Any], sh
         with suppress(OSError):  # the terminal is gone
             console.print("The server has ended.", highlight=False)
     return code
+
+
+def bring_model(name: str | None, config: EarlyExitConfig, vllm_flags: list[str]) -> tuple[Path, list[str], str]:
+    """Folder of a model that must be downloaded or converted, the names that requests may call it by, and a line."""
+    model = model_folder(name, origin_of(config, vllm_flags), lambda folder: preflight_config(config, folder))
+    line = f"{'Default model ' + NAME if name is None else 'Model ' + name}: using {model}"
+    return model, [NAME, str(model)] if name is None else [name.rstrip("/")], line
+
+
+def origin_of(config: EarlyExitConfig, vllm_flags: list[str]) -> Origin:
+    """By vLLM's own flags."""
+    token = given_value(vllm_flags, "hf-token")
+    return Origin(
+        revision=given_value(vllm_flags, "revision"),
+        download_dir=given_value(vllm_flags, "download-dir"),
+        hf_token=True if token is not None and (not token or token.startswith("--")) else token,  # it may stand alone
+        load_format=given_value(vllm_flags, "load-format") or "auto",
+        with_exits=config.policy != "off",
+    )
+
+
+def architecture_for(config: EarlyExitConfig, model: Path, vllm_flags: list[str]) -> str:
+    """Of a model that is here, checked with its ramps; empty where nobody asks."""
+    if config.policy == "off":
+        return ""
+    architecture = architecture_of(model)
+    preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
+    return architecture
+
+
+def settings_of(config: EarlyExitConfig, architecture: str, vllm_flags: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Our settings of vLLM's, and the flags that are left."""
+    settings = vllm_args(config, architecture)
+    if config.policy == "off" and (given_value(vllm_flags, "worker-cls") is not None or not is_cpu_build()):
+        settings = {}  # plain vLLM, its texts as they come
+    return merge_settings(settings, vllm_flags)
 
 
 def use_machine(
@@ -189,7 +232,10 @@ def measure_again(model: Path, vllm_flags: list[str], config: EarlyExitConfig) -
     command = [sys.executable, "-m", "apparate_llm.cli", "tune", str(model), "--policy", config.policy]
     command += ["--batch-invariant", str(config.batch_invariant)]
     command += ["--ramps", config.ramps] if config.ramps is not None else []
-    command += [f"--vllm-flag={flag}" for flag in vllm_flags]
+    flags = vllm_flags
+    for name in NAMING_FLAGS:  # the folder is there by now
+        flags = without(flags, name)
+    command += [f"--vllm-flag={flag}" for flag in flags]
     if code := subprocess.run(command, stdout=sys.stderr).returncode:
         raise RuntimeError(f"`apparate-llm tune` ended with exit code {code}; --tuning auto serves without it")
 
@@ -285,16 +331,15 @@ def check_platform() -> None:
         )
 
 
-def resolve_model(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        raise ConfigError(f"model folder not found: {name} (early exits need a local folder)")
-    return path
-
-
-def model_folder(name: str | Path | None) -> Path:
-    """The folder named, or the embedded default model's."""
-    return default_model() if name is None else resolve_model(str(name))
+def preflight_config(config: EarlyExitConfig, folder: Path) -> None:
+    """Of a model whose weights need not be there yet: whether there can be ramps for it."""
+    if config.policy == "off":
+        return
+    early_exit_architecture(architecture_of(folder))
+    folders = [Path(config.ramps)] if config.ramps is not None else shipped_folders()
+    if not any(might_fit(read_manifest(ramps), folder) for ramps in folders):
+        which = "no shipped ramps fit" if config.ramps is None else f"the ramps in {config.ramps} are not for"
+        raise RampError(f"{which} {model_name(folder)}: name a ramp folder (--ramps) or use --policy off")
 
 
 def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str, load_format: str = "auto") -> None:

@@ -9,6 +9,7 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
 from apparate_llm.host.options import add_tuning
 from apparate_llm.lifeline import exit_on_sigterm
+from apparate_llm.named_model import add_model
 
 DEFAULT_SYSTEMS = "vllm,lossless,early-exit,ngram,hf-early-exit"
 NOT_SHARED = (
@@ -168,7 +169,7 @@ def _add_steady(kinds: Commands) -> None:
         formatter_class=Paragraphs,
         allow_abbrev=False,
     )
-    steady.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
+    add_model(steady)
     steady.add_argument("--out", type=Path, required=True, help="folder for all that is measured")
     steady.add_argument("--fresh", action="store_true", help="delete what --out holds of an earlier measurement")
     steady.add_argument(
@@ -214,7 +215,7 @@ def _add_steady(kinds: Commands) -> None:
 
 
 def _add_common(parser: OneLineParser, *, repeat: int) -> None:
-    parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
+    add_model(parser)
     parser.add_argument("--num-prompts", type=positive, help="use only the first N prompts (of each set)")
     parser.add_argument("--max-tokens", type=positive, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument(

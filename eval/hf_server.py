@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Stoppi
 from transformers.generation.streamers import BaseStreamer
 
 from apparate_llm.flags import OneLineParser, positive
+from apparate_llm.naming import model_name
 
 Step = tuple[str, int, str | None]  # text, tokens of the answer so far (an end token is one), finish reason
 Chunk = dict[str, object]  # JSON
@@ -119,7 +120,7 @@ class Generator:
     """The model and the one thread that runs it."""
 
     def __init__(self, model_dir: Path, *, dtype: str = "bfloat16", early_exit: int | None = None) -> None:
-        self.name = model_dir.resolve().name
+        self.name = model_name(model_dir.resolve())
         self.early_exit = early_exit
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self.model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))

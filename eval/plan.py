@@ -34,12 +34,14 @@ from apparate_llm.flags import options_from
 from apparate_llm.host.options import tuning_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
+from apparate_llm.named_model import model_of
+from apparate_llm.naming import model_name
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS
-from apparate_llm.serve import memory_flags, model_folder, preflight_ramps
+from apparate_llm.serve import memory_flags, preflight_ramps
 from apparate_llm.vllm_flags import given_value, one_spelling, split_flag
 
-SET_HERE = ("model", "host", "port", "uds")
+SET_HERE = ("model", "revision", "download-dir", "host", "port", "uds")
 LEAST_TURN_S, MOST_TURN_S = 1.0, 300.0  # a client waits for an answer no longer than twice that
 STEADY_RESULTS = "results.json"
 
@@ -97,9 +99,9 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
         check_build()
     asked = prompt_set(args.prompts, args.num_prompts)
     prompts = asked.prompts
-    model = model_folder(args.model)
-    preflight_ramps(config, model, architecture_of(model))
     flags = tuple(server_flags(args.vllm_flag, num_servers=2))
+    model = model_of(args)
+    preflight_ramps(config, model, architecture_of(model))
     choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), tuning_from(args))
     systems = [plain_alike(choice), early_exits(name_of(config), choice)]
     loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
@@ -122,7 +124,7 @@ def tpt_plan(args: argparse.Namespace) -> EvalPlan:
     prompts, loads = asked.prompts, asked_loads(args, asked.prompts)
     if args.prompt_tokens:
         loads = loads_by_length(loads, args.prompt_tokens, len(prompts))
-        prompts = prompts_of_lengths(model_folder(args.model), prompts, args.prompt_tokens)
+        prompts = prompts_of_lengths(model_of(args), prompts, args.prompt_tokens)
     return _plan(args, prompts, loads, (), [asked])
 
 
@@ -141,10 +143,11 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 
 
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
-    model, names = model_folder(args.model), _names(args)
+    names = _names(args)
     options_from(args)  # raises for a value that is not allowed
     flags = tuple(server_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds) + len(args.llama_cpp)))
     bounds = tuple(args.accuracy_bounds)
+    model = model_of(args)
     choice = ModelChoice(model, flags, tuple(option_flags(args)), bounds, api_key=args.api_key)
     choice = tuned(choice, tuning_from(args))
     asked, sampling = prompt_set(args.prompts, args.num_prompts), _sampling(args)
@@ -175,7 +178,12 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         switch=args.switch,
         limit=args.limit,
         settings=given
-        | {"model": model.name, "num_prompts": len(asked.prompts), "systems": names, "options": option_flags(args)}
+        | {
+            "model": model_name(model),
+            "num_prompts": len(asked.prompts),
+            "systems": names,
+            "options": option_flags(args),
+        }
         | {"vllm_flags": redacted(args.vllm_flag), "tuning": choice.used.model_dump()}
         | {**_sampling_settings(sampling), **_labels([asked])}
         | _llama_cpp_settings(args)
@@ -220,13 +228,13 @@ def _plan(
     phases: tuple[tuple[str, int], ...],
     sets: list[PromptSet],
 ) -> EvalPlan:
-    model = model_folder(args.model)
     names = _names(args)
     options = option_flags(args)
     options_from(args)  # raises for a value that is not allowed
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds) + len(args.llama_cpp)
     flags = tuple(server_flags(args.vllm_flag, num_servers))
     bounds = tuple(args.accuracy_bounds)
+    model = model_of(args)
     choice = ModelChoice(model, flags, tuple(options), bounds, args.hf_layer, args.api_key)
     choice = tuned(choice, tuning_from(args))
     sampling = _sampling(args)
@@ -319,7 +327,7 @@ def _settings(
         "arrivals_sha256": hashlib.sha256(repr(loads).encode()).hexdigest()[:16],
         "max_tokens": args.max_tokens,
         "repeat": args.repeat,
-        "model": choice.model.name,
+        "model": model_name(choice.model),
         "tuning": choice.used.model_dump(),
         "systems": [system.name for system in systems],
         "options": option_flags(args) + getattr(args, "system", []),

@@ -35,6 +35,7 @@ from apparate_llm.eval.statistics import (
 from apparate_llm.eval.store import Block
 from apparate_llm.eval.systems import BASELINE, OFF, PLAIN, SHARES, System
 from apparate_llm.eval.workloads import Load
+from apparate_llm.naming import model_name
 
 
 @dataclass(slots=True)
@@ -161,7 +162,7 @@ def _run(cell: SystemUnderLoad, summary: Summary, quality: Quality | None) -> Ru
     peaks = [block.peak_memory_gib for block in blocks if block.peak_memory_gib is not None]
     return Run(
         system=cell.system.name,
-        model=summary.model.name,
+        model=model_name(summary.model),
         load=load.name,
         concurrency=load.concurrency,
         fixed_length=load.fixed_length,

@@ -30,7 +30,7 @@ from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import ModelChoice, early_exits, plain_vllm
 from apparate_llm.machine import machine
-from apparate_llm.serve import model_folder
+from apparate_llm.named_model import model_folder
 from apparate_llm.sse import event_data_async
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -52,8 +52,8 @@ def record(args: argparse.Namespace, log: Path) -> None:
     from apparate_llm.engine.vllm_args import vllm_args
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.models.architectures import architecture_of
+    from apparate_llm.named_model import model_folder
     from apparate_llm.prepare.engine import runner_of
-    from apparate_llm.serve import model_folder
 
     model = model_folder(args.model)
     options = {

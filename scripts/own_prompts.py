@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from apparate_llm.named_model import model_folder
 from apparate_llm.prepare.evaluate import Answered, measure, served_ramps
 from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.rows import LEAD, TEST, Rows
@@ -23,7 +24,6 @@ from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.train import BaseParts
 from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
 from apparate_llm.renamed import depth_of_any_evaluation
-from apparate_llm.serve import model_folder
 
 
 def main() -> int:

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from apparate_llm.launch import reexec_with_libraries
 from apparate_llm.machine import machine
+from apparate_llm.named_model import model_folder
 from apparate_llm.ramps.fingerprint import weight_files
-from apparate_llm.serve import model_folder
 
 if TYPE_CHECKING:
     from tests.harness import Engine

@@ -124,7 +124,7 @@ def server_to_ask(args: argparse.Namespace, console: "Console") -> Iterator["Cha
 def own_system(args: argparse.Namespace) -> "System":
     from apparate_llm.eval.systems import ModelChoice, early_exits
     from apparate_llm.launch import check_build
-    from apparate_llm.serve import model_folder
+    from apparate_llm.named_model import model_folder
     from apparate_llm.vllm_flags import split_flag
 
     check_build()

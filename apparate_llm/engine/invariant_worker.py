@@ -16,6 +16,7 @@ from apparate_llm.engine.batch_invariance import Coverage, before_loading, befor
 from apparate_llm.engine.compared_passes import different_passes
 from apparate_llm.host.choice import ZENTORCH
 from apparate_llm.machine import cache_folder
+from apparate_llm.naming import model_name
 from apparate_llm.patches.ledger import apply_all
 from apparate_llm.patches.overrides import check_those_of
 
@@ -56,7 +57,8 @@ class BatchInvariantWorker(CPUWorker):
         say = logger.info if coverage.holds else logger.warning
         say("Batch invariance: %s", coverage.sentence())
         if self.rank == 0:
-            name, dtype = Path(self.model_config.model).name, str(self.model_config.dtype).removeprefix("torch.")
+            name = model_name(Path(self.model_config.model))
+            dtype = str(self.model_config.dtype).removeprefix("torch.")
             with suppress(OSError):  # it is for `doctor` alone
                 outcome = (torch.get_num_threads(), coverage.sentence(), coverage.holds)
                 keep(cache_folder(), name, dtype, *outcome, kernels=kernels_in_use())

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from apparate_llm.engine.fallback import FallbackRunner
 from apparate_llm.host.choice import ZENTORCH
 from apparate_llm.machine import cpu_name
+from apparate_llm.naming import model_name
 
 
 def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
     used."""
     kernels = {ZENTORCH: True} if current_platform.is_zen_cpu() else {}  # by themselves vLLM's stock ones
     return {
-        "model": Path(runner.model_config.model).name,
+        "model": model_name(Path(runner.model_config.model)),
         "ramps": runner.get_model().ramps_sha256,
         "depths": depths,
         "policy": runner.exit_config.policy,

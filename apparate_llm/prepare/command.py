@@ -12,6 +12,7 @@ from apparate_llm.eval.command import positive_list
 from apparate_llm.flags import OneLineParser, Paragraphs, positive
 from apparate_llm.host.options import check_kept_only, tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
+from apparate_llm.named_model import add_model, folder_here, model_of
 from apparate_llm.progress import Progress
 from apparate_llm.quiet_log import log_of_engines
 from apparate_llm.redact import redacted
@@ -54,7 +55,7 @@ def add_prepare(subparsers: Any) -> None:
         formatter_class=Paragraphs,
         allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", help="model folder (default: the embedded one)")
+    add_model(parser)
     parser.add_argument("--out", type=Path, required=True, help="ramp folder to make, with report.html and report.json")
     parser.add_argument(
         "--prompts", type=Path, help="your own prompts, mixed in: JSONL with `turns`, `prompt` or `messages`"
@@ -129,7 +130,7 @@ def add_ramps(subparsers: Any) -> None:
 
 def add_answering(parser: argparse.ArgumentParser, *, several: bool, required: bool = True) -> None:
     parser.add_argument("folder", type=Path, help="ramp folder")
-    parser.add_argument("--model", help="model folder (default: the embedded one)")
+    add_model(parser, as_flag=True)
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -163,15 +164,13 @@ def run_prepare(args: argparse.Namespace) -> int:
     """Bad input is found before anything is written."""
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.launch import check_build, reexec_with_libraries
-    from apparate_llm.models.architectures import architecture_of, early_exit_architecture
     from apparate_llm.prepare.engine import environment
     from apparate_llm.ramps.checkpoint import BaseModelInfo
-    from apparate_llm.serve import model_folder, resolve_model
 
     check_kept_only(tuning_from())
     user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
-    if args.model is not None:
-        early_exit_architecture(architecture_of(resolve_model(args.model)))
+    if args.model is not None and (here := folder_here(args.model)) is not None:
+        check_architecture(here)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out must be a folder, {args.out} is a file")
     check_build()
@@ -181,7 +180,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     from apparate_llm.prepare.workspace import Workspace
 
     exit_on_sigterm()
-    model = model_folder(args.model)
+    model = model_of(args, check_architecture)
     info = BaseModelInfo.of(model)
     plan = Plan(
         model=model,
@@ -201,14 +200,21 @@ def run_prepare(args: argparse.Namespace) -> int:
         from apparate_llm.prepare.pipeline import prepare
 
         prepare(plan, console)
-        for line in what_next(args.model, args.out):
+        for line in what_next(args.model, args.out, args.revision):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def what_next(model: str | None, out: Path) -> list[str]:
+def check_architecture(folder: Path) -> None:
+    """Raises UnsupportedModelError."""
+    from apparate_llm.models.architectures import architecture_of, early_exit_architecture
+
+    early_exit_architecture(architecture_of(folder))
+
+
+def what_next(model: str | None, out: Path, revision: str | None = None) -> list[str]:
     """The last lines of a preparation."""
-    named = [] if model is None else [model]
+    named = [] if model is None else [model, *([] if revision is None else ["--revision", revision])]
     return [
         f"report: {out / 'report.html'}",
         f"{out / 'work'} is only needed to go on with more tokens or time; delete it to free the space",
@@ -351,13 +357,12 @@ def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:
     from apparate_llm.launch import check_build, reexec_with_libraries
     from apparate_llm.prepare.engine import environment
     from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
-    from apparate_llm.serve import model_folder
 
     manifest = read_manifest(args.folder)
     check_build()
     reexec_with_libraries(environment())
     exit_on_sigterm()
-    model = model_folder(args.model)
+    model = model_of(args)
     check_fits(manifest, args.folder, fingerprint=BaseModelInfo.of(model).fingerprint)
     return manifest, model
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from apparate_llm.naming import model_name
 from apparate_llm.prepare.rows import LEAD, Rows
 from apparate_llm.prepare.train import BaseParts, DraftData, Measured, accepted_per_step, measure_head
 from apparate_llm.progress import Progress
@@ -218,7 +219,7 @@ def evaluate(
     ]
     default = next(result for result in results if result.depth == manifest.default_depth)
     return Evaluation(
-        model=model.name,
+        model=model_name(model),
         prompts=len(answered.prompts),
         left_out=answered.left_out,
         answer_tokens=answered.answer_tokens,

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from apparate_llm.eval.prompts import Prompt
+from apparate_llm.naming import model_name
 from apparate_llm.prepare.calibrate import calibrate_positions
 from apparate_llm.prepare.needs import gib, give_back_memory, say_needs
 from apparate_llm.prepare.peak_memory import PeakMemory
@@ -61,7 +62,7 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
         draft = workspace.path("ramps")
         _write_ramps(run, draft, made, default_depth=plan.depths[0])
         profiled = _profile(run, draft, made.trained)
-        report = write_report(plan.out, run.base, plan.model.name, made, profiled)
+        report = write_report(plan.out, run.base, model_name(plan.model), made, profiled)
         _write_ramps(run, plan.out, made, default_depth=report["advice"]["depth"])
         run.clock.keep()
         run.say(f"peak memory was {gib(memory.peak_bytes)}, pages of files left out")

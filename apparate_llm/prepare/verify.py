@@ -14,6 +14,7 @@ from typing import Any
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.store import Block, Store
 from apparate_llm.eval.systems import BASELINE
+from apparate_llm.naming import model_name
 from apparate_llm.prepare.engine import context_length
 from apparate_llm.prepare.predict import MAX_TOKENS, predict
 from apparate_llm.prepare.profile import LIMIT_S, profile
@@ -89,7 +90,7 @@ def verify_folder(
     comparison = compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)
     return {
         "schema_version": 2,
-        "model": model.name,
+        "model": model_name(model),
         "depth": depth,
         "acceptance_rates": rates,  # by position
         "profile": profiled,

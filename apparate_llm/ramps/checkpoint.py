@@ -13,6 +13,7 @@ from apparate_llm.renamed import OLD_AUX_LAYERS
 
 MANIFEST = "ramps.json"
 WEIGHTS = "ramps.safetensors"
+SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")  # fields of BaseModelInfo and of config.json
 VOCABULARY = "vocabulary"  # tensor [ramp_vocab] int64: ramp token -> token id of the base model
 
 
@@ -134,6 +135,15 @@ def check_fits(manifest: RampManifest, folder: Path, *, fingerprint: str) -> Non
             f"{manifest.base_model.fingerprint} ({manifest.base_model.architecture}, "
             f"{manifest.base_model.num_hidden_layers} blocks), this model has {fingerprint}"
         )
+
+
+def might_fit(manifest: RampManifest, model_dir: Path) -> bool:
+    """Whether the ramps are of a model of this shape, by its config.json alone."""
+    try:
+        config = json.loads((model_dir / "config.json").read_text())
+        return all(config[name] == getattr(manifest.base_model, name) for name in SHAPE)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def choose_depth(manifest: RampManifest, depth: int | Literal["auto"]) -> int:

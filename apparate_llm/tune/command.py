@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from apparate_llm.eval.command import NOT_SHARED, above_zero, positive_list
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, config_of, positive
 from apparate_llm.lifeline import exit_on_sigterm
+from apparate_llm.named_model import add_model, model_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +42,7 @@ def add_tune(subparsers: Commands) -> None:
         formatter_class=Paragraphs,
         allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", type=Path, help="model folder (default: the embedded one)")
+    add_model(parser)
     parser.add_argument("--clients", type=positive_list, default=[1, 4], help="numbers of clients (default: 1,4)")
     parser.add_argument(
         "--seconds",
@@ -78,7 +79,6 @@ def run_tune(args: argparse.Namespace) -> int:
     from apparate_llm.host.chosen import choose
     from apparate_llm.host.options import Tuning
     from apparate_llm.machine import writable_cache
-    from apparate_llm.serve import model_folder
     from apparate_llm.vllm_flags import normalised, split_flag
 
     exit_on_sigterm()
@@ -86,8 +86,8 @@ def run_tune(args: argparse.Namespace) -> int:
         raise ValueError(f"folder of --json not found: {args.json.parent}")
     if args.max_tokens < 2:
         raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
-    model = model_folder(args.model)
     flags = normalised([part for text in args.vllm_flag for part in split_flag(text)])
+    model = model_of(args)
     options = options_of_servers(args, model)
     chosen = choose(Tuning(), model, flags, config_of(options))
     if args.print_env:

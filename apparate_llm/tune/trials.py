@@ -19,6 +19,7 @@ from apparate_llm.eval.systems import ModelChoice, System, early_exits
 from apparate_llm.host.choice import ZENTORCH, Choice, has_zentorch, num_threads
 from apparate_llm.host.limits import CpuLimits
 from apparate_llm.host.store import huge_pages_given
+from apparate_llm.naming import model_name
 from apparate_llm.progress import SECONDS, Progress
 from apparate_llm.tune.candidates import flags_of, name_of, of_kernels, of_pages, of_processes
 from apparate_llm.tune.decide import Times, Trial
@@ -156,7 +157,7 @@ def variance(plan: TunePlan, choice: Choice) -> str | None:
     records = [
         one
         for one in kept(plan.cache)
-        if one["model"] == plan.served.model.name
+        if one["model"] == model_name(plan.served.model)
         and one["kernels"] == kernels
         and (number is None or one["threads"] == number)
     ]

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from apparate_llm import default_model as dm
+from apparate_llm import gguf_model
 from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.launch import port_problem, server_environment
@@ -128,7 +129,7 @@ def fake_conversion(monkeypatch, tmp_path):
         (out / "model.safetensors").write_bytes(b"x" * 1000)
 
     monkeypatch.setattr(dm, "gguf_path", lambda: tmp_path / "model.gguf")
-    monkeypatch.setattr(dm, "convert", convert)
+    monkeypatch.setattr(gguf_model, "convert", convert)
     return calls
 
 
@@ -138,7 +139,7 @@ def test_the_default_model_is_converted_once_and_that_is_said(fake_conversion, t
     assert begins.endswith(f"default model  converting once to {folder}") and ", took " in ends
     assert dm.default_model(tmp_path / "cache") == folder
     assert len(fake_conversion) == 1 and capsys.readouterr().err == ""
-    assert sorted(path.name for path in folder.iterdir()) == [dm.COMPLETE, "config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [gguf_model.COMPLETE, "config.json", "model.safetensors"]
 
 
 def test_two_starts_at_once_convert_once(fake_conversion, tmp_path):
@@ -153,10 +154,10 @@ def test_two_starts_at_once_convert_once(fake_conversion, tmp_path):
 def test_a_damaged_or_unfinished_copy_is_made_again(fake_conversion, tmp_path):
     folder = dm.default_model(tmp_path / "cache")
     (folder / "model.safetensors").write_bytes(b"y" * 1000)
-    assert not dm.is_complete(folder)
+    assert not gguf_model.is_complete(folder)
     dm.default_model(tmp_path / "cache")
-    assert dm.is_complete(folder) and len(fake_conversion) == 2
-    (folder / dm.COMPLETE).unlink()
+    assert gguf_model.is_complete(folder) and len(fake_conversion) == 2
+    (folder / gguf_model.COMPLETE).unlink()
     dm.default_model(tmp_path / "cache")
     assert len(fake_conversion) == 3
 
@@ -166,7 +167,7 @@ def test_a_failed_conversion_leaves_nothing(fake_conversion, monkeypatch, tmp_pa
         (out / "half").write_text("x")
         raise OSError("disk full")
 
-    monkeypatch.setattr(dm, "convert", fail)
+    monkeypatch.setattr(gguf_model, "convert", fail)
     with pytest.raises(OSError, match="disk full"):
         dm.default_model(tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [f".{dm.NAME}.lock"]

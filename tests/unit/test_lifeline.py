@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from apparate_llm import default_model as dm
+from apparate_llm import gguf_model
 
 HEAD = """
 import json, multiprocessing, os, signal, socket, sys, threading, time
@@ -171,9 +172,9 @@ def test_the_first_process_of_a_container_ends_too(work):
 def test_a_conversion_that_is_stopped_leaves_nothing_and_one_that_was_killed_is_cleared_away(tmp_path, monkeypatch):
     code = """
 from pathlib import Path
-from apparate_llm import default_model as dm
+from apparate_llm import default_model as dm, gguf_model
 def convert(gguf, out): (out / "half").write_text("x"); say(converting=True); time.sleep(60)
-dm.gguf_path, dm.convert = lambda: Path("model.gguf"), convert
+dm.gguf_path, gguf_model.convert = lambda: Path("model.gguf"), convert
 dm.default_model(Path(sys.argv[1]))
 """
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -184,7 +185,7 @@ dm.default_model(Path(sys.argv[1]))
         left = [path for path in tmp_path.iterdir() if path.is_dir()]
         assert bool(left) == (number == signal.SIGKILL)
     monkeypatch.setattr(dm, "gguf_path", lambda: tmp_path / "model.gguf")
-    monkeypatch.setattr(dm, "convert", lambda gguf, out: (out / "model.safetensors").write_text("x"))
+    monkeypatch.setattr(gguf_model, "convert", lambda gguf, out: (out / "model.safetensors").write_text("x"))
     dm.default_model(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [dm.NAME]
     assert os.listdir(tmp_path / dm.NAME)

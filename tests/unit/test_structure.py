@@ -17,7 +17,7 @@ TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 
 # From the bottom up: what stands in a layer imports from its own and from those above it in this list, never below.
 LAYERS = (
-    ("core", "config", "renamed", "files", "sse", "argmax", "drawing", "lifeline"),
+    ("core", "config", "renamed", "files", "sse", "argmax", "drawing", "lifeline", "naming"),
     (
         "redact",
         "address",
@@ -36,7 +36,19 @@ LAYERS = (
     ("controller", "models"),
     ("exits",),
     ("engine",),
-    ("api", "plugin", "default_model", "doctor", "replay", "chat", "serve_lines", "serve"),
+    (
+        "api",
+        "plugin",
+        "gguf_model",
+        "default_model",
+        "hub",
+        "named_model",
+        "doctor",
+        "replay",
+        "chat",
+        "serve_lines",
+        "serve",
+    ),
     ("eval",),
     ("prepare", "tune", "demo"),
     ("cli",),

@@ -1,0 +1,186 @@
+"""GGUF files as folders that vLLM serves: converted once, by transformers, and kept."""
+
+import io
+import json
+import math
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from rich.console import Console
+
+from apparate_llm.config import ConfigError
+from apparate_llm.lifeline import undone_by_sigterm
+from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
+from apparate_llm.progress import Progress
+from apparate_llm.ramps.checkpoint import sha256_of
+
+FOLDER = "gguf"  # in the cache folder
+COMPLETE = "apparate-complete.json"  # written last: name -> sha256 of every file
+MAGIC = b"GGUF"
+PART = re.compile(r"-\d{5}-of-\d{5}$")  # end of the name of one file of several
+LONGEST_STEM = 200  # letters of a file's name that its folder's keeps
+BYTES_PER_WEIGHT = 2  # bfloat16, on disk
+PEAK_BYTES_PER_WEIGHT = 4  # in memory: the weights that are read, and the model that takes them
+
+
+class GgufError(ValueError):
+    """A GGUF file that cannot be converted. The message is one line for the user."""
+
+
+def check_gguf(file: Path) -> None:
+    """What a first look can say; raises GgufError."""
+    with file.open("rb") as opened:
+        begins = opened.read(len(MAGIC))
+    if begins != MAGIC:
+        raise GgufError(f"neither a model folder nor a GGUF file, which begins with {MAGIC!r}: {file}")
+    if PART.search(file.stem):
+        raise GgufError(f"{file} is one of several files: join them first (llama-gguf-split --merge)")
+
+
+def gguf_folder(file: Path) -> Path:
+    """Folder of the file's model, converted on the first call, known by the file's content. Raises GgufError,
+    ConfigError where it cannot be written."""
+    check_gguf(file)
+    name = f"{file.stem[:LONGEST_STEM]}-{sha256_of(file)[:16]}"
+    folder = cache_folder() / FOLDER / name
+    if not is_complete(folder):  # in a cache that need not be writable
+        writable_cache()
+        convert_once(file, folder, file.name)
+    return folder
+
+
+def convert_once(source: Path, folder: Path, title: str) -> None:
+    """The folder is whole afterwards, or as it was. Others that want it meanwhile wait."""
+    parent, name = folder.parent, folder.name
+    parent.mkdir(parents=True, exist_ok=True)
+    with undone_by_sigterm(), _told(folder, title), FileLock(str(parent / f".{name}.lock")):
+        if is_complete(folder):
+            return
+        for left_over in parent.glob(f".{escape(name)}.*/"):  # by a conversion that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        work = parent / f".{name}.{secrets.token_hex(4)}"
+        work.mkdir()
+        try:
+            convert(source, work)
+            sums = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
+            (work / COMPLETE).write_text(json.dumps(sums, indent=1))
+            if folder.exists():
+                shutil.rmtree(folder)
+            work.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _told(folder: Path, title: str) -> Iterator[None]:
+    console = Console(file=sys.stderr)  # as it is now: the conversion redirects it
+    facts = f"converting once to {folder}"
+    with Progress(console) as progress, progress.stage(title, total=math.inf, facts=facts):
+        yield
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file of the folder is there with the content it was written with."""
+    try:
+        sums = json.loads((folder / COMPLETE).read_text())
+        return bool(sums) and all(sha256_of(folder / name) == digest for name, digest in sums.items())
+    except (OSError, ValueError):
+        return False
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write a GGUF model as bf16 safetensors with tokenizer and chat template. Raises GgufError, ConfigError."""
+    from safetensors import SafetensorError
+
+    num_weights = check_contents(gguf)
+    check_room(num_weights, out)
+    try:
+        tokenizer, model = _loaded(gguf)
+    except Exception as error:  # each reader of a damaged file fails in its own way
+        raise GgufError(f"cannot convert {gguf}: {_short(error)}") from None
+    if (found := sum(parameter.numel() for parameter in model.parameters())) != num_weights:
+        raise GgufError(
+            f"cannot convert {gguf}: transformers makes a model of {found:,} weights of it, and it has {num_weights:,}"
+        )
+    try:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write the converted model to {out.parent}: {_short(error)}") from None
+
+
+def check_contents(gguf: Path) -> int:
+    """How many weights the file has. Raises GgufError for one that is damaged, or has what its conversion would
+    leave out."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    try:
+        reader = GGUFReader(gguf)
+        architecture = str(reader.fields["general.architecture"].contents())
+        scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+        scaled = scaling is not None and scaling.contents() != "none"
+        tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    except Exception as error:  # no two kinds of damage are the same to the reader
+        raise GgufError(f"damaged GGUF file {gguf}: {_short(error)}") from None
+    if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise GgufError(
+            f"transformers converts no GGUF files of architecture {architecture} "
+            f"(it does: {', '.join(sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - NO_ARCHITECTURES))}): {gguf}"
+        )
+    if scaled or "rope_freqs.weight" in tensors:
+        raise GgufError(
+            f"cannot convert {gguf}: it scales positions (RoPE), which transformers leaves out: name the folder or the "
+            "hub's name of the model that it was made of"
+        )
+    return sum(tensors.values())
+
+
+NO_ARCHITECTURES = {"general", "tokenizer"}  # parts of a file, in the same table
+
+
+def check_room(num_weights: int, out: Path) -> None:
+    """Raises ConfigError where disk or memory is too small."""
+    for what, needed, free in (
+        (f"free on the disk of {out.parent}", BYTES_PER_WEIGHT * num_weights, shutil.disk_usage(out).free),
+        ("of free memory", PEAK_BYTES_PER_WEIGHT * num_weights, available_memory_bytes()),
+    ):
+        if free < needed:
+            raise ConfigError(
+                f"the conversion needs {needed / 2**30:.1f} GiB {what}, and there are {free / 2**30:.1f} GiB"
+            )
+
+
+def _loaded(gguf: Path) -> tuple[Any, Any]:
+    """(tokenizer, model), nothing said meanwhile."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):  # one bar cannot be disabled
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    finally:
+        logging.set_verbosity(verbosity)
+    # The weights are plain now; transformers still remembers that they came quantized.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model, "quantization_method"):
+        del model.quantization_method
+    return tokenizer, model
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
