@@ -1,22 +1,21 @@
 #!/usr/bin/env python3
-"""How much the policies depend on their constants, on the shipped feedback logs: python -m scripts.draw_sensitivity
-OUT.svg
+"""How much the policies depend on their constants, on the shipped feedback logs.
 
-Each line varies one constant, in multiples of its default; the accuracy bound is 0.05.
+    python -m scripts.sweep_constants docs/results/sensitivity.json
+
+Each line varies one constant, in multiples of its default. `python -m scripts.draw` makes a picture of it.
 """
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, PolicyName
 from apparate_llm.controller.feedback import LoggedStep, read_header, read_steps
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.replay import LogCosts, replay
 from apparate_llm.replay import shipped_logs
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 BOUND = 0.05
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -29,9 +28,9 @@ CONSTANTS: tuple[tuple[PolicyName, str, float], ...] = (
 )
 
 
-def sweep(steps: list[LoggedStep], costs: LogCosts, num_layers: int) -> dict[str, list[tuple[float, float, float]]]:
-    """Line -> (factor, TPT ratio, divergence share) of each point."""
-    lines: dict[str, list[tuple[float, float, float]]] = {}
+def sweep(steps: list[LoggedStep], costs: LogCosts, num_layers: int) -> dict[str, list[dict[str, float]]]:
+    """Line -> its points."""
+    lines: dict[str, list[dict[str, float]]] = {}
     depths = tuple(sorted(costs.draft_steps))
     for name, constant, default in CONSTANTS:
         config = EarlyExitConfig(policy=name, accuracy_bound=BOUND, max_batch_tokens=64)
@@ -39,40 +38,30 @@ def sweep(steps: list[LoggedStep], costs: LogCosts, num_layers: int) -> dict[str
         for factor in FACTORS:
             value = type(default)(default * factor)
             policy = make_policy(config, depth=depths[0], depths=depths, num_layers=num_layers, **{constant: value})
-            result = replay(steps, costs, policy, accuracy_bound=BOUND, kind="agreement")
-            points.append((factor, result.tpt_ratio, result.divergence_frac))
+            found = replay(steps, costs, policy, accuracy_bound=BOUND, kind="agreement")
+            points.append(
+                {
+                    "factor": factor,
+                    "tpt_ratio": round(found.tpt_ratio, 4),
+                    "divergence_frac": round(found.divergence_frac, 5),
+                }
+            )
         lines[f"{name}: {constant} ({default:g})"] = points
+        print(name, constant, points, flush=True)
     return lines
 
 
-def draw_line(ax: "Axes", points: list[tuple[float, float]], label: str) -> None:
-    ax.plot([x for x, _ in points], [y for _, y in points], marker="o", label=label)
-
-
 def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    logs = shipped_logs()
-    figure, axes = pyplot.subplots(
-        2, len(logs), figsize=(5 * len(logs), 6.5), sharex=True, squeeze=False, layout="constrained"
-    )
-    for column, (name, path) in enumerate(logs.items()):
+    out, logs = Path(sys.argv[1]), {}
+    for name, path in shipped_logs().items():
         steps = list(read_steps(path))
-        for label, points in sweep(steps, LogCosts(steps), read_header(path)["num_layers"]).items():
-            draw_line(axes[0][column], [(factor, tpt) for factor, tpt, _ in points], label)
-            draw_line(axes[1][column], [(factor, 100 * share) for factor, _, share in points], label)
-            print(name, label, " ".join(f"x{f:g}: {tpt:.3f}/{share:.3f}" for f, tpt, share in points), flush=True)
-        axes[0][column].set_title(name)
-        axes[1][column].set_xlabel("constant / default")
-        axes[1][column].set_xscale("log", base=2)
-        axes[1][column].axhline(100 * BOUND, color="grey", linestyle=":")
-    axes[0][0].set_ylabel("time per output token / plain")
-    axes[1][0].set_ylabel("divergent tokens, %")
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(Path(sys.argv[1]), metadata={"Date": None} if sys.argv[1].endswith(".svg") else None)
+        logs[name] = sweep(steps, LogCosts(steps), read_header(path)["num_layers"])
+    result: dict[str, Any] = {
+        "command": f"python -m scripts.sweep_constants {out}",
+        "accuracy_bound": BOUND,
+        "logs": logs,
+    }
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
