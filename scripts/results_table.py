@@ -4,7 +4,8 @@
 python -m scripts.results_table                               # writes all of them anew
 python -m scripts.results_table --texts RESULTS.json NAME     # the rows of docs/serving.md: whose text an answer has
 
-A table stands in its page behind `<!-- table: NAME -->`; TABLES says what each is made of.
+A table stands in its page behind `<!-- table: NAME -->`; TABLES says what each is made of. `python -m scripts.draw`
+makes the pictures of the same results.
 """
 
 import json
