@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, get_args, get_origin
 
@@ -51,6 +52,12 @@ def add_fields(group: "argparse._ArgumentGroup", schema: type[BaseModel], *, lea
             metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
             help=f"{field.description}{default}".replace("%", "%%"),
         )
+
+
+def config_of(flags: Sequence[str]) -> EarlyExitConfig:
+    """Of options as flags, each with its value behind it; a later one wins. Raises ConfigError."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return parse_config({flag.removeprefix("--").replace("-", "_"): value for flag, value in pairs})
 
 
 def options_from(args: argparse.Namespace, others: dict[str, Any] | None = None) -> EarlyExitConfig:

@@ -70,7 +70,7 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         check_build()
     check_files(config)
     tuning = tuning_from(args)
-    check_tuning(tuning, cpu_limits(), vllm_flags, os.environ)
+    check_tuning(tuning, cpu_limits(), vllm_flags, os.environ, config)
     if args.model is None and not (cache_folder() / NAME).is_dir():
         writable_cache()
     check_admin_keys(args.admin_key)
@@ -116,11 +116,10 @@ def use_machine(
     wanted: our settings of vLLM's, to which is added what exits have to know."""
     if tuning.tuning == "again":
         measure_again(model, vllm_flags, config)
-    by_hand = config.huge_pages if "huge_pages" in config.model_fields_set else None
-    chosen = choose(tuning, model, vllm_flags, huge_pages=by_hand)
+    chosen = choose(tuning, model, vllm_flags, config)
     os.environ.update(chosen.environment)
-    if chosen.choice.huge_pages is not None and SPECULATION in wanted:
-        wanted["additional_config"][ADDITIONAL_CONFIG_KEY]["huge_pages"] = chosen.choice.huge_pages
+    if chosen.huge_pages is not None and SPECULATION in wanted:
+        wanted["additional_config"][ADDITIONAL_CONFIG_KEY]["huge_pages"] = chosen.huge_pages
     if chosen.line is not None:
         print(chosen.line, file=sys.stderr, flush=True)
 
@@ -130,6 +129,7 @@ def measure_again(model: Path, vllm_flags: list[str], config: EarlyExitConfig) -
     import subprocess
 
     command = [sys.executable, "-m", "apparate_llm.cli", "tune", str(model), "--policy", config.policy]
+    command += ["--batch-invariant", str(config.batch_invariant)]
     command += ["--ramps", config.ramps] if config.ramps is not None else []
     command += [f"--vllm-flag={flag}" for flag in vllm_flags]
     if code := subprocess.run(command, stdout=sys.stderr).returncode:

@@ -24,7 +24,7 @@ SLOTS = ("-np", "--parallel")
 CONTEXT = ("-c", "--ctx-size")  # tokens of all slots together
 PROMPT_CACHE = ("-cram", "--cache-ram")  # MiB of prompts that have been answered
 OPEN_LOOP_SLOTS = 16  # where requests arrive by time, and nobody knows how many at once
-CONTEXT_STEP = 256  # llama.cpp rounds a slot's context up to it
+CONTEXT_STEP = 256  # a slot's context is a multiple of it
 TEMPLATE_TOKENS, MESSAGE_TOKENS = 256, 16  # room for what a chat template adds
 
 

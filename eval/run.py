@@ -95,7 +95,8 @@ def run_steady(args: argparse.Namespace) -> int:
     if failed:
         said = dict.fromkeys(error for level in results.levels for run in level.runs for error in run.errors)
         console.print(f"{failed} requests failed: {'; '.join(said)}", soft_wrap=True, markup=False)
-    first = [r for level in results.levels for r in level.ratios if plan.switch or r.baseline == plan.baselines[0]]
+    ratios = [ratio for level in results.levels for ratio in level.ratios]
+    first = [ratio for ratio in ratios if plan.switch or ratio.baseline == plan.baselines[0]]
     above = [ratio for ratio in first if plan.limit and ratio.tpt > plan.limit]
     return 1 if failed or above else 0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from apparate_llm.eval.command import positive_list
 from apparate_llm.flags import OneLineParser, Paragraphs, positive
+from apparate_llm.host.options import check_kept_only, tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.progress import Progress
 from apparate_llm.quiet_log import log_of_engines
@@ -163,6 +164,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     from apparate_llm.ramps.checkpoint import BaseModelInfo
     from apparate_llm.serve import model_folder, resolve_model
 
+    check_kept_only(tuning_from())
     user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
     if args.model is not None:
         early_exit_architecture(architecture_of(resolve_model(args.model)))
@@ -296,6 +298,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.files import write_atomically
 
+    check_kept_only(tuning_from())
     prompts = load_prompts(args.prompts)
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"folder of --json not found: {args.json.parent}")

@@ -18,9 +18,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 from apparate_llm.host.choice import HUGE_PAGES
-from apparate_llm.host.chosen import Chosen, choose
-from apparate_llm.host.options import tuning_from
-from apparate_llm.launch import server_environment
+from apparate_llm.prepare.servers import used_by_servers
 
 BATCH_SIZES = (1, 4, 16, 2, 8, 32)  # the first ones always, the others while there is time
 FEWEST_SIZES = 2
@@ -38,8 +36,6 @@ KV_CACHE_BYTES = 1 << 30
 LIMIT_S = 300.0
 UNKNOWN_SPREAD = 0.1  # where there was one turn only
 START_S = 70.0  # of an engine, its libraries and compilation, on a slow day
-# Set for the engine that synthesises, and none of a server's.
-PREPARATIONS = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KMP_BLOCKTIME", "VLLM_ENABLE_V1_MULTIPROCESSING")
 THREADS_SET = "APPARATE_PROFILE_THREADS"
 READ_BYTES_PER_S = 8e9  # of weights, per pass
 
@@ -50,12 +46,6 @@ def expected_profile_s(weight_bytes: int, *, limit_s: float = LIMIT_S) -> float:
     steps = TURNS * (STEPS + WARM_UP) * sum(1 + len(_held(size)) for size in BATCH_SIZES)
     pass_s = 0.01 + 1.5 * weight_bytes / READ_BYTES_PER_S
     return min(limit_s, start_s + 1.3 * steps * pass_s)
-
-
-def used_by_servers(model: Path) -> Chosen:
-    """How servers of the model use this machine."""
-    given = {name: value for name, value in server_environment().items() if name not in PREPARATIONS}
-    return choose(tuning_from(), model, given=given)
 
 
 def profile(

@@ -3,11 +3,9 @@
 `prepare --verify` does it with the ramps it has just made, `apparate-llm ramps verify` with any ramp folder.
 """
 
-import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,11 +14,12 @@ from typing import Any
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.store import Block, Store
 from apparate_llm.eval.systems import BASELINE
-from apparate_llm.prepare.engine import context_length, environment
+from apparate_llm.prepare.engine import context_length
 from apparate_llm.prepare.predict import MAX_TOKENS, predict
 from apparate_llm.prepare.profile import LIMIT_S, profile
 from apparate_llm.prepare.recorded import measured_tensors, recorded
 from apparate_llm.prepare.report import write_pages
+from apparate_llm.prepare.servers import servers_environment
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
 
@@ -145,7 +144,7 @@ def measure(
     from apparate_llm.host.options import tuning_from
     from apparate_llm.serve import memory_flags
 
-    with _servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
+    with servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
         flags = ["--max-model-len", str(context_length(model))]
         choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), tuning_from())
         options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
@@ -204,17 +203,6 @@ def ratios_of_repeats(blocks: Sequence[Block]) -> list[float]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-@contextmanager
-def _servers_environment() -> Iterator[None]:
-    """Without what `prepare` sets for its own engine: servers choose their threads by themselves."""
-    names = environment().keys() - {"VLLM_LOGGING_LEVEL"}
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
 
 
 # ---- what comes of it

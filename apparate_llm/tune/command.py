@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apparate_llm.eval.command import NOT_SHARED, above_zero, positive_list
-from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
+from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, config_of, positive
 from apparate_llm.lifeline import exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -79,12 +79,13 @@ def run_tune(args: argparse.Namespace) -> int:
         raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
     model = model_folder(args.model)
     flags = normalised([part for text in args.vllm_flag for part in split_flag(text)])
-    chosen = choose(Tuning(), model, flags)
+    options = options_of_servers(args, model)
+    chosen = choose(Tuning(), model, flags, config_of(options))
     if args.print_env:
         print_variables(chosen)
         return 0
     writable_cache()
-    measure_and_keep(plan_of(args, model, chosen), flags, args.json)
+    measure_and_keep(plan_of(args, model, options, chosen), flags, args.json)
     return 0
 
 
@@ -98,12 +99,21 @@ def print_variables(chosen: "Chosen") -> None:
             print(f"export {name}={shlex.quote(value)}")
 
 
-def plan_of(args: argparse.Namespace, model: Path, chosen: "Chosen") -> "TunePlan":
+def options_of_servers(args: argparse.Namespace, model: Path) -> tuple[str, ...]:
+    """As flags. Without a word on it, exits are on where the model has ramps."""
+    from apparate_llm.eval.plan import option_flags
+    from apparate_llm.flags import options_from
+
+    options_from(args)  # raises for a value that is not allowed
+    without = args.policy is None and args.ramps is None and not has_ramps(model)
+    return ("--accuracy-bound", "0", *option_flags(args), *(("--policy", "off") if without else ()))
+
+
+def plan_of(args: argparse.Namespace, model: Path, options: tuple[str, ...], chosen: "Chosen") -> "TunePlan":
     from apparate_llm.config import ConfigError
-    from apparate_llm.eval.plan import option_flags, server_flags
+    from apparate_llm.eval.plan import server_flags
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.eval.systems import ModelChoice
-    from apparate_llm.flags import options_from
     from apparate_llm.host.options import num_ranks
     from apparate_llm.launch import check_build
     from apparate_llm.machine import cache_folder
@@ -114,19 +124,15 @@ def plan_of(args: argparse.Namespace, model: Path, chosen: "Chosen") -> "TunePla
     if num_ranks(flags) > 1:
         raise ConfigError("--vllm-flag: vLLM binds the threads of several workers itself: nothing to tune")
     check_variables(chosen)
-    config = options_from(args)
-    options = {"--accuracy-bound": "0"} | dict(zip(*[iter(option_flags(args))] * 2, strict=True))
-    if args.policy is None and args.ramps is None and not has_ramps(model):
-        options["--policy"] = "off"
     return TunePlan(
-        served=ModelChoice(model, tuple(flags), tuple(part for pair in options.items() for part in pair)),
+        served=ModelChoice(model, tuple(flags), options),
         old=chosen.choice,
         limits=chosen.limits,
         prompts=load_prompts(args.prompts),
         clients=args.clients,
         seconds=args.seconds,
         max_tokens=args.max_tokens,
-        invariant=config.batch_invariant,
+        config=config_of(options),
         logs=args.logs or Path(tempfile.mkdtemp(prefix="apparate-tune-")),
         cache=cache_folder(),
         start_timeout_s=args.start_timeout_s,
@@ -183,7 +189,7 @@ def measure_and_keep(plan: "TunePlan", flags: list[str], file: Path | None) -> N
     best = best_of(trials)
     choice = plan.old if best is None else best.choice
     kept = Kept(
-        key=key_of(plan.served.model, flags, plan.limits),
+        key=key_of(plan.served.model, flags, plan.limits, plan.config),
         choice=choice,
         measured=datetime.now().astimezone().isoformat(timespec="seconds"),
         table=[trial.as_dict() for trial in trials],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 
+from apparate_llm.config import EarlyExitConfig
 from apparate_llm.coverage import STOCK, kept
 from apparate_llm.eval.plan import SteadyPlan
 from apparate_llm.eval.prompts import Prompt
@@ -35,7 +36,7 @@ class TunePlan:
     clients: list[int]
     seconds: float  # of each server with each number of clients
     max_tokens: int
-    invariant: bool  # whether rows must not depend on their batch
+    config: EarlyExitConfig  # of every server here
     logs: Path
     cache: Path
     start_timeout_s: float
@@ -91,7 +92,7 @@ def _of_kernels(plan: TunePlan, best: Choice) -> list[Choice]:
 
 
 def _of_pages(plan: TunePlan, best: Choice) -> list[Choice]:
-    by_exits = plan.system(best, "best").has_exits
+    by_exits = plan.config.policy != "off"
     return of_pages(best, plan.old, plan.limits, given=huge_pages_given(), by_exits=by_exits)
 
 
@@ -107,7 +108,7 @@ def _tried(plan: TunePlan, old: Server, choice: Choice, number: int, progress: P
     try:
         with ExitStack() as stack:
             new = _started(plan, choice, f"candidate-{number + 1}", stack, progress)
-            if plan.invariant:
+            if plan.config.batch_invariant:
                 trial.problem = variance(plan, choice)
             steady = plan.steady([old.system, new.system])
             total = steady.level_s * len(plan.clients)

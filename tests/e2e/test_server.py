@@ -14,7 +14,9 @@ import openai
 import pytest
 
 from apparate_llm.api.access import BODY_TIMEOUT_S
-from apparate_llm.eval.servers import free_port
+from apparate_llm.eval.client import PlannedRequest, run_block
+from apparate_llm.eval.servers import Server, free_port
+from apparate_llm.eval.systems import System, prefix_cache_of
 from apparate_llm.sse import event_data
 from tests.e2e.conftest import TINY_FLAGS
 
@@ -227,6 +229,22 @@ def test_what_other_speculation_refuses_or_changes_is_answered_as_by_plain_vllm(
         choices.append(reply.json()["choices"])
     for ours, plain in zip(*choices, strict=True):
         assert ours["text"] == plain["text"] and ours["finish_reason"] == plain["finish_reason"]
+
+
+@pytest.mark.parametrize(("cache", "found_again"), [("salted", False), ("warm", True)])
+def test_a_salt_for_each_request_keeps_the_prefix_cache_cold(server, tmp_path, cache, found_again):
+    def hits() -> float:
+        lines = httpx.get(f"{server}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+    assert prefix_cache_of(server) == "salted"
+    system = System("tiny", base_url=server, prefix_cache=cache)
+    fields_of = Server(system, log=tmp_path / "log", start_timeout_s=5.0).fields
+    words = " ".join(f"w{i % 20}" for i in range(180))  # more than a block of the cache
+    before, asks = hits(), [PlannedRequest(0, 4)] * 2
+    call = run_block(server, "tiny", [[{"role": "user", "content": words}]], asks, concurrency=1, fields_of=fields_of)
+    assert [done.error for done in asyncio.run(call).completions] == [None, None]
+    assert (hits() > before) == found_again
 
 
 def test_the_full_evaluation_of_running_servers_reports_every_system_and_says_what_it_left_out(

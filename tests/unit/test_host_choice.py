@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 import pytest
 
 from apparate_llm.cli import main
-from apparate_llm.config import ConfigError
+from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.host import chosen, options
 from apparate_llm.host.choice import (
     ALL_CORES,
@@ -160,6 +160,18 @@ def test_a_wrong_variable_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("value", "says"),
+    [("on", "must be auto, off or again, got 'on'"), ("again", "must be auto or off here")],
+)
+@pytest.mark.parametrize("command", [["prepare", "--out"], ["ramps", "verify"]], ids=" ".join)
+def test_prepare_says_at_its_start_what_its_servers_cannot_do(value, says, command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(TUNING_VARIABLE, value)
+    assert main([*command, str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert TUNING_VARIABLE in said and says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("parts", "flags", "given", "says"),
     [
         ({"threads": 5}, [], {}, r"--threads: at most 4 here \(4 cores\), got 5"),
@@ -169,13 +181,25 @@ def test_a_wrong_variable_is_named(monkeypatch):
         ({"worker": "engine"}, ["--data-parallel-size=2"], {}, "--worker engine: one worker is wanted"),
         ({"worker": "engine"}, ["--distributed-executor-backend", "mp"], {}, "contradicts --distributed-exec.* mp"),
         ({"worker": "process"}, [], {OWN_PROCESS: "0"}, f"--worker and {OWN_PROCESS}=0 both say it"),
+        ({"queues": "spin"}, [], {QUEUES: "block"}, f"--queues spin contradicts {QUEUES}=block"),
+        ({"kernels": "stock"}, [], {KERNELS: "zentorch"}, f"--kernels stock contradicts {KERNELS}=zentorch"),
+        ({"worker": "process"}, [], {WORKER: "engine"}, f"--worker process contradicts {WORKER}=engine"),
+        ({}, [], {QUEUES: "fast"}, f"{QUEUES}: must be spin or block, got 'fast'"),
+        ({}, [], {HUGE_PAGES: "yes"}, f"{HUGE_PAGES}: must be 0 or 1, got 'yes'"),
         ({"kernels": "zentorch"}, [], {}, "--kernels zentorch: the package zentorch is not installed"),
     ],
     ids=str,
 )
 def test_what_this_machine_does_not_allow_is_said(parts, flags, given, says, zentorch):
     with pytest.raises(ConfigError, match=says):
-        options.check_tuning(parse_tuning(parts), FOUR, flags, given)
+        options.check_tuning(parse_tuning(parts), FOUR, flags, given, parse_config({}))
+
+
+def test_pages_by_hand_and_by_a_variable_must_agree():
+    config = parse_config({"huge_pages": False})
+    options.check_tuning(Tuning(), FOUR, [], {HUGE_PAGES: "0"}, config)
+    with pytest.raises(ConfigError, match=f"--huge-pages false contradicts {HUGE_PAGES}=1"):
+        options.check_tuning(Tuning(), FOUR, [], {HUGE_PAGES: "1"}, config)
 
 
 def test_a_vllm_for_gpus_has_no_such_parts(monkeypatch, tmp_path):

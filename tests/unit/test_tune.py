@@ -9,8 +9,10 @@ from rich.console import Console
 
 from apparate_llm import coverage
 from apparate_llm.cli import main
+from apparate_llm.config import parse_config
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.systems import ModelChoice, System
+from apparate_llm.flags import config_of
 from apparate_llm.host import chosen
 from apparate_llm.host.choice import AS_VLLM, BIND, DEFAULT, OWN_PROCESS, QUEUES, WORKER, Choice
 from apparate_llm.host.chosen import choose
@@ -82,8 +84,8 @@ def test_a_candidates_server_is_told_all_of_it(choice, zentorch, tmp_path, monke
     monkeypatch.setattr(chosen, "cpu_limits", lambda: TWO)
     tuning, pages = flags_of(choice, TWO)
     told = parse_tuning({flag[2:]: value for flag, value in zip(tuning[::2], tuning[1::2], strict=True)})
-    huge_pages = {"True": True, "False": False}[pages[1]] if pages else None
-    assert same(choose(told, tmp_path, huge_pages=huge_pages, given={}).choice, choice, TWO)
+    config = config_of(pages)
+    assert same(choose(told, tmp_path, config=config, given={}).choice, choice, TWO)
 
 
 # ---- what is kept
@@ -178,7 +180,7 @@ def plan(tmp_path, monkeypatch, zentorch):
         clients=[2],
         seconds=1.4,
         max_tokens=9,
-        invariant=True,
+        config=parse_config({}),
         logs=tmp_path,
         cache=tmp_path / "cache",
         start_timeout_s=2.0,
@@ -269,7 +271,8 @@ def test_the_best_is_kept_and_then_in_force(measured, capsys):
         trial_of((scaled(STEADY, 0.9), STEADY), choice=AS_VLLM),
         trial_of((scaled(STEADY, 0.6), STEADY), choice=best),
     )
-    assert choose(Tuning(), model).choice == DEFAULT
+    without = parse_config({"policy": "off"})  # as measured, without ramps for the model
+    assert choose(Tuning(), model, config=without).choice == DEFAULT
     assert tune(model, "--json", str(model / "out.json")) == 0
     said = capsys.readouterr()
     assert (
@@ -278,15 +281,16 @@ def test_the_best_is_kept_and_then_in_force(measured, capsys):
     assert "kept: 2 threads, in engine, huge pages, stock kernels" in said.err
     written = json.loads((model / "out.json").read_text())
     assert written["choice"]["worker"] == "engine" and len(written["table"]) == 2 and written["machine"]["cpu"]
-    assert choose(Tuning(), model).choice == best
-    assert choose(Tuning(), model, ["--dtype", "float32"]).choice == DEFAULT
+    assert choose(Tuning(), model, config=without).choice == best
+    assert choose(Tuning(), model).choice == DEFAULT, "with exits nothing was measured"
+    assert choose(Tuning(), model, ["--dtype", "float32"], without).choice == DEFAULT
 
 
 def test_where_nothing_is_faster_the_old_choice_stays(measured, capsys):
     model = measured(trial_of((scaled(STEADY, 0.99), STEADY)), Trial(AS_VLLM, problem="ended with exit code 1"))
     assert tune(model) == 0
     assert "(as before)" in capsys.readouterr().err
-    found = choose(Tuning(), model)
+    found = choose(Tuning(), model, config=parse_config({"policy": "off"}))
     assert found.choice == DEFAULT and "kept" in found.origin
 
 
@@ -331,7 +335,6 @@ def test_serve_measures_again_if_asked_to(tmp_path, monkeypatch, capsys):
     import sys
 
     from apparate_llm import serve
-    from apparate_llm.config import parse_config
 
     asked = []
 
@@ -345,7 +348,8 @@ def test_serve_measures_again_if_asked_to(tmp_path, monkeypatch, capsys):
     serve.use_machine(again, tmp_path, ["--dtype", "float32"], config, {})
     (line,) = asked
     assert line[:5] == [sys.executable, "-m", "apparate_llm.cli", "tune", str(tmp_path)]
-    assert line[5:] == ["--policy", "off", "--vllm-flag=--dtype", "--vllm-flag=float32"]
+    assert line[5:9] == ["--policy", "off", "--batch-invariant", "True"]
+    assert line[9:] == ["--vllm-flag=--dtype", "--vllm-flag=float32"]
     Done.returncode = 1
     with pytest.raises(RuntimeError, match=r"`apparate-llm tune` ended with exit code 1"):
         serve.use_machine(again, tmp_path, [], config, {})
@@ -355,7 +359,7 @@ def test_a_servers_start_sets_variables_and_says_what_is_in_force(tmp_path, monk
     import os
 
     from apparate_llm import serve
-    from apparate_llm.config import ADDITIONAL_CONFIG_KEY, parse_config
+    from apparate_llm.config import ADDITIONAL_CONFIG_KEY
 
     monkeypatch.setattr(chosen, "cpu_limits", lambda: TWO)
     monkeypatch.setattr(os, "environ", {"APPARATE_CACHE": str(tmp_path)})

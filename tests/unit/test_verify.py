@@ -106,7 +106,7 @@ def test_the_report_shows_the_measurement_beside_the_prediction(tmp_path, monkey
 
 def test_servers_do_not_get_the_threads_of_a_preparation(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    with verify_module._servers_environment():
+    with verify_module.servers_environment():
         assert "OMP_NUM_THREADS" not in os.environ
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
