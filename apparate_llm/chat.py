@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+BLUE, GREEN, RED = "#2073df", "#20884b", "#da362b"  # as legible on black as on white; a terminal's own blue is not
 STYLES = {  # origin of a token -> how it is shown
     "checked": "",
-    "held": "blue",
-    "held_diverged": "red underline",
-    "released": "green",
-    "released_diverged": "red underline",
-    "unverified": "green italic",
+    "held": BLUE,
+    "held_diverged": f"{RED} underline",
+    "released": GREEN,
+    "released_diverged": f"{RED} underline",
+    "unverified": f"{GREEN} italic",
 }
 LEGEND = (("checked", "checked"), ("held", "held"), ("released", "released"), ("released_diverged", "divergence"))
 CONNECT_TIMEOUT_S = 5.0

@@ -5,8 +5,8 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-COLORS = ("#2a7fde", "#d9822b", "#2e9e5b", "#b04fc9", "#c23b4a", "#17a2b0", "#a88a1e", "#e0669b")
-GREY = "#808890"
+COLORS = ("#2a7fde", "#c97419", "#2e9e5b", "#b04fc9", "#c23b4a", "#17a2b0", "#a88a1e", "#e0669b")
+GREY = "#747c85"
 LEGEND_CHARACTERS = 64  # in a row; the line before each name takes up about five
 
 if TYPE_CHECKING:

@@ -1,79 +1,92 @@
-#!/usr/bin/env python3
-"""How much the policies depend on their constants, on the shipped feedback logs: python -m scripts.draw_sensitivity
-OUT.svg
+"""How much the policies depend on their constants: what `python -m scripts.sweep_constants` found, as a picture."""
 
-Each line varies one constant, in multiples of its default; the accuracy bound is 0.05.
-"""
+import json
+from math import ceil, floor, log2
+from typing import NamedTuple
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+from scripts.results_table import RESULTS
+from scripts.svg import Drawing, Panel, Point, Theme
 
-from apparate_llm.config import EarlyExitConfig, PolicyName
-from apparate_llm.controller.feedback import LoggedStep, read_header, read_steps
-from apparate_llm.controller.policies import make_policy
-from apparate_llm.controller.replay import LogCosts, replay
-from apparate_llm.replay import shipped_logs
+FILE = "sensitivity.json"
+WIDTH, HEIGHT = 680, 540
+LEFT, GAP, TOPS, PANEL_HEIGHT = 44, 22, (136, 334), 144
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
-BOUND = 0.05
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-# policy, constant, default
-CONSTANTS: tuple[tuple[PolicyName, str, float], ...] = (
-    ("apparate", "window", 16),
-    ("apparate", "adjust_every", 128),
-    ("adaptive", "max_regret_nats", 1.0),
-    ("adaptive", "memory_verdicts", 100.0),
+class Measure(NamedTuple):
+    title: str
+    key: str  # of a point in the result
+    scale: float
+    step: float  # of the axis
+
+
+MEASURES = (
+    Measure("Time per output token / plain", "tpt_ratio", 1, 0.2),
+    Measure("Divergences, % of tokens", "divergence_frac", 100, 2),
 )
+Lines = dict[str, list[dict[str, float]]]  # name -> points
 
 
-def sweep(steps: list[LoggedStep], costs: LogCosts, num_layers: int) -> dict[str, list[tuple[float, float, float]]]:
-    """Line -> (factor, TPT ratio, divergence share) of each point."""
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    depths = tuple(sorted(costs.draft_steps))
-    for name, constant, default in CONSTANTS:
-        config = EarlyExitConfig(policy=name, accuracy_bound=BOUND, max_batch_tokens=64)
-        points = []
-        for factor in FACTORS:
-            value = type(default)(default * factor)
-            policy = make_policy(config, depth=depths[0], depths=depths, num_layers=num_layers, **{constant: value})
-            result = replay(steps, costs, policy, accuracy_bound=BOUND, kind="agreement")
-            points.append((factor, result.tpt_ratio, result.divergence_frac))
-        lines[f"{name}: {constant} ({default:g})"] = points
-    return lines
-
-
-def draw_line(ax: "Axes", points: list[tuple[float, float]], label: str) -> None:
-    ax.plot([x for x, _ in points], [y for _, y in points], marker="o", label=label)
-
-
-def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    logs = shipped_logs()
-    figure, axes = pyplot.subplots(
-        2, len(logs), figsize=(5 * len(logs), 6.5), sharex=True, squeeze=False, layout="constrained"
+def draw(theme: Theme) -> str:
+    found = json.loads((RESULTS / FILE).read_text())
+    logs: dict[str, Lines] = found["logs"]
+    limits = (1.0, 100 * found["accuracy_bound"])  # plain; the bound
+    drawing = Drawing(
+        WIDTH, HEIGHT, theme, title="TPT and divergences over the policies' constants", desc=description(logs)
     )
-    for column, (name, path) in enumerate(logs.items()):
-        steps = list(read_steps(path))
-        for label, points in sweep(steps, LogCosts(steps), read_header(path)["num_layers"]).items():
-            draw_line(axes[0][column], [(factor, tpt) for factor, tpt, _ in points], label)
-            draw_line(axes[1][column], [(factor, 100 * share) for factor, _, share in points], label)
-            print(name, label, " ".join(f"x{f:g}: {tpt:.3f}/{share:.3f}" for f, tpt, share in points), flush=True)
-        axes[0][column].set_title(name)
-        axes[1][column].set_xlabel("constant / default")
-        axes[1][column].set_xscale("log", base=2)
-        axes[1][column].axhline(100 * BOUND, color="grey", linestyle=":")
-    axes[0][0].set_ylabel("time per output token / plain")
-    axes[1][0].set_ylabel("divergent tokens, %")
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(Path(sys.argv[1]), metadata={"Date": None} if sys.argv[1].endswith(".svg") else None)
+    names = list(next(iter(logs.values())))
+    drawing.legend((22, 32), names[:2])
+    drawing.legend((22, 58), names[2:], first=2)
+    width = (WIDTH - LEFT - 16 - GAP * (len(logs) - 1)) / len(logs)
+    for measure, top, limit in zip(MEASURES, TOPS, limits, strict=True):
+        low, high = span(logs, measure, limit)
+        drawing.text((LEFT, top - 10), measure.title, color=theme.soft)
+        for number, lines in enumerate(logs.values()):
+            panel = Panel(LEFT + number * (width + GAP), top, width, PANEL_HEIGHT, low, high)
+            draw_panel(drawing, panel, lines, measure, limit, is_first=number == 0)
+    for number, log in enumerate(logs):
+        left = LEFT + number * (width + GAP)
+        drawing.text((left, TOPS[0] - 34), log, bold=True)
+        drawing.text((left + width / 2, HEIGHT - 16), "constant / default", color=theme.soft, anchor="middle")
+    return drawing.svg()
 
 
-if __name__ == "__main__":
-    main()
+def span(logs: dict[str, Lines], measure: Measure, limit: float) -> tuple[float, float]:
+    """Ends of the axis: whole steps around all values and the limit."""
+    values = [measure.scale * p[measure.key] for lines in logs.values() for points in lines.values() for p in points]
+    values.append(limit)
+    return measure.step * floor(min(values) / measure.step), measure.step * ceil(max(values) / measure.step)
+
+
+def draw_panel(drawing: Drawing, panel: Panel, lines: Lines, measure: Measure, limit: float, *, is_first: bool) -> None:
+    steps = round((panel.high - panel.low) / measure.step)
+    panel.grid(drawing, [panel.low + measure.step * k for k in range(steps + 1)], labels=is_first)
+    at = panel.y(limit)
+    drawing.line([(panel.left, at), (panel.right, at)], color=drawing.theme.soft, width=1.5, dash="5 4")
+    if is_first:
+        name, below = ("plain", 16) if measure.scale == 1 else ("bound", -5)
+        drawing.text((panel.left + 6, at + below), name, color=drawing.theme.soft, size=13)
+    factors = [point["factor"] for point in next(iter(lines.values()))]
+    for number, points in enumerate(lines.values()):
+        places = [place(panel, factors, p["factor"], measure.scale * p[measure.key]) for p in points]
+        drawing.line(places, color=drawing.theme.series[number], width=2)
+        for at_point in places:
+            drawing.mark(at_point, number, color=drawing.theme.series[number], radius=4)
+    for factor in factors:
+        x, _ = place(panel, factors, factor, panel.low)
+        drawing.text((x, panel.bottom + 20), f"{factor:g}", color=drawing.theme.soft, anchor="middle")
+
+
+def place(panel: Panel, factors: list[float], factor: float, value: float) -> Point:
+    """On a logarithmic axis from the first factor to the last."""
+    first, last = log2(factors[0]), log2(factors[-1])
+    return panel.left + 14 + (panel.width - 28) * (log2(factor) - first) / (last - first), panel.y(value)
+
+
+def description(logs: dict[str, Lines]) -> str:
+    said = []
+    for log, lines in logs.items():
+        for name, points in lines.items():
+            tpt = [point["tpt_ratio"] for point in points]
+            share = max(point["divergence_frac"] for point in points)
+            said.append(f"{log}, {name}: TPT ratio {min(tpt):.2f} to {max(tpt):.2f}, divergences up to {share:.1%}.")
+    return " ".join(said)

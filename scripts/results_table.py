@@ -3,7 +3,8 @@
 
 python -m scripts.results_table        # writes all of them anew
 
-A table stands in its page behind `<!-- table: NAME -->`. A row is left out while its result is not kept.
+A table stands in its page behind `<!-- table: NAME -->`; TABLES says what each is made of. A row is left out while its
+result is not kept. `python -m scripts.draw` makes the pictures of the same results.
 """
 
 import re

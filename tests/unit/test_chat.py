@@ -2,8 +2,9 @@
 
 import pytest
 
-from apparate_llm.chat import Answer, ChatClient
+from apparate_llm.chat import BLUE, GREEN, RED, Answer, ChatClient
 from apparate_llm.cli import build_parser, main
+from tests.contrast import contrast
 from tests.fake_server import SPLITTERS, fake_server
 
 
@@ -21,12 +22,18 @@ def test_an_answer_is_coloured_by_its_report_and_says_its_speed():
     answer.take(chunk(usage={"completion_tokens": 2}))
     answer.take(chunk(early_exit=[report]))
     shown = answer.coloured()
-    assert shown.plain == "One two" and [(span.start, span.style) for span in shown.spans] == [(3, "blue")]
+    assert shown.plain == "One two" and [(span.start, span.style) for span in shown.spans] == [(3, BLUE)]
     assert "ms per token" in answer.note()
     assert "1 checked · 1 held · 0 released · 0 divergences, 0 at worst" in answer.note()
     answer.report["tokens"] |= {"unverified": 2}
     answer.report["divergences"] = 1
     assert "1 divergence, 3 at worst (2 without a verdict)" in answer.note()
+
+
+@pytest.mark.parametrize("color", [BLUE, GREEN, RED])
+@pytest.mark.parametrize("back", ["#ffffff", "#000000"])
+def test_its_colours_can_be_read_on_a_light_terminal_and_on_a_dark_one(color, back):
+    assert contrast(color, back) > 4.4
 
 
 def test_an_error_in_the_stream_ends_it():
