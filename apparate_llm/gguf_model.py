@@ -161,13 +161,15 @@ def check_room(num_weights: int, out: Path) -> None:
 
 def _loaded(gguf: Path) -> tuple[Any, Any]:
     """(tokenizer, model), nothing said meanwhile."""
+    from logging import CRITICAL
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     try:
         with redirect_stderr(io.StringIO()):  # one bar cannot be disabled
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

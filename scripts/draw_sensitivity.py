@@ -4,7 +4,7 @@ import json
 from math import ceil, floor, log2
 from typing import NamedTuple
 
-from scripts.results_table import RESULTS
+from scripts.kept import RESULTS
 from scripts.svg import Drawing, Panel, Point, Theme
 
 FILE = "sensitivity.json"

@@ -5,7 +5,8 @@ from itertools import groupby, pairwise
 from math import ceil
 from typing import NamedTuple
 
-from scripts.results_table import NOTHING, TABLES, Column, measured
+from scripts.kept import RESULTS, Measured, is_kept, measured
+from scripts.results_table import TABLES, Column
 from scripts.svg import Drawing, Panel, Theme
 
 TABLE = "readme"
@@ -33,17 +34,23 @@ class Load(NamedTuple):
 
 def loads() -> list[Load]:
     """Those of the table with a number of clients, by model, prompts and clients; the first two in its order."""
-    table, found = TABLES[TABLE], []
+    table, rows = TABLES[TABLE], []
     for row in table.rows:
+        if not is_kept(row.file):
+            continue
         model, _, prompts = row.name.partition(", ")
-        of = measured(row.file)
+        of = measured(RESULTS / row.file)
         for name in row.loads:
             if clients := CLIENTS.fullmatch(name):
-                ratios = [of.get((name, system), NOTHING).ratio for _, system, _ in table.columns]
-                values = [Value(r.tpt_mean, r.tpt_mean_ci95) if r and r.tpt_mean else None for r in ratios]
-                found.append(Load(model, prompts, int(clients[1]), tuple(values)))
-    models, texts = [row.model for row in found], [row.prompts for row in found]
-    return sorted(found, key=lambda row: (models.index(row.model), texts.index(row.prompts), row.clients))
+                values = [value_of(of.get((name, column.system)), column) for column in table.columns]
+                rows.append(Load(model, prompts, int(clients[1]), tuple(values)))
+    models, texts = [row.model for row in rows], [row.prompts for row in rows]
+    return sorted(rows, key=lambda row: (models.index(row.model), texts.index(row.prompts), row.clients))
+
+
+def value_of(system: Measured | None, column: Column) -> Value | None:
+    ratio = None if system is None else system.over(column.over)
+    return Value(ratio.tpt_mean, ratio.tpt_mean_ci95) if ratio and ratio.tpt_mean else None
 
 
 def draw(theme: Theme) -> str:
@@ -58,7 +65,7 @@ def draw(theme: Theme) -> str:
     )
     drawing.text((16, 28), "Time per output token / plain vLLM's", bold=True, size=16)
     drawing.text((WIDTH - 16, 28), "lower is better", color=theme.soft, anchor="end")
-    drawing.legend((22, 54), [title for title, _, _ in columns])
+    drawing.legend((22, 54), [column.title for column in columns])
     highest = STEP * ceil(max(top for row in rows for value in row.values if value for top in ends(value)) / STEP)
     width = (WIDTH - LEFT - 16 - GAP * (len(models) - 1)) / len(models)
     for number, (model, part) in enumerate(models.items()):
@@ -111,8 +118,8 @@ def draw_system(
 
 def description(rows: list[Load], columns: tuple[Column, ...]) -> str:
     """All of the picture's values as a sentence for each load."""
-    said = []
+    sentences = []
     for row in rows:
-        values = [f"{name} {v.mean:.2f}" for (name, _, _), v in zip(columns, row.values, strict=True) if v]
-        said.append(f"{row.model}, {row.prompts}, clients {row.clients}: {', '.join(values)}.")
-    return " ".join(said)
+        values = [f"{column.title} {v.mean:.2f}" for column, v in zip(columns, row.values, strict=True) if v]
+        sentences.append(f"{row.model}, {row.prompts}, clients {row.clients}: {', '.join(values)}.")
+    return " ".join(sentences)

@@ -157,7 +157,7 @@ def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> No
     from tests import conftest  # noqa: F401 - sets vLLM's environment before it is imported
     from tests.harness import Engine, greedy
 
-    options = None
+    options: dict[str, Any] | None = None
     if system == "off":
         options = {"policy": "off"}
     elif system != "plain":

@@ -30,7 +30,8 @@ from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.report import render as render_results
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import ModelChoice, System, early_exits
-from apparate_llm.serve import memory_flags, model_folder
+from apparate_llm.named_model import model_folder
+from apparate_llm.serve import memory_flags
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
