@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from logging import CRITICAL
 from pathlib import Path
 
 from rich.console import Console
@@ -146,10 +147,11 @@ def problem_of(name: str, origin: Origin, error: Exception) -> str:
 @contextmanager
 def _told(name: str) -> Iterator[None]:
     """huggingface_hub's bars on a terminal, a line every half minute in a log. Its warnings are ours to say."""
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     console, verbosity = Console(file=sys.stderr), logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     try:
         with warnings.catch_warnings(), ended_at_once():
             warnings.simplefilter("ignore")
