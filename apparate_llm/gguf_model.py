@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from glob import escape
+from logging import CRITICAL
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from rich.console import Console
@@ -27,12 +28,20 @@ COMPLETE = "apparate-complete.json"  # written last: name -> sha256 of every fil
 MAGIC = b"GGUF"
 PART = re.compile(r"-\d{5}-of-\d{5}$")  # end of the name of one file of several
 LONGEST_STEM = 200  # letters of a file's name that its folder's keeps
+NO_ARCHITECTURES = {"general", "tokenizer"}  # parts of a file, in transformers' table of architectures
 BYTES_PER_WEIGHT = 2  # bfloat16, on disk
 PEAK_BYTES_PER_WEIGHT = 4  # in memory: the weights that are read, and the model that takes them
 
 
 class GgufError(ValueError):
     """A GGUF file that cannot be converted. The message is one line for the user."""
+
+
+class Contents(NamedTuple):
+    """What the conversion must know of a file."""
+
+    num_weights: int
+    head_dim: int | None  # None: as the architecture has it
 
 
 def check_gguf(file: Path) -> None:
@@ -100,15 +109,16 @@ def convert(gguf: Path, out: Path) -> None:
     """Write a GGUF model as bf16 safetensors with tokenizer and chat template. Raises GgufError, ConfigError."""
     from safetensors import SafetensorError
 
-    num_weights = check_contents(gguf)
-    check_room(num_weights, out)
+    contents = contents_of(gguf)
+    check_room(contents.num_weights, out)
     try:
-        tokenizer, model = _loaded(gguf)
+        tokenizer, model = _loaded(gguf, contents.head_dim)
     except Exception as error:  # each reader of a damaged file fails in its own way
         raise GgufError(f"cannot convert {gguf}: {_short(error)}") from None
-    if (found := sum(parameter.numel() for parameter in model.parameters())) != num_weights:
+    if (found := sum(parameter.numel() for parameter in model.parameters())) != contents.num_weights:
         raise GgufError(
-            f"cannot convert {gguf}: transformers makes a model of {found:,} weights of it, and it has {num_weights:,}"
+            f"cannot convert {gguf}: transformers makes a model of {found:,} weights of it, and it has "
+            f"{contents.num_weights:,}"
         )
     try:
         model.save_pretrained(out)
@@ -117,9 +127,8 @@ def convert(gguf: Path, out: Path) -> None:
         raise ConfigError(f"cannot write the converted model to {out.parent}: {_short(error)}") from None
 
 
-def check_contents(gguf: Path) -> int:
-    """How many weights the file has. Raises GgufError for one that is damaged, or has what its conversion would
-    leave out."""
+def contents_of(gguf: Path) -> Contents:
+    """Raises GgufError for a file that is damaged, or has what its conversion would leave out."""
     from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
@@ -128,6 +137,8 @@ def check_contents(gguf: Path) -> int:
         architecture = str(reader.fields["general.architecture"].contents())
         scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
         scaled = scaling is not None and scaling.contents() != "none"
+        key_length = reader.fields.get(f"{architecture}.attention.key_length")
+        head_dim = None if key_length is None else int(key_length.contents())
         tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     except Exception as error:  # no two kinds of damage are the same to the reader
         raise GgufError(f"damaged GGUF file {gguf}: {_short(error)}") from None
@@ -141,10 +152,7 @@ def check_contents(gguf: Path) -> int:
             f"cannot convert {gguf}: it scales positions (RoPE), which transformers leaves out: name the folder or the "
             "hub's name of the model that it was made of"
         )
-    return sum(tensors.values())
-
-
-NO_ARCHITECTURES = {"general", "tokenizer"}  # parts of a file, in the same table
+    return Contents(sum(tensors.values()), head_dim)
 
 
 def check_room(num_weights: int, out: Path) -> None:
@@ -159,12 +167,12 @@ def check_room(num_weights: int, out: Path) -> None:
             )
 
 
-def _loaded(gguf: Path) -> tuple[Any, Any]:
+def _loaded(gguf: Path, head_dim: int | None) -> tuple[Any, Any]:
     """(tokenizer, model), nothing said meanwhile."""
     from logging import CRITICAL
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -173,7 +181,12 @@ def _loaded(gguf: Path) -> tuple[Any, Any]:
     try:
         with redirect_stderr(io.StringIO()):  # one bar cannot be disabled
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+            config: Any = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            if head_dim is not None and hasattr(config, "head_dim"):  # transformers reads it for some families only
+                config.head_dim = head_dim
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.bfloat16
+            )
     finally:
         logging.set_verbosity(verbosity)
     # The weights are plain now; transformers still remembers that they came quantized.

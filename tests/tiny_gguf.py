@@ -1,6 +1,7 @@
 """Tiny GGUF files made of tiny models, as llama.cpp's converter writes them."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,16 +95,15 @@ def _write_shape(writer: "GGUFWriter", config: dict[str, int]) -> None:
 
 
 def _write_tokenizer(writer: "GGUFWriter", vocab_size: int) -> None:
-    """ASCII, and w0, w1, ... of merges."""
+    """ASCII, and pairs of letters."""
     tokens = [*SPECIAL, *map(chr, range(ord("!"), ord("~") + 1)), "\u0120", "\u010a"]
-    numbers = range(vocab_size - len(tokens))
-    merges = [" ".join([f"w{number}"[:-1], str(number % 10)]) for number in numbers]
-    tokens += [f"w{number}" for number in numbers]
+    pairs = [*product("abcdefgh", repeat=2)][: vocab_size - len(tokens)]
+    tokens += ["".join(pair) for pair in pairs]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (vocab_size - len(SPECIAL)))  # control, normal
-    writer.add_token_merges(merges)
+    writer.add_token_merges([" ".join(pair) for pair in pairs])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -216,7 +216,7 @@ def choice_of(model, monkeypatch):
 
     def parsed(*flags: str) -> systems.ModelChoice:
         args = build_parser().parse_args(spelt_out(["eval", "quick", str(model), *flags]))
-        return systems.tuned(systems.ModelChoice(args.model, options=tuple(option_flags(args))), tuning_from(args))
+        return systems.tuned(systems.ModelChoice(model, options=tuple(option_flags(args))), tuning_from(args))
 
     return parsed
 
