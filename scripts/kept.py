@@ -50,8 +50,8 @@ def table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Nothing where there are no rows."""
     if not rows:
         return ""
-    lines = [f"| {' | '.join(row)} |" for row in [head, *rows]]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
+    lines = [f"|{'|'.join(row)}|\n" for row in [head, ["---"] * len(head), *rows]]
+    return "".join(lines)
 
 
 def is_kept(file: str) -> bool:

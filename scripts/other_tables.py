@@ -41,7 +41,7 @@ def plain(frac: float | None) -> str:
 
 
 def targets(file: str) -> list[list[str]]:
-    """Of each system with exits."""
+    """Of each system that has one."""
     return [
         [
             run.system,
@@ -50,7 +50,7 @@ def targets(file: str) -> list[list[str]]:
             plain(at_worst_frac(run)),
         ]
         for run in load_results(RESULTS / file).runs
-        if run.exits
+        if run.within_target_frac is not None
     ]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from apparate_llm.eval.prompt_lengths import length_of
 from apparate_llm.eval.schema import Ratio, SteadyRatio
 from apparate_llm.eval.tables import number, with_interval
 from scripts.kept import QWEN, RESULTS, ROOT, SMOLLM, Measured, is_kept, link, measured, table_of
@@ -105,11 +106,9 @@ TABLES: dict[str, Table] = {
     "first-tokens": Table(
         (FIRST_TOKENS,),
         (
-            Column("plain vLLM, ms", PLAIN[0], mean_of("ttft_ms")),
             Column("lossless, ms", LOSSLESS, mean_of("ttft_ms")),
-            Column("llama.cpp bf16, ms", LLAMA[0], mean_of("ttft_ms")),
-            Column("lossless / plain vLLM", LOSSLESS, TTFT),
-            Column("lossless / llama.cpp bf16", LOSSLESS, TTFT, LLAMA),
+            Column("/ plain vLLM", LOSSLESS, TTFT),
+            Column("/ llama.cpp bf16", LOSSLESS, TTFT, LLAMA),
         ),
     ),
 }
@@ -129,7 +128,7 @@ def made(name: str, folder: Path) -> str:
         for load in one.loads:
             assert load in loads, f"{one.file}: no load {load!r} among {sorted(loads)}"
             cells = [_cell(column, found.get((load, column.system))) for column in table.columns]
-            rows.append([link(one.name, one.file, folder), load, *cells])
+            rows.append([link(one.name, one.file, folder), length_of(load) or load, *cells])
     return table_of(["model, prompts", "load", *(column.title for column in table.columns)], rows)
 
 

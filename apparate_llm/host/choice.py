@@ -95,7 +95,7 @@ def line(choice: Choice, limits: CpuLimits, given: Mapping[str, str], origin: st
         _part(given, (BIND, RESERVED), _threads_text(choice, limits)),
         _part(given, (KERNELS,), kernels_text(choice)),
         _part(given, (HUGE_PAGES,), _pages_text(choice)),
-        _part(given, (QUEUES,), "blocking queues" if choice.queues == "block" else "spinning queues"),
+        _part(given, (QUEUES,), _queues_text(choice)),
         _part(
             given,
             (WORKER, OWN_PROCESS),
@@ -122,6 +122,12 @@ def kernels_text(choice: Choice) -> str:
         return f"{ZENTORCH} {version(ZENTORCH)}"
     except PackageNotFoundError:  # importable, without a record of its installation
         return ZENTORCH
+
+
+def _queues_text(choice: Choice) -> str:
+    if choice.worker == "engine":
+        return ""  # there are none
+    return "blocking queues" if choice.queues == "block" else "spinning queues"
 
 
 def _pages_text(choice: Choice) -> str:

@@ -100,6 +100,7 @@ def test_the_line_says_what_is_in_force(zentorch):
         "worker in the engine's process (why)"
     )
     assert "threads as vLLM gives them" in line(AS_VLLM, FOUR, {}, "")
+    assert "queues" not in line(Choice(worker="engine"), FOUR, {}, ""), "there are none"
 
 
 def test_the_default_is_as_vllm_does(zentorch):
