@@ -169,7 +169,6 @@ def check_room(num_weights: int, out: Path) -> None:
 
 def _loaded(gguf: Path, head_dim: int | None) -> tuple[Any, Any]:
     """(tokenizer, model), nothing said meanwhile."""
-    from logging import CRITICAL
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from logging import CRITICAL
 from pathlib import Path
 
 from rich.console import Console
@@ -146,8 +147,6 @@ def problem_of(name: str, origin: Origin, error: Exception) -> str:
 @contextmanager
 def _told(name: str) -> Iterator[None]:
     """huggingface_hub's bars on a terminal, a line every half minute in a log. Its warnings are ours to say."""
-    from logging import CRITICAL
-
     from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
