@@ -10,7 +10,8 @@ import httpx
 import openai
 import pytest
 
-from apparate_llm.default_model import NAME, is_complete
+from apparate_llm.default_model import NAME
+from apparate_llm.sealed import is_complete
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = (
