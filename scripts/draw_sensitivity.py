@@ -7,7 +7,7 @@ Each line varies one constant, in multiples of its default; the accuracy bound i
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apparate_llm.config import EarlyExitConfig, PolicyName
 from apparate_llm.controller.feedback import LoggedStep, read_header, read_steps
@@ -37,8 +37,8 @@ def sweep(steps: list[LoggedStep], costs: LogCosts, num_layers: int) -> dict[str
         config = EarlyExitConfig(policy=name, accuracy_bound=BOUND, max_batch_tokens=64)
         points = []
         for factor in FACTORS:
-            value = type(default)(default * factor)
-            policy = make_policy(config, depth=depths[0], depths=depths, num_layers=num_layers, **{constant: value})
+            varied: dict[str, Any] = {constant: type(default)(default * factor)}
+            policy = make_policy(config, depth=depths[0], depths=depths, num_layers=num_layers, **varied)
             result = replay(steps, costs, policy, accuracy_bound=BOUND, kind="agreement")
             points.append((factor, result.tpt_ratio, result.divergence_frac))
         lines[f"{name}: {constant} ({default:g})"] = points
