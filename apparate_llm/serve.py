@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from apparate_llm.admin import KEY_VARIABLE, check_admin_keys, pass_on_admin_keys
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitConfig
@@ -24,15 +24,20 @@ from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_
 from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
-from apparate_llm.ramps.checkpoint import RampError, check_fits, choose_depth, find_shipped, read_manifest
+from apparate_llm.ramps.checkpoint import choose_depth
 from apparate_llm.redact import redacted
 from apparate_llm.vllm_flags import given_value, normalised, parse_object, without
+from apparate_llm.w8a8 import check_quantisable, int8_model
+
+if TYPE_CHECKING:
+    from apparate_llm.ramps.fitting import Fitting
 
 SPECULATION = "speculative_config"  # a setting of every server with exits, and of no other
 SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of it
 DEFAULTS = ("", "None", "auto")  # values by which a flag of vLLM's is as if it were not given
 YOURS = "contradicts early exits; with --policy off it is yours"
 MAX_DEFAULT_KV_CACHE_BYTES = 4 << 30
+AS_STORED, INT8 = "bf16", "int8"  # weights to serve
 
 
 def add_serve(subparsers: Commands) -> None:
@@ -45,6 +50,13 @@ def add_serve(subparsers: Commands) -> None:
     )
     parser.add_argument(
         "--model", metavar="MODEL", help="model folder; may stand first without --model (default: the embedded one)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=(AS_STORED, INT8),
+        default=AS_STORED,
+        help=f"{AS_STORED}: as they are stored; {INT8}: quantised (W8A8) once, into the cache folder, and served with "
+        f"the same ramps: another model, nearly the same (default: {AS_STORED})",
     )
     parser.add_argument("--host", default=None, help="address to listen on (default: all)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
@@ -74,11 +86,14 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     if args.model is None and not (cache_folder() / NAME).is_dir():
         writable_cache()
     check_admin_keys(args.admin_key)
-    architecture = DEFAULT_ARCHITECTURE
+    architecture, fitting = DEFAULT_ARCHITECTURE, None
     if args.model is not None:
         model = resolve_model(args.model)
         architecture = architecture_of(model) if config.policy != "off" else ""
-        preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
+        if args.weights == INT8:
+            check_quantisable(model)
+        else:
+            fitting = preflight_ramps(config, model, architecture, load_format(vllm_flags))
     settings = vllm_args(config, architecture)
     if config.policy == "off" and (given_value(vllm_flags, "worker-cls") is not None or not is_cpu_build()):
         settings = {}  # plain vLLM, its texts as they come
@@ -87,15 +102,13 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         raise ConfigError(problem)
     reexec_with_libraries()  # before anything heavy is imported
     if given_value(rest, "dtype") is None:
-        for finding in check_cpu():
-            if finding.level == "note":
-                print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
-    if args.model is None:
-        model = default_model()
-        print(f"Default model {NAME}: using {model}", file=sys.stderr, flush=True)
+        note_dtype()
+    if args.model is None or args.weights == INT8:
+        model, names = made_model(args)
         if given_value(rest, "served-model-name") is None:
-            rest = [*rest, "--served-model-name", NAME, str(model)]
-        preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
+            rest = [*rest, "--served-model-name", *names]
+        fitting = preflight_ramps(config, model, architecture, load_format(vllm_flags))
+    announce(fitting)
     use_machine(tuning, model, vllm_flags, config, wanted)
     if SPECULATION in wanted:
         keep_state(wanted["additional_config"][ADDITIONAL_CONFIG_KEY])
@@ -107,6 +120,26 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     pass_on_admin_keys(args.admin_key)
     print("Starting: vllm serve " + " ".join(map(quote, redacted(flags))), file=sys.stderr, flush=True)
     return start_vllm(flags, wanted | {"model_tag": str(model)})
+
+
+def note_dtype() -> None:
+    for finding in check_cpu():
+        if finding.level == "note":
+            print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
+
+
+def made_model(args: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The folder to serve where it is one in the cache, made first if need be, and the names it is asked for by."""
+    if args.model is None:
+        model = default_model()
+        names = [NAME, str(model)]
+        print(f"Default model {NAME}: using {model}", file=sys.stderr, flush=True)
+    else:
+        model, names = resolve_model(args.model), [args.model]
+    if args.weights == INT8:
+        model = int8_model(model)
+        print(f"Int8 weights: using {model}", file=sys.stderr, flush=True)
+    return model, names
 
 
 def use_machine(
@@ -232,21 +265,34 @@ def model_folder(name: str | Path | None) -> Path:
     return default_model() if name is None else resolve_model(str(name))
 
 
-def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str, load_format: str = "auto") -> None:
-    """Find out here, in a second, what would otherwise stop the engine half a minute into its start."""
-    from apparate_llm.ramps.fingerprint import fingerprint_of
+def load_format(vllm_flags: list[str]) -> str:
+    return given_value(vllm_flags, "load-format") or "auto"
+
+
+def preflight_ramps(
+    config: EarlyExitConfig, model: Path, architecture: str, load_format: str = "auto"
+) -> "Fitting | None":
+    """Find out here, in a second, what would otherwise stop the engine half a minute into its start. None: no ramps
+    are asked for."""
+    from apparate_llm.ramps.base_weights import BaseWeights
+    from apparate_llm.ramps.fitting import fitting_ramps
 
     if config.policy == "off":
-        return
+        return None
     check_build()
     early_exit_architecture(architecture)
-    fingerprint = fingerprint_of(model, load_format)
-    folder = Path(config.ramps) if config.ramps is not None else find_shipped(fingerprint)
-    if folder is None:
-        raise RampError(f"no shipped ramps fit {model}: name a ramp folder (--ramps) or use --policy off")
-    manifest = read_manifest(folder)
-    check_fits(manifest, folder, fingerprint=fingerprint)
-    choose_depth(manifest, config.depth)
+    fitting = fitting_ramps(
+        BaseWeights.of(model, load_format), model, None if config.ramps is None else Path(config.ramps)
+    )
+    choose_depth(fitting.manifest, config.depth)
+    return fitting
+
+
+def announce(fitting: "Fitting | None") -> None:
+    """Say so where the ramps were made for another model than the one that is served."""
+    if fitting is not None and fitting.sibling is not None:
+        text = str(fitting.sibling)
+        print(text[0].upper() + text[1:], file=sys.stderr, flush=True)
 
 
 def own_options(flags: list[str]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The ramp folder: `ramps.json` (what, for which model) and `ramps.safetensors` (weights, vocabulary map)."""
+"""The ramp folder: `ramps.json` (what, for which model) and `ramps.safetensors` (weights, vocabulary map). What its
+siblings are told by is beside them, see sketch.py."""
 
 import hashlib
 import json

@@ -24,9 +24,9 @@ LAYERS = (
     ("controller", "models"),
     ("exits",),
     ("engine",),
-    ("api", "plugin", "default_model", "doctor", "replay", "chat", "serve"),
+    ("api", "plugin", "sealed", "default_model", "w8a8", "doctor", "replay", "chat", "serve"),
     ("eval",),
-    ("prepare", "tune"),
+    ("prepare", "tune", "agreement", "quantize"),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
