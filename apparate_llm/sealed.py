@@ -32,11 +32,13 @@ def is_complete(folder: Path) -> bool:
 @contextmanager
 def becoming(folder: Path) -> Iterator[Path]:
     """An empty folder to write into; it becomes `folder` at the end, which must not be there then, or vanishes if the
-    block fails."""
+    block fails. Who may read its files is up to the umask."""
     work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     work.mkdir()
     try:
         yield work
+        for path in work.iterdir():  # safetensors writes files for their owner only
+            path.chmod(work.stat().st_mode & 0o666)
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
