@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -74,17 +74,8 @@ def run_quantize(args: argparse.Namespace) -> int:
     if agreement is not None:
         print(f"against {name}: {agreement}")
     if args.json:
-        document = {
-            "schema_version": SCHEMA_VERSION,
-            "command": shlex.join(["apparate-llm", *sys.argv[1:]]),
-            "machine": machine(),
-            "model": name,
-            "took_s": round(took_s, 1),
-            "made_mb": round(sizes[0], 1),
-            "original_mb": round(sizes[1], 1),
-            "agreement": None if agreement is None else agreement._asdict(),
-        }
-        write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
+        found = {"model": name, "took_s": took_s, "made_mb": sizes[0], "original_mb": sizes[1]}
+        keep(args.json, found | {"agreement": None if agreement is None else agreement._asdict()})
     print(f"next: {shlex.join(['apparate-llm', 'serve', str(out)])}")
     return 0
 
@@ -111,6 +102,14 @@ def write(model: Path, out: Path, console: Console) -> float:
     ):
         write_w8a8(model, work, stage)
     return time.monotonic() - began
+
+
+def keep(file: Path, found: dict[str, Any]) -> None:
+    from apparate_llm.eval.run import commit
+
+    command = shlex.join(["apparate-llm", *sys.argv[1:]])
+    document = {"schema_version": SCHEMA_VERSION, "command": command, "commit": commit(), "machine": machine(), **found}
+    write_atomically(file, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def cost_of(model: Path, out: Path, limit_s: float, console: Console) -> "Agreement":

@@ -41,7 +41,7 @@ def test_lossless_answers_on_quantised_weights_are_those_without_exits(
         assert answers(engine) == expected
         counts, invariance = engine.counts(), engine.status()["batch_invariance"]
     assert counts["fallbacks"] == 0 and invariance["holds"], invariance
-    # At full depth the ramp is the model itself, but for what its norm rounds.
+    # At full depth the ramp is the model itself, but for the rounding of its norm.
     assert counts["accepted"] > 0.8 * counts["held"] > 0
 
 
