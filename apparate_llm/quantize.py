@@ -74,8 +74,8 @@ def run_quantize(args: argparse.Namespace) -> int:
     if agreement is not None:
         print(f"against {name}: {agreement}")
     if args.json:
-        found = {"model": name, "took_s": took_s, "made_mb": sizes[0], "original_mb": sizes[1]}
-        keep(args.json, found | {"agreement": None if agreement is None else agreement._asdict()})
+        results = {"model": name, "took_s": took_s, "made_mb": sizes[0], "original_mb": sizes[1]}
+        keep(args.json, results | {"agreement": None if agreement is None else agreement._asdict()})
     print(f"next: {shlex.join(['apparate-llm', 'serve', str(out)])}")
     return 0
 
@@ -104,11 +104,17 @@ def write(model: Path, out: Path, console: Console) -> float:
     return time.monotonic() - began
 
 
-def keep(file: Path, found: dict[str, Any]) -> None:
+def keep(file: Path, results: dict[str, Any]) -> None:
     from apparate_llm.eval.run import commit
 
     command = shlex.join(["apparate-llm", *sys.argv[1:]])
-    document = {"schema_version": SCHEMA_VERSION, "command": command, "commit": commit(), "machine": machine(), **found}
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "commit": commit(),
+        "machine": machine(),
+        **results,
+    }
     write_atomically(file, (json.dumps(document, indent=1) + "\n").encode())
 
 

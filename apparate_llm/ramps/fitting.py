@@ -56,10 +56,10 @@ def fitting_ramps(weights: BaseWeights, model: Path, ramps: Path | None) -> Fitt
             return _fitting(weights, model, ramps, manifest)
         except NoSiblingError as error:
             raise RampError(f"ramps in {ramps} were made for another model than {model}: {error}") from None
-    found = [(folder, read_manifest(folder)) for folder in shipped_folders()]
-    found.sort(key=lambda item: item[1].base_model.fingerprint != weights.fingerprint)
+    candidates = [(folder, read_manifest(folder)) for folder in shipped_folders()]
+    candidates.sort(key=lambda item: item[1].base_model.fingerprint != weights.fingerprint)
     problems = []
-    for folder, manifest in found:
+    for folder, manifest in candidates:
         try:
             return _fitting(weights, model, folder, manifest)
         except NoSiblingError as error:
