@@ -39,6 +39,7 @@ def build_parser() -> OneLineParser:
     from apparate_llm.doctor import add_doctor
     from apparate_llm.eval.command import add_eval
     from apparate_llm.prepare.command import add_prepare, add_ramps
+    from apparate_llm.quantize import add_quantize
     from apparate_llm.replay import add_replay
     from apparate_llm.serve import add_serve
     from apparate_llm.tune.command import add_tune
@@ -56,6 +57,7 @@ def build_parser() -> OneLineParser:
     add_eval(subparsers)
     add_prepare(subparsers)
     add_ramps(subparsers)
+    add_quantize(subparsers)
     add_replay(subparsers)
     add_tune(subparsers)
     return parser

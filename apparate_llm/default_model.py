@@ -3,8 +3,9 @@
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from apparate_llm.gguf_model import convert_once, is_complete
+from apparate_llm.gguf_model import convert_once
 from apparate_llm.machine import cache_folder, writable_cache
+from apparate_llm.sealed import is_complete
 
 NAME = "SmolLM2-135M-Instruct"
 ARCHITECTURE = "LlamaForCausalLM"
@@ -36,8 +37,8 @@ def default_model(cache: Path | None = None) -> Path:
     """Folder of the default model, converted on the first call; a damaged copy is made again. Raises ConfigError where
     it cannot be written."""
     folder = (cache or cache_folder()) / NAME
-    if not is_complete(folder):  # in a cache that need not be writable
-        if cache is None:
-            writable_cache()
-        convert_once(gguf_path(), folder, "default model")
-    return folder
+    if is_complete(folder):  # in a cache that need not be writable
+        return folder
+    if cache is None:
+        writable_cache()
+    return convert_once(gguf_path(), folder, "default model")

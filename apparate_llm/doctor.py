@@ -247,7 +247,7 @@ def check_memory() -> list[Finding]:
 
 def check_default_model() -> list[Finding]:
     from apparate_llm.default_model import NAME, DefaultModelError, gguf_path
-    from apparate_llm.gguf_model import is_complete
+    from apparate_llm.sealed import is_complete
 
     try:
         folder = cache_folder() / NAME

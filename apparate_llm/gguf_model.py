@@ -1,30 +1,19 @@
 """GGUF files as folders that vLLM serves: converted once, by transformers, and kept."""
 
 import io
-import json
-import math
 import re
-import secrets
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from glob import escape
+from contextlib import redirect_stderr
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
-from rich.console import Console
-
 from apparate_llm.config import ConfigError
-from apparate_llm.lifeline import undone_by_sigterm
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
-from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import sha256_of
+from apparate_llm.sealed import is_complete, made_once
 
 FOLDER = "gguf"  # in the cache folder
-COMPLETE = "apparate-complete.json"  # written last: name -> sha256 of every file
 MAGIC = b"GGUF"
 PART = re.compile(r"-\d{5}-of-\d{5}$")  # end of the name of one file of several
 LONGEST_STEM = 200  # letters of a file's name that its folder's keeps
@@ -60,49 +49,16 @@ def gguf_folder(file: Path) -> Path:
     check_gguf(file)
     name = f"{file.stem[:LONGEST_STEM]}-{sha256_of(file)[:16]}"
     folder = cache_folder() / FOLDER / name
-    if not is_complete(folder):  # in a cache that need not be writable
-        writable_cache()
-        convert_once(file, folder, file.name)
-    return folder
+    if is_complete(folder):  # in a cache that need not be writable
+        return folder
+    writable_cache()
+    return convert_once(file, folder, file.name)
 
 
-def convert_once(source: Path, folder: Path, title: str) -> None:
-    """The folder is whole afterwards, or as it was. Others that want it meanwhile wait."""
-    parent, name = folder.parent, folder.name
-    parent.mkdir(parents=True, exist_ok=True)
-    with undone_by_sigterm(), _told(folder, title), FileLock(str(parent / f".{name}.lock")):
-        if is_complete(folder):
-            return
-        for left_over in parent.glob(f".{escape(name)}.*/"):  # by a conversion that was killed
-            shutil.rmtree(left_over, ignore_errors=True)
-        work = parent / f".{name}.{secrets.token_hex(4)}"
-        work.mkdir()
-        try:
-            convert(source, work)
-            sums = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
-            (work / COMPLETE).write_text(json.dumps(sums, indent=1))
-            if folder.exists():
-                shutil.rmtree(folder)
-            work.rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def _told(folder: Path, title: str) -> Iterator[None]:
-    console = Console(file=sys.stderr)  # as it is now: the conversion redirects it
+def convert_once(source: Path, folder: Path, name: str) -> Path:
+    """The folder, whole. name: of the work, as it is told of meanwhile."""
     facts = f"converting once to {folder}"
-    with Progress(console) as progress, progress.stage(title, total=math.inf, facts=facts):
-        yield
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether every file of the folder is there with the content it was written with."""
-    try:
-        sums = json.loads((folder / COMPLETE).read_text())
-        return bool(sums) and all(sha256_of(folder / name) == digest for name, digest in sums.items())
-    except (OSError, ValueError):
-        return False
+    return made_once(folder, lambda work, stage: convert(source, work), name=name, facts=facts)
 
 
 def convert(gguf: Path, out: Path) -> None:

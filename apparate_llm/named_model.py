@@ -26,11 +26,13 @@ def add_model(parser: argparse.ArgumentParser, *, as_flag: bool = False) -> None
     parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of a model on the hub")
 
 
-def model_of(args: argparse.Namespace, check: Callable[[Path], None] = lambda folder: None) -> Path:
+def model_of(
+    args: argparse.Namespace, check: Callable[[Path], None] = lambda folder: None, *, load_format: str = "auto"
+) -> Path:
     """Folder of the model that a command was given, see `model_folder`."""
     if args.revision is not None and (args.model is None or folder_here(args.model) or is_file(args.model)):
         raise ConfigError(f"--revision is of a model on the hub, and {args.model or 'the embedded model'} is here")
-    return model_folder(args.model, Origin(revision=args.revision), check)
+    return model_folder(args.model, Origin(revision=args.revision, load_format=load_format), check)
 
 
 def model_folder(

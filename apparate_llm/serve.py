@@ -29,24 +29,19 @@ from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_fo
 from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
 from apparate_llm.named_model import HELP, folder_here, model_folder
-from apparate_llm.naming import model_name
 from apparate_llm.quiet_log import log_of_engines
-from apparate_llm.ramps.checkpoint import (
-    RampError,
-    check_fits,
-    choose_depth,
-    find_shipped,
-    might_fit,
-    read_manifest,
-    shipped_folders,
-)
+from apparate_llm.ramps.checkpoint import choose_depth
 from apparate_llm.redact import redacted
 from apparate_llm.serve_lines import NOTE, ServeLines, hides_log, log_file
 from apparate_llm.vllm_flags import given_value, normalised, parse_object, without
+from apparate_llm.w8a8 import LOAD_FORMAT as QUANTISABLE_FORMAT
+from apparate_llm.w8a8 import check_config, check_quantisable, int8_model
 
 if TYPE_CHECKING:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from apparate_llm.ramps.fitting import Fitting
 
 SPECULATION = "speculative_config"  # a setting of every server with exits, and of no other
 SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of it
@@ -55,6 +50,7 @@ NAMED_ELSEWHERE = ("tokenizer", "hf-config-path", "generation-config")  # vLLM m
 DEFAULTS = ("", "None", "auto")  # values by which a flag of vLLM's is as if it were not given
 YOURS = "contradicts early exits; with --policy off it is yours"
 MAX_DEFAULT_KV_CACHE_BYTES = 4 << 30
+AS_STORED, INT8 = "bf16", "int8"  # weights to serve
 
 
 def add_serve(subparsers: Commands) -> None:
@@ -76,6 +72,13 @@ def add_serve(subparsers: Commands) -> None:
         help="the same; with =all or a section's name: vLLM's flags",
     )
     parser.add_argument("--model", metavar="MODEL", help=f"may stand first without --model: {HELP}")
+    parser.add_argument(
+        "--weights",
+        choices=(AS_STORED, INT8),
+        default=AS_STORED,
+        help=f"{AS_STORED}: as they are stored; {INT8}: quantised (W8A8) once, into the cache folder, and served with "
+        f"the same ramps: another model, nearly the same (default: {AS_STORED})",
+    )
     parser.add_argument("--host", default=None, help="address to listen on (default: all of this machine)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     parser.add_argument(
@@ -127,24 +130,26 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     if args.model is None and not (cache_folder() / NAME).is_dir():
         writable_cache()
     check_admin_keys(args.admin_key)
-    model, architecture = None if args.model is None else folder_here(args.model), DEFAULT_ARCHITECTURE
-    if model is not None:
-        architecture = architecture_for(config, model, vllm_flags)
+    model, architecture, fitting = None if args.model is None else folder_here(args.model), DEFAULT_ARCHITECTURE, None
+    if model is not None and args.weights == INT8:
+        check_quantisable(model)
+        architecture = preflight_config(config, model)
+    elif model is not None:
+        architecture, fitting = preflight(config, model, vllm_flags)
     wanted, rest = settings_of(config, architecture, vllm_flags)  # what contradicts them is said before a download
     if given_value(rest, "uds") is None and (problem := port_problem(args.host or "", args.port)):
         raise ConfigError(problem)
     reexec_with_libraries()  # before anything heavy is imported
     if given_value(rest, "dtype") is None:
-        for finding in check_cpu():
-            if finding.level == "note":
-                print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
+        note_dtype()
     lines = []  # on what is started, and how
-    if model is None:
-        model, names, line = bring_model(args.model, config, vllm_flags)
-        lines.append(line)
-        wanted, rest = settings_of(config, architecture_for(config, model, vllm_flags), vllm_flags)
+    if model is None or args.weights == INT8:
+        model, names, lines = bring_model(args, model, config, vllm_flags)
+        architecture, fitting = preflight(config, model, vllm_flags)
+        wanted, rest = settings_of(config, architecture, vllm_flags)
         if given_value(rest, "served-model-name") is None:
             rest = [*rest, "--served-model-name", *names]
+    announce(fitting)
     lines += use_machine(tuning, model, vllm_flags, config, wanted)
     if SPECULATION in wanted:
         keep_state(wanted["additional_config"][ADDITIONAL_CONFIG_KEY])
@@ -175,32 +180,38 @@ def start_quietly(lines: list[str], flags: list[str], wanted: dict[str, Any], sh
     return code
 
 
-def bring_model(name: str | None, config: EarlyExitConfig, vllm_flags: list[str]) -> tuple[Path, list[str], str]:
-    """Folder of a model that must be downloaded or converted, the names that requests may call it by, and a line."""
-    model = model_folder(name, origin_of(config, vllm_flags), lambda folder: preflight_config(config, folder))
-    line = f"{'Default model ' + NAME if name is None else 'Model ' + name}: using {model}"
-    return model, [NAME, str(model)] if name is None else [name.rstrip("/")], line
+def bring_model(
+    args: argparse.Namespace, here: Path | None, config: EarlyExitConfig, vllm_flags: list[str]
+) -> tuple[Path, list[str], list[str]]:
+    """Folder of a model that must be downloaded, converted or quantised first, the names that requests may call it by,
+    and lines on it. here: its folder if that is there."""
+
+    def check(folder: Path) -> None:
+        preflight_config(config, folder)
+        if args.weights == INT8:
+            check_config(folder)
+
+    model, lines = here, []
+    if model is None:
+        model = model_folder(args.model, origin_of(config, vllm_flags, args.weights), check)
+        lines.append(f"{'Default model ' + NAME if args.model is None else 'Model ' + args.model}: using {model}")
+    names = [NAME, str(model)] if args.model is None else [args.model.rstrip("/")]
+    if args.weights == INT8:
+        model = int8_model(model)
+        lines.append(f"Int8 weights: using {model}")
+    return model, names, lines
 
 
-def origin_of(config: EarlyExitConfig, vllm_flags: list[str]) -> Origin:
+def origin_of(config: EarlyExitConfig, vllm_flags: list[str], weights: str = AS_STORED) -> Origin:
     """By vLLM's own flags."""
-    token = given_value(vllm_flags, "hf-token")
+    token, wanted = given_value(vllm_flags, "hf-token"), load_format(vllm_flags)
     return Origin(
         revision=given_value(vllm_flags, "revision"),
         download_dir=given_value(vllm_flags, "download-dir"),
         hf_token=True if token is not None and (not token or token.startswith("--")) else token,  # it may stand alone
-        load_format=given_value(vllm_flags, "load-format") or "auto",
-        with_exits=config.policy != "off",
+        load_format=QUANTISABLE_FORMAT if weights == INT8 and wanted == "auto" else wanted,
+        with_exits=config.policy != "off" or weights == INT8,
     )
-
-
-def architecture_for(config: EarlyExitConfig, model: Path, vllm_flags: list[str]) -> str:
-    """Of a model that is here, checked with its ramps; empty where nobody asks."""
-    if config.policy == "off":
-        return ""
-    architecture = architecture_of(model)
-    preflight_ramps(config, model, architecture, given_value(vllm_flags, "load-format") or "auto")
-    return architecture
 
 
 def settings_of(config: EarlyExitConfig, architecture: str, vllm_flags: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -209,6 +220,12 @@ def settings_of(config: EarlyExitConfig, architecture: str, vllm_flags: list[str
     if config.policy == "off" and (given_value(vllm_flags, "worker-cls") is not None or not is_cpu_build()):
         settings = {}  # plain vLLM, its texts as they come
     return merge_settings(settings, vllm_flags)
+
+
+def note_dtype() -> None:
+    for finding in check_cpu():
+        if finding.level == "note":
+            print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
 
 
 def use_machine(
@@ -331,32 +348,55 @@ def check_platform() -> None:
         )
 
 
-def preflight_config(config: EarlyExitConfig, folder: Path) -> None:
-    """Of a model whose weights need not be there yet: whether there can be ramps for it."""
-    if config.policy == "off":
-        return
-    early_exit_architecture(architecture_of(folder))
-    folders = [Path(config.ramps)] if config.ramps is not None else shipped_folders()
-    if not any(might_fit(read_manifest(ramps), folder) for ramps in folders):
-        which = "no shipped ramps fit" if config.ramps is None else f"the ramps in {config.ramps} are not for"
-        raise RampError(f"{which} {model_name(folder)}: name a ramp folder (--ramps) or use --policy off")
-
-
-def preflight_ramps(config: EarlyExitConfig, model: Path, architecture: str, load_format: str = "auto") -> None:
-    """Find out here, in a second, what would otherwise stop the engine half a minute into its start."""
-    from apparate_llm.ramps.fingerprint import fingerprint_of
+def preflight_config(config: EarlyExitConfig, folder: Path) -> str:
+    """The architecture of a model whose weights need not be there yet, after a look whether there can be ramps for it;
+    empty where nobody asks."""
+    from apparate_llm.ramps.fitting import check_might_fit
 
     if config.policy == "off":
-        return
+        return ""
+    architecture = architecture_of(folder)
+    early_exit_architecture(architecture)
+    check_might_fit(folder, None if config.ramps is None else Path(config.ramps))
+    return architecture
+
+
+def load_format(vllm_flags: list[str]) -> str:
+    return given_value(vllm_flags, "load-format") or "auto"
+
+
+def preflight(config: EarlyExitConfig, model: Path, vllm_flags: list[str]) -> "tuple[str, Fitting | None]":
+    """The architecture of a model that is here and its ramps; nothing where nobody asks."""
+    if config.policy == "off":
+        return "", None
+    architecture = architecture_of(model)
+    return architecture, preflight_ramps(config, model, architecture, load_format(vllm_flags))
+
+
+def preflight_ramps(
+    config: EarlyExitConfig, model: Path, architecture: str, load_format: str = "auto"
+) -> "Fitting | None":
+    """Find out here, in a second, what would otherwise stop the engine half a minute into its start. None: no ramps
+    are asked for."""
+    from apparate_llm.ramps.base_weights import BaseWeights
+    from apparate_llm.ramps.fitting import fitting_ramps
+
+    if config.policy == "off":
+        return None
     check_build()
     early_exit_architecture(architecture)
-    fingerprint = fingerprint_of(model, load_format)
-    folder = Path(config.ramps) if config.ramps is not None else find_shipped(fingerprint)
-    if folder is None:
-        raise RampError(f"no shipped ramps fit {model}: name a ramp folder (--ramps) or use --policy off")
-    manifest = read_manifest(folder)
-    check_fits(manifest, folder, fingerprint=fingerprint)
-    choose_depth(manifest, config.depth)
+    fitting = fitting_ramps(
+        BaseWeights.of(model, load_format), model, None if config.ramps is None else Path(config.ramps)
+    )
+    choose_depth(fitting.manifest, config.depth)
+    return fitting
+
+
+def announce(fitting: "Fitting | None") -> None:
+    """Say so where the ramps were made for another model than the one that is served."""
+    if fitting is not None and fitting.sibling is not None:
+        text = str(fitting.sibling)
+        print(text[0].upper() + text[1:], file=sys.stderr, flush=True)
 
 
 def own_options(flags: list[str]) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
+from apparate_llm.ramps.sketch import Sketch
 
 
 def make_lens_ramps(model: Path, out: Path, *, depth: int, ramp_vocab: int) -> None:
     info = BaseModelInfo.of(model)
     if not 0 < depth < info.num_hidden_layers:
         raise SystemExit(f"--depth must be between 1 and {info.num_hidden_layers - 1}, got {depth}")
+    Sketch.of(model).save(out)
     size = min(ramp_vocab, info.vocab_size)
     save_ramps(
         out,

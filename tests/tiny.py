@@ -8,6 +8,7 @@ import torch
 
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
 from apparate_llm.ramps.lookup import LONGEST_MATCH
+from apparate_llm.ramps.sketch import Sketch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -135,6 +136,7 @@ def _save(
     others: Sequence[int] = (),
 ) -> Path:
     info = BaseModelInfo.of(model_dir)
+    Sketch.of(model_dir).save(folder)
     tensors = {VOCABULARY: torch.arange(info.vocab_size), **tensors}
     save_ramps(
         folder,

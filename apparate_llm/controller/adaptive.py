@@ -4,17 +4,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from apparate_llm.controller.calibration import MEMORY_VERDICTS, OnlineCalibration
+from apparate_llm.controller.calibration import MEMORY_VERDICTS, PRIOR_VERDICTS, OnlineCalibration
 from apparate_llm.controller.costs import CostCurve, CostModel
 from apparate_llm.controller.depth import DepthChoice
 from apparate_llm.controller.plan import LoadPlan, load_of
-from apparate_llm.controller.policy import Policy
+from apparate_llm.controller.policy import (
+    CALIBRATED_DRAFT_STEPS,
+    LOOKED_UP,
+    ExitKind,
+    Policy,
+    kind_of,
+    shared_draft_step,
+)
 from apparate_llm.core import Decision, Exit
 from apparate_llm.ramps.lookup import lookup_confidence
 from apparate_llm.renamed import CONTROLLER_STATE
 
-CALIBRATED_DRAFT_STEPS = 4  # later draft steps share the last one's calibration
-LOOKED_UP = -1  # stands for the depth of exits without a ramp, where calibrations are kept
 LOOKUP_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
 FOLLOWED_EVERY = 16  # times that they are less likely right, so that a change is noticed
 WAITED_STEPS = 4.0  # for a first token: two, of which the second reads prompts, so that it takes longer than the mean
@@ -53,8 +58,9 @@ class AdaptivePolicy(Policy):
     max_regret_nats: float = 1.0
     memory_verdicts: float = MEMORY_VERDICTS
     ttft_weight: float = 1.0
+    sibling: bool = False
     costs: CostModel = field(init=False)
-    calibrations: dict[tuple[int, int, bool], OnlineCalibration] = field(default_factory=dict)
+    calibrations: dict[ExitKind, OnlineCalibration] = field(default_factory=dict)
     statistics: dict[tuple[int, int], DraftStepStatistics] = field(default_factory=dict)
     depth_choice: DepthChoice = field(init=False)
     _plans: dict[int, LoadPlan] = field(default_factory=dict)
@@ -155,7 +161,7 @@ class AdaptivePolicy(Policy):
         return extra_ms / plain_ms
 
     def wants_lookup(self, match: int, greedy: bool) -> bool:
-        calibration = self._calibration_of(LOOKED_UP, 0, greedy)
+        calibration = self._calibration_of(ExitKind(LOOKED_UP, 0, greedy))
         if calibration.probability(lookup_confidence(match)) >= LOOKUP_PROBABILITY:
             return True
         self._not_followed += 1
@@ -223,21 +229,24 @@ class AdaptivePolicy(Policy):
                     if (known := self.statistics.get((before, number))) is not None:
                         self.statistics.setdefault((self.depth, number), replace(known))
 
-    def _calibration(self, exit_: Exit) -> OnlineCalibration:
-        if exit_.match:
-            return self._calibration_of(LOOKED_UP, 0, exit_.greedy)
-        return self._calibration_of(exit_.depth, _shared(exit_.draft_step), exit_.greedy)
+    def num_verdicts(self, exit_: Exit) -> int:
+        return self._calibration(exit_).num_verdicts
 
-    def _calibration_of(self, depth: int, number: int, greedy: bool) -> OnlineCalibration:
-        key = (depth, number, greedy)
-        calibration = self.calibrations.get(key)
+    def _calibration(self, exit_: Exit) -> OnlineCalibration:
+        return self._calibration_of(kind_of(exit_))
+
+    def _calibration_of(self, kind: ExitKind) -> OnlineCalibration:
+        calibration = self.calibrations.get(kind)
         if calibration is None:
-            calibration = self.calibrations[key] = OnlineCalibration(memory_verdicts=self.memory_verdicts)
+            memory = self.memory_verdicts
+            prior = min(memory, PRIOR_VERDICTS) if self.sibling else memory
+            calibration = OnlineCalibration(memory_verdicts=memory, prior_verdicts=prior)
+            self.calibrations[kind] = calibration
         return calibration
 
     def _statistics(self, number: int) -> DraftStepStatistics:
         """Of the active depth; another one's are relative to them."""
-        key = (self.depth_choice.active, _shared(number))
+        key = (self.depth_choice.active, shared_draft_step(number))
         statistics = self.statistics.get(key)
         if statistics is None:
             statistics = self.statistics[key] = DraftStepStatistics()
@@ -279,7 +288,7 @@ class AdaptivePolicy(Policy):
         state = {CONTROLLER_STATE.get(name, name): value for name, value in state.items()}
         if state["depth"] not in self.depths:
             raise ValueError(f"no ramp at depth {state['depth']}")
-        calibrations = {(d, n, bool(g)): OnlineCalibration(**item) for d, n, g, item in state["calibrations"]}
+        calibrations = {ExitKind(d, n, bool(g)): OnlineCalibration(**item) for d, n, g, item in state["calibrations"]}
         statistics = {(d, n): DraftStepStatistics(**item) for d, n, item in state["statistics"]}
         verify_ms = CostCurve.from_state(state["verify_ms"])
         draft_steps = {depth: CostCurve.from_state(curve) for depth, curve in state["draft_steps"]}
@@ -290,8 +299,3 @@ class AdaptivePolicy(Policy):
 
 def _name(depth: int, number: int) -> str:
     return "copied" if depth == LOOKED_UP else f"depth {depth}, position {number}"
-
-
-def _shared(number: int) -> int:
-    """The draft step whose calibration and statistics a draft step uses."""
-    return number if number < CALIBRATED_DRAFT_STEPS else CALIBRATED_DRAFT_STEPS - 1

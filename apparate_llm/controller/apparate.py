@@ -6,12 +6,12 @@ verdicts the set of active ramps is adjusted by their utilities. A single ramp i
 budget is one), as a draft step runs to one depth only.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from apparate_llm.controller.policy import Policy, draft_steps_within
+from apparate_llm.controller.policy import ExitKind, Policy, draft_steps_within, kind_of
 from apparate_llm.core import Decision, Exit
 
 FIRST_STEP, LEAST_STEP = 0.01, 0.001
@@ -100,6 +100,8 @@ class ApparatePolicy(Policy):
     max_batch_tokens: int
     window: int = 16
     adjust_every: int = 128
+    sibling: bool = False
+    _verdicts: Counter[ExitKind] = field(default_factory=Counter)
     _threshold: float = field(init=False, default=0.0)
     _records: deque[Record] = field(init=False)
     _to_search: tuple[Record, ...] = ()  # the window of a search that is due
@@ -132,6 +134,7 @@ class ApparatePolicy(Policy):
         return Decision.STOP
 
     def on_verdict(self, exit_: Exit, agrees: bool) -> None:
+        self._verdicts[kind_of(exit_)] += 1
         self._records.append((Seen(1.0 - exit_.confidence, agrees),))
         self._num_verdicts += 1
         if self._num_verdicts % self.window == 0:
@@ -142,6 +145,9 @@ class ApparatePolicy(Policy):
             (utility,) = utilities([exit_frac], [0.0, self._pass_ms], [self._draft_step_ms])
             self.depth = adjust_ramps(self.depth, utility, self.depths)
             self._num_offered = self._num_exits = 0
+
+    def num_verdicts(self, exit_: Exit) -> int:
+        return self._verdicts[kind_of(exit_)]
 
     def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
         self._draft_step_ms += 0.1 * (ms - self._draft_step_ms)

@@ -1,8 +1,9 @@
 """Policy `static`: fixed thresholds on the confidence, as in FREE (Bae et al., EMNLP 2023)."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
-from apparate_llm.controller.policy import Policy, draft_steps_within
+from apparate_llm.controller.policy import ExitKind, Policy, draft_steps_within, kind_of
 from apparate_llm.core import Decision, Exit
 
 
@@ -14,6 +15,8 @@ class StaticPolicy(Policy):
     hold_threshold: float
     max_exits: int
     max_batch_tokens: int
+    sibling: bool = False
+    _verdicts: Counter[ExitKind] = field(default_factory=Counter)
 
     def start(self, num_requests: int) -> int:
         return draft_steps_within(self.max_batch_tokens, self.max_exits, num_requests)
@@ -23,3 +26,9 @@ class StaticPolicy(Policy):
         if may_release and exit_.confidence >= self.threshold:
             return Decision.RELEASE
         return Decision.HOLD if exit_.confidence >= self.hold_threshold else Decision.STOP
+
+    def on_verdict(self, exit_: Exit, agrees: bool) -> None:
+        self._verdicts[kind_of(exit_)] += 1
+
+    def num_verdicts(self, exit_: Exit) -> int:
+        return self._verdicts[kind_of(exit_)]

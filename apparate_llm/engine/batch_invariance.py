@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import DynamicShapesType
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.v1.worker.utils import AttentionGroup
 
 logger = init_logger("vllm.apparate")
@@ -117,8 +117,8 @@ def cover(model: nn.Module, dtype: torch.dtype) -> Coverage:
 def linear_layers(model: nn.Module) -> Iterator[Any]:
     """Those whose product one method of theirs computes, the head among them."""
     for module in model.modules():
-        is_head = isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear")
-        if is_head or isinstance(module, LinearBase):
+        is_tied_head = isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear")
+        if is_tied_head or isinstance(module, LinearBase | ParallelLMHead):
             yield module
 
 
@@ -127,6 +127,8 @@ def kind_of(layer: Any) -> LinearKind:
     size_in = layer.embedding_dim if is_head else layer.input_size_per_partition
     size_out = layer.num_embeddings_per_partition if is_head else layer.output_size_per_partition
     method = type(layer.quant_method).__name__
+    if (scheme := getattr(layer, "scheme", None)) is not None:  # of compressed-tensors, which has one method for all
+        method += f" {type(scheme).__name__} {getattr(scheme, 'group_size', '')}".rstrip()
     return LinearKind(size_in, size_out, method, getattr(layer, "bias", None) is not None)
 
 

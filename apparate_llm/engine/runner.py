@@ -58,7 +58,10 @@ class EarlyExitRunner(FallbackRunner):
             self.use_aux_hidden_state_outputs = True
         forget_options(self.vllm_config, sorted(aux_depths))
         num_layers = self.model_config.get_total_num_hidden_layers()
-        self.switch = PolicySwitch(depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens)
+        sibling = self.get_model().sibling
+        self.switch = PolicySwitch(
+            depth, tuple(sorted(ramps)), num_layers, most_exits=self.num_spec_tokens, sibling=sibling is not None
+        )
         policy = self.switch.make(config)
         self.exit_drafter = Drafter(
             ShallowPass(self, self.peers),
@@ -81,7 +84,8 @@ class EarlyExitRunner(FallbackRunner):
                 "No request takes exits: the logits processors %s may act on any of them, and know nothing of exits",
                 ", ".join(self.custom_processors),
             )
-        logger.info("Early exits: ramps at depths %s, beginning with %d, %s", sorted(ramps), depth, config)
+        whose = f", {sibling}" if sibling is not None else ""
+        logger.info("Early exits: ramps at depths %s, beginning with %d%s, %s", sorted(ramps), depth, whose, config)
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Warm-up of sampling by one row. vLLM takes as many as it may ever sample, to see what memory a GPU needs for

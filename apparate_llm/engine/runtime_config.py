@@ -37,12 +37,13 @@ class PolicySwitch:
     depths: tuple[int, ...]  # ramps there are
     num_layers: int
     most_exits: int  # that the server has made room for
+    sibling: bool = False  # whether the ramps were made for another model than the one that is served
     _learned: dict[str, dict[str, Any]] = field(default_factory=dict)  # by policy
 
     def make(self, config: EarlyExitConfig) -> Policy:
         depth = self.depth if config.depth == "auto" else config.depth
         depths = self.depths if config.depth == "auto" else (config.depth,)
-        return make_policy(config, depth=depth, depths=depths, num_layers=self.num_layers)
+        return make_policy(config, depth=depth, depths=depths, num_layers=self.num_layers, sibling=self.sibling)
 
     def check(self, config: EarlyExitConfig) -> None:
         """Raises ConfigError for options that this server cannot serve with."""

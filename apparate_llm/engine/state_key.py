@@ -17,9 +17,13 @@ def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
     """What the controller's experience is worth nothing without: model, ramps at `depths`, machine and how it is
     used."""
     kernels = {ZENTORCH: True} if current_platform.is_zen_cpu() else {}  # by themselves vLLM's stock ones
+    model = runner.get_model()
+    # Siblings that share ramps, and maybe a name, have different weights.
+    weights = {} if model.sibling is None else {"weights": model.weights_fingerprint}
     return {
         "model": model_name(Path(runner.model_config.model)),
-        "ramps": runner.get_model().ramps_sha256,
+        "ramps": model.ramps_sha256,
+        **weights,
         "depths": depths,
         "policy": runner.exit_config.policy,
         "cpu": cpu_name(),

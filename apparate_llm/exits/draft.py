@@ -183,16 +183,17 @@ class Drafter:
         """Whether the row takes this exit; match: of a copied one."""
         if math.isnan(confidence):  # of scores that are no numbers: no exit, and nothing to learn from
             return False
+        number = row.num_exits  # each draft step before has left one
+        depth = 0 if match else self.ramps.depth
+        exit_ = Exit(row.newest_position + 1 + number, token, depth, number, confidence, row.greedy, match=match)
         may_release = (
             row.may_release
             and token not in row.stop_token_ids  # a wrong one would cut the answer off
             and not row.held  # a held exit blocks later releases
             and row.num_exits < row.max_released
             and self.budget.may_release(row.bucket)
+            and self.policy.may_diverge(exit_)
         )
-        number = row.num_exits  # each draft step before has left one
-        depth = 0 if match else self.ramps.depth
-        exit_ = Exit(row.newest_position + 1 + number, token, depth, number, confidence, row.greedy, match=match)
         decision = self.policy.decide(
             exit_, joint_acceptance=row.joint_acceptance, may_release=may_release, num_rows=self._num_rows
         )

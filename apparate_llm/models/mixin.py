@@ -13,20 +13,10 @@ from torch import nn
 
 from apparate_llm.config import config_from_vllm
 from apparate_llm.models.quantised_heads import for_serving
-from apparate_llm.ramps.checkpoint import (
-    RampError,
-    RampManifest,
-    check_fits,
-    choose_depth,
-    find_shipped,
-    read_manifest,
-)
-from apparate_llm.ramps.fingerprint import MISTRAL_NAMES, Fingerprint
+from apparate_llm.ramps.base_weights import BaseWeights
+from apparate_llm.ramps.checkpoint import choose_depth
+from apparate_llm.ramps.fitting import Sibling, fitting_ramps
 from apparate_llm.ramps.load import RampSet, load_ramps
-
-NORM_WEIGHT = "model.norm.weight"
-HEAD_WEIGHTS = ("lm_head.weight", "model.embed_tokens.weight")  # the second where the two are tied
-
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.llama import LlamaForCausalLM as _Base
@@ -41,10 +31,13 @@ class EarlyExitMixin(_Base):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.early_exit_config = config_from_vllm(vllm_config)
         self.ramps = nn.ModuleDict()  # depth, as text -> RampSet
-        self.default_depth: int | None = None  # this and the hash are written by load_weights
+        self.default_depth: int | None = None  # this and what follows is written by load_weights
         self.ramps_sha256: str | None = None
+        self.weights_fingerprint: str | None = None
+        self.sibling: Sibling | None = None  # where the ramps were made for another model
         self._compiled_shallow: dict[int, Callable[..., torch.Tensor]] = {}
         self._dtype = vllm_config.model_config.dtype
+        self._folder = Path(vllm_config.model_config.model)
 
     def forward_shallow(self, depth: int, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Residual stream after blocks [0, depth): [num_rows, hidden_size].
@@ -76,44 +69,23 @@ class EarlyExitMixin(_Base):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the base model, then the ramps that fit it; raises RampError where they don't."""
-        fingerprint, kept = Fingerprint(), {}
-
-        def watched() -> Iterable[tuple[str, torch.Tensor]]:
-            for name, tensor in weights:
-                fingerprint.add(name, tensor)
-                usual = MISTRAL_NAMES.get(name, name)
-                if usual == NORM_WEIGHT or usual in HEAD_WEIGHTS:
-                    kept[usual] = tensor
-                yield name, tensor
-
-        loaded = super().load_weights(watched())
-        if self.early_exit_config.policy != "off":
-            folder, manifest = self._choose_ramps(fingerprint.hexdigest())
-            self.default_depth = choose_depth(manifest, self.early_exit_config.depth)
-            depths = manifest.depths if self.early_exit_config.depth == "auto" else [self.default_depth]
+        base = BaseWeights()
+        loaded = super().load_weights(base.watch(weights))
+        self.weights_fingerprint = base.fingerprint
+        config = self.early_exit_config
+        if config.policy != "off":
+            folder, manifest, self.sibling = fitting_ramps(
+                base, self._folder, None if config.ramps is None else Path(config.ramps)
+            )
+            self.default_depth = choose_depth(manifest, config.depth)
             self.ramps_sha256 = manifest.sha256()
-            head = next(kept[name] for name in HEAD_WEIGHTS if name in kept)
-            base_weights = {"norm": kept[NORM_WEIGHT], "head": head}
-            for depth in depths:
+            base_weights = {"norm": base.norm, "head": base.head()}
+            for depth in manifest.depths if config.depth == "auto" else [self.default_depth]:
                 ramps = load_ramps(folder, manifest, depth=depth, base_weights=base_weights, dtype=self._dtype)
                 ramps.head = for_serving(ramps.head, self._dtype)
                 self.ramps[str(depth)] = ramps
             loaded |= {f"ramps.{name}" for name, _ in self.ramps.named_parameters()}
         return loaded
-
-    def _choose_ramps(self, fingerprint: str) -> tuple[Path, RampManifest]:
-        if self.early_exit_config.ramps is None:
-            folder = find_shipped(fingerprint)
-            if folder is None:
-                raise RampError(
-                    f"no shipped ramps fit this model (fingerprint {fingerprint}); name a ramp folder (--ramps) or "
-                    "serve without exits (--policy off)"
-                )
-        else:
-            folder = Path(self.early_exit_config.ramps)
-        manifest = read_manifest(folder)
-        check_fits(manifest, folder, fingerprint=fingerprint)
-        return folder, manifest
 
 
 def compile_options() -> dict[str, Any]:

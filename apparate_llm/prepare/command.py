@@ -291,7 +291,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     from apparate_llm.ramps.checkpoint import MANIFEST
 
     prompts = [prompt.messages for file in args.prompts for prompt in load_prompts(file)]
-    manifest, model = ramps_and_model(args)
+    manifest, model = ramps_and_model(args, siblings=False)  # what it writes is of the model that the ramps are for
 
     with log_of_engines() as console, Progress(console) as progress:
         from apparate_llm.prepare.calibrate import recalibrate
@@ -352,18 +352,26 @@ def print_verified(verified: dict[str, Any]) -> None:
     console.print(verified["sentence"], soft_wrap=True)
 
 
-def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:
-    """The checked manifest and the model folder it is for; in a process with the performance libraries."""
+def ramps_and_model(args: argparse.Namespace, *, siblings: bool = True) -> tuple[Any, Path]:
+    """The checked manifest and the model folder it is for, or a sibling's where `siblings` will do; in a process with
+    the performance libraries."""
     from apparate_llm.launch import check_build, reexec_with_libraries
     from apparate_llm.prepare.engine import environment
-    from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
+    from apparate_llm.ramps.base_weights import BaseWeights
+    from apparate_llm.ramps.checkpoint import check_fits, read_manifest
+    from apparate_llm.ramps.fitting import check_might_fit, fitting_ramps
+    from apparate_llm.serve import announce
 
     manifest = read_manifest(args.folder)
     check_build()
     reexec_with_libraries(environment())
     exit_on_sigterm()
-    model = model_of(args)
-    check_fits(manifest, args.folder, fingerprint=BaseModelInfo.of(model).fingerprint)
+    model = model_of(args, lambda folder: check_might_fit(folder, args.folder))
+    weights = BaseWeights.of(model)
+    if siblings:
+        announce(fitting_ramps(weights, model, args.folder))
+    else:
+        check_fits(manifest, args.folder, fingerprint=weights.fingerprint)
     return manifest, model
 
 

@@ -41,6 +41,7 @@ from apparate_llm.prepare.verify import verify
 from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
+from apparate_llm.ramps.sketch import Sketch
 
 LEAST_PROFILE_S = 30.0
 
@@ -228,6 +229,7 @@ def _write_ramps(run: Run, folder: Path, made: Made, *, default_depth: int) -> N
     for depth in run.plan.depths:
         head, tensors[VOCABULARY] = head_tensors(run.workspace, depth)
         tensors |= {f"{depth}.{name}": value for name, value in head.items()}
+    Sketch.of(run.plan.model).save(folder)
     save_ramps(
         folder,
         tensors,

@@ -44,15 +44,11 @@ class BaseParts(NamedTuple):
     @classmethod
     def of(cls, model_dir: Path) -> "BaseParts":
         """Read the parts from a model folder."""
-        from apparate_llm.ramps.fingerprint import MISTRAL_NAMES, checkpoint_tensors
+        from apparate_llm.ramps.base_weights import BaseWeights
 
-        wanted = set(MISTRAL_NAMES.values())
-        named = ((MISTRAL_NAMES.get(name, name), tensor) for name, tensor in checkpoint_tensors(model_dir))
-        tensors = {name: tensor for name, tensor in named if name in wanted}
-        embedding = tensors["model.embed_tokens.weight"]
-        head = tensors.get("lm_head.weight", embedding)
+        weights = BaseWeights.of(model_dir)
         config = json.loads((model_dir / "config.json").read_text())
-        return cls(embedding, head, tensors["model.norm.weight"], config["rms_norm_eps"])
+        return cls(weights.embedding(), weights.head(), weights.norm, config["rms_norm_eps"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""The ramp folder: `ramps.json` (what, for which model) and `ramps.safetensors` (weights, vocabulary map)."""
+"""The ramp folder: `ramps.json` (what, for which model) and `ramps.safetensors` (weights, vocabulary map). What its
+siblings are told by is beside them, see sketch.py."""
 
 import hashlib
 import json
@@ -137,13 +138,17 @@ def check_fits(manifest: RampManifest, folder: Path, *, fingerprint: str) -> Non
         )
 
 
-def might_fit(manifest: RampManifest, model_dir: Path) -> bool:
-    """Whether the ramps are of a model of this shape, by its config.json alone."""
+def shape_differences(manifest: RampManifest, model_dir: Path) -> list[str]:
+    """Of the model that the ramps were made for and this one, by its config.json alone, in words; raises RampError."""
+    path = model_dir / "config.json"
     try:
-        config = json.loads((model_dir / "config.json").read_text())
-        return all(config[name] == getattr(manifest.base_model, name) for name in SHAPE)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        config = json.loads(path.read_text())
+        pairs = [(name, config[name], getattr(manifest.base_model, name)) for name in SHAPE]
+    except KeyError as error:
+        raise RampError(f"{path} does not say {error.args[0]}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise RampError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    return [f"its {name} is {has}, not {needed}" for name, has, needed in pairs if has != needed]
 
 
 def choose_depth(manifest: RampManifest, depth: int | Literal["auto"]) -> int:

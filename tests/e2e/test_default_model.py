@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from apparate_llm.default_model import NAME
-from apparate_llm.gguf_model import is_complete
+from apparate_llm.sealed import is_complete
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = (

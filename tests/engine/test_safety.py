@@ -73,7 +73,7 @@ def test_the_ramps_of_another_model_stop_the_start(tiny_models, lens_ramps):
 def test_a_model_without_shipped_ramps_stops_the_start(tiny_llama):
     from apparate_llm.ramps.checkpoint import RampError
 
-    with pytest.raises(RampError, match="no shipped ramps fit this model"):
+    with pytest.raises(RampError, match=r"no shipped ramps fit .*no sibling of"):
         Engine(tiny_llama, {})
 
 

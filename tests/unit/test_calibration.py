@@ -37,6 +37,21 @@ def test_a_ramp_that_turns_wrong_while_confident_is_noticed_within_256_verdicts(
     assert calibration.probability(0.99) == pytest.approx(0.3, abs=0.15)
 
 
+def test_a_prior_of_another_model_gives_way_sooner_and_is_as_calm_in_the_end():
+    def learned(num_verdicts, **given):
+        calibration, rng = OnlineCalibration(**given), random.Random(5)
+        for _ in range(num_verdicts):
+            calibration.observe(0.95, rng.random() < 0.5)
+        return calibration
+
+    own, sibling = learned(20), learned(20, prior_verdicts=20.0)
+    assert own.probability(0.95) > 0.85 > 0.75 > sibling.probability(0.95) > 0.3
+    for calibration in (learned(2000), learned(2000, prior_verdicts=20.0)):
+        before = calibration.offset
+        calibration.observe(0.5, True)
+        assert 0 < calibration.offset - before < 5.0 / 100
+
+
 def test_it_is_deterministic_and_stays_finite():
     one, two = OnlineCalibration(), OnlineCalibration()
     for calibration in (one, two):

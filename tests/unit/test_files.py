@@ -12,6 +12,7 @@ from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.systems import System
 from apparate_llm.files import private_folder, replacing, write_atomically
 from apparate_llm.prepare.workspace import Workspace
+from apparate_llm.sealed import becoming
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=lambda mask: f"umask {mask:03o}")
@@ -36,6 +37,14 @@ def test_a_file_has_the_mode_that_the_umask_gives_it(mask, tmp_path):
         assert mode(temporary) == 0o600  # while it is written, too
         temporary.write_bytes(b"secret")
     assert [item.name for item in tmp_path.iterdir()] == ["report.json"] and path.read_bytes() == b"secret"
+
+
+def test_a_model_folder_that_is_made_is_for_those_whom_the_umask_lets(mask, tmp_path):
+    with becoming(tmp_path / "model") as work:
+        (work / "model.safetensors").touch(mode=0o600)
+        (work / "config.json").write_text("{}")
+    assert mode(tmp_path / "model") == 0o777 & ~mask
+    assert {mode(path) for path in (tmp_path / "model").iterdir()} == {0o666 & ~mask}
 
 
 def test_only_the_owner_can_read_what_a_preparation_keeps(mask, tmp_path):

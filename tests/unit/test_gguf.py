@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from apparate_llm import gguf_model
 from apparate_llm.config import ConfigError
-from apparate_llm.gguf_model import COMPLETE, GgufError, convert, gguf_folder
+from apparate_llm.gguf_model import GgufError, convert, gguf_folder
 from apparate_llm.models.architectures import architecture_of
 from apparate_llm.named_model import model_folder
+from apparate_llm.sealed import COMPLETE
 from tests.tiny_gguf import build_tiny_gguf
 
 

@@ -195,7 +195,9 @@ def test_a_model_that_exits_cannot_serve_is_refused_before_its_weights(hub, tmp_
 def test_a_model_that_no_ramps_are_for_is_refused_before_its_weights(hub, tmp_path):
     hub.add(NAME, written(tmp_path / "repository", "model.safetensors"))
     check = partial(preflight_config, parse_config({}))
-    with pytest.raises(RampError, match=f"^no shipped ramps fit {NAME}: name a ramp folder"):
+    with pytest.raises(
+        RampError, match=rf"^no shipped ramps fit {NAME} \(its hidden_size is 64, not \d+, its .*\): name a ramp"
+    ):
         fetch_model(NAME, Origin(), check)
     assert hub.downloaded() == ["config.json"]
     shape = {"hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152}  # SmolLM2-135M's
@@ -356,6 +358,8 @@ def run(*arguments: str, hub: Hub, home: Path, offline="0", **kwargs):
         ["eval", "drift", "org/none", "--out", "OUT"],
         ["eval", "steady", "org/none", "--out", "OUT"],
         ["tune", "org/none"],
+        ["quantize", "org/none", "--out", "OUT"],
+        ["serve", "org/none", "--weights", "int8", "--policy", "off", "--port", "0"],
     ],
     ids=lambda command: " ".join(command[:2]),
 )

@@ -12,6 +12,7 @@ from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.launch import port_problem, server_environment
 from apparate_llm.models.architectures import UnsupportedModelError, architecture_of, early_exit_architecture
+from apparate_llm.sealed import COMPLETE, is_complete
 from apparate_llm.serve import merge_settings
 
 
@@ -139,7 +140,7 @@ def test_the_default_model_is_converted_once_and_that_is_said(fake_conversion, t
     assert begins.endswith(f"default model  converting once to {folder}") and ", took " in ends
     assert dm.default_model(tmp_path / "cache") == folder
     assert len(fake_conversion) == 1 and capsys.readouterr().err == ""
-    assert sorted(path.name for path in folder.iterdir()) == [gguf_model.COMPLETE, "config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [COMPLETE, "config.json", "model.safetensors"]
 
 
 def test_two_starts_at_once_convert_once(fake_conversion, tmp_path):
@@ -154,10 +155,10 @@ def test_two_starts_at_once_convert_once(fake_conversion, tmp_path):
 def test_a_damaged_or_unfinished_copy_is_made_again(fake_conversion, tmp_path):
     folder = dm.default_model(tmp_path / "cache")
     (folder / "model.safetensors").write_bytes(b"y" * 1000)
-    assert not gguf_model.is_complete(folder)
+    assert not is_complete(folder)
     dm.default_model(tmp_path / "cache")
-    assert gguf_model.is_complete(folder) and len(fake_conversion) == 2
-    (folder / gguf_model.COMPLETE).unlink()
+    assert is_complete(folder) and len(fake_conversion) == 2
+    (folder / COMPLETE).unlink()
     dm.default_model(tmp_path / "cache")
     assert len(fake_conversion) == 3
 

@@ -4,6 +4,7 @@ import pytest
 
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.policies import POLICIES, make_policy
+from apparate_llm.controller.policy import LEAST_VERDICTS
 from apparate_llm.core import Decision, Exit
 
 
@@ -50,3 +51,32 @@ def test_every_policy_of_the_schema_exists():
 def test_an_unknown_parameter_of_a_policy_is_named():
     with pytest.raises(ValueError, match=r"policy adaptive has no parameter 'patience'"):
         make_policy(EarlyExitConfig(), depth=0, depths=(0,), num_layers=30, patience=3)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"off"}))
+def test_on_a_sibling_exits_diverge_after_enough_verdicts_on_their_like(name):
+    def make_one(sibling):
+        return make_policy(EarlyExitConfig(policy=name), depth=0, depths=(0, 2), num_layers=30, sibling=sibling)
+
+    policy = make_one(True)
+    alike, later, deeper = proposed(0.9), proposed(0.9, draft_step=1), proposed(0.9, depth=2)
+    copied = Exit(position=9, token_id=1, depth=0, draft_step=0, confidence=0.9, match=12)
+    sampled = Exit(position=9, token_id=1, depth=0, draft_step=0, confidence=0.9, greedy=False)
+    for _ in range(LEAST_VERDICTS - 1):
+        policy.on_verdict(proposed(0.5), True)
+    assert not policy.may_diverge(alike)
+    policy.on_verdict(proposed(0.5), False)
+    assert policy.may_diverge(alike)
+    assert not any(policy.may_diverge(exit_) for exit_ in (later, deeper, copied, sampled))
+    assert make_one(False).may_diverge(alike)
+
+
+def test_what_a_sibling_has_heard_is_kept_with_what_it_learned():
+    def make_one():
+        return make_policy(EarlyExitConfig(), depth=0, depths=(0,), num_layers=30, sibling=True)
+
+    policy, again = make_one(), make_one()
+    for _ in range(LEAST_VERDICTS):
+        policy.on_verdict(proposed(0.9), True)
+    again.restore(policy.state())
+    assert again.may_diverge(proposed(0.9)) and not make_one().may_diverge(proposed(0.9))

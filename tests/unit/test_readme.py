@@ -47,6 +47,7 @@ def test_there_are_commands_of_every_kind():
         "prepare",
         "ramps",
         "replay",
+        "quantize",
     }
 
 

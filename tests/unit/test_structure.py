@@ -39,10 +39,12 @@ LAYERS = (
     (
         "api",
         "plugin",
+        "sealed",
         "gguf_model",
         "default_model",
         "hub",
         "named_model",
+        "w8a8",
         "doctor",
         "replay",
         "chat",
@@ -50,7 +52,7 @@ LAYERS = (
         "serve",
     ),
     ("eval",),
-    ("prepare", "tune", "demo"),
+    ("prepare", "tune", "demo", "agreement", "quantize"),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -12,7 +12,9 @@ from apparate_llm.exits.verify import verify_held
 VOCAB, STOP = 10, 7
 
 
-def judged(*drafts: int, best: list[int], stops: frozenset[int] = frozenset({STOP})) -> tuple[VerdictLedger, list[int]]:
+def judged(
+    *drafts: int, best: list[int], stops: frozenset[int] = frozenset({STOP}), may_diverge: bool = True
+) -> tuple[VerdictLedger, list[int]]:
     """The ledger after a pass over one request's drafts, and the best tokens that vLLM's sampler then sees."""
     ledger = VerdictLedger(AccuracyBudget(0.9))
     held = [Exit(5 + i, token, 0, i, 0.9) for i, token in enumerate(drafts)]
@@ -27,7 +29,7 @@ def judged(*drafts: int, best: list[int], stops: frozenset[int] = frozenset({STO
         target_logits_indices=torch.arange(len(drafts)),
         draft_token_ids=torch.tensor(drafts),
     )
-    policy = SimpleNamespace(accepts=lambda *args: True)
+    policy = SimpleNamespace(accepts=lambda *args: True, may_diverge=lambda exit_: may_diverge)
     verify_held(logits, metadata, ["a"], ledger=ledger, policy=policy, may_diverge=lambda request_id: True)
     return ledger, logits.argmax(1).tolist()
 
@@ -47,3 +49,8 @@ def test_a_wrong_end_is_not():
 def test_a_wrong_token_in_place_of_an_end_is():
     ledger, seen = judged(3, best=[STOP, 5])
     assert seen == [3, 5] and ledger.counts.accepted_diverged == 1
+
+
+def test_no_wrong_token_is_where_the_policy_has_not_heard_enough():
+    ledger, seen = judged(3, 4, best=[2, 4, 5], may_diverge=False)
+    assert seen == [2, 4, 5] and ledger.counts.accepted_diverged == 0

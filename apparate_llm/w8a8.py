@@ -1,0 +1,160 @@
+"""W8A8 folders: the linear layers of a model's blocks in int8 with a scale for each output channel, their inputs
+quantised token by token as they come, both symmetric. Embedding, norms and head stay as they are. It takes no data.
+
+Weights are made and described by compressed-tensors' own functions, as vLLM and transformers read them.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apparate_llm.config import ConfigError
+from apparate_llm.machine import cache_folder, writable_cache
+from apparate_llm.models.architectures import ARCHITECTURES, architecture_of
+from apparate_llm.naming import model_name
+from apparate_llm.progress import Stage
+from apparate_llm.sealed import COMPLETE, is_complete, made_once
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEME = "W8A8"  # compressed-tensors' name for it
+FORMAT = "int-quantized"
+LOAD_FORMAT = "hf"  # vLLM's, of the weights that are taken
+HEAD = "lm_head"
+LINEAR = re.compile(r"model\.layers\.\d+\..+_proj\.weight")
+SAFETENSORS, INDEX = ".safetensors", "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (SAFETENSORS, ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def check_quantisable(model: Path) -> None:
+    """Raises ConfigError, WeightsError or UnsupportedModelError for a model folder that `write_w8a8` cannot take."""
+    from apparate_llm.ramps.fingerprint import MISTRAL_FILES, weight_files
+
+    check_config(model)
+    if any(path.match(MISTRAL_FILES) for path in weight_files(model)):
+        raise ConfigError(f"cannot quantise {model}: its weights are in Mistral's own format ({MISTRAL_FILES})")
+
+
+def check_config(model: Path) -> None:
+    """The same of a folder whose weights need not be there yet."""
+    from apparate_llm.ramps.sketch import read_config
+
+    if find_spec("compressed_tensors") is None:
+        raise ConfigError("quantising needs the package compressed-tensors, which comes with vLLM")
+    if (architecture := architecture_of(model)) not in ARCHITECTURES:
+        raise ConfigError(f"cannot quantise {model}: architecture {architecture} (allowed: {', '.join(ARCHITECTURES)})")
+    if (there := read_config(model).get("quantization_config")) is not None:
+        method = there.get("quant_method") if isinstance(there, dict) else None
+        raise ConfigError(f"cannot quantise {model}: it is quantised already ({method or 'in an unknown way'})")
+
+
+def int8_model(model: Path) -> Path:
+    """The W8A8 folder of a model in the cache, made on the first call. Raises as `check_quantisable` does, and
+    ConfigError where it cannot be written."""
+    from apparate_llm.ramps.fingerprint import fingerprint_of
+
+    check_quantisable(model)
+    name = f"{model_name(model.resolve()).replace('/', '--')}-{SCHEME}-{fingerprint_of(model)[:12]}"
+    folder = cache_folder() / "int8" / name
+    if is_complete(folder):  # in a cache that need not be writable
+        return folder
+    folder = writable_cache() / "int8" / name
+    return made_once(
+        folder,
+        lambda work, stage: write_w8a8(model, work, stage),
+        name="int8 weights",
+        facts=f"quantising {model} once to {folder}",
+    )
+
+
+def write_w8a8(model: Path, out: Path, stage: Stage) -> None:
+    """Fill the folder `out`; raises WeightsError for weights that cannot be read or are not finite."""
+    from safetensors.torch import load_file, save_file
+
+    from apparate_llm.ramps.fingerprint import weight_files
+
+    files = weight_files(model)
+    copy_others(model, out)
+    stage.unit, stage.total = "layers", sum(1 for file in files for name in names_of(file) if LINEAR.fullmatch(name))
+    stage.update(0, stage.facts)
+    places: dict[str, str] = {}
+    done = num_bytes = 0
+    for file in files:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in load_file(file).items():
+            if LINEAR.fullmatch(name):
+                tensors |= quantised(name, tensor)
+                done += 1
+                stage.update(done, stage.facts)
+            else:
+                tensors[name] = tensor
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file.name)
+        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(places.items()))}
+        (out / INDEX).write_text(json.dumps(index, indent=2))
+    describe(out)
+
+
+def quantised(name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
+    """The stored tensors of a linear layer's weight [out, in]; raises WeightsError."""
+    from compressed_tensors.compressors import IntQuantizationCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    from apparate_llm.ramps.fingerprint import WeightsError
+
+    if not (weight.is_floating_point() and weight.isfinite().all()):
+        raise WeightsError(f"{name} holds values that are not finite, or no numbers of a layer ({weight.dtype})")
+    scheme, values = w8a8_scheme(), weight.float()
+    scale, _ = calculate_qparams(values.amin(1, keepdim=True), values.amax(1, keepdim=True), scheme.weights)
+    stored = IntQuantizationCompressor.compress({"weight": values, "weight_scale": scale}, scheme)
+    layer = name.removesuffix("weight")
+    return {layer + part: tensor.contiguous() for part, tensor in stored.items()}
+
+
+def w8a8_scheme() -> Any:
+    """compressed-tensors' QuantizationScheme."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    return preset_name_to_scheme(SCHEME, ["Linear"])
+
+
+def describe(folder: Path) -> None:
+    """Say in the folder's config.json how its weights are stored."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
+    config = QuantizationConfig(
+        config_groups={"group_0": w8a8_scheme()},
+        format=FORMAT,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=[HEAD],
+    )
+    ModelCompressor(quantization_config=config).update_config(str(folder))
+
+
+def copy_others(model: Path, out: Path) -> None:
+    """All files of a model folder but its weights."""
+    for path in sorted(model.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        if path.is_file() and not is_index and path.suffix not in WEIGHT_SUFFIXES and path.name != COMPLETE:
+            shutil.copyfile(path, out / path.name)
+
+
+def names_of(file: Path) -> Iterator[str]:
+    """Of the tensors in a file; raises WeightsError."""
+    from safetensors import SafetensorError, safe_open
+
+    from apparate_llm.ramps.fingerprint import WeightsError
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield from list(tensors.keys())
+    except SafetensorError as error:
+        raise WeightsError(f"damaged {file}: {error}") from None

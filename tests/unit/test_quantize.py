@@ -1,0 +1,210 @@
+"""`apparate-llm quantize` and `serve --weights int8`: int8 folders that vLLM and transformers read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from apparate_llm import agreement, serve, w8a8
+from apparate_llm.cli import main
+from apparate_llm.config import ConfigError
+from apparate_llm.progress import Progress
+from apparate_llm.ramps.dequantise import dequantised
+from apparate_llm.ramps.fingerprint import WeightsError, weight_files
+from apparate_llm.sealed import COMPLETE, becoming, is_complete
+from tests.quantised import FORMATS, stage
+from tests.tiny import HIDDEN_SIZE, NUM_LAYERS
+
+LINEARS = 7 * NUM_LAYERS
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("APPARATE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def layers_of(folder):
+    """Names and tensors of all files."""
+    return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+
+
+def sharded(model, out):
+    """The same model in two files with an index."""
+    shutil.copytree(model, out)
+    weights = load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    names = sorted(weights)
+    places = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file(
+            {name: weights[name] for name in names if places[name] == file}, out / file, metadata={"format": "pt"}
+        )
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return out
+
+
+def test_the_layers_of_the_blocks_become_int8_and_all_else_stays(tiny_llama, tmp_path):
+    made = layers_of(FORMATS["W8A8"](tiny_llama, tmp_path / "int8"))
+    original = layers_of(tiny_llama)
+    scales = {name for name in made if name.endswith(".weight_scale")}
+    assert len(scales) == LINEARS and made.keys() - scales == original.keys()
+    for name, weight in original.items():
+        if w8a8.LINEAR.fullmatch(name):
+            scale = made[name + "_scale"]
+            assert made[name].dtype == torch.int8 and scale.shape == (len(weight), 1)
+            parts = {"weight": made[name], "weight_scale": scale}
+            back = dequantised(parts, weight.shape[1], torch.float32)
+            assert ((back - weight).abs() <= 0.501 * scale).all(), name
+            assert made[name].int().abs().amax(1).min() >= 127, "a row does not use the codes there are"
+        else:
+            assert made[name].equal(weight), name
+
+
+def test_a_folder_in_shards_becomes_one(tiny_llama, tmp_path):
+    one, parts = tmp_path / "one", tmp_path / "parts"
+    FORMATS["W8A8"](tiny_llama, one)
+    FORMATS["W8A8"](sharded(tiny_llama, tmp_path / "sharded"), parts)
+    assert len(weight_files(parts)) == 2
+    expected, found = layers_of(one), layers_of(parts)
+    assert found.keys() == expected.keys() and all(found[name].equal(tensor) for name, tensor in expected.items())
+    index = json.loads((parts / w8a8.INDEX).read_text())
+    assert index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+
+
+def test_transformers_computes_with_it_as_with_the_original(tiny_llama, tmp_path):
+    made = FORMATS["W8A8"](tiny_llama, tmp_path / "int8")
+    ids = torch.tensor([[1, 9, 30, 77, 12]])
+    scores = [agreement.scores_of(agreement.loaded(folder), ids, 4) for folder in (tiny_llama, made)]
+    same, kl = agreement.compared(*scores)
+    assert not scores[0].equal(scores[1])  # inputs are rounded, too
+    assert same >= 3 and 0 < kl / 4 < 0.1
+
+
+def test_agreement_counts_tokens_and_nats():
+    scores = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    assert agreement.compared(scores, scores) == (2, pytest.approx(0.0, abs=1e-6))
+    same, kl = agreement.compared(scores, scores.flip(1))
+    p = torch.tensor([1.0, 2.0]).sigmoid()
+    assert same == 0 and kl == pytest.approx(float(((2 * p - 1) * torch.tensor([1.0, 2.0])).sum()), rel=1e-4)
+
+
+def test_agreement_is_over_the_prompts_that_there_is_time_for(tiny_llama, tmp_path):
+    from rich.console import Console
+
+    prompts = [[{"role": "user", "content": f"w{i} w{i + 1}"}] for i in range(3)]
+    with Progress(Console(quiet=True)) as progress:
+        whole = agreement.agreement_of(tiny_llama, tiny_llama, prompts, limit_s=1000.0, progress=progress)
+        hasty = agreement.agreement_of(tiny_llama, tiny_llama, prompts, limit_s=1e-6, progress=progress)
+    assert whole.num_prompts == 3 and hasty.num_prompts == 1 and 0 < hasty.num_tokens <= agreement.MAX_TOKENS
+    assert whole.same_frac == 1.0 and whole.kl_nats == pytest.approx(0.0, abs=1e-6)
+    assert "100.0% of" in str(whole)
+
+
+def test_the_command_says_what_it_made_what_that_costs_and_what_is_next(tiny_llama, tmp_path, capsys):
+    out = tmp_path / "int8"
+    command = ["quantize", str(tiny_llama), "--out", str(out), "--measure-s", "20", "--json", str(tmp_path / "json")]
+    assert main(command) == 0
+    written, against, after = capsys.readouterr().out.splitlines()
+    assert written.startswith(f"written: {out} (")
+    assert against.startswith("against llama: ") and "greedy tokens are the same, mean KL" in against
+    assert after == f"next: apparate-llm serve {out}"
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "int-quantized" and config["ignore"] == ["lm_head"]
+    (group,) = config["config_groups"].values()
+    assert group["weights"]["strategy"] == "channel" and group["weights"]["symmetric"]
+    assert (
+        group["input_activations"] | {"strategy": "token", "dynamic": True, "symmetric": True, "num_bits": 8}
+        == (group["input_activations"])
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "json"]
+    document = json.loads((tmp_path / "json").read_text())
+    assert document["model"] == "llama" and 0 < document["made_mb"] < document["original_mb"]
+    same = document["agreement"]["same_frac"]
+    assert 0.5 < same <= 1.0 and f"{same:.1%} of {document['agreement']['num_tokens']} greedy tokens" in against
+
+
+def test_it_refuses_what_is_there_or_cannot_be_taken(tiny_llama, tmp_path, capsys):
+    def refused(*arguments):
+        assert main(["quantize", *map(str, arguments), "--measure-s", "0"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "is there already: name a new folder" in refused(tiny_llama, "--out", tmp_path)
+    assert "--out: folder not found" in refused(tiny_llama, "--out", tmp_path / "no" / "such")
+    no_json = tmp_path / "no" / "json"
+    assert "--json: folder not found" in refused(tiny_llama, "--out", tmp_path / "new", "--json", no_json)
+    assert "model folder not found" in refused(tmp_path / "none", "--out", tmp_path / "new")
+    made = FORMATS["AWQ"](tiny_llama, tmp_path / "awq")
+    assert "is quantised already (awq)" in refused(made, "--out", tmp_path / "new")
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    assert "architecture GPT2LMHeadModel (allowed: Llama" in refused(other, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit):
+        main(["quantize", str(tiny_llama), "--out", str(tmp_path / "new"), "--measure-s", "nan"])
+    assert "must be seconds, at least 0, got 'nan'" in capsys.readouterr().err
+
+
+def test_weights_that_are_no_numbers_leave_no_folder(tiny_llama, tmp_path, capsys):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["quantize", str(model), "--out", str(tmp_path / "new"), "--measure-s", "0"]) == 2
+    assert "model.layers.1.mlp.up_proj.weight holds values that are not finite" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    with pytest.raises(WeightsError, match="not finite"), becoming(tmp_path / "new") as work:
+        w8a8.write_w8a8(model, work, stage())
+
+
+def test_a_zero_row_stays_zero():
+    stored = w8a8.quantised("x.weight", torch.zeros(2, HIDDEN_SIZE))
+    assert not stored["x.weight"].any() and stored["x.weight_scale"].gt(0).all()
+
+
+def test_int8_weights_are_made_once_for_each_model(tiny_llama, tmp_path, cache, capsys):
+    folder = w8a8.int8_model(tiny_llama)
+    assert folder.parent == cache / "int8" and folder.name.startswith("llama-W8A8-") and is_complete(folder)
+    assert f"quantising {tiny_llama} once to {folder}" in capsys.readouterr().err
+    assert w8a8.int8_model(tiny_llama) == folder and capsys.readouterr().err == ""
+    (folder / COMPLETE).unlink()
+    assert w8a8.int8_model(tiny_llama) == folder and is_complete(folder)
+    model = shutil.copytree(tiny_llama, tmp_path / "llama")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert w8a8.int8_model(model) != folder  # another model of the same name
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The flags that vLLM would be started with."""
+    found = []
+    monkeypatch.setattr(serve, "start_vllm", lambda flags, wanted: found.append(flags) or 0)
+    monkeypatch.setattr(serve, "reexec_with_libraries", lambda: None)
+    monkeypatch.setattr(serve, "port_problem", lambda *args: None)
+    return found
+
+
+def test_serve_with_int8_weights_serves_the_copy_with_the_models_ramps(
+    tiny_llama, lens_ramps, cache, started, capsys, monkeypatch
+):
+    ramps = ["--ramps", str(lens_ramps("llama", 3)), "--controller-state", "none"]
+    assert main(["serve", str(tiny_llama), "--weights", "int8", *ramps]) == 0
+    (flags,) = started
+    folder = w8a8.int8_model(tiny_llama)
+    assert flags[0] == str(folder) and flags[flags.index("--served-model-name") + 1] == str(tiny_llama)
+    said = capsys.readouterr().err
+    assert f"Int8 weights: using {folder}" in said
+    assert said.count("Ramps of llama for a sibling: compressed-tensors weights") == 1
+    assert main(["serve", str(tiny_llama), *ramps]) == 0
+    assert started[1][0] == str(tiny_llama) and "sibling" not in capsys.readouterr().err
+    assert main(["serve", str(folder), "--weights", "int8", *ramps]) == 2
+    assert "is quantised already (compressed-tensors)" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="quantised already"):
+        w8a8.check_quantisable(folder)
