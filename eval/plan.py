@@ -36,10 +36,11 @@ from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
 from apparate_llm.named_model import model_of
 from apparate_llm.naming import model_name
+from apparate_llm.preflight import preflight_ramps
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS
-from apparate_llm.serve import memory_flags, preflight_ramps
 from apparate_llm.vllm_flags import given_value, one_spelling, split_flag
+from apparate_llm.vllm_settings import memory_flags
 
 SET_HERE = ("model", "revision", "download-dir", "host", "port", "uds")
 LEAST_TURN_S, MOST_TURN_S = 1.0, 300.0  # a client waits for an answer no longer than twice that

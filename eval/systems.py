@@ -22,11 +22,11 @@ from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.options import Tuning, check_kept_only, num_ranks, parse_tuning
 from apparate_llm.launch import clean_environment, is_cpu_build, server_environment
 from apparate_llm.models.architectures import architecture_of, layers_of
+from apparate_llm.preflight import preflight_ramps
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS as OLD_OPTIONS
 from apparate_llm.renamed import SYSTEMS as OLD_SYSTEMS
 from apparate_llm.renamed import warn
-from apparate_llm.serve import preflight_ramps
 from apparate_llm.vllm_flags import given_value, normalised
 
 BASELINE = "vllm"

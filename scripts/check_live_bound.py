@@ -25,7 +25,7 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.named_model import model_folder
-from apparate_llm.serve import memory_flags
+from apparate_llm.vllm_settings import memory_flags
 
 
 def prompts_of(phase: str) -> list[Messages]:

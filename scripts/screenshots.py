@@ -31,7 +31,7 @@ from apparate_llm.eval.report import render as render_results
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import ModelChoice, System, early_exits
 from apparate_llm.named_model import model_folder
-from apparate_llm.serve import memory_flags
+from apparate_llm.vllm_settings import memory_flags
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

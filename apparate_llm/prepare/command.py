@@ -356,11 +356,11 @@ def ramps_and_model(args: argparse.Namespace, *, siblings: bool = True) -> tuple
     """The checked manifest and the model folder it is for, or a sibling's where `siblings` will do; in a process with
     the performance libraries."""
     from apparate_llm.launch import check_build, reexec_with_libraries
+    from apparate_llm.preflight import announce
     from apparate_llm.prepare.engine import environment
     from apparate_llm.ramps.base_weights import BaseWeights
     from apparate_llm.ramps.checkpoint import check_fits, read_manifest
     from apparate_llm.ramps.fitting import check_might_fit, fitting_ramps
-    from apparate_llm.serve import announce
 
     manifest = read_manifest(args.folder)
     check_build()

@@ -143,7 +143,7 @@ def measure(
     from apparate_llm.eval.systems import ModelChoice, early_exits, plain_alike, tuned
     from apparate_llm.eval.workloads import closed
     from apparate_llm.host.options import tuning_from
-    from apparate_llm.serve import memory_flags
+    from apparate_llm.vllm_settings import memory_flags
 
     with servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
         flags = ["--max-model-len", str(context_length(model))]

@@ -171,7 +171,7 @@ def check_variables(chosen: "Chosen") -> None:
 def has_ramps(model: Path) -> bool:
     from apparate_llm.config import parse_config
     from apparate_llm.models.architectures import architecture_of
-    from apparate_llm.serve import preflight_ramps
+    from apparate_llm.preflight import preflight_ramps
 
     try:
         preflight_ramps(parse_config({}), model, architecture_of(model))

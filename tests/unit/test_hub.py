@@ -16,8 +16,9 @@ from apparate_llm.hub import Origin, fetch_gguf, fetch_model
 from apparate_llm.models.architectures import UnsupportedModelError, architecture_of, early_exit_architecture
 from apparate_llm.named_model import folder_here, model_folder, model_of
 from apparate_llm.naming import model_name
+from apparate_llm.preflight import preflight_config
 from apparate_llm.ramps.checkpoint import RampError
-from apparate_llm.serve import origin_of, preflight_config
+from apparate_llm.serve import origin_of
 from apparate_llm.vllm_flags import normalised
 from tests.fake_hub import TOKEN, Hub, running_hub
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from apparate_llm import serve
+from apparate_llm import preflight, serve
 from apparate_llm.admin import DIGESTS_VARIABLE, KEY_VARIABLE, admin_digests, check_admin_keys, digest_of
 from apparate_llm.cli import main
 from apparate_llm.config import ConfigError, parse_config
@@ -56,8 +56,8 @@ def test_what_serve_prints_and_its_process_keeps_has_no_key(monkeypatch, capsys,
     started = {}
     monkeypatch.setattr(serve, "start_vllm", lambda flags, wanted: started.update(flags=flags) or 0)
     monkeypatch.setattr(serve, "reexec_with_libraries", lambda: None)
-    monkeypatch.setattr(serve, "architecture_of", lambda model: "LlamaForCausalLM")
-    monkeypatch.setattr(serve, "preflight_ramps", lambda *args: None)
+    monkeypatch.setattr(preflight, "architecture_of", lambda model: "LlamaForCausalLM")
+    monkeypatch.setattr(preflight, "preflight_ramps", lambda *args: None)
     monkeypatch.setenv(KEY_VARIABLE, "SECRET-of-the-environment")
     monkeypatch.setenv(DIGESTS_VARIABLE, "")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
