@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apparate_llm.admin import KEY_VARIABLE, check_admin_keys, pass_on_admin_keys
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitConfig
@@ -31,6 +31,9 @@ from apparate_llm.vllm_settings import DEFAULTS, SPECULATION, as_flags, memory_f
 from apparate_llm.vllm_start import start_vllm, vllm_parser
 from apparate_llm.w8a8 import LOAD_FORMAT as QUANTISABLE_FORMAT
 from apparate_llm.w8a8 import check_config, check_quantisable, int8_model
+
+if TYPE_CHECKING:
+    from apparate_llm.ramps.fitting import Fitting
 
 NAMING_FLAGS = ("revision", "download-dir")  # of the model
 NAMED_ELSEWHERE = ("tokenizer", "hf-config-path", "generation-config")  # vLLM may look for these on the hub
@@ -106,20 +109,9 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     """Raises ValueError subclasses for bad input; does not return if the server starts."""
     name_model(args, vllm_flags)
     config = options_from(args, own_options(vllm_flags))
-    if config.policy != "off" or vllm_build() is None:
-        check_build()
-    check_files(config)
     tuning = tuning_from(args)
-    check_tuning(tuning, cpu_limits(), vllm_flags, os.environ, config)
-    if args.model is None and not (cache_folder() / NAME).is_dir():
-        writable_cache()
-    check_admin_keys(args.admin_key)
-    model, architecture, fitting = None if args.model is None else folder_here(args.model), DEFAULT_ARCHITECTURE, None
-    if model is not None and args.weights == INT8:
-        check_quantisable(model)
-        architecture = preflight_config(config, model)
-    elif model is not None:
-        architecture, fitting = preflight(config, model, vllm_flags)
+    check_given(args, config, tuning, vllm_flags)
+    model, architecture, fitting = model_here(args, config, vllm_flags)
     wanted, rest = settings_of(config, architecture, vllm_flags)  # what contradicts them is said before a download
     if given_value(rest, "uds") is None and (problem := port_problem(args.host or "", args.port)):
         raise ConfigError(problem)
@@ -135,6 +127,43 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
             rest = [*rest, "--served-model-name", *names]
     announce(fitting)
     lines += use_machine(tuning, model, vllm_flags, config, wanted)
+    return start(args, model, config, wanted, rest, lines)
+
+
+def check_given(args: argparse.Namespace, config: EarlyExitConfig, tuning: Tuning, vllm_flags: list[str]) -> None:
+    """All that can be checked without a model."""
+    if config.policy != "off" or vllm_build() is None:
+        check_build()
+    check_files(config)
+    check_tuning(tuning, cpu_limits(), vllm_flags, os.environ, config)
+    if args.model is None and not (cache_folder() / NAME).is_dir():
+        writable_cache()
+    check_admin_keys(args.admin_key)
+
+
+def model_here(
+    args: argparse.Namespace, config: EarlyExitConfig, vllm_flags: list[str]
+) -> "tuple[Path | None, str, Fitting | None]":
+    """Folder, architecture and ramps of the model, as far as they can be known before anything is brought or made."""
+    model = None if args.model is None else folder_here(args.model)
+    if model is None:
+        return None, DEFAULT_ARCHITECTURE, None
+    if args.weights == INT8:
+        check_quantisable(model)
+        return model, preflight_config(config, model), None
+    return model, *preflight(config, model, vllm_flags)
+
+
+def start(
+    args: argparse.Namespace,
+    model: Path,
+    config: EarlyExitConfig,
+    wanted: dict[str, Any],
+    rest: list[str],
+    lines: list[str],
+) -> int:
+    """vLLM's server in this process. wanted: our settings of vLLM's; rest: its other flags; lines: on what is
+    started, and how."""
     if SPECULATION in wanted:
         keep_state(wanted["additional_config"][ADDITIONAL_CONFIG_KEY])
     wanted["port"] = args.port
