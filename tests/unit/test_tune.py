@@ -359,7 +359,7 @@ def test_serve_measures_again_if_asked_to(tmp_path, monkeypatch, capsys):
         serve.use_machine(again, tmp_path, [], config, {})
 
 
-def test_a_servers_start_sets_variables_and_says_what_is_in_force(tmp_path, monkeypatch, capsys, zentorch):
+def test_a_servers_start_sets_variables_and_says_what_is_in_force(tmp_path, monkeypatch, zentorch):
     import os
 
     from apparate_llm import serve
@@ -369,11 +369,10 @@ def test_a_servers_start_sets_variables_and_says_what_is_in_force(tmp_path, monk
     monkeypatch.setattr(os, "environ", {"APPARATE_CACHE": str(tmp_path)})
     wanted = {"speculative_config": {}, "additional_config": {ADDITIONAL_CONFIG_KEY: {}}}
     config = parse_config({"huge_pages": False})
-    serve.use_machine(parse_tuning({"worker": "engine"}), tmp_path, [], config, wanted)
+    (line,) = serve.use_machine(parse_tuning({"worker": "engine"}), tmp_path, [], config, wanted)
     assert BIND not in os.environ and (os.environ[WORKER], os.environ[OWN_PROCESS]) == ("engine", "0")
     assert wanted["additional_config"][ADDITIONAL_CONFIG_KEY] == {"huge_pages": False}
-    err = capsys.readouterr().err
-    assert err.startswith("Tuned: threads as vLLM gives them, stock kernels, small pages") and err.count("\n") == 1
+    assert line.startswith("Tuned: threads as vLLM gives them, stock kernels, small pages")
 
 
 def test_the_command_says_what_it_costs(capsys):
