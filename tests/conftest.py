@@ -1,8 +1,12 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.fake_hub import Hub
 
 # Before vLLM is imported: engines live in the test's own process, nothing is looked up outside, kernels are the stock
 # ones, and servers use this machine as vLLM does by itself, unless a test asks for something else.
@@ -53,6 +57,25 @@ def lens_ramps(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFa
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["Hub"]:
+    """A hub, and this process as one that was started with HF_ENDPOINT and HF_HOME set to it."""
+    from huggingface_hub import constants
+
+    from tests.fake_hub import running_hub
+
+    with running_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
 
 
 @pytest.fixture

@@ -95,11 +95,14 @@ def _first(
 def _might_fit(model: Path, folder: Path, manifest: RampManifest) -> None:
     """Less than `sibling_of` asks: the very model serves, too, where its tokenizer is elsewhere or in another
     format."""
-    if differences := shape_differences(manifest, model):
-        raise NoSiblingError(", ".join(differences))
     sketch = Sketch.read(folder, fingerprint=manifest.base_model.fingerprint)
-    tokenizer = None if sketch is None else sketch.description.tokenizer
-    if sketch is None or tokenizer is None:
+    if sketch is None:
+        if differences := shape_differences(manifest, model):
+            raise NoSiblingError(", ".join(differences))
+        return
+    if differences := sketch.description.shapes.differences(Shapes.of(model)):
+        raise _no_sibling(sketch, ", ".join(differences))
+    if (tokenizer := sketch.description.tokenizer) is None:
         return
     try:
         same_format = TokenizerDigest.of(model, tokenizer.num_tokens).num_tokens == tokenizer.num_tokens

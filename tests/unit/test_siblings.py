@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from apparate_llm.ramps.base_weights import BaseWeights
 from apparate_llm.ramps.checkpoint import MANIFEST, RampError, read_manifest, shipped_folders
 from apparate_llm.ramps.fingerprint import fingerprint_of
-from apparate_llm.ramps.fitting import LEAST_COSINE, fitting_ramps, mean_cosine
+from apparate_llm.ramps.fitting import LEAST_COSINE, check_might_fit, fitting_ramps, mean_cosine
 from apparate_llm.ramps.sketch import NUM_ROWS, SKETCH, Shapes, Sketch, evenly_spread
 from apparate_llm.ramps.tokens import TokenizerDigest, TokenizerError
 from tests.quantised import FORMATS
@@ -125,6 +125,34 @@ def test_a_tokenizer_is_compared_by_content(copy, ramps):
         fitting(copy, ramps)
 
 
+def test_before_its_weights_are_there_a_model_is_judged_by_shape_and_tokenizer(copy, ramps, tmp_path):
+    (copy / "model.safetensors").unlink()
+    check_might_fit(copy, ramps)
+    text = (copy / "tokenizer.json").read_text()
+    change_tokenizer(copy, lambda document: document["added_tokens"][7].update(content="another"))
+    with pytest.raises(RampError, match=f"no sibling of llama: its tokenizer has other tokens below {VOCAB_SIZE}"):
+        check_might_fit(copy, ramps)
+    (copy / "tokenizer.json").unlink()
+    check_might_fit(copy, ramps)  # the very model may have it elsewhere
+    (copy / "tokenizer.model").write_bytes(b"sentences")
+    check_might_fit(copy, ramps)  # or in another format
+    (copy / "tokenizer.json").write_text(text)
+    change_config(copy, num_attention_heads=4)
+    with pytest.raises(RampError, match=r"another model than copy: it is no sibling of llama: its num_attention_heads"):
+        check_might_fit(copy, ramps)
+    with pytest.raises(RampError, match=r"^no shipped ramps fit copy .it is no sibling of .*or use --policy off$"):
+        check_might_fit(copy, None)
+    old = shutil.copytree(ramps, tmp_path / "old")
+    (old / SKETCH).unlink()
+    check_might_fit(copy, old)  # ramps without a sketch know fewer shapes
+    change_config(copy, num_hidden_layers=3)
+    with pytest.raises(RampError, match="another model than copy: its num_hidden_layers is 3, not 4"):
+        check_might_fit(copy, old)
+    (copy / "config.json").write_text("{}")
+    with pytest.raises(RampError, match="does not say"):
+        check_might_fit(copy, old)
+
+
 def test_merges_are_compared_in_either_way_to_write_them(tmp_path):
     def folder(name, merges, **files):
         (tmp_path / name).mkdir()
@@ -195,6 +223,11 @@ def test_shipped_ramps_know_their_siblings():
         assert (folder / SKETCH).stat().st_size < 300_000
         others = sketch.head.roll(1, 0)
         assert mean_cosine(sketch.head, others) < 0.2 < LEAST_COSINE < mean_cosine(sketch.head, sketch.head)
+
+
+def test_a_model_of_a_hub_goes_by_its_name_there(tiny_llama, tmp_path):
+    snapshot = shutil.copytree(tiny_llama, tmp_path / "models--org--tiny" / "snapshots" / "0123")
+    assert Sketch.of(snapshot).description.name == "org/tiny"
 
 
 def test_a_sketch_is_read_as_it_was_written(tiny_llama, tmp_path):
