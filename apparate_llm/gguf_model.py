@@ -71,9 +71,9 @@ def convert(gguf: Path, out: Path) -> None:
         tokenizer, model = _loaded(gguf, contents.head_dim)
     except Exception as error:  # each reader of a damaged file fails in its own way
         raise GgufError(f"cannot convert {gguf}: {_short(error)}") from None
-    if (found := sum(parameter.numel() for parameter in model.parameters())) != contents.num_weights:
+    if (num_weights := sum(parameter.numel() for parameter in model.parameters())) != contents.num_weights:
         raise GgufError(
-            f"cannot convert {gguf}: transformers makes a model of {found:,} weights of it, and it has "
+            f"cannot convert {gguf}: transformers makes a model of {num_weights:,} weights of it, and it has "
             f"{contents.num_weights:,}"
         )
     try:

@@ -47,7 +47,7 @@ class Origin:
 def fetch_model(name: str, origin: Origin, check: Callable[[Path], None]) -> Path:
     """Folder of ORG/MODEL with all that serving needs, weights last. check: is given the folder before them, and may
     raise. Raises ConfigError with one line on why it cannot be had."""
-    with _told(name):
+    with _showing(name):
         folder = _snapshot(name, origin, SMALL, LEFT_OUT, may_lack_some=True)
         if not (folder / CONFIG).is_file():
             raise ConfigError(f"{name} has no {CONFIG}; if it has GGUF files, name one: {name}:Q4_K_M")
@@ -66,13 +66,13 @@ def fetch_model(name: str, origin: Origin, check: Callable[[Path], None]) -> Pat
 def fetch_gguf(name: str, kind: str, origin: Origin) -> Path:
     """The one GGUF file of ORG/MODEL with weights of this kind, such as Q4_K_M. Raises ConfigError."""
     patterns = sorted({f"*[-._]{spelt}.gguf" for spelt in (kind, kind.upper(), kind.lower())})
-    with _told(name):
+    with _showing(name):
         folder = _snapshot(name, origin, patterns)
-    found = sorted({file for pattern in patterns for file in folder.rglob(pattern)})
-    if len(found) != 1:
-        several = ", ".join(str(file.relative_to(folder)) for file in found) or "none"
+    files = sorted({file for pattern in patterns for file in folder.rglob(pattern)})
+    if len(files) != 1:
+        several = ", ".join(str(file.relative_to(folder)) for file in files) or "none"
         raise ConfigError(f"{name}:{kind}: one GGUF file named so is wanted, got {several}")
-    return found[0]
+    return files[0]
 
 
 def weights_of(folder: Path, origin: Origin) -> Iterator[Sequence[str]]:
@@ -138,14 +138,14 @@ def problem_of(name: str, origin: Origin, error: Exception) -> str:
         return f"{name}: {hub} answers HTTP {status}{hint}"
     if isinstance(cause, OSError) and cause.strerror is not None:
         return f"cannot write {name} to {cache}: {cause.strerror}"
-    said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
     if isinstance(cause, ValueError | OSError):
-        return f"{name}: {said}"
-    return f"{name}: no such folder, not complete in the cache {cache}, and {hub} cannot be reached ({said})"
+        return f"{name}: {reason}"
+    return f"{name}: no such folder, not complete in the cache {cache}, and {hub} cannot be reached ({reason})"
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def _showing(name: str) -> Iterator[None]:
     """huggingface_hub's bars on a terminal, a line every half minute in a log. Its warnings are ours to say."""
     from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars

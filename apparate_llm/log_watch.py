@@ -48,24 +48,24 @@ class LogReader:
         self._head: str | None = None  # of the message under way; "": of one whose further lines have none
         self._level = self._first = self._last = ""
         self._is_indented = False  # its line before
-        self._told: deque[str] = deque(maxlen=REMEMBERED)
+        self._recent: deque[str] = deque(maxlen=REMEMBERED)
 
     def take(self, line: str) -> list[Message]:
         """The messages that end where this line begins."""
         line = COLOURS.sub("", line).rstrip()
-        found = OF_VLLM.match(line)
-        head = line[: found.start("text")].rstrip() if found else ""
-        text = found["text"] if found else line
-        if self._head is not None and head == self._head and not (found is None and OF_UVICORN.match(line)):
+        match = OF_VLLM.match(line)
+        head = line[: match.start("text")].rstrip() if match else ""
+        text = match["text"] if match else line
+        if self._head is not None and head == self._head and not (match is None and OF_UVICORN.match(line)):
             if text and not text[0].isspace() and (head or self._is_indented):
                 self._last = text  # of a bare trace: what stands behind its calls, and no line after it
             self._is_indented = text[:1].isspace()
             return []
         ended = self.end()
-        if found is not None:
-            if found["level"] in ERRORS:
+        if match is not None:
+            if match["level"] in ERRORS:
                 self._begin(head, "error", text)
-            elif found["level"] == "WARNING" and found["file"].startswith(SIGN):
+            elif match["level"] == "WARNING" and match["file"].startswith(SIGN):
                 self._begin(head, "warning", text)
         elif other := OF_UVICORN.match(line):
             if other["level"] in ERRORS:
@@ -79,8 +79,8 @@ class LogReader:
         head, self._head = self._head, None
         if head is None:
             return []
-        texts = [text for text in (self._first, self._last) if text and text not in self._told]
-        self._told.extend(texts)
+        texts = [text for text in (self._first, self._last) if text and text not in self._recent]
+        self._recent.extend(texts)
         return [Message(self._level, "\n".join(dict.fromkeys(texts)))] if texts else []
 
     def _begin(self, head: str, level: str, text: str) -> None:
@@ -90,8 +90,8 @@ class LogReader:
 def errors_in(text: str) -> list[str]:
     """Of a whole log, the lines that say what went wrong."""
     reader = LogReader()
-    found = [message for line in text.splitlines() for message in reader.take(line)] + reader.end()
-    return [line for message in found if message.level == "error" for line in message.text.splitlines()]
+    messages = [message for line in text.splitlines() for message in reader.take(line)] + reader.end()
+    return [line for message in messages if message.level == "error" for line in message.text.splitlines()]
 
 
 class LogWatch(threading.Thread):

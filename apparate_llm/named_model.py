@@ -43,8 +43,8 @@ def model_folder(
     or GgufError, one line each."""
     if name is None:
         folder = default_model()
-    elif (found := folder_here(name)) is not None:
-        folder = found
+    elif (here := folder_here(name)) is not None:
+        folder = here
     elif is_file(name):
         folder = gguf_folder(_path(name))
     else:

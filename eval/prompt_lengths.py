@@ -47,8 +47,8 @@ def loads_by_length(loads: Sequence[Load], lengths: Sequence[int], number: int) 
 
 def length_of(load: str) -> str:
     """What the name of a load says of its prompts' length; empty where they have their own."""
-    found = LENGTH.search(load)
-    return found[0] if found else ""
+    match = LENGTH.search(load)
+    return match[0] if match else ""
 
 
 def _moved(load: Load, first: int, number: int, total: int, name: str) -> Load:

@@ -63,11 +63,11 @@ def shares(file: str) -> list[list[str]]:
 def passes(file: str) -> list[list[str]]:
     """Of our server without exits: a pass of so many rows, over the time its weights take to be read."""
     cells = {}
-    for found in read(file)["results"]:
-        lines = [(found["lines"][line], found["bytes_per_call"][line]) for line in PASS_LINES]
+    for result in read(file)["results"]:
+        lines = [(result["lines"][line], result["bytes_per_call"][line]) for line in PASS_LINES]
         took_ms = sum(line["ms"] for line, _ in lines)
-        floor_ms = sum(line["calls"] * read for line, read in lines) / found["bytes_per_ms"]
-        cells[found["batch"]] = f"{number(took_ms, 1)} ({number(took_ms / floor_ms)})"
+        floor_ms = sum(line["calls"] * read for line, read in lines) / result["bytes_per_ms"]
+        cells[result["batch"]] = f"{number(took_ms, 1)} ({number(took_ms / floor_ms)})"
     return [[cells[rows] for rows in (1, 2, 4, 8)]]
 
 

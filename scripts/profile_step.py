@@ -254,8 +254,8 @@ def main() -> None:
     show(results)
     if args.json:
         command = shlex.join(["python", "-m", "scripts.profile_step", *sys.argv[1:]])
-        found = {"command": command, "machine": machine(), "model": args.model.name, "results": results}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        document = {"command": command, "machine": machine(), "model": args.model.name, "results": results}
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

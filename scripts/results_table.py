@@ -59,8 +59,8 @@ def ratio_of(measure: str) -> Callable[[Measured, AnyRatio], str]:
 
 
 def mean_of(measure: str) -> Callable[[Measured, AnyRatio], str]:
-    def cell(found: Measured, _: AnyRatio) -> str:
-        return number(getattr(getattr(found.run, measure), "mean", None), 1)
+    def cell(one: Measured, _: AnyRatio) -> str:
+        return number(getattr(getattr(one.run, measure), "mean", None), 1)
 
     return cell
 
@@ -123,17 +123,17 @@ def made(name: str, folder: Path) -> str:
     for one in table.rows:
         if not is_kept(one.file):
             continue
-        found = measured(RESULTS / one.file)
-        loads = {load for load, _ in found}
+        by_load = measured(RESULTS / one.file)
+        loads = {load for load, _ in by_load}
         for load in one.loads:
             assert load in loads, f"{one.file}: no load {load!r} among {sorted(loads)}"
-            cells = [_cell(column, found.get((load, column.system))) for column in table.columns]
+            cells = [_cell(column, by_load.get((load, column.system))) for column in table.columns]
             rows.append([link(one.name, one.file, folder), length_of(load) or load, *cells])
     return table_of(["model, prompts", "load", *(column.title for column in table.columns)], rows)
 
 
-def _cell(column: Column, found: Measured | None) -> str:
-    return number(None) if found is None else column.cell(found, found.over(column.over))
+def _cell(column: Column, one: Measured | None) -> str:
+    return number(None) if one is None else column.cell(one, one.over(column.over))
 
 
 def files_of(name: str) -> list[str]:

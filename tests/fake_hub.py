@@ -74,8 +74,8 @@ def running_hub() -> Iterator[Hub]:
 
 
 def commit_of(folder: Path) -> str:
-    found = [f"{file.relative_to(folder)} {file.stat().st_size}" for file in files_of(folder)]
-    return hashlib.sha1("\n".join([str(folder), *found]).encode()).hexdigest()
+    names = [f"{file.relative_to(folder)} {file.stat().st_size}" for file in files_of(folder)]
+    return hashlib.sha1("\n".join([str(folder), *names]).encode()).hexdigest()
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -100,29 +100,29 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.hub.asked.append((self.command, path))
         self.hub.tokens.add(token)
-        found = API.fullmatch(path) or RESOLVE.fullmatch(path)
+        match = API.fullmatch(path) or RESOLVE.fullmatch(path)
         if self.hub.fails_with is not None:
             self.say(self.hub.fails_with)
-        elif found is None or found["name"] not in self.hub.folders:
+        elif match is None or match["name"] not in self.hub.folders:
             self.say(404, error="RepoNotFound")
-        elif (folder := self.hub.find(found["name"], found["revision"])) is None:
+        elif (folder := self.hub.find(match["name"], match["revision"])) is None:
             self.say(404, error="RevisionNotFound")
-        elif found.re is API:
-            self.describe(found["name"], folder, found["kind"])
-        elif found["name"] in self.hub.gated and token != TOKEN:  # what it is, everybody may know
+        elif match.re is API:
+            self.describe(match["name"], folder, match["kind"])
+        elif match["name"] in self.hub.gated and token != TOKEN:  # what it is, everybody may know
             self.say(401 if token is None else 403, error="GatedRepo")
-        elif not (folder / found["file"]).is_file():
+        elif not (folder / match["file"]).is_file():
             self.say(404, {"X-Repo-Commit": commit_of(folder)}, error="EntryNotFound")
         else:
-            self.send_file(folder, folder / found["file"])
+            self.send_file(folder, folder / match["file"])
 
     def describe(self, name: str, folder: Path, kind: str) -> None:
         if kind == "revision":
             siblings = [{"rfilename": str(file.relative_to(folder))} for file in files_of(folder)]
-            said: object = {"id": name, "modelId": name, "sha": commit_of(folder), "siblings": siblings, "tags": []}
+            answer: object = {"id": name, "modelId": name, "sha": commit_of(folder), "siblings": siblings, "tags": []}
         else:
-            said = [entry_of(folder, file) for file in files_of(folder)]
-        self.say(200, {"Content-Type": "application/json"}, body=json.dumps(said).encode())
+            answer = [entry_of(folder, file) for file in files_of(folder)]
+        self.say(200, {"Content-Type": "application/json"}, body=json.dumps(answer).encode())
 
     def send_file(self, folder: Path, file: Path) -> None:
         body = file.read_bytes()

@@ -45,7 +45,7 @@ def add_demo(subparsers: Commands) -> None:
     )
     parser.add_argument("--max-tokens", type=answer_length, default=128, help="longest answer (default: 128)")
     parser.add_argument(
-        "--rounds", type=rounds, default=4, help="how often each side answers; more are more exact (default: 4)"
+        "--repeat", type=repeat, default=4, help="how often each side answers; more are more exact (default: 4)"
     )
     parser.add_argument(
         "--vllm-flag", action="append", metavar='"--FLAG VALUE"', help="vLLM flag for the server; repeatable"
@@ -70,7 +70,7 @@ def answer_length(text: str) -> int:
     return number
 
 
-def rounds(text: str) -> int:
+def repeat(text: str) -> int:
     if (number := positive(text)) < 2:
         raise argparse.ArgumentTypeError(f"must be at least 2, to know how exact the figures are, got {text!r}")
     return number
@@ -140,8 +140,8 @@ def own_system(args: argparse.Namespace) -> "System":
 def client_of(args: argparse.Namespace, url: str, api_key: str | None, model: str | None) -> "ChatClient":
     from apparate_llm.chat import ChatClient
 
-    told = {"url": url, "api_key": api_key, "model": model, "max_tokens": args.max_tokens}
-    return ChatClient(argparse.Namespace(**told, temperature=0.0, no_exits=False))
+    asked = {"url": url, "api_key": api_key, "model": model, "max_tokens": args.max_tokens}
+    return ChatClient(argparse.Namespace(**asked, temperature=0.0, no_exits=False))
 
 
 def compare(args: argparse.Namespace, client: "ChatClient", console: "Console") -> None:
@@ -161,9 +161,9 @@ def compare(args: argparse.Namespace, client: "ChatClient", console: "Console") 
     sides.show_first(console)
     with (
         Progress(Console(stderr=True)) as progress,
-        progress.stage("asks again", total=args.rounds - 1, unit="rounds") as stage,
+        progress.stage("asks again", total=args.repeat - 1, unit="answers") as stage,
     ):
-        for number in range(1, args.rounds):
+        for number in range(1, args.repeat):
             sides.ask_again()
             stage.update(number)
     console.print(verdict(sides.off, sides.on), style="bold", soft_wrap=True)

@@ -13,14 +13,14 @@ def verdict(off: Sequence[Answer], on: Sequence[Answer]) -> str:
     sides, asked in turns; each has a time per token."""
     slow, fast = times(off), times(on)
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
-    told = f"TPT {figure(slow, 1)} ms without exits, {figure(fast, 1)} ms with"
-    return f"{told}: {gain(ratios)}; {sameness(off, on)}"
+    times_text = f"TPT {figure(slow, 1)} ms without exits, {figure(fast, 1)} ms with"
+    return f"{times_text}: {gain(ratios)}; {sameness(off, on)}"
 
 
 def times(answers: Sequence[Answer]) -> list[float]:
-    found = [answer.tpt_ms for answer in answers]
-    assert None not in found, "an answer without a time"
-    return [time for time in found if time is not None]
+    measured = [answer.tpt_ms for answer in answers]
+    assert None not in measured, "an answer without a time"
+    return [time for time in measured if time is not None]
 
 
 def gain(ratios: Sequence[float]) -> str:

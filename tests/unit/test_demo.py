@@ -26,8 +26,8 @@ def answers(*tpts_ms: float, text: str = "same") -> list[Answer]:
 
 
 def test_the_line_says_times_ratio_and_texts():
-    said = verdict(answers(21.0, 21.1, 20.9), answers(12.1, 12.2, 12.1))
-    assert said == "TPT 21.0 ms without exits, 12.1 ms with: 1.7x as fast; texts identical"
+    line = verdict(answers(21.0, 21.1, 20.9), answers(12.1, 12.2, 12.1))
+    assert line == "TPT 21.0 ms without exits, 12.1 ms with: 1.7x as fast; texts identical"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_figure_has_the_digits_its_values_agree_on(values, shown):
 
 
 @pytest.mark.parametrize(
-    ("ratios", "said"),
+    ("ratios", "expected"),
     [
         ((1.66, 1.72, 1.75), "1.7x as fast"),
         ((1.4, 1.7, 1.9), "1.4 to 1.9x as fast"),
@@ -53,8 +53,8 @@ def test_a_figure_has_the_digits_its_values_agree_on(values, shown):
         ((0.79, 0.8, 0.82), "exits do not help here, they make it slower (0.8x as fast)"),
     ],
 )
-def test_a_gain_is_claimed_where_each_turn_shows_it(ratios, said):
-    assert gain(ratios) == said
+def test_a_gain_is_claimed_where_each_turn_shows_it(ratios, expected):
+    assert gain(ratios) == expected
 
 
 def test_texts_that_differ_are_counted():
@@ -73,23 +73,23 @@ class Client:
 
     url = "http://fake"
 
-    def __init__(self, found: list[Answer]) -> None:
-        self.found, self.asked = cycle(found), []
+    def __init__(self, given: list[Answer]) -> None:
+        self.given, self.asked = cycle(given), []
 
     def ask(self, messages, options):
         self.asked.append(options)
-        whole = next(self.found)
+        whole = next(self.given)
         for end in range(len(whole.text)):
             yield Answer(text=whole.text[:end])
         yield whole
 
 
-def shown_by(found: list[Answer], *, width: int, is_terminal: bool) -> tuple[str, Sides]:
+def shown_by(given: list[Answer], *, width: int, is_terminal: bool) -> tuple[str, Sides]:
     out = io.StringIO()
     console = Console(
         file=out, width=width, height=30, force_terminal=is_terminal, color_system="standard", highlight=False
     )
-    sides = Sides(Client(found), "prompt", bound=0.0)
+    sides = Sides(Client(given), "prompt", bound=0.0)
     sides.show_first(console)
     return out.getvalue(), sides
 
@@ -132,26 +132,26 @@ def test_a_server_without_exits_and_a_short_answer_are_told():
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (["  "], "the prompt must have some text"),
         (["--url", "foo"], "--url must be http://HOST:PORT"),
         (["--url", "http://localhost:1", "--ramps", "x"], "--ramps is for a server that is started here"),
         (["--url", "http://localhost:1", "--vllm-flag", "--dtype float32"], "--vllm-flag is for a server"),
-        (["--rounds", "1"], "must be at least 2"),
+        (["--repeat", "1"], "must be at least 2"),
         (["--max-tokens", "3"], "must be at least 16"),
         (["--accuracy-bound", "1"], "must be from 0 to below 1, got '1'"),
         (["--model", "/nowhere"], "model folder not found: /nowhere"),
         (["a", "b"], "unrecognized arguments: b"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(argv, said, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(argv, expected, capsys):
     try:
         code = main(["demo", *argv])
     except SystemExit as end:
         code = end.code
     error = capsys.readouterr().err
-    assert code == 2 and said in error and error.count("\n") == 1
+    assert code == 2 and expected in error and error.count("\n") == 1
 
 
 def test_ramps_of_another_model_are_found_before_anything_starts(tiny_llama, lens_ramps, monkeypatch, capsys):

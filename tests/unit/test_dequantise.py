@@ -30,16 +30,16 @@ def test_codes_come_back(name, at_once, tiny_llama, tmp_path, monkeypatch):
     codes, scale, zeros = codes_of(weight, symmetric=name != "AWQ")
     expected = (codes - zeros.repeat_interleave(GROUP, 1)) * scale.repeat_interleave(GROUP, 1)
     parts = head_of(FORMATS[name](tiny_llama, tmp_path / "model", head=True))
-    found = dequantised(parts, HIDDEN_SIZE, torch.float32)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    assert (found - weight).abs().max() < 1.1 * scale.max()
+    plain = dequantised(parts, HIDDEN_SIZE, torch.float32)
+    torch.testing.assert_close(plain, expected, rtol=1e-3, atol=1e-4)
+    assert (plain - weight).abs().max() < 1.1 * scale.max()
 
 
 def test_int8_comes_back_within_half_a_code(tiny_llama, tmp_path):
     weight = head_of(tiny_llama)["weight"]
     parts = head_of(FORMATS["W8A8"](tiny_llama, tmp_path / "model", head=True))
-    found = dequantised(parts, HIDDEN_SIZE, torch.float32)
-    assert ((found - weight).abs() <= 0.501 * parts["weight_scale"]).all()
+    plain = dequantised(parts, HIDDEN_SIZE, torch.float32)
+    assert ((plain - weight).abs() <= 0.501 * parts["weight_scale"]).all()
     one_scale = {"weight": parts["weight"], "weight_scale": torch.tensor(0.5)}
     assert dequantised(one_scale, HIDDEN_SIZE, torch.float32).equal(parts["weight"] * 0.5)
 

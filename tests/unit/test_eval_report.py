@@ -149,9 +149,9 @@ def test_what_was_asked_is_said_with_the_figures(asked, own, says):
 
 def test_the_share_within_a_target_is_shown_where_there_is_one():
     plain, ours = a_run(), with_exits("target", within_target_frac=0.75)
-    (section,) = [found for found in sections(a_result([plain, ours])) if found.title == "Exits"]
+    (section,) = [one for one in sections(a_result([plain, ours])) if one.title == "Exits"]
     assert dict(zip(section.columns, section.rows[0], strict=True))["within target"] == "75.0 %"
-    (section,) = [found for found in sections(full_result()) if found.title == "Exits"]
+    (section,) = [one for one in sections(full_result()) if one.title == "Exits"]
     assert "within target" not in section.columns
 
 

@@ -258,8 +258,8 @@ def test_one_gguf_file_is_chosen_by_its_kind(hub, tmp_path):
     hub.add(NAME, folder)
     assert fetch_gguf(NAME, "Q4_K_M", Origin()).name == "tiny-q4_k_m.gguf"
     assert hub.downloaded() == ["tiny-q4_k_m.gguf"]
-    for kind, found in (("Q8_0", "none"), ("Q4_K", "none"), ("F16", "other.F16.gguf, tiny.F16.gguf")):
-        with pytest.raises(ConfigError, match=f"^{NAME}:{kind}: one GGUF file named so is wanted, got {found}$"):
+    for kind, files in (("Q8_0", "none"), ("Q4_K", "none"), ("F16", "other.F16.gguf, tiny.F16.gguf")):
+        with pytest.raises(ConfigError, match=f"^{NAME}:{kind}: one GGUF file named so is wanted, got {files}$"):
             fetch_gguf(NAME, kind, Origin())
 
 

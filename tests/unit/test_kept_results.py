@@ -54,8 +54,8 @@ def test_a_planted_figure_is_seen():
     page = PAGES[0].read_text()
     assert loose_figures(page + "\nIt takes 0.0123 of the time, or 7 % of it.\n") == ["0.0123", "7 %"]
     assert loose_figures(page + "\n| a | b |\n|---|---|\n| c | 0.0123 |\n") == ["| c | 0.0123 |"]
-    told = FIGURE.findall(MARK.search(page)[0])[0]
-    assert loose_figures(page + f"\nPython 3.11, {told} of the time, `0.0123`, 95 %.\n") == []
+    figure = FIGURE.findall(MARK.search(page)[0])[0]
+    assert loose_figures(page + f"\nPython 3.11, {figure} of the time, `0.0123`, 95 %.\n") == []
 
 
 def test_a_table_that_was_changed_by_hand_is_made_anew():

@@ -100,19 +100,19 @@ def test_lines_of_ours_are_signed_in_vllms_log_and_others_are_not():
 
 
 def test_a_log_is_followed_while_it_is_written_and_to_its_end(tmp_path):
-    log, told, beats = tmp_path / "log", [], []
+    log, messages, beats = tmp_path / "log", [], []
     log.write_text(f"ERROR {AT} [a.py:1] of an earlier start\n")
-    watch = LogWatch(log, log.stat().st_size, told.append, lambda: beats.append(1))
+    watch = LogWatch(log, log.stat().st_size, messages.append, lambda: beats.append(1))
     watch.start()
     with log.open("a", buffering=1) as out:
         out.write(f"ERROR {AT} [a.py:1] fir")
         time.sleep(0.5)
-        assert told == []
+        assert messages == []
         out.write("st\n")
         deadline = time.monotonic() + 10
-        while not told and time.monotonic() < deadline:
+        while not messages and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert told == [Message("error", "first")] and beats
+        assert messages == [Message("error", "first")] and beats
         out.write(f"ERROR {AT} [a.py:1] second, without an end of line")
     watch.stop()
-    assert told[1:] == [Message("error", "second, without an end of line")] and watch.num_errors == 2
+    assert messages[1:] == [Message("error", "second, without an end of line")] and watch.num_errors == 2

@@ -79,8 +79,8 @@ def test_figures_of_reports_stand_out_on_white_and_on_black():
 
 def test_pages_and_drawings_have_the_same_colours():
     page = (ROOT / "api" / "dashboard.html").read_text()
-    for theme, found in zip(THEMES, re.findall(r":root \{(.*?)\}", page, re.S), strict=True):
-        colors = dict(re.findall(r"--([\w-]+): (#\w{6});", found))
+    for theme, rules in zip(THEMES, re.findall(r":root \{(.*?)\}", page, re.S), strict=True):
+        colors = dict(re.findall(r"--([\w-]+): (#\w{6});", rules))
         for name in ("text", "soft", "back", "line", "card", "good", "bad", "held", "early", "diverged"):
             assert colors[name] == getattr(theme, name), name
         assert {colors[name] for name in "abcd"} == set(theme.series)
@@ -90,9 +90,9 @@ def test_pages_show_every_picture_in_light_and_in_dark():
     seen = []
     for page in PAGES:
         text = page.read_text()
-        found = PICTURE.findall(text)
-        assert len(found) == text.count("<img ") == text.count("<picture>"), page.name
-        for dark, dark_kind, light, light_kind, alt in found:
+        pictures = PICTURE.findall(text)
+        assert len(pictures) == text.count("<img ") == text.count("<picture>"), page.name
+        for dark, dark_kind, light, light_kind, alt in pictures:
             assert (dark, dark_kind) == (light, light_kind) and len(alt) > 20
             seen += [(page.parent / f"{light}-{scheme}.{light_kind}").resolve() for scheme in ("light", "dark")]
     assert set(seen) == set(PICTURES.iterdir())
@@ -128,8 +128,8 @@ def test_a_result_that_changes_moves_its_point(monkeypatch):
     def one_row(tpt: float) -> str:
         table = Table((Rows("Model, code", "none.json", ("1 client", "2 requests/s")),), results_table.TPT_COLUMNS)
         monkeypatch.setitem(results_table.TABLES, "readme", table)
-        found = {("1 client", "lossless"): Measured(ratio("lossless", tpt), None)}
-        monkeypatch.setattr(draw_tpt, "measured", lambda file: found)
+        results = {("1 client", "lossless"): Measured(ratio("lossless", tpt), None)}
+        monkeypatch.setattr(draw_tpt, "measured", lambda file: results)
         return draw_tpt.draw(LIGHT)
 
     def height(svg: str) -> float:

@@ -68,8 +68,8 @@ def test_a_folder_in_shards_becomes_one(tiny_llama, tmp_path):
     FORMATS["W8A8"](tiny_llama, one)
     FORMATS["W8A8"](sharded(tiny_llama, tmp_path / "sharded"), parts)
     assert len(weight_files(parts)) == 2
-    expected, found = layers_of(one), layers_of(parts)
-    assert found.keys() == expected.keys() and all(found[name].equal(tensor) for name, tensor in expected.items())
+    expected, actual = layers_of(one), layers_of(parts)
+    assert actual.keys() == expected.keys() and all(actual[name].equal(tensor) for name, tensor in expected.items())
     index = json.loads((parts / w8a8.INDEX).read_text())
     assert index["weight_map"].keys() == expected.keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
@@ -184,11 +184,11 @@ def test_int8_weights_are_made_once_for_each_model(tiny_llama, tmp_path, cache, 
 @pytest.fixture
 def started(monkeypatch):
     """The flags that vLLM would be started with."""
-    found = []
-    monkeypatch.setattr(serve, "start_vllm", lambda flags, wanted: found.append(flags) or 0)
+    starts = []
+    monkeypatch.setattr(serve, "start_vllm", lambda flags, wanted: starts.append(flags) or 0)
     monkeypatch.setattr(serve, "reexec_with_libraries", lambda: None)
     monkeypatch.setattr(serve, "port_problem", lambda *args: None)
-    return found
+    return starts
 
 
 def test_serve_with_int8_weights_serves_the_copy_with_the_models_ramps(
@@ -199,9 +199,9 @@ def test_serve_with_int8_weights_serves_the_copy_with_the_models_ramps(
     (flags,) = started
     folder = w8a8.int8_model(tiny_llama)
     assert flags[0] == str(folder) and flags[flags.index("--served-model-name") + 1] == str(tiny_llama)
-    said = capsys.readouterr().err
-    assert f"Int8 weights: using {folder}" in said
-    assert said.count("Ramps of llama for a sibling: compressed-tensors weights") == 1
+    err = capsys.readouterr().err
+    assert f"Int8 weights: using {folder}" in err
+    assert err.count("Ramps of llama for a sibling: compressed-tensors weights") == 1
     assert main(["serve", str(tiny_llama), *ramps]) == 0
     assert started[1][0] == str(tiny_llama) and "sibling" not in capsys.readouterr().err
     assert main(["serve", str(folder), "--weights", "int8", *ramps]) == 2

@@ -20,17 +20,17 @@ def lines_of(*flags: str, host: str | None = None, port: int = 8000, **options) 
 
 def test_a_server_is_told_in_six_lines_with_that_of_its_log():
     lines = lines_of("--served-model-name", "mine")
-    told = [*lines.first(), "the log's", *lines.ready(14.2)]
-    assert len(told) == 6
-    assert told[0] == "Model: mine"
-    assert told[1] == "Exits: on, accuracy bound 0.01: at most 1 % of tokens differ from the full model's."
-    assert told[3] == "API: http://localhost:8000/v1, ready after 14 s. Ctrl-C ends the server."
-    assert told[4].startswith("Page: http://localhost:8000/early_exit/")
-    assert told[5].startswith("Docs: http://localhost:8000/docs has all routes, /") and "docs/serving.md" in told[5]
+    shown = [*lines.first(), "the log's", *lines.ready(14.2)]
+    assert len(shown) == 6
+    assert shown[0] == "Model: mine"
+    assert shown[1] == "Exits: on, accuracy bound 0.01: at most 1 % of tokens differ from the full model's."
+    assert shown[3] == "API: http://localhost:8000/v1, ready after 14 s. Ctrl-C ends the server."
+    assert shown[4].startswith("Page: http://localhost:8000/early_exit/")
+    assert shown[5].startswith("Docs: http://localhost:8000/docs has all routes, /") and "docs/serving.md" in shown[5]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "says"),
     [
         ({"policy": "off"}, "off (--policy off)"),
         ({"accuracy_bound": 0}, "on, lossless"),
@@ -38,12 +38,12 @@ def test_a_server_is_told_in_six_lines_with_that_of_its_log():
         ({"bound_kind": "regret"}, "0.01 nats per token (regret)"),
     ],
 )
-def test_the_bound_is_said_in_words(options, said):
-    assert said in exits_line(parse_config(options))
+def test_the_bound_is_said_in_words(options, says):
+    assert says in exits_line(parse_config(options))
 
 
 @pytest.mark.parametrize(
-    ("flags", "host", "said"),
+    ("flags", "host", "says"),
     [
         ((), "0.0.0.0", "http://localhost:8000/v1"),
         ((), "10.0.0.1", "http://10.0.0.1:8000/v1"),
@@ -52,8 +52,8 @@ def test_the_bound_is_said_in_words(options, said):
         (("--uds", "/tmp/s"), None, "/v1 on the socket /tmp/s"),
     ],
 )
-def test_the_address_is_one_that_clients_can_use(flags, host, said):
-    assert said in lines_of(*flags, host=host).ready(1)[0]
+def test_the_address_is_one_that_clients_can_use(flags, host, says):
+    assert says in lines_of(*flags, host=host).ready(1)[0]
 
 
 def test_what_a_server_does_not_have_is_not_shown(monkeypatch, tmp_path):
@@ -75,10 +75,10 @@ def test_it_is_ready_when_it_listens_and_that_is_said_once(is_unix, tmp_path, mo
     assert out.getvalue() == ""
     server.listen()
     lines.beat(console)
-    told = out.getvalue()
+    shown = out.getvalue()
     lines.beat(console)
     server.close()
-    assert told.startswith("API: ") and out.getvalue() == told
+    assert shown.startswith("API: ") and out.getvalue() == shown
 
 
 def test_a_long_start_says_now_and_then_that_it_goes_on(monkeypatch):
@@ -87,8 +87,8 @@ def test_a_long_start_says_now_and_then_that_it_goes_on(monkeypatch):
     lines = lines_of(port=1)
     for now[0] in (1.0, 19.0, 21.0, 50.0, 79.0, 81.0):
         lines.beat(Console(file=out, width=200))
-    told = out.getvalue().splitlines()
-    assert [line.split(".")[0] for line in told] == [f"Still loading after {took} s" for took in (21, 81)]
+    shown = out.getvalue().splitlines()
+    assert [line.split(".")[0] for line in shown] == [f"Still loading after {took} s" for took in (21, 81)]
 
 
 class Terminal(io.StringIO):
@@ -126,8 +126,8 @@ def test_a_ports_log_is_kept_until_the_start_after_the_next(monkeypatch, tmp_pat
         log = log_file(8000)
         assert log is not None and log.parent == tmp_path / "logs" and not log.exists()
         log.write_text(text)
-    found = {path.name: path.read_text() for path in log.parent.iterdir()}
-    assert found == {"serve-8000.log": "third", "serve-8000.previous.log": "second"}
+    logs = {path.name: path.read_text() for path in log.parent.iterdir()}
+    assert logs == {"serve-8000.log": "third", "serve-8000.previous.log": "second"}
     monkeypatch.setenv("APPARATE_CACHE", "/proc/nowhere")
     assert log_file(8000) is None
 
@@ -153,8 +153,8 @@ def test_help_is_ours_and_with_a_section_vllms(capsys):
     for argv in (["serve", "-h"], ["serve", "--help"], ["serve", "--help", "--port", "1"]):
         with pytest.raises(SystemExit) as end:
             main(argv)
-        said = capsys.readouterr().out
-        assert end.value.code == 0 and "--accuracy-bound" in said and "--max-model-len" not in said
+        out = capsys.readouterr().out
+        assert end.value.code == 0 and "--accuracy-bound" in out and "--max-model-len" not in out
     with pytest.raises(SystemExit) as end:
         main(["serve", "--help=max-model-len"])
     assert end.value.code == 0 and "--max-model-len" in capsys.readouterr().out

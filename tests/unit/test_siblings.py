@@ -233,11 +233,11 @@ def test_a_model_of_a_hub_goes_by_its_name_there(tiny_llama, tmp_path):
 def test_a_sketch_is_read_as_it_was_written(tiny_llama, tmp_path):
     sketch = Sketch.of(tiny_llama)
     sketch.save(tmp_path)
-    found = Sketch.read(tmp_path, fingerprint=fingerprint_of(tiny_llama))
-    assert found.description == sketch.description and found.description.name == "llama"
-    assert found.head.equal(sketch.head) and found.embedding.equal(sketch.embedding)
-    assert not found.head.equal(found.embedding) and found.head.shape == (NUM_ROWS, HIDDEN_SIZE)
-    assert found.description.shapes == Shapes.of(tiny_llama)
+    again = Sketch.read(tmp_path, fingerprint=fingerprint_of(tiny_llama))
+    assert again.description == sketch.description and again.description.name == "llama"
+    assert again.head.equal(sketch.head) and again.embedding.equal(sketch.embedding)
+    assert not again.head.equal(again.embedding) and again.head.shape == (NUM_ROWS, HIDDEN_SIZE)
+    assert again.description.shapes == Shapes.of(tiny_llama)
 
 
 def test_rows_without_a_direction_and_what_all_have_in_common_do_not_count():
