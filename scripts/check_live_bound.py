@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.controller.budget import REQUEST_ALLOWANCE
+from apparate_llm.engine.vllm_settings import memory_flags
 from apparate_llm.eval.client import PlannedRequest, run_block
 from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.named_model import model_folder
-from apparate_llm.vllm_settings import memory_flags
 
 
 def prompts_of(phase: str) -> list[Messages]:

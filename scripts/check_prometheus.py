@@ -22,10 +22,10 @@ from typing import Any
 import httpx
 
 from apparate_llm import api
+from apparate_llm.engine.vllm_settings import memory_flags
 from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.systems import ModelChoice, systems_of
 from apparate_llm.named_model import model_folder
-from apparate_llm.vllm_settings import memory_flags
 
 SETTLE_S = 8.0  # the API asks the engine every second, Prometheus the API as often
 COUNTED = {  # metric -> what the evaluation calls it

@@ -22,13 +22,13 @@ import numpy as np
 import openai
 from openai.types.chat import ChatCompletionChunk
 
+from apparate_llm.engine.vllm_settings import memory_flags
 from apparate_llm.eval.intervals import bootstrap
 from apparate_llm.eval.prompts import Messages, load_prompts
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import ModelChoice, early_exits
 from apparate_llm.machine import machine
 from apparate_llm.named_model import model_folder
-from apparate_llm.vllm_settings import memory_flags
 
 LEARNING_REPEATS = 3  # not counted
 

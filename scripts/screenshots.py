@@ -24,6 +24,7 @@ import httpx
 
 from apparate_llm.chat import ChatClient
 from apparate_llm.default_model import NAME
+from apparate_llm.engine.vllm_settings import memory_flags
 from apparate_llm.eval.compare import load_results
 from apparate_llm.eval.figures import Points
 from apparate_llm.eval.prompts import Prompt, load_prompts
@@ -31,7 +32,6 @@ from apparate_llm.eval.report import render as render_results
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import ModelChoice, System, early_exits
 from apparate_llm.named_model import model_folder
-from apparate_llm.vllm_settings import memory_flags
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -136,6 +136,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """By number of clients: the ratio of mean times per output token, lossless exits / plain vLLM, and its interval.
     Raises RuntimeError where a server does not run."""
+    from apparate_llm.engine.vllm_settings import memory_flags
     from apparate_llm.eval.evaluate import Evaluation, evaluate
     from apparate_llm.eval.intervals import ratio_interval, sums_of
     from apparate_llm.eval.statistics import ratio_of
@@ -143,7 +144,6 @@ def measure(
     from apparate_llm.eval.systems import ModelChoice, early_exits, plain_alike, tuned
     from apparate_llm.eval.workloads import closed
     from apparate_llm.host.options import tuning_from
-    from apparate_llm.vllm_settings import memory_flags
 
     with servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
         flags = ["--max-model-len", str(context_length(model))]

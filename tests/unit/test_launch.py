@@ -10,10 +10,10 @@ from apparate_llm import default_model as dm
 from apparate_llm import gguf_model
 from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
+from apparate_llm.engine.vllm_settings import merge_settings
 from apparate_llm.launch import port_problem, server_environment
 from apparate_llm.models.architectures import UnsupportedModelError, architecture_of, early_exit_architecture
 from apparate_llm.sealed import COMPLETE, is_complete
-from apparate_llm.vllm_settings import merge_settings
 
 
 def test_libraries_are_added_to_what_the_user_preloads():

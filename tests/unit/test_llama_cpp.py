@@ -267,7 +267,7 @@ def flags(tiny_llama, program, tmp_path):
 
 
 def test_an_evaluation_has_them_beside_its_other_systems(flags, gguf, monkeypatch):
-    monkeypatch.setattr("apparate_llm.vllm_settings.available_memory_bytes", lambda: 4 << 30)
+    monkeypatch.setattr("apparate_llm.engine.vllm_settings.available_memory_bytes", lambda: 4 << 30)
     plain = tpt_plan(flags("tpt", "--llama-cpp", f"a='{gguf}'"))
     given = ["--llama-cpp", f"a='{gguf}'", "--llama-cpp", f"b='{gguf}' -t 1", "--baseline", "vllm-tuned"]
     plan = tpt_plan(flags("tpt", *given, "--baseline", "a", "--concurrency", "1,4"))

@@ -425,7 +425,7 @@ def test_a_server_does_not_start_with_other_kernels_than_were_chosen(monkeypatch
     from vllm.platforms import current_platform
 
     from apparate_llm.config import ConfigError
-    from apparate_llm.vllm_start import check_platform
+    from apparate_llm.engine.vllm_start import check_platform
 
     for wanted, is_zen, fits in (
         ("stock", False, True), ("zentorch", True, True), ("stock", True, False), ("zentorch", False, False)

@@ -50,8 +50,6 @@ LAYERS = (
         "replay",
         "chat",
         "serve_lines",
-        "vllm_settings",
-        "vllm_start",
         "serve",
     ),
     ("eval",),

@@ -8,11 +8,11 @@ import pytest
 from apparate_llm.cli import build_parser, main, spelt_out
 from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.engine.vllm_args import vllm_args
+from apparate_llm.engine.vllm_settings import as_flags, memory_flags, merge_settings, own_options
+from apparate_llm.engine.vllm_start import check_set_up, check_understood
 from apparate_llm.flags import options_from
 from apparate_llm.serve import name_model
 from apparate_llm.vllm_flags import OTHER_NAMES, SHORTEST, WITHOUT_NO, given_value, normalised, value_of
-from apparate_llm.vllm_settings import as_flags, memory_flags, merge_settings, own_options
-from apparate_llm.vllm_start import check_set_up, check_understood
 
 SETTINGS = vllm_args(parse_config({"accuracy_bound": 0.0}), "LlamaForCausalLM")
 

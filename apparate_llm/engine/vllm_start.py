@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from apparate_llm.config import ConfigError
+from apparate_llm.engine.vllm_settings import SPECULATION, YOURS
 from apparate_llm.host.choice import KERNELS
 from apparate_llm.lifeline import end_at_once_on_signals, ignore_signals, tie_forks
-from apparate_llm.vllm_settings import SPECULATION, YOURS
 
 if TYPE_CHECKING:
     from vllm.entrypoints.cli.serve import ServeSubcommand
