@@ -13,6 +13,7 @@ from apparate_llm.flags import OneLineParser, Paragraphs, positive
 from apparate_llm.host.options import check_kept_only, tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, folder_here, model_of
+from apparate_llm.prepare.given import ramps_and_model
 from apparate_llm.progress import Progress
 from apparate_llm.quiet_log import log_of_engines
 from apparate_llm.redact import redacted
@@ -350,29 +351,6 @@ def print_verified(verified: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(verified["sentence"], soft_wrap=True)
-
-
-def ramps_and_model(args: argparse.Namespace, *, siblings: bool = True) -> tuple[Any, Path]:
-    """The checked manifest and the model folder it is for, or a sibling's where `siblings` will do; in a process with
-    the performance libraries."""
-    from apparate_llm.launch import check_build, reexec_with_libraries
-    from apparate_llm.preflight import announce
-    from apparate_llm.prepare.engine import environment
-    from apparate_llm.ramps.base_weights import BaseWeights
-    from apparate_llm.ramps.checkpoint import check_fits, read_manifest
-    from apparate_llm.ramps.fitting import check_might_fit, fitting_ramps
-
-    manifest = read_manifest(args.folder)
-    check_build()
-    reexec_with_libraries(environment())
-    exit_on_sigterm()
-    model = model_of(args, lambda folder: check_might_fit(folder, args.folder))
-    weights = BaseWeights.of(model)
-    if siblings:
-        announce(fitting_ramps(weights, model, args.folder))
-    else:
-        check_fits(manifest, args.folder, fingerprint=weights.fingerprint)
-    return manifest, model
 
 
 def print_evaluation(result: Any) -> None:
