@@ -118,7 +118,7 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     reexec_with_libraries()  # before anything heavy is imported
     if given_value(rest, "dtype") is None:
         note_dtype()
-    lines = []  # on what is started, and how
+    lines: list[str] = []  # on what is started, and how
     if model is None or args.weights == INT8:
         model, names, lines = bring_model(args, model, config, vllm_flags)
         architecture, fitting = preflight(config, model, vllm_flags)
@@ -204,7 +204,8 @@ def bring_model(
         if args.weights == INT8:
             check_config(folder)
 
-    model, lines = here, []
+    model = here
+    lines: list[str] = []
     if model is None:
         model = model_folder(args.model, origin_of(config, vllm_flags, args.weights), check)
         lines.append(f"{'Default model ' + NAME if args.model is None else 'Model ' + args.model}: using {model}")
