@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, get_args, get_origin
 
@@ -53,6 +54,12 @@ def add_fields(group: "argparse._ArgumentGroup", schema: type[BaseModel], *, lea
         )
 
 
+def config_of(flags: Sequence[str]) -> EarlyExitConfig:
+    """Of options as flags, each with its value behind it; a later one wins. Raises ConfigError."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return parse_config({flag.removeprefix("--").replace("-", "_"): value for flag, value in pairs})
+
+
 def options_from(args: argparse.Namespace, others: dict[str, Any] | None = None) -> EarlyExitConfig:
     """The options the user gave; ConfigError names the flag, what was got and what is allowed. others: options that
     came another way, which flags may add to and must not contradict."""
@@ -85,12 +92,12 @@ def read_tenants(name: str) -> dict[str, Any]:
     if "{" in name or "\n" in name:  # it may hold keys: not repeated
         raise ConfigError("--tenants: must be the name of a TOML file")
     try:
-        found = tomllib.loads(Path(name).expanduser().read_text())
+        tables = tomllib.loads(Path(name).expanduser().read_text())
     except (OSError, ValueError) as error:  # no UTF-8, no TOML, a number of too many digits
         raise ConfigError(f"--tenants: cannot read {name}: {error}") from None
     except RecursionError:
         raise ConfigError(f"--tenants: cannot read {name}: nested too deeply") from None
-    for title, table in found.items():
+    for title, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"--tenants: {name}: {title} must be a table, [{title}], got {type(table).__name__}")
         keys = table.pop("api_keys", [])
@@ -100,7 +107,7 @@ def read_tenants(name: str) -> dict[str, Any]:
             digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
             given = table.get("api_keys_sha256", [])
             table["api_keys_sha256"] = [*given, *digests] if isinstance(given, list) else given  # refused with the rest
-    return found
+    return tables
 
 
 def positive(text: str) -> int:

@@ -70,7 +70,7 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         check_build()
     check_files(config)
     tuning = tuning_from(args)
-    check_tuning(tuning, cpu_limits(), vllm_flags, os.environ)
+    check_tuning(tuning, cpu_limits(), vllm_flags, os.environ, config)
     if args.model is None and not (cache_folder() / NAME).is_dir():
         writable_cache()
     check_admin_keys(args.admin_key)
@@ -116,11 +116,10 @@ def use_machine(
     wanted: our settings of vLLM's, to which is added what exits have to know."""
     if tuning.tuning == "again":
         measure_again(model, vllm_flags, config)
-    by_hand = config.huge_pages if "huge_pages" in config.model_fields_set else None
-    chosen = choose(tuning, model, vllm_flags, huge_pages=by_hand)
+    chosen = choose(tuning, model, vllm_flags, config)
     os.environ.update(chosen.environment)
-    if chosen.choice.huge_pages is not None and SPECULATION in wanted:
-        wanted["additional_config"][ADDITIONAL_CONFIG_KEY]["huge_pages"] = chosen.choice.huge_pages
+    if chosen.huge_pages is not None and SPECULATION in wanted:
+        wanted["additional_config"][ADDITIONAL_CONFIG_KEY]["huge_pages"] = chosen.huge_pages
     if chosen.line is not None:
         print(chosen.line, file=sys.stderr, flush=True)
 
@@ -130,6 +129,7 @@ def measure_again(model: Path, vllm_flags: list[str], config: EarlyExitConfig) -
     import subprocess
 
     command = [sys.executable, "-m", "apparate_llm.cli", "tune", str(model), "--policy", config.policy]
+    command += ["--batch-invariant", str(config.batch_invariant)]
     command += ["--ramps", config.ramps] if config.ramps is not None else []
     command += [f"--vllm-flag={flag}" for flag in vllm_flags]
     if code := subprocess.run(command, stdout=sys.stderr).returncode:
@@ -296,9 +296,9 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 def check_understood(args: argparse.Namespace, wanted: dict[str, Any]) -> None:
     """That vLLM has read our settings as they were meant; raises ConfigError."""
     for name, value in wanted.items():
-        if (found := getattr(args, name)) != value:
+        if (parsed := getattr(args, name)) != value:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag}: vLLM reads {found!r} where {value!r} is meant: write its flags out in full")
+            raise ConfigError(f"{flag}: vLLM reads {parsed!r} where {value!r} is meant: write its flags out in full")
 
 
 def check_set_up(args: argparse.Namespace) -> None:
@@ -308,8 +308,8 @@ def check_set_up(args: argparse.Namespace) -> None:
     if args.enable_lora:
         raise ConfigError(f"--enable-lora {YOURS}")
     for name, allowed in (("model_impl", ("auto", "vllm")), ("runner", ("auto", "generate"))):
-        if (found := getattr(args, name)) not in allowed:
-            raise ConfigError(f"--{name.replace('_', '-')} {found} {YOURS}")
+        if (given := getattr(args, name)) not in allowed:
+            raise ConfigError(f"--{name.replace('_', '-')} {given} {YOURS}")
 
 
 def memory_flags(vllm_flags: list[str], num_servers: int = 1) -> list[str]:

@@ -12,13 +12,14 @@ from typing import Literal
 import httpx
 
 from apparate_llm.address import authorization, server_url
-from apparate_llm.config import ConfigError, EarlyExitConfig, parse_config
+from apparate_llm.config import parse_config
 from apparate_llm.controller.policies import POLICIES
 from apparate_llm.eval.client import Fields
+from apparate_llm.flags import config_of
 from apparate_llm.host.choice import ALL_CORES, AS_VLLM, RESERVED, Choice, environment
 from apparate_llm.host.chosen import choose
 from apparate_llm.host.limits import cpu_limits
-from apparate_llm.host.options import Tuning, num_ranks, parse_tuning
+from apparate_llm.host.options import Tuning, check_kept_only, num_ranks, parse_tuning
 from apparate_llm.launch import clean_environment, is_cpu_build, server_environment
 from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.redact import redacted
@@ -116,11 +117,12 @@ class ModelChoice:
 
 def tuned(choice: ModelChoice, tuning: Tuning) -> ModelChoice:
     """For servers that all use this machine as `serve` does; raises ConfigError."""
-    if tuning.tuning == "again":
-        raise ConfigError("--tuning: must be auto or off here (`apparate-llm tune` measures), got 'again'")
-    given = dict(zip(choice.options[::2], choice.options[1::2], strict=True))
-    huge_pages = parse_config({"huge_pages": given["--huge-pages"]}).huge_pages if "--huge-pages" in given else None
-    chosen = choose(tuning, choice.model, normalised([*choice.vllm_flags]), huge_pages=huge_pages)
+    check_kept_only(tuning)
+    flags, config = normalised([*choice.vllm_flags]), config_of(choice.options)
+    without_pages = parse_config(config.model_dump(exclude_unset=True, exclude={"huge_pages"}))
+    chosen = choose(tuning, choice.model, flags, without_pages)
+    if chosen.choice != AS_VLLM:  # by themselves pages are an option of exits, and no tuning
+        chosen = choose(tuning, choice.model, flags, config)
     return replace(choice, tuning=tuning.flags(), used=chosen.choice, alike=chosen.environment)
 
 
@@ -138,10 +140,10 @@ def prefix_cache_of(base_url: str, api_key: str | None = None) -> PrefixCache:
     """Of a server that is running: vLLM's takes a salt, which others may refuse."""
     try:
         answer = httpx.get(f"{base_url}/version", headers=authorization(api_key), timeout=10.0)
-        told = answer.json() if answer.status_code == 200 else None
+        document = answer.json() if answer.status_code == 200 else None
     except (httpx.HTTPError, ValueError):
-        told = None
-    return "salted" if isinstance(told, dict) and "version" in told else "warm"
+        document = None
+    return "salted" if isinstance(document, dict) and "version" in document else "warm"
 
 
 def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> list[System]:
@@ -184,11 +186,11 @@ def baselines_of(given: Sequence[str], systems: Sequence[System], default: str) 
     for name in given:
         if name not in names:
             raise ValueError(f"--baseline: {name} is not measured; there are {', '.join(names)}")
-    found = tuple(dict.fromkeys([*(given or [default]), *(name for name in names if name == BASELINE)]))
-    first = next(system for system in systems if system.name == found[0])
+    baselines = tuple(dict.fromkeys([*(given or [default]), *(name for name in names if name == BASELINE)]))
+    first = next(system for system in systems if system.name == baselines[0])
     if first.problem is not None:
         raise ValueError(f"the baseline {first.name} cannot run here: {first.problem}")
-    return found
+    return baselines
 
 
 def on_all_cores(choice: ModelChoice) -> dict[str, str]:
@@ -256,8 +258,7 @@ def _speculation(name: str, choice: ModelChoice) -> System:
 
 
 def _most_drafts(choice: ModelChoice) -> int:
-    given = dict(zip(choice.options[::2], choice.options[1::2], strict=True))
-    return int(given.get("--max-exits", EarlyExitConfig.model_fields["max_exits"].default))
+    return config_of(choice.options).max_exits
 
 
 def plain_vllm(choice: ModelChoice, name: str = BASELINE, *flags: str) -> System:
@@ -286,7 +287,8 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
             warn(old, new)
         given[f"--{new.replace('_', '-')}" if new else flag] = value
     command = (sys.executable, "-m", "apparate_llm.cli", "serve", str(choice.model))
-    config = parse_config({key[2:].replace("-", "_"): value for key, value in given.items()})
+    own = [part for pair in given.items() for part in pair]
+    config = config_of(own)
     parse_tuning({key[2:]: value for key, value in tuning.items()})  # raises for a value that is not allowed
     has_exits = config.policy != "off"
     problem = None
@@ -297,7 +299,7 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
             problem = str(error)
     return System(
         name,
-        (*command, *(part for pair in (given | tuning).items() for part in pair), *choice.vllm_flags),
+        (*command, *own, *(part for pair in tuning.items() for part in pair), *choice.vllm_flags),
         has_exits=has_exits,
         bound=config.accuracy_bound if has_exits else None,
         api_key=choice.own_key,

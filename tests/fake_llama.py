@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 # What the prompt asks for: steps of (delay before it in seconds, texts of its tokens). A token has a chunk of its own;
 # None: the one that ends an answer, which has none.
-SHAPES: dict[str, list[tuple[float, list[str | None]]]] = {
+SHAPES: dict[str, list[tuple[float, Sequence[str | None]]]] = {
     "steady": [(0.10, ["a"]), *[(0.05, ["b"])] * 4, (0.05, [None])],
     "drafted": [(0.10, ["a"]), (0.10, ["b", "c", "d"]), (0.10, ["e", "f", None])],
     "drafted, counted at once": [(0.10, ["a"]), (0.10, ["b", "c", "d"]), (0.10, ["e", "f", None])],  # of older versions

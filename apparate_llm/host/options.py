@@ -8,9 +8,19 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from apparate_llm.config import ConfigError
+from apparate_llm.config import ConfigError, EarlyExitConfig
 from apparate_llm.flags import add_fields
-from apparate_llm.host.choice import BIND, OWN_PROCESS, RESERVED, ZENTORCH, has_zentorch
+from apparate_llm.host.choice import (
+    BIND,
+    HUGE_PAGES,
+    KERNELS,
+    OWN_PROCESS,
+    QUEUES,
+    RESERVED,
+    WORKER,
+    ZENTORCH,
+    has_zentorch,
+)
 from apparate_llm.host.limits import CpuLimits
 from apparate_llm.launch import is_cpu_build
 from apparate_llm.vllm_flags import given_value
@@ -18,6 +28,13 @@ from apparate_llm.vllm_flags import given_value
 TUNING_VARIABLE = "APPARATE_TUNING"  # what --tuning is where nobody gives it
 SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 EXECUTOR = "distributed-executor-backend"
+# Ours: part -> its variable, and what each of its values stands for.
+VARIABLES: dict[str, tuple[str, dict[str, str | bool]]] = {
+    "kernels": (KERNELS, {"stock": "stock", "zentorch": "zentorch"}),
+    "huge_pages": (HUGE_PAGES, {"0": False, "1": True}),
+    "queues": (QUEUES, {"spin": "spin", "block": "block"}),
+    "worker": (WORKER, {"process": "process", "engine": "engine"}),
+}
 
 
 class Tuning(BaseModel):
@@ -51,8 +68,8 @@ class Tuning(BaseModel):
         return tuple(part for name, value in given.items() for part in (f"--{name}", str(value)))
 
 
-def add_tuning(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
-    add_fields(parser.add_argument_group("this machine"), Tuning, leave_out=leave_out)
+def add_tuning(parser: argparse.ArgumentParser) -> None:
+    add_fields(parser.add_argument_group("this machine"), Tuning)
 
 
 def tuning_from(args: argparse.Namespace | None = None) -> Tuning:
@@ -90,23 +107,32 @@ def num_ranks(flags: Sequence[str]) -> int:
     return ranks
 
 
-def check_tuning(tuning: Tuning, limits: CpuLimits, flags: Sequence[str], given: Mapping[str, str]) -> None:
+def parts_by_hand(tuning: Tuning, config: EarlyExitConfig) -> dict[str, Any]:
+    """Pages, an option of exits, among them."""
+    pages = {"huge_pages": config.huge_pages} if "huge_pages" in config.model_fields_set else {}
+    return tuning.parts | pages
+
+
+def check_tuning(
+    tuning: Tuning, limits: CpuLimits, flags: Sequence[str], given: Mapping[str, str], config: EarlyExitConfig
+) -> None:
     """Raises ConfigError for parts given by hand that this machine, vLLM's flags or the variables `given` do not
     allow."""
     if not is_cpu_build():
         if tuning.parts:
             raise ConfigError(f"--{next(iter(tuning.parts))} is about vLLM's CPU backend, and this vLLM has none")
         return
+    _check_ours(parts_by_hand(tuning, config), given)
     if isinstance(tuning.threads, int):
         if tuning.threads > limits.threads:
             raise ConfigError(f"--threads: at most {limits.threads} here ({limits.sentence()}), got {tuning.threads}")
-        _check_variables("--threads", (BIND, RESERVED), given)
+        _check_not_both("--threads", (BIND, RESERVED), given)
         if num_ranks(flags) > 1:
             raise ConfigError(f"--threads: vLLM binds the threads of several workers itself, by {BIND}")
     if tuning.kernels == "zentorch" and not has_zentorch():
         raise ConfigError(f"--kernels zentorch: the package {ZENTORCH} is not installed: apparate-llm doctor --fix")
     if tuning.worker != "auto":
-        _check_variables("--worker", (OWN_PROCESS,), given)
+        _check_not_both("--worker", (OWN_PROCESS,), given)
     if tuning.worker == "engine":
         if num_ranks(flags) > 1:
             raise ConfigError("--worker engine: one worker is wanted, and vLLM's flags make several")
@@ -114,7 +140,27 @@ def check_tuning(tuning: Tuning, limits: CpuLimits, flags: Sequence[str], given:
             raise ConfigError(f"--worker engine contradicts --{EXECUTOR} {backend}")
 
 
-def _check_variables(flag: str, names: tuple[str, ...], given: Mapping[str, str]) -> None:
+def _check_ours(parts: Mapping[str, Any], given: Mapping[str, str]) -> None:
+    """Raises ConfigError for a variable of ours with a wrong value, or with another than the flag for the same part."""
+    for part, (name, values) in VARIABLES.items():
+        if name not in given:
+            continue
+        if given[name] not in values:
+            raise ConfigError(f"{name}: must be {' or '.join(values)}, got {given[name]!r}")
+        if part in parts and parts[part] != values[given[name]]:
+            flag = f"--{part.replace('_', '-')} {str(parts[part]).lower()}"
+            raise ConfigError(f"{flag} contradicts {name}={given[name]}: give one of them")
+
+
+def check_kept_only(tuning: Tuning) -> None:
+    """Raises ConfigError where a command that measures something else is told to tune first."""
+    if tuning.tuning == "again":
+        raise ConfigError(
+            f"--tuning and {TUNING_VARIABLE}: must be auto or off here (`apparate-llm tune` measures), got 'again'"
+        )
+
+
+def _check_not_both(flag: str, names: tuple[str, ...], given: Mapping[str, str]) -> None:
     for name in names:
         if name in given:
             raise ConfigError(f"{flag} and {name}={given[name]} both say it: give one of them")

@@ -1,4 +1,4 @@
-"""What `tune` has found best, kept for each machine, model, dtype and set of versions."""
+"""What `tune` has found best, kept for each machine, model, dtype and set of versions, with exits and without."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from apparate_llm.config import EarlyExitConfig
 from apparate_llm.files import PRIVATE_FOLDER, write_atomically
 from apparate_llm.host.choice import ZENTORCH, Choice
 from apparate_llm.host.limits import CpuLimits
@@ -46,13 +47,14 @@ class Kept(BaseModel):
     table: list[dict[str, Any]]  # the candidates, as `tune --json` has them
 
 
-def key_of(model: Path, flags: Sequence[str], limits: CpuLimits) -> Key:
-    """What a choice holds for. flags: vLLM's, in one spelling."""
+def key_of(model: Path, flags: Sequence[str], limits: CpuLimits, config: EarlyExitConfig) -> Key:
+    """What a choice holds for. flags: vLLM's, in one spelling; config: of the server, whose passes have more rows with
+    exits, and which takes only some choices where texts must not depend on the load."""
     try:
-        config = json.loads((model / "config.json").read_text())
+        config_json = json.loads((model / "config.json").read_text())
     except (OSError, ValueError):  # whoever serves it says what is wrong
-        config = {}
-    shapes = config if isinstance(config, dict) else {}
+        config_json = {}
+    shapes = config_json if isinstance(config_json, dict) else {}
     dtype = given_value([*flags], "dtype") or "auto"
     if dtype == "auto":
         dtype = str(shapes.get("dtype") or shapes.get("torch_dtype"))
@@ -66,9 +68,11 @@ def key_of(model: Path, flags: Sequence[str], limits: CpuLimits) -> Key:
         "model": {name: shapes.get(name) for name in SHAPES},
         "dtype": dtype,
         "quantization": given_value([*flags], "quantization"),
+        "exits": config.policy != "off",
+        "batch_invariant": config.batch_invariant,
         "eager": any(flag.partition("=")[0] == "--enforce-eager" for flag in flags),
         "preloads": sorted(Path(name).name for name in preloads),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": {name: number for name in PACKAGES if (number := _version(name)) is not None},
     }
 
 

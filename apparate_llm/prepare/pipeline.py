@@ -16,7 +16,7 @@ from apparate_llm.prepare.calibrate import calibrate_positions
 from apparate_llm.prepare.needs import gib, give_back_memory, say_needs
 from apparate_llm.prepare.peak_memory import PeakMemory
 from apparate_llm.prepare.plan import Made, Plan, Run
-from apparate_llm.prepare.profile import LIMIT_S, profile, used_by_servers
+from apparate_llm.prepare.profile import LIMIT_S, profile
 from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.recorded import Recorded, recorded
 from apparate_llm.prepare.report import write_report
@@ -32,6 +32,7 @@ from apparate_llm.prepare.schedule import (
     tpt_saved,
     what_is_short,
 )
+from apparate_llm.prepare.servers import used_by_servers
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise_stage import synthesise_lap
 from apparate_llm.prepare.train_stage import epochs_of_lap, head_tensors, measure_depth, train_depth
@@ -158,8 +159,8 @@ def _laps(run: Run) -> Made:
 
 
 def _splits_without_rows(run: Run, rows: dict[str, Any]) -> list[str]:
-    found = set(run.store.column("split", rows["rows"]).unique().tolist())
-    return [name for split, name in enumerate(SPLIT_NAMES) if split not in found]
+    present = set(run.store.column("split", rows["rows"]).unique().tolist())
+    return [name for split, name in enumerate(SPLIT_NAMES) if split not in present]
 
 
 def _is_enough(scores: list[float]) -> bool:

@@ -18,9 +18,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 from apparate_llm.host.choice import HUGE_PAGES
-from apparate_llm.host.chosen import Chosen, choose
-from apparate_llm.host.options import tuning_from
-from apparate_llm.launch import server_environment
+from apparate_llm.prepare.servers import used_by_servers
 
 BATCH_SIZES = (1, 4, 16, 2, 8, 32)  # the first ones always, the others while there is time
 FEWEST_SIZES = 2
@@ -36,10 +34,8 @@ PROMPT_TOKENS = 64
 MAX_TOKENS = 400
 KV_CACHE_BYTES = 1 << 30
 LIMIT_S = 300.0
-UNKNOWN_SPREAD = 0.1  # where there was one turn only
+UNKNOWN_ERROR_FRAC = 0.1  # where there was one turn only
 START_S = 70.0  # of an engine, its libraries and compilation, on a slow day
-# Set for the engine that synthesises, and none of a server's.
-PREPARATIONS = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "KMP_BLOCKTIME", "VLLM_ENABLE_V1_MULTIPROCESSING")
 THREADS_SET = "APPARATE_PROFILE_THREADS"
 READ_BYTES_PER_S = 8e9  # of weights, per pass
 
@@ -50,12 +46,6 @@ def expected_profile_s(weight_bytes: int, *, limit_s: float = LIMIT_S) -> float:
     steps = TURNS * (STEPS + WARM_UP) * sum(1 + len(_held(size)) for size in BATCH_SIZES)
     pass_s = 0.01 + 1.5 * weight_bytes / READ_BYTES_PER_S
     return min(limit_s, start_s + 1.3 * steps * pass_s)
-
-
-def used_by_servers(model: Path) -> Chosen:
-    """How servers of the model use this machine."""
-    given = {name: value for name, value in server_environment().items() if name not in PREPARATIONS}
-    return choose(tuning_from(), model, given=given)
 
 
 def profile(
@@ -73,7 +63,7 @@ def profile(
     `verify_ms`: requests -> an engine step without draft steps, one row per request; `pass_ms`: requests -> rows ->
     the same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes where its weights are in
     small pages; `prompt_ms`: tokens -> a step that reads a prompt; `draft_step_ms`: depth -> requests -> one draft
-    step; `spread_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
+    step; `error_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
     `threads` compute, as many as in a server.
 
     limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. Raises
@@ -96,8 +86,8 @@ def profile(
         result, code = _result_of(process, on_progress)
         if result is None:
             file.seek(began)
-            said = file.read()[-2000:].strip() if log else ""
-            raise RuntimeError(f"profile failed with exit code {code}" + (f", see {log}: {said}" if said else ""))
+            output = file.read()[-2000:].strip() if log else ""
+            raise RuntimeError(f"profile failed with exit code {code}" + (f", see {log}: {output}" if output else ""))
     return result
 
 
@@ -195,7 +185,7 @@ class Measurements:
             "draft_step_ms": {
                 str(depth): {str(size): self.of("draft_step", depth, size) for size in sizes} for depth in depths
             },
-            "spread_frac": {kind: self.spread_frac(kind) for kind in ("verify", "pass", "prompt", "draft_step")},
+            "error_frac": {kind: self.error_frac(kind) for kind in ("verify", "pass", "prompt", "draft_step")},
         }
 
     def plain_frac(self) -> float:
@@ -208,11 +198,11 @@ class Measurements:
         ]
         return round(max(1.0, median(times)), 4) if times else 1.0
 
-    def spread_frac(self, kind: str) -> float:
+    def error_frac(self, kind: str) -> float:
         """By how much these medians may be off (95 %): how far the two quietest turns differ, on average."""
         known = [sorted(map(median, turns)) for key, turns in self.turns.items() if key[0] == kind and len(turns) > 1]
         off = [turns[1] / turns[0] - 1.0 for turns in known]
-        return round(sum(off) / len(off), 4) if off else UNKNOWN_SPREAD
+        return round(sum(off) / len(off), 4) if off else UNKNOWN_ERROR_FRAC
 
 
 class Profiler:

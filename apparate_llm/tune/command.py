@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apparate_llm.eval.command import NOT_SHARED, above_zero, positive_list
-from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
+from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, config_of, positive
 from apparate_llm.lifeline import exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COSTS = """\
 Measures how this machine serves the model fastest, and keeps it for `serve`, `eval` and `prepare`: how many threads
 compute, with which kernels and pages, how engine and worker wait for each other, and whether they are one process. Each
-candidate is a server that takes turns with one as it is used so far. It takes that one's place where the whole 95 %
+candidate is a server, interleaved with one as it is used so far. It takes that one's place where the whole 95 %
 interval of the ratio of times per token lies below 0.98, with gaps no longer, and texts that do not depend on the load.
 
 what it costs:
@@ -79,12 +79,13 @@ def run_tune(args: argparse.Namespace) -> int:
         raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
     model = model_folder(args.model)
     flags = normalised([part for text in args.vllm_flag for part in split_flag(text)])
-    chosen = choose(Tuning(), model, flags)
+    options = options_of_servers(args, model)
+    chosen = choose(Tuning(), model, flags, config_of(options))
     if args.print_env:
         print_variables(chosen)
         return 0
     writable_cache()
-    measure_and_keep(plan_of(args, model, chosen), flags, args.json)
+    measure_and_keep(plan_of(args, model, options, chosen), flags, args.json)
     return 0
 
 
@@ -92,18 +93,27 @@ def print_variables(chosen: "Chosen") -> None:
     """As a shell reads them, libraries to preload included."""
     from apparate_llm.launch import server_environment
 
-    found = {"LD_PRELOAD": server_environment().get("LD_PRELOAD", "")} | chosen.environment
-    for name, value in found.items():
+    env = {"LD_PRELOAD": server_environment().get("LD_PRELOAD", "")} | chosen.environment
+    for name, value in env.items():
         if value:
             print(f"export {name}={shlex.quote(value)}")
 
 
-def plan_of(args: argparse.Namespace, model: Path, chosen: "Chosen") -> "TunePlan":
+def options_of_servers(args: argparse.Namespace, model: Path) -> tuple[str, ...]:
+    """As flags. Without a word on it, exits are on where the model has ramps."""
+    from apparate_llm.eval.plan import option_flags
+    from apparate_llm.flags import options_from
+
+    options_from(args)  # raises for a value that is not allowed
+    without = args.policy is None and args.ramps is None and not has_ramps(model)
+    return ("--accuracy-bound", "0", *option_flags(args), *(("--policy", "off") if without else ()))
+
+
+def plan_of(args: argparse.Namespace, model: Path, options: tuple[str, ...], chosen: "Chosen") -> "TunePlan":
     from apparate_llm.config import ConfigError
-    from apparate_llm.eval.plan import option_flags, server_flags
+    from apparate_llm.eval.plan import server_flags
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.eval.systems import ModelChoice
-    from apparate_llm.flags import options_from
     from apparate_llm.host.options import num_ranks
     from apparate_llm.launch import check_build
     from apparate_llm.machine import cache_folder
@@ -114,19 +124,15 @@ def plan_of(args: argparse.Namespace, model: Path, chosen: "Chosen") -> "TunePla
     if num_ranks(flags) > 1:
         raise ConfigError("--vllm-flag: vLLM binds the threads of several workers itself: nothing to tune")
     check_variables(chosen)
-    config = options_from(args)
-    options = {"--accuracy-bound": "0"} | dict(zip(*[iter(option_flags(args))] * 2, strict=True))
-    if args.policy is None and args.ramps is None and not has_ramps(model):
-        options["--policy"] = "off"
     return TunePlan(
-        served=ModelChoice(model, tuple(flags), tuple(part for pair in options.items() for part in pair)),
+        served=ModelChoice(model, tuple(flags), options),
         old=chosen.choice,
         limits=chosen.limits,
         prompts=load_prompts(args.prompts),
         clients=args.clients,
         seconds=args.seconds,
         max_tokens=args.max_tokens,
-        invariant=config.batch_invariant,
+        config=config_of(options),
         logs=args.logs or Path(tempfile.mkdtemp(prefix="apparate-tune-")),
         cache=cache_folder(),
         start_timeout_s=args.start_timeout_s,
@@ -183,7 +189,7 @@ def measure_and_keep(plan: "TunePlan", flags: list[str], file: Path | None) -> N
     best = best_of(trials)
     choice = plan.old if best is None else best.choice
     kept = Kept(
-        key=key_of(plan.served.model, flags, plan.limits),
+        key=key_of(plan.served.model, flags, plan.limits, plan.config),
         choice=choice,
         measured=datetime.now().astimezone().isoformat(timespec="seconds"),
         table=[trial.as_dict() for trial in trials],
@@ -213,13 +219,13 @@ def table_of(trials: list["Trial"], best: "Trial | None", limits: "CpuLimits", *
 
     rows = []
     for trial in trials:
-        said = "kept" if trial is best else trial.verdict() or "slower than what is kept"
+        verdict = "kept" if trial is best else trial.verdict() or "slower than what is kept"
         if not trial.times:
-            rows.append([name_of(trial.choice, limits), "", "", "", "", "", "", said])
+            rows.append([name_of(trial.choice, limits), "", "", "", "", "", "", verdict])
         for place, (clients, (ours, theirs)) in enumerate(trial.times.items()):
             ratio = with_interval(*trial.ratio([clients]), 3)
             times = [ours.tpt_ms, theirs.tpt_ms, ours.gap_p99_ms, theirs.gap_p99_ms]
             name = name_of(trial.choice, limits) if place == 0 else ""
-            rows.append([name, str(clients), *(number(value, 1) for value in times), ratio, "" if place else said])
+            rows.append([name, str(clients), *(number(value, 1) for value in times), ratio, "" if place else verdict])
     columns = ["system", "clients", "TPT ms", "old", "gap p99 ms", "old", f"ratio, {WITH_INTERVAL}", ""]
     return console_table(f"Compared with: {name_of(old, limits)}", columns, rows)

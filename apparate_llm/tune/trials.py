@@ -1,4 +1,4 @@
-"""Candidates as servers, each in turns with one that uses the machine as it was used so far."""
+"""Candidates as servers, each interleaved with one that uses the machine as it was used so far."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 
+from apparate_llm.config import EarlyExitConfig
 from apparate_llm.coverage import STOCK, kept
 from apparate_llm.eval.plan import SteadyPlan
 from apparate_llm.eval.prompts import Prompt
@@ -35,7 +36,7 @@ class TunePlan:
     clients: list[int]
     seconds: float  # of each server with each number of clients
     max_tokens: int
-    invariant: bool  # whether rows must not depend on their batch
+    config: EarlyExitConfig  # of every server here
     logs: Path
     cache: Path
     start_timeout_s: float
@@ -68,9 +69,9 @@ class TunePlan:
         )
 
 
-def measure(plan: TunePlan, progress: Progress, told: Callable[[Trial], None]) -> list[Trial]:
-    """All candidates; told: of each as soon as it is measured. Raises RuntimeError where no server starts as it did so
-    far."""
+def measure(plan: TunePlan, progress: Progress, on_trial: Callable[[Trial], None]) -> list[Trial]:
+    """All candidates; on_trial: called with each as soon as it is measured. Raises RuntimeError where no server starts
+    as it did so far."""
     trials: list[Trial] = []
     with ExitStack() as stack:
         old = _started(plan, plan.old, "old", stack, progress)
@@ -78,7 +79,7 @@ def measure(plan: TunePlan, progress: Progress, told: Callable[[Trial], None]) -
             for choice in stage(plan, _fastest(plan, trials)):
                 trial = _tried(plan, old, choice, len(trials), progress)
                 trials.append(trial)
-                told(trial)
+                on_trial(trial)
     return trials
 
 
@@ -91,7 +92,7 @@ def _of_kernels(plan: TunePlan, best: Choice) -> list[Choice]:
 
 
 def _of_pages(plan: TunePlan, best: Choice) -> list[Choice]:
-    by_exits = plan.system(best, "best").has_exits
+    by_exits = plan.config.policy != "off"
     return of_pages(best, plan.old, plan.limits, given=huge_pages_given(), by_exits=by_exits)
 
 
@@ -107,7 +108,7 @@ def _tried(plan: TunePlan, old: Server, choice: Choice, number: int, progress: P
     try:
         with ExitStack() as stack:
             new = _started(plan, choice, f"candidate-{number + 1}", stack, progress)
-            if plan.invariant:
+            if plan.config.batch_invariant:
                 trial.problem = variance(plan, choice)
             steady = plan.steady([old.system, new.system])
             total = steady.level_s * len(plan.clients)
@@ -152,13 +153,13 @@ def variance(plan: TunePlan, choice: Choice) -> str | None:
     not."""
     kernels = choice.kernels or (ZENTORCH if has_zentorch() else STOCK)
     number = num_threads(choice, plan.limits)
-    found = [
+    records = [
         one
         for one in kept(plan.cache)
         if one["model"] == plan.served.model.name
         and one["kernels"] == kernels
         and (number is None or one["threads"] == number)
     ]
-    if not found:
+    if not records:
         return "not known to be batch-invariant"
-    return None if all(one["holds"] for one in found) else "not batch-invariant"
+    return None if all(one["holds"] for one in records) else "not batch-invariant"

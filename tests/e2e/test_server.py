@@ -14,7 +14,9 @@ import openai
 import pytest
 
 from apparate_llm.api.access import BODY_TIMEOUT_S
-from apparate_llm.eval.servers import free_port
+from apparate_llm.eval.client import PlannedRequest, run_block
+from apparate_llm.eval.servers import Server, free_port
+from apparate_llm.eval.systems import System, prefix_cache_of
 from apparate_llm.sse import event_data
 from tests.e2e.conftest import TINY_FLAGS
 
@@ -229,6 +231,22 @@ def test_what_other_speculation_refuses_or_changes_is_answered_as_by_plain_vllm(
         assert ours["text"] == plain["text"] and ours["finish_reason"] == plain["finish_reason"]
 
 
+@pytest.mark.parametrize(("cache", "found_again"), [("salted", False), ("warm", True)])
+def test_a_salt_for_each_request_keeps_the_prefix_cache_cold(server, tmp_path, cache, found_again):
+    def hits() -> float:
+        lines = httpx.get(f"{server}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+    assert prefix_cache_of(server) == "salted"
+    system = System("tiny", base_url=server, prefix_cache=cache)
+    fields_of = Server(system, log=tmp_path / "log", start_timeout_s=5.0).fields
+    words = " ".join(f"w{i % 20}" for i in range(180))  # more than a block of the cache
+    before, asks = hits(), [PlannedRequest(0, 4)] * 2
+    call = run_block(server, "tiny", [[{"role": "user", "content": words}]], asks, concurrency=1, fields_of=fields_of)
+    assert [done.error for done in asyncio.run(call).completions] == [None, None]
+    assert (hits() > before) == found_again
+
+
 def test_the_full_evaluation_of_running_servers_reports_every_system_and_says_what_it_left_out(
     server, plain_server, tiny_llama, tmp_path
 ):
@@ -345,8 +363,8 @@ def test_a_hundred_changes_under_load_fail_no_request(server):
 def test_events_tell_the_totals(server):
     with httpx.stream("GET", f"{server}/early_exit/events", timeout=10) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
-        told = json.loads(next(event_data(stream.iter_bytes())))
-    assert told["active"] and told["counts"]["emitted"] > 0
+        status = json.loads(next(event_data(stream.iter_bytes())))
+    assert status["active"] and status["counts"]["emitted"] > 0
 
 
 def ask_with_report(client, **more):
@@ -417,8 +435,8 @@ ROUTES = {
 def text_of(part):
     """Of a whole answer or an event of a stream, by choice."""
     if "choices" in part:
-        said = [(one["index"], one.get("message") or one.get("delta") or {}, one) for one in part["choices"]]
-        return {index: own.get("content") or one.get("text") or "" for index, own, one in said}
+        choices = [(one["index"], one.get("message") or one.get("delta") or {}, one) for one in part["choices"]]
+        return {index: own.get("content") or one.get("text") or "" for index, own, one in choices}
     if "content" in part:
         return {0: "".join(block.get("text", "") for block in part["content"])}
     if "output" in part:
@@ -456,7 +474,7 @@ def test_every_route_reports_and_refuses_a_bad_option(server, path, stream):
     for part in parts:
         for index, text in text_of(part).items():
             texts[index] = texts.get(index, "") + text
-    (reports,) = [told for part in parts if (told := {**part, **part.get("response", {})}.get("early_exit"))]
+    (reports,) = [report for part in parts if (report := {**part, **part.get("response", {})}.get("early_exit"))]
     assert {report["index"]: "".join(report["texts"]) for report in reports} == texts and all(texts.values())
     assert all(sum(report["tokens"].values()) == len(report["texts"]) <= 20 for report in reports)
 

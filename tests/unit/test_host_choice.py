@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 import pytest
 
 from apparate_llm.cli import main
-from apparate_llm.config import ConfigError
+from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.host import chosen, options
 from apparate_llm.host.choice import (
     ALL_CORES,
@@ -46,8 +46,8 @@ def test_threads_are_bound_to_the_first_cores_as_vllm_binds_them(zentorch):
 
 
 def test_threads_with_a_share_of_the_time_are_not_bound_to_what_all_others_are_bound_to(zentorch):
-    found = variables(ALL_CORES, SHARED)
-    assert (found[BIND], found["OMP_NUM_THREADS"], found["KMP_BLOCKTIME"]) == ("nobind", "2", "5")
+    env = variables(ALL_CORES, SHARED)
+    assert (env[BIND], env["OMP_NUM_THREADS"], env["KMP_BLOCKTIME"]) == ("nobind", "2", "5")
     enough = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=4.0)
     assert variables(ALL_CORES, enough) == {BIND: "0,1,2,3"}
 
@@ -66,8 +66,8 @@ def test_zentorchs_passes_are_compiled_into_a_place_of_their_own(zentorch, monke
     """vLLM's key for a compiled pass does not say which kernels it calls."""
     zentorch(True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = variables(Choice(kernels="zentorch"), FOUR)
-    assert found == {KERNELS: "zentorch", "VLLM_CACHE_ROOT": str(tmp_path / "vllm" / "zentorch")}
+    env = variables(Choice(kernels="zentorch"), FOUR)
+    assert env == {KERNELS: "zentorch", "VLLM_CACHE_ROOT": str(tmp_path / "vllm" / "zentorch")}
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,13 @@ def test_the_line_says_what_is_in_force(zentorch):
     assert line(choice, FOUR, {}, "because") == (
         "Tuned: 4 of 4 threads, stock kernels, huge pages, blocking queues, worker in a process of its own (because)"
     )
-    said = line(Choice(threads=3, worker="engine"), FOUR, {BIND: "5", QUEUES: "block"}, "why")
-    assert said == (
+    text = line(Choice(threads=3, worker="engine"), FOUR, {BIND: "5", QUEUES: "block"}, "why")
+    assert text == (
         f"Tuned: {BIND}=5, stock kernels, huge pages with exits only, {QUEUES}=block, "
         "worker in the engine's process (why)"
     )
     assert "threads as vLLM gives them" in line(AS_VLLM, FOUR, {}, "")
+    assert "queues" not in line(Choice(worker="engine"), FOUR, {}, ""), "there are none"
 
 
 def test_the_default_is_as_vllm_does(zentorch):
@@ -132,8 +133,8 @@ def test_what_nobody_says_is_tuned(monkeypatch):
 def test_each_part_is_set_by_hand_and_told_on():
     tuning = tuning_from(parsed("--tuning", "off", "--threads", "2", "--queues", "block", "--worker", "auto"))
     assert tuning.parts == {"threads": 2, "queues": "block"}
-    told = dict(zip(tuning.flags()[::2], tuning.flags()[1::2], strict=True))
-    assert told == {"--tuning": "off", "--threads": "2", "--queues": "block", "--worker": "auto"}
+    flags = dict(zip(tuning.flags()[::2], tuning.flags()[1::2], strict=True))
+    assert flags == {"--tuning": "off", "--threads": "2", "--queues": "block", "--worker": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,18 @@ def test_a_wrong_variable_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("value", "says"),
+    [("on", "must be auto, off or again, got 'on'"), ("again", "must be auto or off here")],
+)
+@pytest.mark.parametrize("command", [["prepare", "--out"], ["ramps", "verify"]], ids=" ".join)
+def test_prepare_says_at_its_start_what_its_servers_cannot_do(value, says, command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(TUNING_VARIABLE, value)
+    assert main([*command, str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert TUNING_VARIABLE in err and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("parts", "flags", "given", "says"),
     [
         ({"threads": 5}, [], {}, r"--threads: at most 4 here \(4 cores\), got 5"),
@@ -169,13 +182,25 @@ def test_a_wrong_variable_is_named(monkeypatch):
         ({"worker": "engine"}, ["--data-parallel-size=2"], {}, "--worker engine: one worker is wanted"),
         ({"worker": "engine"}, ["--distributed-executor-backend", "mp"], {}, "contradicts --distributed-exec.* mp"),
         ({"worker": "process"}, [], {OWN_PROCESS: "0"}, f"--worker and {OWN_PROCESS}=0 both say it"),
+        ({"queues": "spin"}, [], {QUEUES: "block"}, f"--queues spin contradicts {QUEUES}=block"),
+        ({"kernels": "stock"}, [], {KERNELS: "zentorch"}, f"--kernels stock contradicts {KERNELS}=zentorch"),
+        ({"worker": "process"}, [], {WORKER: "engine"}, f"--worker process contradicts {WORKER}=engine"),
+        ({}, [], {QUEUES: "fast"}, f"{QUEUES}: must be spin or block, got 'fast'"),
+        ({}, [], {HUGE_PAGES: "yes"}, f"{HUGE_PAGES}: must be 0 or 1, got 'yes'"),
         ({"kernels": "zentorch"}, [], {}, "--kernels zentorch: the package zentorch is not installed"),
     ],
     ids=str,
 )
 def test_what_this_machine_does_not_allow_is_said(parts, flags, given, says, zentorch):
     with pytest.raises(ConfigError, match=says):
-        options.check_tuning(parse_tuning(parts), FOUR, flags, given)
+        options.check_tuning(parse_tuning(parts), FOUR, flags, given, parse_config({}))
+
+
+def test_pages_by_hand_and_by_a_variable_must_agree():
+    config = parse_config({"huge_pages": False})
+    options.check_tuning(Tuning(), FOUR, [], {HUGE_PAGES: "0"}, config)
+    with pytest.raises(ConfigError, match=f"--huge-pages false contradicts {HUGE_PAGES}=1"):
+        options.check_tuning(Tuning(), FOUR, [], {HUGE_PAGES: "1"}, config)
 
 
 def test_a_vllm_for_gpus_has_no_such_parts(monkeypatch, tmp_path):

@@ -6,17 +6,18 @@ from dataclasses import replace
 import pytest
 
 from apparate_llm.cli import build_parser, spelt_out
-from apparate_llm.config import ConfigError
+from apparate_llm.config import ConfigError, parse_config
+from apparate_llm.eval.systems import ModelChoice, early_exits, plain_alike
 from apparate_llm.host import chosen, store
-from apparate_llm.host.choice import AS_VLLM, BIND, HUGE_PAGES, OWN_PROCESS, QUEUES, RESERVED, WORKER, Choice
-from apparate_llm.host.chosen import choose
+from apparate_llm.host.choice import AS_VLLM, BIND, HUGE_PAGES, KERNELS, OWN_PROCESS, QUEUES, RESERVED, WORKER, Choice
+from apparate_llm.host.chosen import WITH_EXITS, choose
 from apparate_llm.host.limits import CpuLimits
 from apparate_llm.host.options import TUNING_VARIABLE, Tuning, parse_tuning, tuning_from
 from apparate_llm.host.store import FOLDER, Kept, huge_pages_given, key_of, load, save
 
 FOUR = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=None)
 SHARED = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=2.5)
-FOUND = Choice(threads="all", huge_pages=True, queues="block")
+BEST = Choice(threads="all", huge_pages=True, queues="block")
 
 
 @pytest.fixture
@@ -33,12 +34,12 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def kept_for(key, choice: Choice = FOUND) -> Kept:
+def kept_for(key, choice: Choice = BEST) -> Kept:
     return Kept(key=key, choice=choice, measured="2026-01-01T00:00:00+00:00", table=[{"ratio": 0.9}])
 
 
 def test_what_was_kept_is_found_again_and_is_nobody_elses_business(model, cache):
-    key = key_of(model, [], FOUR)
+    key = key_of(model, [], FOUR, WITH_EXITS)
     assert load(cache, key) is None
     save(cache, kept_for(key))
     assert load(cache, key) == kept_for(key)
@@ -46,19 +47,28 @@ def test_what_was_kept_is_found_again_and_is_nobody_elses_business(model, cache)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
-def test_it_holds_for_this_machine_model_dtype_and_these_versions_only(model, cache, monkeypatch):
-    key = key_of(model, [], FOUR)
+def test_it_holds_for_this_machine_model_dtype_kind_of_exits_and_these_versions_only(model, cache, monkeypatch):
+    key = key_of(model, [], FOUR, WITH_EXITS)
     save(cache, kept_for(key))
-    others = [key_of(model, [], SHARED), key_of(model, ["--dtype", "float32"], FOUR)]
-    others += [key_of(model, ["--quantization=awq"], FOUR), key_of(model, ["--enforce-eager"], FOUR)]
+    others = [key_of(model, [], SHARED, WITH_EXITS), key_of(model, ["--dtype", "float32"], FOUR, WITH_EXITS)]
+    others += [key_of(model, [], FOUR, parse_config({"policy": "off"}))]
+    others += [key_of(model, [], FOUR, parse_config({"batch_invariant": False}))]
+    others += [
+        key_of(model, ["--quantization=awq"], FOUR, WITH_EXITS),
+        key_of(model, ["--enforce-eager"], FOUR, WITH_EXITS),
+    ]
     for name, value in (("cpu_name", lambda: "another"), ("_version", lambda name: "1.2.3")):
         with monkeypatch.context() as patch:
             patch.setattr(store, name, value)
-            others.append(key_of(model, [], FOUR))
+            others.append(key_of(model, [], FOUR, WITH_EXITS))
     (model / "config.json").write_text('{"hidden_size": 128, "num_hidden_layers": 4, "torch_dtype": "bfloat16"}')
-    others.append(key_of(model, [], FOUR))
+    others.append(key_of(model, [], FOUR, WITH_EXITS))
     assert all(other != key and load(cache, other) is None for other in others)
-    assert key_of(model, ["--dtype", "bfloat16"], FOUR) == key_of(model, ["--dtype", "auto"], FOUR)
+    same = parse_config({"policy": "static", "accuracy_bound": 0.1, "huge_pages": False})
+    assert key_of(model, [], FOUR, same) == key_of(model, [], FOUR, WITH_EXITS)
+    assert key_of(model, ["--dtype", "bfloat16"], FOUR, WITH_EXITS) == key_of(
+        model, ["--dtype", "auto"], FOUR, WITH_EXITS
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +86,7 @@ def test_it_holds_for_this_machine_model_dtype_and_these_versions_only(model, ca
     ids=range(8),
 )
 def test_a_damaged_file_is_as_none(damage, model, cache):
-    key = key_of(model, [], FOUR)
+    key = key_of(model, [], FOUR, WITH_EXITS)
     save(cache, kept_for(key, Choice(queues="block")))
     (file,) = (cache / FOLDER).iterdir()
     before = file.read_text()
@@ -105,42 +115,71 @@ def four_cores(monkeypatch, zentorch):
 
 
 def test_without_a_measurement_all_is_as_vllm_does_and_with_one_as_was_kept(model, cache, four_cores):
-    found = choose(Tuning(), model, given={})
-    assert (found.choice, found.environment, found.line) == (AS_VLLM, {}, None)
-    save(cache, kept_for(key_of(model, [], FOUR), Choice(threads=3, queues="block")))
-    found = choose(Tuning(), model, given={})
-    assert found.choice == Choice(threads=3, queues="block") and "kept" in found.line
-    assert found.environment == {BIND: "0,1,2", QUEUES: "block"}
+    chosen = choose(Tuning(), model, given={})
+    assert (chosen.choice, chosen.environment, chosen.line) == (AS_VLLM, {}, None)
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(threads=3, queues="block")))
+    chosen = choose(Tuning(), model, given={})
+    assert chosen.choice == Choice(threads=3, queues="block") and "kept" in chosen.line
+    assert chosen.environment == {BIND: "0,1,2", QUEUES: "block"}
     assert choose(Tuning(), model, ["--dtype", "float32"], given={}).choice == AS_VLLM
+    assert choose(Tuning(), model, config=parse_config({"policy": "off"}), given={}).choice == AS_VLLM
 
 
 def test_off_is_as_vllm_does_and_says_nothing(model, cache, four_cores):
-    save(cache, kept_for(key_of(model, [], FOUR)))
-    found = choose(parse_tuning({"tuning": "off"}), model, given={})
-    assert (found.choice, found.environment, found.line) == (AS_VLLM, {}, None)
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS)))
+    chosen = choose(parse_tuning({"tuning": "off"}), model, given={})
+    assert (chosen.choice, chosen.environment, chosen.line) == (AS_VLLM, {}, None)
 
 
 def test_parts_by_hand_go_over_all_else(model, cache, four_cores):
     by_hand = parse_tuning({"tuning": "off", "threads": "2", "worker": "engine"})
-    found = choose(by_hand, model, huge_pages=False, given={})
-    assert found.environment == {BIND: "0,1", WORKER: "engine", OWN_PROCESS: "0", HUGE_PAGES: "0"}
-    assert "threads, worker, huge pages by hand" in found.line
-    found = choose(parse_tuning({"threads": "2"}), model, given={})
-    assert found.choice == Choice(threads=2) and "not measured here" in found.line
-    save(cache, kept_for(key_of(model, [], FOUR)))
-    found = choose(parse_tuning({"threads": "2"}), model, given={})
-    assert found.choice == FOUND.model_copy(update={"threads": 2}) and "threads by hand, else kept" in found.line
+    chosen = choose(by_hand, model, config=parse_config({"huge_pages": False}), given={})
+    assert chosen.environment == {BIND: "0,1", WORKER: "engine", OWN_PROCESS: "0", HUGE_PAGES: "0"}
+    assert "threads, worker, huge pages by hand" in chosen.line
+    chosen = choose(parse_tuning({"threads": "2"}), model, given={})
+    assert chosen.choice == Choice(threads=2) and "not measured here" in chosen.line
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS)))
+    chosen = choose(parse_tuning({"threads": "2"}), model, given={})
+    assert chosen.choice == BEST.model_copy(update={"threads": 2}) and "threads by hand, else kept" in chosen.line
+
+
+@pytest.mark.parametrize(
+    ("kept", "by_hand", "variables"),
+    [
+        ("threads", {"threads": "2"}, {BIND: "0,1"}),
+        ("kernels", {"kernels": "stock"}, {KERNELS: "stock"}),
+        ("queues", {"queues": "spin"}, {}),
+        ("worker", {"worker": "process"}, {}),
+        ("huge_pages", {}, {HUGE_PAGES: "0"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_part_that_is_kept_gives_way_to_a_hand(kept, by_hand, variables, model, cache, four_cores, zentorch):
+    zentorch(True)
+    other = {"threads": 3, "kernels": "zentorch", "queues": "block", "worker": "engine", "huge_pages": True}[kept]
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice.model_validate({kept: other})))
+    assert getattr(choose(Tuning(), model, given={}).choice, kept) == other
+    config = parse_config({"huge_pages": False} if kept == "huge_pages" else {})
+    assert choose(parse_tuning(by_hand), model, config=config, given={}).environment == variables
+
+
+@pytest.mark.parametrize(("value", "pages"), [("0", False), ("1", True)])
+def test_pages_by_a_variable_are_those_of_a_server_with_exits_too(value, pages, model, cache, four_cores):
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(huge_pages=not pages)))
+    chosen = choose(Tuning(), model, given={HUGE_PAGES: value})
+    assert chosen.huge_pages is pages and chosen.environment == {} and f"{HUGE_PAGES}={value}" in chosen.line
+    assert choose(Tuning(), model, given={}).huge_pages is not pages
 
 
 def test_several_workers_are_bound_by_vllm_itself(model, cache, four_cores):
-    save(cache, kept_for(key_of(model, [], FOUR), Choice(threads="all", worker="engine")))
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(threads="all", worker="engine")))
     for flags in (["--tensor-parallel-size", "2"], ["--data-parallel-size=2"]):
-        found = choose(Tuning(), model, flags, given={})
-        assert not {BIND, WORKER, OWN_PROCESS} & found.environment.keys()
+        chosen = choose(Tuning(), model, flags, given={})
+        assert not {BIND, WORKER, OWN_PROCESS} & chosen.environment.keys()
 
 
 def test_a_users_own_executor_keeps_its_worker(model, cache, four_cores):
-    save(cache, kept_for(key_of(model, [], FOUR), Choice(worker="engine")))
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(worker="engine")))
     assert choose(Tuning(), model, given={}).choice.worker == "engine"
     flags = ["--distributed-executor-backend", "mp"]
     assert choose(Tuning(), model, flags, given={}).choice.worker == "process"
@@ -152,14 +191,14 @@ def test_a_user_without_a_cache_is_served_as_vllm_does(model, homeless, four_cor
 
 def test_a_profile_of_prepare_uses_the_machine_as_a_server_does(model, cache, four_cores, monkeypatch):
     from apparate_llm.prepare.engine import environment as of_preparation
-    from apparate_llm.prepare.profile import used_by_servers
+    from apparate_llm.prepare.servers import used_by_servers
 
-    save(cache, kept_for(key_of(model, [], FOUR), Choice(threads=3)))
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(threads=3)))
     monkeypatch.delenv(TUNING_VARIABLE)
     for name, value in of_preparation().items():
         monkeypatch.setenv(name, value)
-    found = used_by_servers(model)
-    assert found.environment == {BIND: "0,1,2"} and "OMP_NUM_THREADS" not in found.given
+    chosen = used_by_servers(model)
+    assert chosen.environment == {BIND: "0,1,2"} and "OMP_NUM_THREADS" not in chosen.given
     monkeypatch.setenv(TUNING_VARIABLE, "off")
     assert used_by_servers(model).environment == {}
 
@@ -191,21 +230,37 @@ def systems_by_name(choice):
 
 def test_plain_vllm_tuned_uses_the_machine_as_our_servers_do(choice_of, cache, four_cores):
     choice = choice_of("--tuning", "auto", "--threads", "3", "--queues", "spin", "--huge-pages", "false")
-    found = systems_by_name(choice)
+    systems = systems_by_name(choice)
     for name in ("vllm-tuned", "ngram-tuned"):
-        assert found[name].variables == {BIND: "0,1,2", HUGE_PAGES: "0"}
-        assert found[name].started_by.startswith(f"{BIND}=0,1,2 ")
-    command = " ".join(found["off"].command)
-    assert "--tuning auto --threads 3 --queues spin" in command and found["off"].variables == {}
-    assert found["vllm"].variables == found["ngram"].variables == {}, "as it starts, whatever ours do"
-    assert found["vllm-tuned"].command == found["vllm"].command
-    assert found["+threads"].variables == {BIND: "0,1,2,3"}
+        assert systems[name].variables == {BIND: "0,1,2", HUGE_PAGES: "0"}
+        assert systems[name].started_by.startswith(f"{BIND}=0,1,2 ")
+    command = " ".join(systems["off"].command)
+    assert "--tuning auto --threads 3 --queues spin" in command and systems["off"].variables == {}
+    assert systems["vllm"].variables == systems["ngram"].variables == {}, "as it starts, whatever ours do"
+    assert systems["vllm-tuned"].command == systems["vllm"].command
+    assert systems["+threads"].variables == {BIND: "0,1,2,3"}
 
 
 def test_where_ours_are_as_vllm_does_plain_vllm_tuned_is_on_all_cores(choice_of, cache, four_cores):
-    found = systems_by_name(choice_of())
-    assert found["vllm-tuned"].variables == found["ngram-tuned"].variables == {BIND: "0,1,2,3"}
-    assert found["vllm"].variables == found["off"].variables == {}
+    systems = systems_by_name(choice_of())
+    assert systems["vllm-tuned"].variables == systems["ngram-tuned"].variables == {BIND: "0,1,2,3"}
+    assert systems["vllm"].variables == systems["off"].variables == {}
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_pages_by_hand_are_no_tuning(value, choice_of, cache, four_cores):
+    choice = choice_of("--tuning", "auto", "--huge-pages", value)
+    assert (choice.used, choice.alike) == (AS_VLLM, {})
+    assert plain_alike(choice).name == "vllm"
+    assert systems_by_name(choice)["vllm-tuned"].variables == {BIND: "0,1,2,3"}
+    assert f"--huge-pages {value}" in " ".join(early_exits("ours", choice, "--policy", "off").command)
+
+
+def test_servers_without_exits_go_by_what_is_kept_for_them(choice_of, model, cache, four_cores):
+    save(cache, kept_for(key_of(model, [], FOUR, parse_config({"policy": "off"})), Choice(threads=2)))
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(threads=3)))
+    assert plain_alike(choice_of("--tuning", "auto")).variables == {BIND: "0,1,2"}
+    assert plain_alike(choice_of("--tuning", "auto", "--policy", "off")).variables == {BIND: "0,1"}
 
 
 def test_the_threads_of_several_workers_are_bound_by_vllm(choice_of, cache, four_cores):
@@ -214,18 +269,14 @@ def test_the_threads_of_several_workers_are_bound_by_vllm(choice_of, cache, four
 
 
 def test_ours_are_compared_with_plain_vllm_that_uses_the_machine_alike(choice_of, model, cache, four_cores):
-    from apparate_llm.eval.systems import plain_alike
-
     assert (plain_alike(choice_of()).name, plain_alike(choice_of()).variables) == ("vllm", {})
-    save(cache, kept_for(key_of(model, [], FOUR)))
+    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS)))
     alike = plain_alike(choice_of("--tuning", "auto"))
     assert alike.name == "vllm-tuned"
     assert alike.variables == {BIND: "0,1,2,3", HUGE_PAGES: "1", QUEUES: "block"}
 
 
 def test_a_system_may_have_parts_of_its_own(model, cache, four_cores):
-    from apparate_llm.eval.systems import ModelChoice, early_exits
-
     choice = ModelChoice(model, tuning=("--tuning", "off", "--threads", "2"))
     command = " ".join(early_exits("mine", choice, "--policy", "off", "--threads", "4", "--worker", "engine").command)
     assert "--tuning off --threads 4 --worker engine" in command
@@ -234,5 +285,5 @@ def test_a_system_may_have_parts_of_its_own(model, cache, four_cores):
 
 
 def test_an_evaluation_does_not_measure_first(choice_of, cache, four_cores):
-    with pytest.raises(ConfigError, match=r"--tuning: must be auto or off here .* got 'again'"):
+    with pytest.raises(ConfigError, match=r"--tuning and .*: must be auto or off here .* got 'again'"):
         choice_of("--tuning", "again")
