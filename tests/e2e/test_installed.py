@@ -60,8 +60,8 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(made) -> Path:
-    (found,) = made.glob("*.whl")
-    return found
+    (path,) = made.glob("*.whl")
+    return path
 
 
 def package_files() -> dict[str, Path]:
@@ -79,8 +79,8 @@ def test_wheel_and_sdist_have_every_file_of_the_package_as_it_is(made, wheel):
     wanted = {name: path.read_bytes() for name, path in package_files().items()}
     assert len(wanted) > 150 and {"apparate_llm/py.typed", "apparate_llm/api/dashboard.html"} < wanted.keys()
     with zipfile.ZipFile(wheel) as archive:
-        found = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
-    assert found.keys() == wanted.keys() and found == wanted
+        archived = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+    assert archived.keys() == wanted.keys() and archived == wanted
     (sdist,) = made.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
@@ -90,11 +90,16 @@ def test_wheel_and_sdist_have_every_file_of_the_package_as_it_is(made, wheel):
 def test_the_wheel_says_what_it_is(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        told = email.message_from_bytes(archive.read(name))
+        metadata = email.message_from_bytes(archive.read(name))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (told["Name"], told["Version"]) == ("apparate-llm", __version__) and __version__ == project["version"]
-    assert told.get_all("Classifier") == project["classifiers"] and told["License-Expression"] == project["license"]
-    assert told["Requires-Python"] == project["requires-python"] and "# apparate-llm" in told.get_payload()
+    assert (metadata["Name"], metadata["Version"]) == ("apparate-llm", __version__) and __version__ == project[
+        "version"
+    ]
+    assert (
+        metadata.get_all("Classifier") == project["classifiers"]
+        and metadata["License-Expression"] == project["license"]
+    )
+    assert metadata["Requires-Python"] == project["requires-python"] and "# apparate-llm" in metadata.get_payload()
 
 
 def test_the_versions_that_it_is_tried_with_are_those_that_it_asks_for_and_constraints_pin(wheel):
@@ -109,9 +114,9 @@ def test_the_versions_that_it_is_tried_with_are_those_that_it_asks_for_and_const
 
 
 def test_make_dist_does_the_same():
-    said = subprocess.run(["make", "-n", "dist"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = subprocess.run(["make", "-n", "dist"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for step in ("setuptools.build_meta import build_sdist", "wheel -q --no-deps --no-build-isolation -w dist dist/*"):
-        assert step in said
+        assert step in steps
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +163,8 @@ def run(folder: Path, script: str, **options: object) -> subprocess.CompletedPro
 
 
 def test_it_is_the_wheel_s_code_that_runs(place):
-    said = run(place, "apparate-llm --version; python -c 'import apparate_llm; print(apparate_llm.__file__)'").stdout
-    version, file = said.splitlines()
+    shown = run(place, "apparate-llm --version; python -c 'import apparate_llm; print(apparate_llm.__file__)'").stdout
+    version, file = shown.splitlines()
     assert version == f"apparate-llm {__version__}"
     assert Path(file).is_relative_to(place / ".venv")
 
@@ -176,7 +181,7 @@ class Shell:
         began_s = time.monotonic()
         if re.match(r"(\S*/)?apparate-llm serve", command):
             what = self.serve(command)
-        elif (begun := next((said for start, said in BEGUN.items() if command.startswith(start)), None)) is not None:
+        elif (begun := next((line for start, line in BEGUN.items() if command.startswith(start)), None)) is not None:
             what = self.begin(command, begun)
         else:
             asks = "w1 w2\n" if command == "apparate-llm chat" else None
@@ -262,35 +267,35 @@ def shell(place) -> Iterator[Shell]:
 
 def readme_commands() -> list[str]:
     """All of the README's, in their order; Python code as the command that runs it."""
-    found = []
+    commands = []
     for kind, text in BLOCK.findall((ROOT / "README.md").read_text()):
         if kind == "python":
-            found.append(f"python - <<'END'\n{text}END")
+            commands.append(f"python - <<'END'\n{text}END")
             continue
         lines = text.replace("\\\n", " ")
         quoted = re.sub(r"'[^']*'", lambda match: match[0].replace("\n", "\0"), lines)  # of more than one line
         for line in quoted.splitlines():
             if command := re.sub(r"\s+#.*$", "", line).strip():
-                found.append(command.replace("\0", "\n"))
-    return found
+                commands.append(command.replace("\0", "\n"))
+    return commands
 
 
 def made_by(target: str) -> str:
     """The last command of a `make` target that is set up already."""
-    said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return said.splitlines()[-1].strip()
+    steps = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return steps.splitlines()[-1].strip()
 
 
 def test_the_readme_s_commands_run_as_they_are_written(shell):
-    said = {}
+    outputs = {}
     for command in readme_commands():
         target = re.fullmatch(r"make (\w+)", command)
-        said[command] = shell.run(made_by(target[1]) if target else command)
-    streamed, printed = (next(said[one] for one in said if one.startswith(name)) for name in ("curl", "python"))
-    assert "SmolLM2-135M-Instruct" in said["make serve"] and "SmolLM2-135M-Instruct" in streamed
+        outputs[command] = shell.run(made_by(target[1]) if target else command)
+    streamed, printed = (next(outputs[one] for one in outputs if one.startswith(name)) for name in ("curl", "python"))
+    assert "SmolLM2-135M-Instruct" in outputs["make serve"] and "SmolLM2-135M-Instruct" in streamed
     assert streamed.rstrip().endswith("data: [DONE]")
     assert "def" in printed
-    assert "MODEL" in said["apparate-llm serve MODEL --ramps RAMPS"]
-    assert "checked" in said["apparate-llm chat"]
-    assert "PROBLEM" not in said["apparate-llm doctor"]
-    assert len(said) == len(readme_commands()) >= 13
+    assert "MODEL" in outputs["apparate-llm serve MODEL --ramps RAMPS"]
+    assert "checked" in outputs["apparate-llm chat"]
+    assert "PROBLEM" not in outputs["apparate-llm doctor"]
+    assert len(outputs) == len(readme_commands()) >= 13

