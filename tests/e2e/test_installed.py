@@ -34,11 +34,11 @@ BUILD = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.M | re.S)
 URL = "http://127.0.0.1:8000"
 READY_S, END_S = 300, 60
-# A line that says that a long command is under way, or the end of one that is not: `serve` and `make` have their own.
+# Commands that take minutes or an hour, and what says that they are under way.
 BEGUN = {
-    "apparate-llm prepare": r"synthesis",
-    "apparate-llm eval quick": r"Starting|starting|start",
-    "apparate-llm eval tpt": r"Starting|starting|start",
+    "apparate-llm prepare": "synthesise",
+    "apparate-llm eval quick": "start vllm",
+    "apparate-llm eval tpt": "start vllm",
 }
 
 
