@@ -51,7 +51,7 @@ dist:
 	rm -rf build dist
 	$(PYTHON) -m venv build/dist
 	$(PINNED) $(INSTALL) setuptools
-	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")'
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' > /dev/null
 	$(PINNED) $(PIP) wheel -q --no-deps --no-build-isolation -w dist dist/*.tar.gz
 	rm -rf build
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Time per token of a running server with exits and without, in turns. Nobody else may ask it meanwhile.
+# Time per token of a running server with exits and without, interleaved. Nobody else may ask it meanwhile.
 #   examples/bench.sh [URL] [TURNS]
 # Keys are taken from OPENAI_API_KEY, and from APPARATE_ADMIN_KEY where there is one. `apparate-llm eval` measures better.
 set -euo pipefail

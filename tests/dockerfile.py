@@ -15,9 +15,9 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 def last_stage() -> dict[str, str]:
     """What the image is started with, by instruction."""
-    steps = instructions(DOCKERFILE)
-    start = max(number for number, (name, _) in enumerate(steps) if name == "FROM")
-    return {name: rest for name, rest in steps[start:] if name not in ("RUN", "COPY")}
+    every = instructions(DOCKERFILE)
+    start = max(number for number, (name, _) in enumerate(every) if name == "FROM")
+    return {name: rest for name, rest in every[start:] if name not in ("RUN", "COPY")}
 
 
 def command_of(instruction: str) -> list[str]:

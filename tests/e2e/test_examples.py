@@ -59,13 +59,13 @@ def test_stream_shows_an_answer_and_what_its_tokens_took(server):
 
 def test_per_request_asks_in_each_way_and_says_where_tokens_came_from(server):
     out = run(server, KEYS["chat"], sys.executable, str(EXAMPLES / "per_request.py"), QUESTION)
-    sides = re.findall(r"^--- (.+?): (.+)\n.*: (\d+)\n(.+)$", out, re.M)
-    origins = {way: dict(reversed(item.split()) for item in counts.split(", ")) for way, counts, _, _ in sides}
-    texts = {way: text.replace("[", "").replace("]", "") for way, _, _, text in sides}
-    assert len(sides) == 4 and set(origins["without exits"]) == {"checked"}
+    answers = re.findall(r"^--- (.+?): (.+)\n.*: (\d+)\n(.+)$", out, re.M)
+    origins = {way: dict(reversed(item.split()) for item in counted.split(", ")) for way, counted, _, _ in answers}
+    texts = {way: text.replace("[", "").replace("]", "") for way, _, _, text in answers}
+    assert len(answers) == 4 and set(origins["without exits"]) == {"checked"}
     assert "held" in origins["lossless"] and not [name for name in origins["lossless"] if "diverged" in name]
     assert texts["lossless"] == texts["without exits"]
-    assert sides[1][0] == "lossless" and sides[1][2] == "0" and "[" in sides[1][3]
+    assert answers[1][0] == "lossless" and answers[1][2] == "0" and "[" in answers[1][3]
 
 
 def test_langchain_gets_its_answer(server):

@@ -34,11 +34,11 @@ BUILD = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.M | re.S)
 URL = "http://127.0.0.1:8000"
 READY_S, END_S = 300, 60
-# A line that says that a long command is under way, or the end of one that is not: `serve` and `make` have their own.
+# Commands that take minutes or an hour, and what says that they are under way.
 BEGUN = {
-    "apparate-llm prepare": r"synthesis",
-    "apparate-llm eval quick": r"Starting|starting|start",
-    "apparate-llm eval tpt": r"Starting|starting|start",
+    "apparate-llm prepare": "synthesise",
+    "apparate-llm eval quick": "start vllm",
+    "apparate-llm eval tpt": "start vllm",
 }
 
 
@@ -60,8 +60,8 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(made) -> Path:
-    (wheel,) = made.glob("*.whl")
-    return wheel
+    (path,) = made.glob("*.whl")
+    return path
 
 
 def package_files() -> dict[str, Path]:
@@ -79,8 +79,8 @@ def test_wheel_and_sdist_have_every_file_of_the_package_as_it_is(made, wheel):
     wanted = {name: path.read_bytes() for name, path in package_files().items()}
     assert len(wanted) > 150 and {"apparate_llm/py.typed", "apparate_llm/api/dashboard.html"} < wanted.keys()
     with zipfile.ZipFile(wheel) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
-    assert contents.keys() == wanted.keys() and contents == wanted
+        archived = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+    assert archived.keys() == wanted.keys() and archived == wanted
     (sdist,) = made.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
@@ -114,9 +114,9 @@ def test_the_versions_that_it_is_tried_with_are_those_that_it_asks_for_and_const
 
 
 def test_make_dist_does_the_same():
-    output = subprocess.run(["make", "-n", "dist"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = subprocess.run(["make", "-n", "dist"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for step in ("setuptools.build_meta import build_sdist", "wheel -q --no-deps --no-build-isolation -w dist dist/*"):
-        assert step in output
+        assert step in steps
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def run(folder: Path, script: str, **options: object) -> subprocess.CompletedPro
 
 
 def test_it_is_the_wheel_s_code_that_runs(place):
-    output = run(place, "apparate-llm --version; python -c 'import apparate_llm; print(apparate_llm.__file__)'").stdout
-    version, file = output.splitlines()
+    shown = run(place, "apparate-llm --version; python -c 'import apparate_llm; print(apparate_llm.__file__)'").stdout
+    version, file = shown.splitlines()
     assert version == f"apparate-llm {__version__}"
     assert Path(file).is_relative_to(place / ".venv")
 
@@ -181,7 +181,7 @@ class Shell:
         began_s = time.monotonic()
         if re.match(r"(\S*/)?apparate-llm serve", command):
             what = self.serve(command)
-        elif (begun := next((says for start, says in BEGUN.items() if command.startswith(start)), None)) is not None:
+        elif (begun := next((line for start, line in BEGUN.items() if command.startswith(start)), None)) is not None:
             what = self.begin(command, begun)
         else:
             asks = "w1 w2\n" if command == "apparate-llm chat" else None
@@ -282,8 +282,8 @@ def readme_commands() -> list[str]:
 
 def made_by(target: str) -> str:
     """The last command of a `make` target that is set up already."""
-    output = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return output.splitlines()[-1].strip()
+    steps = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return steps.splitlines()[-1].strip()
 
 
 def test_the_readme_s_commands_run_as_they_are_written(shell):

@@ -76,22 +76,22 @@ def test_nothing_is_open_to_others_by_itself():
 
 
 def test_prometheus_asks_the_server_and_reads_the_alerts():
-    places = mounts("prometheus")
-    config = yaml.safe_load((ROOT / places["/etc/prometheus/prometheus.yml"]).read_text())
+    sources = mounts("prometheus")
+    config = yaml.safe_load((ROOT / sources["/etc/prometheus/prometheus.yml"]).read_text())
     targets = [target for job in config["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
     assert targets == [f"server:{last_stage()['EXPOSE']}"] and "server" in SERVICES
-    assert [places[f"/etc/prometheus/{name}"] for name in config["rule_files"]] == ["./api/alerts.yml"]
+    assert [sources[f"/etc/prometheus/{name}"] for name in config["rule_files"]] == ["./api/alerts.yml"]
 
 
 def test_grafana_finds_prometheus_and_the_dashboard():
-    places = mounts("grafana")
-    sources = yaml.safe_load((ROOT / places["/etc/grafana/provisioning/datasources/prometheus.yml"]).read_text())
+    mounted = mounts("grafana")
+    sources = yaml.safe_load((ROOT / mounted["/etc/grafana/provisioning/datasources/prometheus.yml"]).read_text())
     (source,) = sources["datasources"]
     port = SERVICES["prometheus"]["ports"][0].split(":")[-1]
     assert source["url"] == f"http://prometheus:{port}" and source["isDefault"]
-    providers = yaml.safe_load((ROOT / places["/etc/grafana/provisioning/dashboards/files.yml"]).read_text())
+    providers = yaml.safe_load((ROOT / mounted["/etc/grafana/provisioning/dashboards/files.yml"]).read_text())
     folder = providers["providers"][0]["options"]["path"]
-    assert [what for place, what in places.items() if place.startswith(f"{folder}/")] == ["./api/grafana.json"]
+    assert [what for place, what in mounted.items() if place.startswith(f"{folder}/")] == ["./api/grafana.json"]
     dashboard = json.loads((ROOT / "api" / "grafana.json").read_text())
     variables = {(one["type"], one["query"]) for one in dashboard["templating"]["list"]}
     assert ("datasource", source["type"]) in variables  # takes the default one
