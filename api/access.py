@@ -79,8 +79,8 @@ class Access:
             return Visitor(f"API key {digest[:8]} from {peer}", may_change, digest)
         if self._keys or (self.has_admin_key and (key or not is_local(request))):
             wanted = "API key" if self._keys else "admin key"
-            said = f"wrong {wanted}" if key else f"no {wanted} given"
-            raise HTTPException(401, f"{said}: send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+            problem = f"wrong {wanted}" if key else f"no {wanted} given"
+            raise HTTPException(401, f"{problem}: send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
         check_local(request)
         return Visitor(f"this machine, {peer}", may_change=not self.has_admin_key)
 
@@ -161,8 +161,8 @@ def _is_unix_socket(request: Request) -> bool:
 
 
 def _is_among(digest: str, digests: Sequence[str]) -> bool:
-    found = [secrets.compare_digest(digest, one) for one in digests]
-    return bool(digest) and any(found)
+    matches = [secrets.compare_digest(digest, one) for one in digests]
+    return bool(digest) and any(matches)
 
 
 def _host_name(host: str) -> str:
@@ -201,14 +201,14 @@ async def read_object(request: Request) -> dict[str, Any]:
     finally:
         reading.cancel()
     try:
-        found = json.loads(body)
+        document = json.loads(body)
     except RecursionError:
         raise HTTPException(400, "not valid JSON: nested too deeply") from None
     except ValueError as error:  # no UTF-8 is one, too
         raise HTTPException(400, f"not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise HTTPException(400, f"must be a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(document, dict):
+        raise HTTPException(400, f"must be a JSON object, got {type(document).__name__}")
+    return document
 
 
 async def _read(request: Request) -> bytes:

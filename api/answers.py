@@ -41,7 +41,7 @@ class Caller:
     num_prompts: int = 0  # given to the engine with a wish for a report
     reports: list[dict[str, Any]] = field(default_factory=list)  # one for each of its choices, once they ended
 
-    def told(self) -> list[dict[str, Any]]:
+    def ordered_reports(self) -> list[dict[str, Any]]:
         """The reports, in the order of the choices."""
         return sorted(self.reports, key=lambda report: report["index"])
 
@@ -106,7 +106,7 @@ class Answer:
         if message.get("more_body", False):
             return
         body = b"".join(self._body)
-        if reports := self._caller.told():
+        if reports := self._caller.ordered_reports():
             body = with_field(body, reports)
             kept = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
             start = {**start, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
@@ -134,24 +134,24 @@ class ReportedStream:
         self._caller = caller
         self._reader = EventReader()
         self._last = ""  # data of the last chunk
-        self._is_told = False
+        self._is_reported = False
 
     def passed_on(self, body: bytes, *, is_last: bool) -> bytes:
-        found = self._reader.feed(body)
+        events = self._reader.feed(body)
         if is_last:
-            found += self._reader.end()
-        passed = [self._with_reports(event) for event in found]
-        if is_last and not self._is_told and (reports := self._caller.told()):
+            events += self._reader.end()
+        passed = [self._with_reports(event) for event in events]
+        if is_last and not self._is_reported and (reports := self._caller.ordered_reports()):
             passed.append(f"event: {FIELD}\ndata: {as_json({FIELD: reports})}\n\n".encode())  # a stream of another kind
         return b"".join(passed)
 
     def _with_reports(self, event: Event) -> bytes:
         data = event.data
-        if data is None or self._is_told:
+        if data is None or self._is_reported:
             return event.raw
         if data == "[DONE]":
-            if reports := self._caller.told():
-                self._is_told = True
+            if reports := self._caller.ordered_reports():
+                self._is_reported = True
                 return report_event(self._last, reports) + event.raw
         elif data.startswith("{"):
             self._last = data
@@ -160,9 +160,9 @@ class ReportedStream:
         return event.raw
 
     def _ending(self, event: Event, ending: dict[str, Any]) -> bytes:
-        if ending.get("type") not in ENDINGS or not (reports := self._caller.told()):
+        if ending.get("type") not in ENDINGS or not (reports := self._caller.ordered_reports()):
             return event.raw
-        self._is_told = True
+        self._is_reported = True
         part = ENDINGS[ending["type"]]
         (ending if part is None else ending[part])[FIELD] = reports
         name = f"event: {event.name}\n" if event.name else ""

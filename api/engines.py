@@ -50,7 +50,7 @@ def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return first
     counts = _sum([status["counts"] for status in statuses])
     counts |= shares_of(counts, counts["emitted"])
-    spreads = {
+    histograms = {
         name: {**histogram, **_sum([_uncut(status["distributions"][name]) for status in statuses])}
         for name, histogram in first["distributions"].items()
     }
@@ -62,7 +62,7 @@ def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "counts": counts,
         "tenants": _sum([status["tenants"] for status in statuses]),
         "audit": {name: max(status["audit"][name] for status in statuses) for name in first["audit"]},
-        "distributions": spreads,
+        "distributions": histograms,
         "budget_left": sum(status["budget_left"] for status in statuses),
         "budget_fill_frac": sum(status["budget_fill_frac"] for status in statuses) / len(statuses),
         "engines": list(statuses),

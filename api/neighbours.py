@@ -27,7 +27,7 @@ class Neighbours:
 
     def __init__(self, folder: str | None = None) -> None:
         self._folder = Path(folder) if folder else None
-        self._told_s = float("-inf")
+        self._last_s = float("-inf")
         self._known = {news: self._time_of(news) for news in (WORK, OPTIONS)}
 
     @property
@@ -36,8 +36,8 @@ class Neighbours:
 
     def tell_work(self) -> None:
         """That a request came; cheap enough for each of them."""
-        if self._folder is not None and time.monotonic() - self._told_s >= TELL_INTERVAL_S:
-            self._told_s = time.monotonic()
+        if self._folder is not None and time.monotonic() - self._last_s >= TELL_INTERVAL_S:
+            self._last_s = time.monotonic()
             self._tell(WORK)
 
     def tell_options(self) -> None:

@@ -206,8 +206,8 @@ async def change_config(request: Request) -> dict[str, Any]:
 
 
 def log_change(visitor: Visitor, before: EarlyExitConfig, after: EarlyExitConfig, names: Iterable[str]) -> None:
-    told = ", ".join(f"{name} {getattr(before, name)} -> {getattr(after, name)}" for name in names)
-    logger.info("Options changed by %s: %s", visitor.who, told or "none named")
+    changes = ", ".join(f"{name} {getattr(before, name)} -> {getattr(after, name)}" for name in names)
+    logger.info("Options changed by %s: %s", visitor.who, changes or "none named")
 
 
 @router.post("/reset", dependencies=[Depends(may_change)])

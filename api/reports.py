@@ -59,18 +59,18 @@ def reporting(
     caller.num_prompts += 1
 
     async def report(choices: dict[int, Choice], prompt_token_ids: list[int] | None) -> None:
-        found = {name: own for engine in await ask("early_exit_report", key) for name, own in engine.items()}
-        for request_id, told in found.items():
+        records = {name: own for engine in await ask("early_exit_report", key) for name, own in engine.items()}
+        for request_id, record in records.items():
             number = choice_of(request_id, params.n)
             choice = choices.get(number, Choice())
             texts = await texts_of(choice, tokenizer(), params, prompt_token_ids, embeds_of(prompt))
-            caller.reports.append({"index": first_index + number, **report_of(told, texts)})
+            caller.reports.append({"index": first_index + number, **report_of(record, texts)})
 
     async def outputs() -> AsyncGenerator[RequestOutput]:
         choices: dict[int, Choice] = {}
         prompt_token_ids: list[int] | None = None
-        async with aclosing(generate(params)) as found:
-            async for output in found:
+        async with aclosing(generate(params)) as stream:
+            async for output in stream:
                 prompt_token_ids = prompt_token_ids or output.prompt_token_ids
                 for one in output.outputs:
                     choices.setdefault(one.index, Choice()).take(one, params.output_kind is RequestOutputKind.DELTA)
@@ -89,9 +89,9 @@ def choice_of(request_id: str, n: int) -> int:
     return int(request_id.partition("_")[0]) if n > 1 else 0
 
 
-def report_of(told: dict[str, Any], texts: list[str]) -> dict[str, Any]:
-    """What the client gets of one choice. told: the engine's; a stop string can have cut off tokens that it counted."""
-    origins, depths = told["origins"][: len(texts)], told["depths"][: len(texts)]
+def report_of(record: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    """What the client gets of one choice. record: the engine's; a stop string can have cut off tokens it counted."""
+    origins, depths = record["origins"][: len(texts)], record["depths"][: len(texts)]
     assert len(origins) == len(texts), f"{len(texts)} tokens sent, {len(origins)} on record"
     tokens = {origin.value: origins.count(origin.value) for origin in Origin}
     divergences = sum(tokens[origin] for origin in DIVERGED)
@@ -101,7 +101,7 @@ def report_of(told: dict[str, Any], texts: list[str]) -> dict[str, Any]:
         "divergences": divergences,
         "divergences_at_worst": divergences + tokens[Origin.UNVERIFIED],
         "exits_by_depth": {depth: depths.count(depth) for depth in used},
-        "tpt_ms": told["tpt_ms"],
+        "tpt_ms": record["tpt_ms"],
         "origins": origins,
         "texts": texts,
     }

@@ -182,11 +182,11 @@ def run_chat(args: argparse.Namespace) -> int:
         )
     begin = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(begin)
-    while (said := read_line(console)) is not None:
-        if said == "/new":
+    while (text := read_line(console)) is not None:
+        if text == "/new":
             messages = list(begin)
             continue
-        messages.append({"role": "user", "content": said})
+        messages.append({"role": "user", "content": text})
         answer = show(console, client.ask(messages))
         messages.append({"role": "assistant", "content": answer.text})
     return 0
@@ -195,10 +195,10 @@ def run_chat(args: argparse.Namespace) -> int:
 def read_line(console: "Console") -> str | None:
     """What the user says; None at the end."""
     try:
-        said = console.input("[bold]> [/]") if sys.stdin.isatty() else input()
+        line = console.input("[bold]> [/]") if sys.stdin.isatty() else input()
     except EOFError:
         return None
-    return said.strip() or None
+    return line.strip() or None
 
 
 def show(console: "Console", answers: Iterator[Answer]) -> Answer:

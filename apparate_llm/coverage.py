@@ -17,18 +17,18 @@ def keep(
     """Raises OSError where it cannot be written."""
     folder = cache / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"model": model, "dtype": dtype, "threads": num_threads, "sentence": sentence, "holds": holds}
+    record = {"model": model, "dtype": dtype, "threads": num_threads, "sentence": sentence, "holds": holds}
     name = "-".join([model, dtype, str(num_threads), *([] if kernels == STOCK else [kernels])])
-    write_atomically(folder / f"{name}.json", json.dumps(found | {"kernels": kernels}).encode())
+    write_atomically(folder / f"{name}.json", json.dumps(record | {"kernels": kernels}).encode())
 
 
 def kept(cache: Path) -> list[dict[str, Any]]:
     """Of every model that was started here; a damaged file is left out."""
-    found = []
+    records = []
     for path in sorted((cache / FOLDER).glob("*.json")):
         try:
             one = {"kernels": STOCK} | json.loads(path.read_text())
-            found.append({name: one[name] for name in ("model", "dtype", "threads", "sentence", "holds", "kernels")})
+            records.append({name: one[name] for name in ("model", "dtype", "threads", "sentence", "holds", "kernels")})
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return found
+    return records

@@ -55,7 +55,7 @@ def default_model(cache: Path | None = None) -> Path:
         return folder
     cache = cache or writable_cache()
     cache.mkdir(parents=True, exist_ok=True)
-    with undone_by_sigterm(), _told(folder), FileLock(str(cache / f".{NAME}.lock")):
+    with undone_by_sigterm(), _progress_of(folder), FileLock(str(cache / f".{NAME}.lock")):
         if is_complete(folder):
             return folder
         source = gguf_path()
@@ -76,7 +76,7 @@ def default_model(cache: Path | None = None) -> Path:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _progress_of(folder: Path) -> Iterator[None]:
     console = Console(file=sys.stderr)  # as it is now: the conversion redirects it
     facts = f"converting once to {folder}"
     with Progress(console) as progress, progress.stage("default model", total=math.inf, facts=facts):

@@ -97,8 +97,8 @@ def check_versions() -> list[Finding]:
     else:
         findings.append(Finding("ok", f"{vllm[0]} {vllm[1]}"))
     for name in ("torch", "transformers", "safetensors"):
-        found = installed(name)
-        findings.append(Finding("ok", f"{name} {found}") if found else Finding("problem", f"{name} is missing"))
+        version = installed(name)
+        findings.append(Finding("ok", f"{name} {version}") if version else Finding("problem", f"{name} is missing"))
     return findings
 
 
@@ -113,9 +113,9 @@ def mismatched_extras() -> list[str]:
     local = torch.partition("+")[2]
     wrong = []
     for name in TORCH_EXTRAS:
-        found = installed(name)
-        fits = found and name in wanted and found.startswith(wanted[name]) and found.partition("+")[2] == local
-        if found and not fits:
+        version = installed(name)
+        fits = version and name in wanted and version.startswith(wanted[name]) and version.partition("+")[2] == local
+        if version and not fits:
             wrong.append(name)
     return wrong
 
@@ -207,9 +207,9 @@ def takes_zentorch() -> bool:
 def check_kernels() -> list[Finding]:
     if not takes_zentorch():
         return []
-    if (found := installed(ZENTORCH)) is None:
+    if (version := installed(ZENTORCH)) is None:
         return [Finding("note", f"{ZENTORCH} is missing: AMD's kernels, often faster than vLLM's stock ones", FIX)]
-    return [Finding("ok", f"{ZENTORCH} {found}; `apparate-llm tune` says whether it pays")]
+    return [Finding("ok", f"{ZENTORCH} {version}; `apparate-llm tune` says whether it pays")]
 
 
 def check_huge_pages() -> list[Finding]:
@@ -245,8 +245,8 @@ def check_default_model() -> list[Finding]:
 
 def check_batch_invariance() -> list[Finding]:
     """What the last start of each model found."""
-    found = kept(cache_folder())
-    if not found:
+    records = kept(cache_folder())
+    if not records:
         return [Finding("ok", "batch invariance: tried for each model as it starts, none has been started yet")]
     return [
         Finding(
@@ -255,5 +255,5 @@ def check_batch_invariance() -> list[Finding]:
             + (f", {one['kernels']}" if one["kernels"] != STOCK else "")
             + f": {one['sentence']}",
         )
-        for one in found
+        for one in records
     ]

@@ -92,12 +92,12 @@ def read_tenants(name: str) -> dict[str, Any]:
     if "{" in name or "\n" in name:  # it may hold keys: not repeated
         raise ConfigError("--tenants: must be the name of a TOML file")
     try:
-        found = tomllib.loads(Path(name).expanduser().read_text())
+        tables = tomllib.loads(Path(name).expanduser().read_text())
     except (OSError, ValueError) as error:  # no UTF-8, no TOML, a number of too many digits
         raise ConfigError(f"--tenants: cannot read {name}: {error}") from None
     except RecursionError:
         raise ConfigError(f"--tenants: cannot read {name}: nested too deeply") from None
-    for title, table in found.items():
+    for title, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"--tenants: {name}: {title} must be a table, [{title}], got {type(table).__name__}")
         keys = table.pop("api_keys", [])
@@ -107,7 +107,7 @@ def read_tenants(name: str) -> dict[str, Any]:
             digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
             given = table.get("api_keys_sha256", [])
             table["api_keys_sha256"] = [*given, *digests] if isinstance(given, list) else given  # refused with the rest
-    return found
+    return tables
 
 
 def positive(text: str) -> int:

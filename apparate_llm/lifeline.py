@@ -83,11 +83,11 @@ def _leads_outside(number: int) -> bool:
     """Whether it is a socket of the network or one with a name. Pipes and socket pairs are between parent and child."""
     if not stat.S_ISSOCK(os.fstat(number).st_mode):
         return False
-    found = socket.socket(fileno=number)
+    sock = socket.socket(fileno=number)
     try:
-        return found.family in INTERNET or (found.family == socket.AF_UNIX and bool(found.getsockname()))
+        return sock.family in INTERNET or (sock.family == socket.AF_UNIX and bool(sock.getsockname()))
     finally:
-        found.detach()
+        sock.detach()
 
 
 def end_at_once_on_signals() -> None:

@@ -94,10 +94,10 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
             *limits, current, prefix = "memory.max", "memory.high", "memory.current", ""
         else:
             *limits, current, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        found = [limit for name in limits if (limit := _number(folder / name)) is not None]
+        finite = [limit for name in limits if (limit := _number(folder / name)) is not None]
         used = _number(folder / current)
-        if found and used is not None:
-            yield min(found), used - _cached(folder / "memory.stat", prefix)
+        if finite and used is not None:
+            yield min(finite), used - _cached(folder / "memory.stat", prefix)
 
 
 def _number(file: Path) -> int | None:

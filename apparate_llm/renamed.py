@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-TOLD_VARIABLE = "APPARATE_OLD_NAMES_TOLD"
+WARNED_VARIABLE = "APPARATE_OLD_NAMES_WARNED"
 OPTIONS = {  # old -> new
     "waiting_weight": "ttft_weight",
     "max_rows": "max_batch_tokens",
@@ -51,6 +51,7 @@ PREPARATION = {  # old -> new, in the records of a preparation and of a manifest
     "round": "draft_step",
     "round_ms": "draft_step_ms",
     "agreement": "acceptance_rates",
+    "spread_frac": "error_frac",
     "held_out_agreement": "held_out_acceptance_rates",
     **{f"{rows}_tokens_per_cycle": f"{rows}_accepted_per_step" for rows in ("train", "validation", "held_out")},
 }
@@ -75,11 +76,11 @@ def with_new_names(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[s
 
 def beside_old_names(status: dict[str, Any]) -> dict[str, Any]:
     """The worker's status, with the names that its figures had."""
-    told = dict(status)
+    both = dict(status)
     for part in STATUS.keys() & status.keys():
         figures = status[part]
-        told[part] = {**figures, **{old: figures[new] for new, old in STATUS[part].items() if new in figures}}
-    return told
+        both[part] = {**figures, **{old: figures[new] for new, old in STATUS[part].items() if new in figures}}
+    return both
 
 
 def counts_of_any_version(status_counts: dict[str, Any]) -> dict[str, Any]:
@@ -94,12 +95,12 @@ def of_any_preparation(record: Any) -> Any:
         return [of_any_preparation(item) for item in record]
     if not isinstance(record, dict):
         return record
-    found = {PREPARATION.get(name, name): of_any_preparation(item) for name, item in record.items()}
-    if isinstance(settings := found.get("settings"), str):
+    renamed = {PREPARATION.get(name, name): of_any_preparation(item) for name, item in record.items()}
+    if isinstance(settings := renamed.get("settings"), str):
         for old, new in TRAIN_SETTINGS.items():
             settings = settings.replace(f" {old}=", f" {new}=")
-        found["settings"] = settings
-    return found
+        renamed["settings"] = settings
+    return renamed
 
 
 def depth_of_any_evaluation(result: dict[str, Any]) -> dict[str, Any]:
@@ -107,8 +108,8 @@ def depth_of_any_evaluation(result: dict[str, Any]) -> dict[str, Any]:
     wrote them."""
     if "rounds" not in result:
         return result
-    found = {name: value for name, value in result.items() if name not in ("rounds", "tokens_per_cycle")}
-    found["positions"] = [
+    renamed = {name: value for name, value in result.items() if name not in ("rounds", "tokens_per_cycle")}
+    renamed["positions"] = [
         {
             "position": part["round"] - 1,
             **{new: part[old] for old, new in POSITION.items() if old in part},
@@ -116,13 +117,13 @@ def depth_of_any_evaluation(result: dict[str, Any]) -> dict[str, Any]:
         }
         for part in result["rounds"]
     ]
-    found["accepted_per_step"] = result["tokens_per_cycle"]
+    renamed["accepted_per_step"] = result["tokens_per_cycle"]
     if "by_category" in result:
-        found["by_category"] = {
+        renamed["by_category"] = {
             category: {str(int(number) - 1): rate for number, rate in rates.items()}
             for category, rates in result["by_category"].items()
         }
-    return found
+    return renamed
 
 
 def system_of_old(name: str) -> str:
@@ -135,8 +136,8 @@ def system_of_old(name: str) -> str:
 
 def warn(old: str, new: str) -> None:
     """Once, this process, what it becomes and its children taken together."""
-    told = os.environ.get(TOLD_VARIABLE, "").split(",")
-    if old in told:
+    warned = os.environ.get(WARNED_VARIABLE, "").split(",")
+    if old in warned:
         return
-    os.environ[TOLD_VARIABLE] = ",".join([*filter(None, told), old])
+    os.environ[WARNED_VARIABLE] = ",".join([*filter(None, warned), old])
     logging.getLogger("vllm.apparate").warning("%s is called %s now; the old name goes with version 0.3", old, new)

@@ -296,9 +296,9 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 def check_understood(args: argparse.Namespace, wanted: dict[str, Any]) -> None:
     """That vLLM has read our settings as they were meant; raises ConfigError."""
     for name, value in wanted.items():
-        if (found := getattr(args, name)) != value:
+        if (parsed := getattr(args, name)) != value:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag}: vLLM reads {found!r} where {value!r} is meant: write its flags out in full")
+            raise ConfigError(f"{flag}: vLLM reads {parsed!r} where {value!r} is meant: write its flags out in full")
 
 
 def check_set_up(args: argparse.Namespace) -> None:
@@ -308,8 +308,8 @@ def check_set_up(args: argparse.Namespace) -> None:
     if args.enable_lora:
         raise ConfigError(f"--enable-lora {YOURS}")
     for name, allowed in (("model_impl", ("auto", "vllm")), ("runner", ("auto", "generate"))):
-        if (found := getattr(args, name)) not in allowed:
-            raise ConfigError(f"--{name.replace('_', '-')} {found} {YOURS}")
+        if (given := getattr(args, name)) not in allowed:
+            raise ConfigError(f"--{name.replace('_', '-')} {given} {YOURS}")
 
 
 def memory_flags(vllm_flags: list[str], num_servers: int = 1) -> list[str]:

@@ -29,7 +29,7 @@ class EventReader:
 
     def feed(self, part: bytes) -> list[Event]:
         """The events that end in this part."""
-        found: list[Event] = []
+        events: list[Event] = []
         if self._after_return and part.startswith(b"\n"):
             self._raw.append(b"\n")  # of the event before it, where that is out already
             part = part[1:]
@@ -41,8 +41,8 @@ class EventReader:
             text = line.rstrip(b"\r\n")
             self._line.append(text)
             if len(text) < len(line) and (event := self._end_line()) is not None:
-                found.append(event)
-        return found
+                events.append(event)
+        return events
 
     def end(self) -> list[Event]:
         """What is left when the stream has ended: servers may leave out the last blank line."""

@@ -120,12 +120,12 @@ def with_config_file(flags: list[str]) -> list[str]:
         raise ConfigError("--config: expected one argument")
     name = flags[at].partition("=")[2] if has_value else flags[at + 1]
     rest = flags[:at] + flags[at + (1 if has_value else 2) :]
-    found: list[str] = []
+    from_file: list[str] = []
     names = [renamed_flag(name) for name in names]
     for key, value in read_config_file(name).items():
         if renamed_flag(canonical(f"--{key}")) not in names:
-            found += one_spelling(tokens_of(str(key), value))
-    return found + rest
+            from_file += one_spelling(tokens_of(str(key), value))
+    return from_file + rest
 
 
 def renamed_flag(flag: str) -> str:
@@ -141,14 +141,14 @@ def read_config_file(name: str) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--config: must be a .yaml or .yml file, got {name}")
     try:
-        found = yaml.safe_load(path.read_text())
+        options = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config: cannot read {name}: {' '.join(str(error).split())}") from None
-    if found is None:
+    if options is None:
         return {}
-    if not isinstance(found, dict):
-        raise ConfigError(f"--config: {name} must be flags and their values, got {type(found).__name__}")
-    return found
+    if not isinstance(options, dict):
+        raise ConfigError(f"--config: {name} must be flags and their values, got {type(options).__name__}")
+    return options
 
 
 def tokens_of(key: str, value: Any) -> list[str]:
@@ -170,10 +170,10 @@ def joined(flags: list[str]) -> list[str]:
     """Each of JSON_FLAGS once: its keys that are given one by one are merged into the object that is given whole."""
     rest, whole, keys = _apart(flags)
     for name, parts in keys.items():
-        found = parse_object(name, whole[name]) if name in whole else {}
+        config = parse_object(name, whole[name]) if name in whole else {}
         for path, value in parts:
-            merge(found, nested(path, value))
-        whole[name] = json.dumps(found)
+            merge(config, nested(path, value))
+        whole[name] = json.dumps(config)
     return rest + [part for name, value in whole.items() for part in (f"--{name}", value)]
 
 
@@ -266,12 +266,12 @@ def split_flag(text: str) -> list[str]:
 def given_value(flags: list[str], name: str) -> str | None:
     """Value of `--name VALUE` or `--name=VALUE`, the flags in their one spelling; the last one counts. None if it is
     not given."""
-    found, name = None, name.replace("_", "-")
+    last, name = None, name.replace("_", "-")
     for i, flag in enumerate(flags):
         key, equals, value = flag.partition("=")
         if key == f"--{name}":
-            found = value if equals else (flags[i + 1] if i + 1 < len(flags) else "")
-    return found
+            last = value if equals else (flags[i + 1] if i + 1 < len(flags) else "")
+    return last
 
 
 def without(flags: list[str], name: str) -> list[str]:

@@ -204,8 +204,8 @@ def _take(result: Completion, chunk: dict[str, Any], at_s: float) -> None:
 def _tokens_so_far(chunk: dict[str, Any]) -> int | None:
     """What vLLM has in every chunk's usage, and llama.cpp in its timings; None where the chunk does not say."""
     usage, timings = chunk.get("usage") or {}, chunk.get("timings") or {}
-    found: int | None = usage.get("completion_tokens", timings.get("predicted_n"))
-    return found
+    tokens: int | None = usage.get("completion_tokens", timings.get("predicted_n"))
+    return tokens
 
 
 class Asked(NamedTuple):

@@ -1,4 +1,4 @@
-"""Clients that never stop asking, of servers that are frozen in turn: what both kinds of `eval steady` count by."""
+"""Clients in a closed loop, of servers that are frozen in turn: what both kinds of `eval steady` count by."""
 
 import asyncio
 import threading
@@ -40,15 +40,15 @@ class Steps(NamedTuple):
 
 def engine_steps(server: Server) -> Steps | None:
     """None where the server does not count them as vLLM does."""
-    found = dict.fromkeys(STEP_METRICS, 0.0)
+    totals = dict.fromkeys(STEP_METRICS, 0.0)
     answer = httpx.get(f"{server.base_url}/metrics", headers=server.headers, timeout=30.0)
     if answer.status_code in (httpx.codes.NOT_FOUND, httpx.codes.NOT_IMPLEMENTED):
         return None
     for family in text_string_to_metric_families(answer.raise_for_status().text):
         for sample in family.samples:
-            if sample.name in found:
-                found[sample.name] += sample.value
-    return Steps(*map(int, found.values())) if found[STEP_METRICS[0]] else None
+            if sample.name in totals:
+                totals[sample.name] += sample.value
+    return Steps(*map(int, totals.values())) if totals[STEP_METRICS[0]] else None
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Turns:
 
 @dataclass
 class Clients:
-    """Those of one server: each asks again as soon as it has its answer. Answers' lengths vary, lest clients go in
-    step."""
+    """Those of one server: each asks again as soon as it has its answer. Output lengths vary, lest clients be
+    synchronised."""
 
     server: Server
     prompts: list[Prompt]
@@ -181,6 +181,6 @@ def ratio_of(values: list[float], others: list[float]) -> dict[str, Any]:
 
 def throughput_ratio(rates: list[float], others: list[float]) -> tuple[float, Interval | None]:
     """Of the means of tokens per second over turns, with its 95 % interval, None of too few."""
-    ours, theirs = ({(0, turn): (rate, 1.0) for turn, rate in enumerate(found)} for found in (rates, others))
+    ours, theirs = ({(0, turn): (rate, 1.0) for turn, rate in enumerate(own)} for own in (rates, others))
     ratio = sum(rates) / sum(others) if any(others) else float("inf")
     return ratio, ratio_interval(ours, theirs)

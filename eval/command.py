@@ -59,7 +59,7 @@ def _add_quick(kinds: Commands) -> None:
         "quick",
         help="plain vLLM against early exits, minutes",
         description="Starts plain vLLM and a server with early exits on the same model and compares them over HTTP, "
-        "the two taking turns in short blocks of prompts. Greedy decoding.",
+        "the two interleaved in short blocks of prompts. Greedy decoding.",
         allow_abbrev=False,
     )
     _add_common(quick, repeat=2)
@@ -76,7 +76,7 @@ def _add_tpt(kinds: Commands) -> None:
         "tpt",
         help="the full evaluation: several systems, loads and measures, with a report",
         description="Serves the model by several systems, each a server process of its own, and asks them the same "
-        "prompts over HTTP with streaming, the systems taking turns block by block. Leaves raw timestamps, "
+        "prompts over HTTP with streaming, the systems interleaved block by block. Leaves raw timestamps, "
         "results.json and report.html in --out; the same command goes on after an interruption.",
         epilog=_systems_help() + TPT_COSTS,
         formatter_class=Paragraphs,
@@ -106,7 +106,7 @@ def _add_tpt(kinds: Commands) -> None:
         "--length",
         choices=("free", "fixed", "both", "varied"),
         help="answers end by themselves or at --max-tokens (free, the default), always at --max-tokens (fixed), or by "
-        "themselves or at a length of their own up to --max-tokens (varied), lest many clients go in step",
+        "themselves or at varied output lengths up to --max-tokens (varied), lest many clients be synchronised",
     )
     _add_sampling(tpt)
     tpt.set_defaults(run=_later("run_tpt"), goes_on=True)
@@ -131,11 +131,11 @@ def _add_drift(kinds: Commands) -> None:
 def _add_steady(kinds: Commands) -> None:
     steady: OneLineParser = kinds.add_parser(
         "steady",
-        help="clients that never stop asking: what exits bring and cost under full load",
-        description="Every system has clients that ask again as soon as they have their answer. The systems take turns "
-        "of a few seconds, all others frozen in the middle of their answers, so that ratios are of turns side by side. "
-        "With --switch one server's policy is switched between adaptive and off instead. Leaves results.json in --out, "
-        "written after every level.",
+        help="clients in a closed loop: what exits bring and cost under full load",
+        description="Every system has clients that ask again as soon as they have their answer. The systems are "
+        "interleaved in turns of a few seconds, all others frozen in the middle of their answers, so that ratios are "
+        "of turns side by side. With --switch one server's policy is switched between adaptive and off instead. Leaves "
+        "results.json in --out, written after every level.",
         epilog=_systems_help() + STEADY_COSTS,
         formatter_class=Paragraphs,
         allow_abbrev=False,
@@ -301,12 +301,12 @@ def rates(text: str) -> list[float]:
 def shares(text: str) -> list[float]:
     bound = EarlyExitConfig.model_fields["accuracy_bound"]
     try:
-        found = [float(part) for part in text.split(",")]
+        fractions = [float(part) for part in text.split(",")]
     except ValueError:
-        found = [-1.0]
-    if not all(0 <= share < 1 for share in found):
+        fractions = [-1.0]
+    if not all(0 <= share < 1 for share in fractions):
         raise argparse.ArgumentTypeError(f"each must be in [0, 1) ({bound.description}), got {text!r}")
-    return found
+    return fractions
 
 
 def paths(text: str) -> list[Path]:
@@ -314,13 +314,13 @@ def paths(text: str) -> list[Path]:
 
 
 def objectives(text: str) -> dict[str, float]:
-    found = {}
+    limits = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
         if name not in OBJECTIVES:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(OBJECTIVES)} (e.g. ttft=200,tpt=20)")
-        found[name] = above_zero(value)
-    return found
+        limits[name] = above_zero(value)
+    return limits
 
 
 def _later(name: str) -> Callable[[argparse.Namespace], int]:

@@ -27,7 +27,7 @@ from apparate_llm.eval.tables import (
 from apparate_llm.renamed import OLD_SETTINGS, system_of_old
 
 RESULTS_NAME = "results.json"
-MAX_TOLD = 60  # characters of a value that differs
+MAX_SHOWN = 60  # characters of a value that differs
 
 
 def load_results(folder_or_file: Path) -> Results:
@@ -70,9 +70,9 @@ def _with_new_names(results: Results) -> Results:
         run.system = system_of_old(run.system)
     for ratio in results.ratios:
         ratio.system = system_of_old(ratio.system)
-    for told in (results.systems, results.skipped, settings.get("bounds") or {}):
-        for name in list(told):
-            told[system_of_old(name)] = told.pop(name)
+    for by_system in (results.systems, results.skipped, settings.get("bounds") or {}):
+        for name in list(by_system):
+            by_system[system_of_old(name)] = by_system.pop(name)
     return results
 
 
@@ -145,4 +145,4 @@ def _conditions(results: Results) -> list[dict[str, str]]:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_TOLD else text[: MAX_TOLD - 1] + "…"
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"

@@ -1,4 +1,4 @@
-"""One evaluation: servers started and warmed, loads measured with the systems taking turns, everything kept on disk."""
+"""One evaluation: servers started and warmed, loads measured with the systems interleaved, everything kept on disk."""
 
 import asyncio
 import math
@@ -128,7 +128,7 @@ def _start(evaluation: Evaluation, stack: ExitStack, progress: Progress) -> list
 def _measure(
     evaluation: Evaluation, number: int, load: Load, servers: list[Server], progress: Progress, stage: Stage
 ) -> None:
-    """The systems take turns block by block (A B, B A, A B, ...), so that a machine that is slower for some minutes is
+    """The systems are interleaved block by block (A B, B A, A B, ...), so a machine that is slower for some minutes is
     slower for all. The waiting ones are off the processors; the first request after that is not counted, as nobody
     freezes a server in use. A closed loop begins with further ones that are not counted, for prompts held out."""
     settled: set[str] = set()
@@ -149,14 +149,14 @@ def _measure(
                             settling = evaluation.warming(max(2, load.concurrency), longest)
                             _ask(server, evaluation, settling, load.concurrency)
                         settled.add(name)
-                        found = _measure_block(server, evaluation, key, load, asks, stage)
+                        measured = _measure_block(server, evaluation, key, load, asks, stage)
                 except (httpx.HTTPError, RuntimeError) as error:
                     evaluation.dead[name] = f"stopped answering under {load.name}: {error}"
                     progress.say(f"{name} {evaluation.dead[name]}")
                     stage.total, _ = _requests(evaluation, servers)
                     stage.update(before)
                     continue
-                evaluation.store.add(found)
+                evaluation.store.add(measured)
                 stage.update(before + len(asks), stage.facts)
             order.reverse()
         if evaluation.enough(number):
@@ -207,13 +207,13 @@ def _measure_block(
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What was counted in between; shares, which have no difference, are left out."""
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for name, value in after.items():
         if isinstance(value, dict):
-            found[name] = difference(before.get(name, {}), value)
+            changes[name] = difference(before.get(name, {}), value)
         elif not name.endswith("_frac"):
-            found[name] = value - (before.get(name) or 0)
-    return found
+            changes[name] = value - (before.get(name) or 0)
+    return changes
 
 
 def _ask(

@@ -34,16 +34,16 @@ def _texts_warning(results: Results) -> str:
     if not PLAIN.keys() >= {*baselines_in(results)[:1]}:  # answers are compared with another's
         return ""
     lossless = {name for name, bound in bounds_of(results).items() if bound == 0}
-    found: dict[tuple[str, str], list[Run]] = {}
+    runs_by_pair: dict[tuple[str, str], list[Run]] = {}
     for run in results.runs:
         others = [other for other in results.runs if other.system in SPECULATION and other.load == run.load]
         for other in others:
             if run.system in lossless and other.fixed_length == run.fixed_length and _fewer_texts(run, other):
-                found.setdefault((run.system, other.system), []).append(run)
+                runs_by_pair.setdefault((run.system, other.system), []).append(run)
     return "".join(
         f"Warning: {system} has plain vLLM's very text less often than vLLM's {other} speculation {_loads(runs)} "
         f"({_joined([f'{_percent(run.identical_frac or 0.0)} %' for run in runs])} of the answers). "
-        for (system, other), runs in found.items()
+        for (system, other), runs in runs_by_pair.items()
     )
 
 
@@ -62,9 +62,9 @@ def _speed_sentence(results: Results) -> str:
         clauses = [_system_clause(results, [item for item in ratios if item.system == system]) for system in systems]
         parts.append(f"against {plain_name(baseline)}, " + "; ".join(clauses))
     text = "; ".join(parts)
-    for said_once in (" time per token", "95 % CI "):
-        head, found, tail = text.partition(said_once)
-        text = head + found + tail.replace(said_once, "")
+    for phrase in (" time per token", "95 % CI "):
+        head, first, tail = text.partition(phrase)
+        text = head + first + tail.replace(phrase, "")
     return text[0].upper() + text[1:] + _failures(results.runs) + "."
 
 
@@ -84,18 +84,18 @@ def plain_name(system: str) -> str:
 
 def _faster_still(results: Results) -> str:
     """Systems without exits, other than the baselines, that take less time per token than all with exits."""
-    with_exits, told = bounds_of(results), baselines_in(results)
-    found: dict[str, list[tuple[Run, Run]]] = {}
+    with_exits, baselines = bounds_of(results), baselines_in(results)
+    faster: dict[str, list[tuple[Run, Run]]] = {}
     for load in loads_of(results):
         runs = [run for run in results.runs if (run.load, run.fixed_length) == load]
         best = min((run for run in runs if run.system in with_exits and run.tpt_ms.mean), key=_tpt_ms, default=None)
         for run in runs:
-            if best is not None and run.system not in {*with_exits, *told} and _tpt_ms(run) < _tpt_ms(best):
-                found.setdefault(run.system, []).append((run, best))
+            if best is not None and run.system not in {*with_exits, *baselines} and _tpt_ms(run) < _tpt_ms(best):
+                faster.setdefault(run.system, []).append((run, best))
     return "".join(
         f" {system} is faster than every system with exits {_loads([run for run, _ in pairs])} "
         f"({_joined([f'{number(_tpt_ms(run), 1)} against {number(_tpt_ms(best), 1)} ms' for run, best in pairs])})."
-        for system, pairs in found.items()
+        for system, pairs in faster.items()
     )
 
 
@@ -107,7 +107,7 @@ def _tpt_ms(run: Run) -> float:
 def _system_clause(results: Results, ratios: list[Ratio]) -> str:
     runs = {key_of(run): run for run in results.runs}
     groups: dict[Verdict, list[Ratio]] = {"faster": [], "no clear difference": [], "slower": [], "not measured": []}
-    for item in _told(ratios):
+    for item in _headline_ratios(ratios):
         groups[verdict(item)].append(item)
     parts = []
     if groups["faster"]:
@@ -122,8 +122,8 @@ def _system_clause(results: Results, ratios: list[Ratio]) -> str:
     return f"{ratios[0].system}{_promise(ratios[0].system, bounds_of(results))} {whole}"
 
 
-def _told(ratios: list[Ratio]) -> list[Ratio]:
-    """Users get answers of their own length; the others are told of only where they alone warn."""
+def _headline_ratios(ratios: list[Ratio]) -> list[Ratio]:
+    """Users get answers that end by themselves; the others are told of only where they alone warn."""
     own_length = [item for item in ratios if not item.fixed_length]
     slower = {item.load for item in own_length if verdict(item) == "slower"}
     others = [item for item in ratios if item.fixed_length and verdict(item) == "slower" and item.load not in slower]
@@ -159,8 +159,8 @@ def _cost(runs: list[Run], *, warn_only: bool) -> str:
     if not shares or (warn_only and not any(worst)):
         return ""
     at_worst = f" ({_range(worst)} % at worst)" if worst != shares else ""  # exits without a verdict
-    found = f"at a cost of {_range(shares)} % divergences" if any(shares) else "without a divergence"
-    return f" {found}{at_worst}"
+    cost = f"at a cost of {_range(shares)} % divergences" if any(shares) else "without a divergence"
+    return f" {cost}{at_worst}"
 
 
 def _range(fracs: list[float]) -> str:

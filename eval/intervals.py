@@ -29,7 +29,7 @@ Sums = Mapping[Unit, tuple[float, float]]  # of each unit: a total, and the numb
 
 def sums_of(values: Values) -> dict[Unit, tuple[float, float]]:
     """For the mean over all requests; a unit without any is left out."""
-    return {unit: (float(sum(found)), float(len(found))) for unit, found in values.items() if found}
+    return {unit: (float(sum(own)), float(len(own))) for unit, own in values.items() if own}
 
 
 def mean_interval(ours: Sums) -> Interval | None:
@@ -63,13 +63,13 @@ def ratio_interval(ours: Sums, baseline: Sums) -> Interval | None:
     """
     units = sorted(ours.keys() & baseline.keys())
     table = np.array([(*ours[unit], *baseline[unit]) for unit in units]).reshape(-1, 4).T
-    found = []
+    intervals = []
     for groups, fewest in zip(_drawings(units), (FEWEST, 2), strict=False):
         sums = np.array([np.bincount(groups, weights=row) for row in table])
         if sums.shape[1] < fewest:
             return None
-        found.append(_resampled(sums) if sums.shape[1] >= ENOUGH else _linearised(sums))
-    return _widest(found)
+        intervals.append(_resampled(sums) if sums.shape[1] >= ENOUGH else _linearised(sums))
+    return _widest(intervals)
 
 
 def p99_interval(ours: Values, baseline: Values) -> Interval | None:
@@ -77,15 +77,15 @@ def p99_interval(ours: Values, baseline: Values) -> Interval | None:
     units = sorted(ours.keys() & baseline.keys())
     if min(sum(len(side[unit]) for unit in units) for side in (ours, baseline)) < FEWEST_FOR_P99:
         return None
-    found = []
+    intervals = []
     for groups in _drawings(units):
         size = int(groups.max()) + 1
         if size < ENOUGH:
             return None
         drawn = np.random.default_rng(SEED).multinomial(size, [1 / size] * size, RESAMPLES)
         above, below = (_p99_by_draw([side[unit] for unit in units], drawn[:, groups]) for side in (ours, baseline))
-        found.append(_middle(above / below))
-    return _widest(found)
+        intervals.append(_middle(above / below))
+    return _widest(intervals)
 
 
 def log_mean_interval(logs: Samples) -> Interval | None:
@@ -108,10 +108,10 @@ def bootstrap(columns: Samples, statistic: Callable[[Samples], Samples]) -> Inte
 
 def _drawings(units: list[Unit]) -> list[NDArray[np.intp]]:
     """Group of each unit, drawn as one: each unit by itself, and where there are repeats those of a block together."""
-    found = [np.arange(len(units))]
+    drawings = [np.arange(len(units))]
     if len({repeat for repeat, _ in units}) > 1:
-        found.append(np.unique([block for _, block in units], return_inverse=True)[1])
-    return found
+        drawings.append(np.unique([block for _, block in units], return_inverse=True)[1])
+    return drawings
 
 
 def _resampled(sums: Samples) -> Interval | None:
@@ -140,8 +140,8 @@ def _linearised(sums: Samples) -> Interval | None:
 
 def _p99_by_draw(values: list[Sequence[float]], weights: NDArray[np.int64]) -> Samples:
     """[draws] of requests that count as often as their unit was drawn: weights [draws, units]."""
-    unit_of = np.repeat(np.arange(len(values)), [len(found) for found in values])
-    flat = np.concatenate([np.asarray(found, dtype=float) for found in values])
+    unit_of = np.repeat(np.arange(len(values)), [len(own) for own in values])
+    flat = np.concatenate([np.asarray(own, dtype=float) for own in values])
     order = np.argsort(flat)
     return np.array([weighted_p99(flat[order], row[unit_of[order]]) for row in weights])
 
@@ -161,7 +161,7 @@ def _middle(values: Samples) -> Interval:
     return float(low), float(high)
 
 
-def _widest(found: Sequence[Interval | None]) -> Interval | None:
+def _widest(intervals: Sequence[Interval | None]) -> Interval | None:
     """None where one of them is."""
-    known = [edges for edges in found if edges is not None]
-    return max(known, key=lambda edges: edges[1] - edges[0]) if len(known) == len(found) else None
+    known = [edges for edges in intervals if edges is not None]
+    return max(known, key=lambda edges: edges[1] - edges[0]) if len(known) == len(intervals) else None

@@ -44,10 +44,10 @@ def llama_cpp_systems(given: Sequence[str], server: Path, demand: Demand, temper
 def find_server(given: Path | None) -> Path:
     """Raises ValueError where there is none."""
     if given is None:
-        found = shutil.which(PROGRAM)
-        if found is None:
+        path = shutil.which(PROGRAM)
+        if path is None:
             raise ValueError(f"--llama-cpp: no {PROGRAM} on PATH: give --llama-server PATH")
-        return Path(found)
+        return Path(path)
     if not given.is_file() or not os.access(given, os.X_OK):
         raise ValueError(f"--llama-server: not a program that can be run: {given}")
     return given
@@ -69,8 +69,8 @@ def version_of(server: Path) -> str:
         raise ValueError(f"--llama-server: {server} --version: {error}") from None
     lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     if done.returncode or not lines:
-        told = lines[-1] if lines else "nothing"
-        raise ValueError(f"--llama-server: {server} --version ended with {done.returncode} and said: {told}")
+        last_line = lines[-1] if lines else "nothing"
+        raise ValueError(f"--llama-server: {server} --version ended with {done.returncode} and said: {last_line}")
     return next((line for line in lines if line.startswith("version")), lines[0])
 
 

@@ -12,7 +12,7 @@ from apparate_llm.eval.store import Block
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.workloads import Load
 
-NOISY_SPREAD = 1.25  # 90th over 10th percentile of the probe
+NOISY_RATIO = 1.25  # 90th over 10th percentile of the probe
 NOISY_STOLEN_FRAC = 0.02
 
 
@@ -20,7 +20,7 @@ def notes_of(blocks: Sequence[Block], systems: list[System], loads: list[Load]) 
     notes = []
     if probes := [block.probe_ms for block in blocks]:
         low, high = np.percentile(probes, [10, 90])
-        if high > NOISY_SPREAD * low:
+        if high > NOISY_RATIO * low:
             notes.append(
                 f"The machine was uneven: reading 64 MiB took {low:.1f} to {high:.1f} ms (10th to 90th percentile over "
                 "the blocks). Ratios are of blocks side by side; absolute figures are worth less."
@@ -67,7 +67,7 @@ def cache_notes(systems: Sequence[System]) -> list[str]:
 
 def _too_few(blocks: Sequence[Block], loads: list[Load]) -> list[str]:
     """Loads without intervals, with their blocks, of the system that has fewest."""
-    found = []
+    short = []
     for number, load in enumerate(loads):
         of_systems: dict[str, list[int]] = defaultdict(list)
         for block in blocks:
@@ -75,25 +75,25 @@ def _too_few(blocks: Sequence[Block], loads: list[Load]) -> list[str]:
                 of_systems[block.key.system].append(block.key.block)
         fewest = min(of_systems.values(), key=len, default=[])
         if 0 < len(fewest) < FEWEST:
-            found.append(f"{load.name} ({len(fewest)} block{'s' * (len(fewest) > 1)})")
+            short.append(f"{load.name} ({len(fewest)} block{'s' * (len(fewest) > 1)})")
         elif fewest and len(set(fewest)) == 1:
-            found.append(f"{load.name} (one block, {len(fewest)} times)")
-    return found
+            short.append(f"{load.name} (one block, {len(fewest)} times)")
+    return short
 
 
 def saturation_notes(runs: list[Run]) -> list[str]:
     """Whether the loads went up to where a system serves no more tokens per second."""
     notes = []
     for system in dict.fromkeys(run.system for run in runs):
-        found = sorted(
+        points = sorted(
             (run.concurrency, run.output_tokens_per_s)
             for run in runs
             if run.system == system and run.concurrency is not None and run.output_tokens_per_s and not run.fixed_length
         )
-        if len(found) < 2:
+        if len(points) < 2:
             continue
-        best_at, best = max(found, key=lambda item: item[1])
-        rising = best_at == found[-1][0] and best > 1.1 * found[-2][1]
+        best_at, best = max(points, key=lambda item: item[1])
+        rising = best_at == points[-1][0] and best > 1.1 * points[-2][1]
         ending = "still rising there" if rising else "saturated"
         notes.append(f"{system}: at most {best:.1f} output tokens/s, with {best_at} clients ({ending}).")
     return notes

@@ -26,10 +26,10 @@ def oracle_ratios(model: Path, concurrencies: list[int]) -> dict[str, float]:
             steps = list(read_steps(path))
             costs = LogCosts(steps)
             depth = min(costs.draft_steps)
-            found = {}
+            ratios = {}
             for concurrency in concurrencies:
                 part = [step for step in steps if step.num_requests == concurrency]
                 if len(part) >= LEAST_STEPS:
-                    found[str(concurrency)] = oracle(part, costs, depth=depth).tpt_ratio
-            return found
+                    ratios[str(concurrency)] = oracle(part, costs, depth=depth).tpt_ratio
+            return ratios
     return {}

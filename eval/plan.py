@@ -126,7 +126,7 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
     sets = [prompt_set(source, args.num_prompts) for source in args.workloads]
     if len(sets) != 2:
         raise ValueError(f"--workloads: two prompt sets wanted, A,B, got {len(sets)}")
-    first, second = (found.prompts for found in sets)
+    first, second = (each.prompts for each in sets)
     prompts = [*first, *second, *first]
     names = [source.stem for source in args.workloads]
     starts = (0, len(first), len(first) + len(second))
@@ -298,8 +298,8 @@ def _llama_cpp_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _request_fields(systems: list[System]) -> dict[str, Any]:
     """What requests to some systems say besides."""
-    found = {system.name: dict(system.fields) for system in systems if system.fields}
-    return {"request_fields": found} if found else {}
+    fields = {system.name: dict(system.fields) for system in systems if system.fields}
+    return {"request_fields": fields} if fields else {}
 
 
 def _loads(args: argparse.Namespace, prompts: list[Prompt]) -> list[Load]:
@@ -373,7 +373,7 @@ def _settings(
 
 def _labels(sets: list[PromptSet]) -> dict[str, Any]:
     """Which prompts they are, for all that shows results."""
-    return {"prompts": {found.name: found.described() for found in sets}}
+    return {"prompts": {each.name: each.described() for each in sets}}
 
 
 def server_flags(given: list[str], num_servers: int) -> list[str]:

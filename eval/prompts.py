@@ -42,8 +42,8 @@ class PromptSet(NamedTuple):
 
 def prompt_set(source: Path | None, number: int | None) -> PromptSet:
     """The first `number` prompts, or all; raises as `load_prompts`."""
-    found = load_prompts(source)
-    return PromptSet("quick" if source is None else source.name, len(found), found[:number])
+    prompts = load_prompts(source)
+    return PromptSet("quick" if source is None else source.name, len(prompts), prompts[:number])
 
 
 def developed_with(prompts: Sequence[Prompt]) -> int:

@@ -34,7 +34,7 @@ from apparate_llm.eval.tables import (
 from apparate_llm.files import write_atomically
 
 REPORT_NAME = "report.html"
-TOLD_ELSEWHERE = ("loads", "bounds", "prompts")  # settings that are shown with the figures
+SHOWN_ELSEWHERE = ("loads", "bounds", "prompts")  # settings that are shown with the figures
 
 SHARES_NOTE = (
     "TPT of each system over that of the one before it, which lacks one part. Shares are of the logarithm of the ratio "
@@ -73,7 +73,7 @@ def render(results: Results, points: Points) -> str:
         sections=sections(results),
         figures=figures(results, points),
         machine=flat(results.machine),
-        settings=flat({name: value for name, value in results.settings.items() if name not in TOLD_ELSEWHERE}),
+        settings=flat({name: value for name, value in results.settings.items() if name not in SHOWN_ELSEWHERE}),
         dash=DASH,
     )
 
@@ -122,21 +122,21 @@ def _ratios(results: Results, baseline: str) -> Section:
                     with_interval(item.ttft_p99, item.ttft_p99_ci95),
                     with_interval(item.throughput, item.throughput_ci95),
                 ]
-                spread = " ".join(number(value) for value in item.tpt_mean_by_repeat) or DASH
-                rows.append([name, item.system, ratio_cell(item), verdict(item), *cells, spread])
+                by_repeat = " ".join(number(value) for value in item.tpt_mean_by_repeat) or DASH
+                rows.append([name, item.system, ratio_cell(item), verdict(item), *cells, by_repeat])
         clients = {str(run.concurrency) for run in results.runs if (run.load, run.fixed_length) == (load, fixed_length)}
         for level in sorted(clients & oracle.keys()):
             rows.append([name, "oracle (perfect ramp)", number(results.oracle_ratio[level], 3), *[DASH] * 6])
     columns = ["load", "system", "TPT (95 % CI)", "verdict", "TPT p99 (95 % CI)", "TTFT mean (95 % CI)"]
-    told = plain_name(baseline)
-    note = f"Divided by the figure of {told} under the same load: below 1 is better, for throughput above 1."
+    baseline_name = plain_name(baseline)
+    note = f"Divided by the figure of {baseline_name} under the same load: below 1 is better, for throughput above 1."
     if oracle:
         note += (
             " Oracle: the ramp's own guesses, were it always known which of them are right, replayed from the log of "
             "exits that ships with this model. It comes from that log's machine and prompts: a mark to hold the "
             "measured ratios against, no more."
         )
-    title = "Against the baseline" if first else f"Against {told}"
+    title = "Against the baseline" if first else f"Against {baseline_name}"
     return Section(title, note, [*columns, "TTFT p99 (95 % CI)", "throughput (95 % CI)", "TPT by repeat"], rows)
 
 

@@ -93,8 +93,8 @@ def run_steady(args: argparse.Namespace) -> int:
             console.print(f"figures: {path}", soft_wrap=True)
     failed = sum(run.failed for level in results.levels for run in level.runs)
     if failed:
-        said = dict.fromkeys(error for level in results.levels for run in level.runs for error in run.errors)
-        console.print(f"{failed} requests failed: {'; '.join(said)}", soft_wrap=True, markup=False)
+        errors = dict.fromkeys(error for level in results.levels for run in level.runs for error in run.errors)
+        console.print(f"{failed} requests failed: {'; '.join(errors)}", soft_wrap=True, markup=False)
     ratios = [ratio for level in results.levels for ratio in level.ratios]
     first = [ratio for ratio in ratios if plan.switch or ratio.baseline == plan.baselines[0]]
     above = [ratio for ratio in first if plan.limit and ratio.tpt > plan.limit]
@@ -231,8 +231,8 @@ def run_report(args: argparse.Namespace) -> int:
 
 def run_compare(args: argparse.Namespace) -> int:
     names = (str(args.a), str(args.b))
-    found = compare(load_results(args.a), load_results(args.b), names)
-    Console(width=max(Console().width, TABLE_WIDTH)).print(*found)
+    tables = compare(load_results(args.a), load_results(args.b), names)
+    Console(width=max(Console().width, TABLE_WIDTH)).print(*tables)
     return 0
 
 
@@ -240,7 +240,7 @@ def commit() -> str | None:
     """Of the source checkout this runs from, with a + if it was changed; None outside of one."""
     here = Path(__file__).resolve().parent
     try:
-        found = subprocess.run(
+        done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
             cwd=here,
             capture_output=True,
@@ -249,7 +249,7 @@ def commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _exit_code(results: Results, folder: Path) -> int:

@@ -124,7 +124,7 @@ class Ratio(_Strict):
 
 
 class SteadyRun(_Strict):
-    """One system, or one policy of a server, with clients that never stop asking. Times are those in which its server
+    """One system, or one policy of a server, with clients in a closed loop. Times are those in which its server
     ran; None: not known."""
 
     system: str

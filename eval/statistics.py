@@ -46,8 +46,8 @@ def goodput_frac(completions: list[Completion], slo_ms: dict[str, float]) -> flo
 def _meets(done: Completion, slo_ms: dict[str, float]) -> bool:
     if done.error:
         return False
-    found = {"ttft": done.ttft_ms, "tpt": done.tpt_ms or 0.0, "e2e": done.e2e_ms}
-    return all((value := found[name]) is not None and value <= most for name, most in slo_ms.items())
+    times_ms = {"ttft": done.ttft_ms, "tpt": done.tpt_ms or 0.0, "e2e": done.e2e_ms}
+    return all((value := times_ms[name]) is not None and value <= most for name, most in slo_ms.items())
 
 
 def ratio_of(a: float | None, b: float | None) -> float | None:

@@ -1,8 +1,8 @@
-"""`eval steady`: clients that never stop asking, while their number steps up and down, to within a few percent.
+"""`eval steady`: clients in a closed loop, while their number steps up and down, to within a few percent.
 
-Every server has its own clients. The servers take turns of a few seconds, all but one frozen, in the middle of their
-answers: so a machine that is slower for ten seconds is slower for all, and ratios are of turns side by side. All times
-are those for which a server was running.
+Every server has its own clients. The servers are interleaved in turns of a few seconds, all but one frozen, in the
+middle of their answers: so a machine that is slower for ten seconds is slower for all, and ratios are of turns side by
+side. All times are those for which a server was running.
 """
 
 import math
@@ -63,14 +63,14 @@ def measure_level(plan: SteadyPlan, servers: Sequence[Server], number: int, stag
         clients.join()
     runs, measured = [], []
     for clients, server, old in zip(everyone, servers, before, strict=True):
-        found = Measured(clients)
-        run = found.run()
+        system = Measured(clients)
+        run = system.run()
         if old is not None and (new := server.counts()) is not None:
             run.exits = {name: new[name] - old[name] for name in EXITS}
         runs.append(run)
-        measured.append(found)
-    baselines = [found for name in plan.baselines for found in measured if found.name == name]
-    ratios = [ratio_to(found, baseline) for baseline in baselines for found in measured if found is not baseline]
+        measured.append(system)
+    baselines = [system for name in plan.baselines for system in measured if system.name == name]
+    ratios = [ratio_to(system, baseline) for baseline in baselines for system in measured if system is not baseline]
     return SteadyLevel(clients=number, runs=runs, ratios=ratios)
 
 
@@ -170,7 +170,7 @@ def ratios_of_answers(answers: Answers, others: Answers) -> dict[str, Any]:
     both = sorted(answers.keys() & others.keys())
     if len(both) < 2:
         raise ValueError(f"{len(both)} answers that both servers gave within their turns: give more --turns")
-    found: dict[str, Any] = {"answers_of_both": len(both)}
+    ratios: dict[str, Any] = {"answers_of_both": len(both)}
     for measure in ("tpt", "ttft"):
         pairs = [[getattr(one[key], f"{measure}_ms") for key in both] for one in (answers, others)]
         known = [not any(map(math.isnan, pair)) for pair in zip(*pairs, strict=True)]
@@ -180,19 +180,19 @@ def ratios_of_answers(answers: Answers, others: Answers) -> dict[str, Any]:
             _by_turn([one[key].turn for key in both], side, known)
             for one, side in zip((answers, others), pairs, strict=True)
         ]
-        found[f"{measure}_mean"], found[f"{measure}_p99"] = float(mean / base_mean), float(p99 / base_p99)
-        found[f"{measure}_mean_ci95"] = ratio_interval(*map(sums_of, by_turn))
-        found[f"{measure}_p99_ci95"] = p99_interval(*by_turn)
-    return found
+        ratios[f"{measure}_mean"], ratios[f"{measure}_p99"] = float(mean / base_mean), float(p99 / base_p99)
+        ratios[f"{measure}_mean_ci95"] = ratio_interval(*map(sums_of, by_turn))
+        ratios[f"{measure}_p99_ci95"] = p99_interval(*by_turn)
+    return ratios
 
 
 def _by_turn(turns: list[int], values: list[float], known: list[bool]) -> dict[tuple[int, int], list[float]]:
     """As units of an interval."""
-    found: dict[tuple[int, int], list[float]] = {}
+    by_turn: dict[tuple[int, int], list[float]] = {}
     for turn, value, is_known in zip(turns, values, known, strict=True):
         if is_known:
-            found.setdefault((0, turn), []).append(value)
-    return found
+            by_turn.setdefault((0, turn), []).append(value)
+    return by_turn
 
 
 def ttft_parts(waits: list[tuple[float, float]], arrivals: list[list[float]]) -> dict[str, float]:

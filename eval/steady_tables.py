@@ -17,7 +17,7 @@ def steady_tables(results: SteadyResults) -> list[Table]:
     cores, cpu = results.machine.get("cores", DASH), results.machine.get("cpu", DASH)
     tables = [
         console_table(
-            f"Clients that never stop asking, {cpu}, {cores} cores",
+            f"Clients in a closed loop, {cpu}, {cores} cores",
             ["system", "clients", "TPT ms mean", "p99", "TTFT ms mean", "p99", "tokens/s", "step ms", "failed"],
             [
                 [
@@ -55,12 +55,12 @@ def steady_tables(results: SteadyResults) -> list[Table]:
 
 def _ratio_tables(results: SteadyResults) -> list[Table]:
     """One for each baseline."""
-    found = [(ratio, level.clients) for level in results.levels for ratio in level.ratios]
-    baselines = dict.fromkeys(ratio.baseline for ratio, _ in found)
-    return [_ratio_table(name, [item for item in found if item[0].baseline == name]) for name in baselines]
+    ratios = [(ratio, level.clients) for level in results.levels for ratio in level.ratios]
+    baselines = dict.fromkeys(ratio.baseline for ratio, _ in ratios)
+    return [_ratio_table(name, [item for item in ratios if item[0].baseline == name]) for name in baselines]
 
 
-def _ratio_table(baseline: str, found: list[tuple[SteadyRatio, int]]) -> Table:
+def _ratio_table(baseline: str, ratios: list[tuple[SteadyRatio, int]]) -> Table:
     columns = ["system", "clients", f"TPT, {WITH_INTERVAL}", f"throughput, {WITH_INTERVAL}"]
     rows = [
         [
@@ -70,10 +70,10 @@ def _ratio_table(baseline: str, found: list[tuple[SteadyRatio, int]]) -> Table:
             with_interval(ratio.throughput, ratio.throughput_ci95, 3),
             *_of_answers(ratio),
         ]
-        for ratio, clients in found
+        for ratio, clients in ratios
     ]
     names = ["TPT mean", "TPT p99", "TTFT mean", "TTFT p99"]
-    if all(ratio.answers_of_both is None for ratio, _ in found):  # one server, and no answer is of one policy
+    if all(ratio.answers_of_both is None for ratio, _ in ratios):  # one server, and no answer is of one policy
         names, rows = [], [row[: len(columns)] for row in rows]
     return console_table(f"Ratios to {baseline}: of turns side by side, and of whole answers", columns + names, rows)
 
@@ -89,5 +89,5 @@ def _of_turns(run: SteadyRun) -> Distribution:
     return Distribution(mean=mean, p50=None, p95=None, p99=None)
 
 
-def _mean_and_p99(found: Distribution | None, digits: int = 1) -> tuple[str, str]:
-    return (DASH, DASH) if found is None else (number(found.mean, digits), number(found.p99, digits))
+def _mean_and_p99(values: Distribution | None, digits: int = 1) -> tuple[str, str]:
+    return (DASH, DASH) if values is None else (number(values.mean, digits), number(values.p99, digits))

@@ -103,7 +103,7 @@ class Store:
 
     def blocks(self) -> Iterator[Block]:
         """In the order of their keys."""
-        found = []
+        blocks = []
         for path in (self.folder / "blocks").glob("*.json"):
             record = json.loads(path.read_text())
             key = BlockKey(**record.pop("key"))
@@ -111,8 +111,8 @@ class Store:
                 record[name] = [Completion.of_record(done) for done in record.get(name, [])]
             if record["counts"] is not None:
                 record["counts"] = counts_of_any_version(record["counts"])
-            found.append(Block(key=key, **record))
-        return iter(sorted(found, key=lambda block: block.key))
+            blocks.append(Block(key=key, **record))
+        return iter(sorted(blocks, key=lambda block: block.key))
 
     def _path(self, key: BlockKey) -> Path:
         system = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in key.system)

@@ -220,18 +220,18 @@ def _timeline(cell: SystemUnderLoad, summary: Summary) -> list[TimelinePoint]:
     for block in cell.blocks:
         block_tokens = block.served_tokens
         tokens += block_tokens
-        found = None if block.counts is None else block.counts["diverged"]
-        diverged += found or 0
-        at_worst += (found or 0) + (block.counts or {}).get("unverified", 0)
+        in_block = None if block.counts is None else block.counts["diverged"]
+        diverged += in_block or 0
+        at_worst += (in_block or 0) + (block.counts or {}).get("unverified", 0)
         first = min((done.prompt_index for done in block.completions), default=0)
         phase = next((name for name, start in reversed(summary.phases) if first >= start), "")
         moments.append(
             TimelinePoint(
                 phase=phase,
                 output_tokens=tokens,
-                divergence_frac=None if found is None or not tokens else diverged / tokens,
-                block_divergence_frac=None if found is None or not block_tokens else found / block_tokens,
-                divergences_at_worst_frac=None if found is None or not tokens else at_worst / tokens,
+                divergence_frac=None if in_block is None or not tokens else diverged / tokens,
+                block_divergence_frac=None if in_block is None or not block_tokens else in_block / block_tokens,
+                divergences_at_worst_frac=None if in_block is None or not tokens else at_worst / tokens,
                 tpt_ms=distribution([done.tpt_ms for done in block.completions]).mean,
             )
         )
@@ -331,17 +331,17 @@ def _tpt_by_repeat(cell: SystemUnderLoad) -> list[float | None]:
 
 def prompt_notes(cells: list[SystemUnderLoad], baseline: str) -> list[str]:
     """Of systems for which the same messages are another number of prompt tokens than for the baseline."""
-    found: dict[str, list[int]] = defaultdict(list)
+    surplus: dict[str, list[int]] = defaultdict(list)
     for cell in cells:
         base = _of_system(baseline, cell, cells)
         if base is not None and base is not cell:
             theirs = {done.prompt_index: done.prompt_tokens for done in base.completions}
             for done in cell.completions:
                 if done.prompt_tokens is not None and (known := theirs.get(done.prompt_index)) is not None:
-                    found[cell.system.name].append(done.prompt_tokens - known)
+                    surplus[cell.system.name].append(done.prompt_tokens - known)
     return [
         f"{name} reads other prompts than {baseline}, by {np.mean(more):+.1f} tokens on average: its chat template or "
         "its tokenizer is another one."
-        for name, more in found.items()
+        for name, more in surplus.items()
         if any(more)
     ]

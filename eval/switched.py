@@ -99,8 +99,8 @@ def _by_turn(
     arrivals = clients.arrivals()
     tpt_ms: dict[str, list[float]] = {policy: [] for policy in turns}
     rates: dict[str, list[float]] = {policy: [] for policy in turns}
-    for policy, found in turns.items():
-        for began_s, ended_s in found:
+    for policy, intervals in turns.items():
+        for began_s, ended_s in intervals:
             ms, tokens = in_window(arrivals, began_s, ended_s)
             tpt_ms[policy].append(ms)
             rates[policy].append(tokens / (ended_s - began_s))

@@ -140,10 +140,10 @@ def prefix_cache_of(base_url: str, api_key: str | None = None) -> PrefixCache:
     """Of a server that is running: vLLM's takes a salt, which others may refuse."""
     try:
         answer = httpx.get(f"{base_url}/version", headers=authorization(api_key), timeout=10.0)
-        told = answer.json() if answer.status_code == 200 else None
+        document = answer.json() if answer.status_code == 200 else None
     except (httpx.HTTPError, ValueError):
-        told = None
-    return "salted" if isinstance(told, dict) and "version" in told else "warm"
+        document = None
+    return "salted" if isinstance(document, dict) and "version" in document else "warm"
 
 
 def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> list[System]:
@@ -186,11 +186,11 @@ def baselines_of(given: Sequence[str], systems: Sequence[System], default: str) 
     for name in given:
         if name not in names:
             raise ValueError(f"--baseline: {name} is not measured; there are {', '.join(names)}")
-    found = tuple(dict.fromkeys([*(given or [default]), *(name for name in names if name == BASELINE)]))
-    first = next(system for system in systems if system.name == found[0])
+    baselines = tuple(dict.fromkeys([*(given or [default]), *(name for name in names if name == BASELINE)]))
+    first = next(system for system in systems if system.name == baselines[0])
     if first.problem is not None:
         raise ValueError(f"the baseline {first.name} cannot run here: {first.problem}")
-    return found
+    return baselines
 
 
 def on_all_cores(choice: ModelChoice) -> dict[str, str]:

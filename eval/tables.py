@@ -233,7 +233,7 @@ def prompts_text(settings: Mapping[str, Any]) -> str:
     sets = settings.get("prompts")
     if not isinstance(sets, Mapping):  # of old results, which may have a text
         return ""
-    return "; ".join(_set_text(name, **found) for name, found in sets.items())
+    return "; ".join(_set_text(name, **part) for name, part in sets.items())
 
 
 def _set_text(name: str, *, size: int, asked: int, developed_with: int) -> str:
@@ -246,12 +246,12 @@ def _set_text(name: str, *, size: int, asked: int, developed_with: int) -> str:
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """{"packages": {"torch": "2"}} -> {"packages.torch": "2"}."""
-    found: dict[str, str] = {}
+    flattened: dict[str, str] = {}
     for name, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
+            flattened |= flat(value, f"{prefix}{name}.")
         elif isinstance(value, list | tuple):
-            found[f"{prefix}{name}"] = ", ".join(map(str, value)) or DASH
+            flattened[f"{prefix}{name}"] = ", ".join(map(str, value)) or DASH
         else:
-            found[f"{prefix}{name}"] = DASH if value is None or value == {} else str(value)
-    return found
+            flattened[f"{prefix}{name}"] = DASH if value is None or value == {} else str(value)
+    return flattened

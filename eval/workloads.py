@@ -19,14 +19,14 @@ SHORTEST_FRAC = 0.25  # of the longest answer, where lengths vary
 SLICE_S = 20.0  # of arrivals, after which the next system has its turn
 LEAD_IN_S = 10.0  # of arrivals before those that count: longer than an answer, so that as many are under way as later
 
-# Answers end by themselves or at the longest length, always at that, or by themselves or at a length of their own.
+# Answers end by themselves or at the longest length, always at that, or by themselves or at varied output lengths.
 Length = Literal["free", "fixed", "varied"]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     name: str
-    blocks: tuple[tuple[PlannedRequest, ...], ...]  # the systems take turns block by block
+    blocks: tuple[tuple[PlannedRequest, ...], ...]  # the systems are interleaved block by block
     concurrency: int | None = None  # clients of a closed loop; None: every request at its own time
     fixed_length: bool = False
     uncounted: tuple[Uncounted, ...] = ()  # around each block; prompts from `num_prompts` on are the held-out ones
@@ -36,8 +36,8 @@ def closed(num_prompts: int, concurrency: int, *, max_tokens: int, length: Lengt
     """`concurrency` clients, each sending its next request when it has its answer.
 
     None of them is idle while requests that count are under way. All but the first begin with an answer that does not
-    count, each a little longer than the one before, so that they are out of step. They go on asking what the block has
-    asked until the last that counts has ended.
+    count, each a little longer than the one before, so that they are not synchronised. They go on asking what the
+    block has asked until the last that counts has ended.
     """
     asks = [PlannedRequest(index, most) for index, most in enumerate(lengths_of(num_prompts, max_tokens, length, seed))]
     size = block_size(concurrency)
@@ -52,7 +52,7 @@ def closed(num_prompts: int, concurrency: int, *, max_tokens: int, length: Lengt
 
 
 def block_size(concurrency: int) -> int:
-    """Small, as blocks are what intervals are over, and systems take turns closely."""
+    """Small, as blocks are what intervals are over, and systems are interleaved closely."""
     return max(2, concurrency)
 
 
@@ -87,9 +87,9 @@ def _sliced(
         for number, ask in enumerate(first)
     ]
     blocks, uncounted = [], []
-    for number, found in itertools.groupby(asks, key=lambda ask: int(ask.arrival_s / slice_s)):
+    for number, group in itertools.groupby(asks, key=lambda ask: int(ask.arrival_s / slice_s)):
         began_s = number * slice_s - LEAD_IN_S
-        counted = tuple(_later(ask, -began_s) for ask in found)
+        counted = tuple(_later(ask, -began_s) for ask in group)
         lead_in = [ask for ask in (*earlier, *asks) if began_s <= ask.arrival_s < began_s + LEAD_IN_S]
         blocks.append(counted)
         uncounted.append(Uncounted(tuple(_later(ask, -began_s) for ask in lead_in), counted, slice_s))
@@ -103,9 +103,9 @@ def _later(ask: PlannedRequest, seconds: float) -> PlannedRequest:
 def lengths_of(num_prompts: int, max_tokens: int, length: Length, seed: int) -> list[int]:
     """Longest answer to each prompt, the same ones for every system.
 
-    Clients that begin together and whose answers are cut off at one length go in step, all prompts at once and then
-    all tokens, for as long as a server gives every answer a token a step. A server that does not is then compared with
-    an order that no real clients keep. Varied lengths, uniform from a quarter of the longest, break it for both.
+    Clients that begin together and whose answers are cut off at one length are synchronised, all prompts at once and
+    then all tokens, for as long as a server gives every answer a token a step. A server that does not is then compared
+    with an order that no real clients keep. Varied lengths, uniform from a quarter of the longest, break it for both.
     """
     if length != "varied":
         return [max_tokens] * num_prompts

@@ -58,18 +58,18 @@ def check_overrides(entry: Overrides) -> None:
         _check_source(f"{entry.ours}: its override of {entry.theirs}.{name}", expected, source_sha256(target))
 
 
-def _check_source(what: str, expected: str, found: str) -> None:
-    if found != expected:
-        raise PatchMismatchError(f"{what} is for source {expected[:12]}, found {found[:12]}")
+def _check_source(what: str, expected: str, actual: str) -> None:
+    if actual != expected:
+        raise PatchMismatchError(f"{what} is for source {expected[:12]}, found {actual[:12]}")
 
 
 def named(target: str) -> Target:
     """What a qualified name of vLLM's stands for; raises PatchMismatchError where there is none."""
     try:
-        found: Target = pkgutil.resolve_name(target)
+        resolved: Target = pkgutil.resolve_name(target)
     except (ImportError, AttributeError):
         raise PatchMismatchError(f"vLLM has no {target} any more") from None
-    return found
+    return resolved
 
 
 def is_ours(speculative_config: object) -> bool:

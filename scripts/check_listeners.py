@@ -3,9 +3,9 @@
 
     python -m scripts.check_listeners [--listeners 200] [--pairs 20] [--clients 1] [--json OUT] [vLLM flags]
 
-From the repository's root. One server, whose clients never stop asking the same: what exits bring differs more from
-prompt to prompt than what is to be seen here. Windows with listeners on `/early_exit/events` and without take turns.
-Exit code 1 if the mean ratio is above --limit, or a request failed.
+From the repository's root. One server, whose clients ask the same in a closed loop: what exits bring differs more from
+prompt to prompt than what is to be seen here. Windows with listeners on `/early_exit/events` and without are
+interleaved. Exit code 1 if the mean ratio is above --limit, or a request failed.
 """
 
 import argparse
@@ -91,9 +91,7 @@ def main() -> int:
 
 def result_of(clients: Clients, windows: dict[int, list[tuple[float, float, int]]], listeners: int) -> dict[str, Any]:
     arrivals = clients.arrivals()
-    tpt = {
-        number: [in_window(arrivals, began, ended)[0] for began, ended, _ in found] for number, found in windows.items()
-    }
+    tpt = {number: [in_window(arrivals, began, ended)[0] for began, ended, _ in own] for number, own in windows.items()}
     return {
         "listeners": listeners,
         "events_per_s": sum(heard for *_, heard in windows[listeners])

@@ -102,10 +102,10 @@ async def ask(http: httpx.AsyncClient, model: str, request: Request) -> Answers:
 
 
 def scores_of(choice: dict[str, Any]) -> list[float] | None:
-    found = choice.get("logprobs")
-    if not found:
+    scores = choice.get("logprobs")
+    if not scores:
         return None
-    return found["token_logprobs"] if "token_logprobs" in found else [item["logprob"] for item in found["content"]]
+    return scores["token_logprobs"] if "token_logprobs" in scores else [item["logprob"] for item in scores["content"]]
 
 
 async def stream(http: httpx.AsyncClient, model: str, request: Request, num_events: int | None) -> Answers:
@@ -188,12 +188,14 @@ class Storm:
                     got = await stream(self.http, self.model, request, None)
                 else:
                     got = await ask(self.http, self.model, request)
-                said = difference(got, expected, broken_off=broken_off) if is_exact else None
+                problem = difference(got, expected, broken_off=broken_off) if is_exact else None
             except Exception as error:
-                said = repr(error)
-            if said is not None:
-                self.wrong.append({"kind": request.kind, "prompt": request.prompt, "streamed": streamed, "said": said})
-                print(f"{request.kind}, prompt {request.prompt}: {said}", file=sys.stderr, flush=True)
+                problem = repr(error)
+            if problem is not None:
+                self.wrong.append(
+                    {"kind": request.kind, "prompt": request.prompt, "streamed": streamed, "problem": problem}
+                )
+                print(f"{request.kind}, prompt {request.prompt}: {problem}", file=sys.stderr, flush=True)
 
     def _changed(self, request: Request, kind: str, given: dict[str, Any]) -> Request:
         body = {**request.body, **given}
@@ -313,13 +315,13 @@ def main() -> int:
         server.wait_ready()
         storm = asyncio.run(raise_storm(server, pool, references, args))
         status, num_preempted = settled(server), preemptions(server)
-        found = faults(status, server, num_preempted)
+        problems = faults(status, server, num_preempted)
     result = {
         "command": "python -m scripts.check_storm " + shlex.join(sys.argv[1:]),
         "machine": machine(),
         "requests": dict(storm.asked),
         "wrong": storm.wrong,
-        "faults": found,
+        "faults": problems,
         "preemptions": num_preempted,
         "counts": status["counts"],
         "logs": str(folder),
@@ -327,7 +329,7 @@ def main() -> int:
     print(json.dumps(result, indent=1))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return int(bool(storm.wrong or found))
+    return int(bool(storm.wrong or problems))
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ def main() -> int:
         client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
         for number in range(-LEARNING_REPEATS, args.repeat):
             messages = prompts[number % len(prompts)].messages
-            found = ask_each(client, server.model_name(), messages, args.max_tokens, swapped=bool(number % 2))
+            repeat = ask_each(client, server.model_name(), messages, args.max_tokens, swapped=bool(number % 2))
             if number >= 0:
-                repeats.append(found)
-                print(json.dumps(found), flush=True)
+                repeats.append(repeat)
+                print(json.dumps(repeat), flush=True)
     result = result_of(repeats)
     print(json.dumps(result))
     if args.json:
@@ -70,12 +70,12 @@ def ask_each(
 ) -> dict[str, Any]:
     """(TPT in ms, divergences at worst) of `lossless`, `fast` and `target`, and the target in ms."""
     options: dict[str, dict[str, float]] = {"lossless": {"accuracy_bound": 0.0}, "fast": {}}
-    found: dict[str, Any] = {}
+    repeat: dict[str, Any] = {}
     for name in sorted(options, reverse=swapped):
-        found[name] = ask(client, model, messages, max_tokens, options[name])
-    found["target_ms"] = float(np.sqrt(found["lossless"][0] * found["fast"][0]))
-    found["target"] = ask(client, model, messages, max_tokens, {"tpt_target_ms": found["target_ms"]})
-    return found
+        repeat[name] = ask(client, model, messages, max_tokens, options[name])
+    repeat["target_ms"] = float(np.sqrt(repeat["lossless"][0] * repeat["fast"][0]))
+    repeat["target"] = ask(client, model, messages, max_tokens, {"tpt_target_ms": repeat["target_ms"]})
+    return repeat
 
 
 def ask(
@@ -102,8 +102,8 @@ def ask(
 
 def result_of(repeats: list[dict[str, Any]]) -> dict[str, Any]:
     names = ("lossless", "fast", "target")
-    tpt = {name: np.array([found[name][0] for found in repeats]) for name in names}
-    targets = np.array([found["target_ms"] for found in repeats])
+    tpt = {name: np.array([repeat[name][0] for repeat in repeats]) for name in names}
+    targets = np.array([repeat["target_ms"] for repeat in repeats])
     logs = np.log([tpt["target"], targets])
     return {
         "repeat": len(repeats),
@@ -111,7 +111,7 @@ def result_of(repeats: list[dict[str, Any]]) -> dict[str, Any]:
         "target_ms": float(targets.mean()),
         "tpt_over_target": float(np.exp((logs[0] - logs[1]).mean())),
         "ci95": bootstrap(logs, lambda sample: np.exp((sample[0] - sample[1]).mean(-1))),
-        "divergences_at_worst": {name: sum(found[name][1] for found in repeats) for name in names},
+        "divergences_at_worst": {name: sum(repeat[name][1] for repeat in repeats) for name in names},
     }
 
 

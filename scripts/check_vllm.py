@@ -27,12 +27,12 @@ def targets() -> Iterator[tuple[str, str, str]]:
 
 def finding(target: str, expected: str) -> str:
     try:
-        found = named(target)
+        resolved = named(target)
     except PatchMismatchError:
         return "gone"
-    if (sha256 := source_sha256(found)) == expected:
+    if (sha256 := source_sha256(resolved)) == expected:
         return "alike"
-    file, line = inspect.getsourcefile(inspect.unwrap(found)), inspect.getsourcelines(inspect.unwrap(found))[1]
+    file, line = inspect.getsourcefile(inspect.unwrap(resolved)), inspect.getsourcelines(inspect.unwrap(resolved))[1]
     return f"changed: {sha256} in {file}:{line}"
 
 

@@ -27,9 +27,9 @@ Lines = dict[str, list[dict[str, float]]]  # name -> points
 
 
 def draw(theme: Theme) -> str:
-    found = json.loads((RESULTS / FILE).read_text())
-    logs: dict[str, Lines] = found["logs"]
-    limits = (1.0, 100 * found["accuracy_bound"])  # plain; the bound
+    sweep = json.loads((RESULTS / FILE).read_text())
+    logs: dict[str, Lines] = sweep["logs"]
+    limits = (1.0, 100 * sweep["accuracy_bound"])  # plain; the bound
     drawing = Drawing(
         WIDTH, HEIGHT, theme, title="TPT and divergences over the policies' constants", desc=description(logs)
     )
@@ -83,10 +83,12 @@ def place(panel: Panel, factors: list[float], factor: float, value: float) -> Po
 
 
 def description(logs: dict[str, Lines]) -> str:
-    said = []
+    sentences = []
     for log, lines in logs.items():
         for name, points in lines.items():
             tpt = [point["tpt_ratio"] for point in points]
             share = max(point["divergence_frac"] for point in points)
-            said.append(f"{log}, {name}: TPT ratio {min(tpt):.2f} to {max(tpt):.2f}, divergences up to {share:.1%}.")
-    return " ".join(said)
+            sentences.append(
+                f"{log}, {name}: TPT ratio {min(tpt):.2f} to {max(tpt):.2f}, divergences up to {share:.1%}."
+            )
+    return " ".join(sentences)

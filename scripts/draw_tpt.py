@@ -33,17 +33,17 @@ class Load(NamedTuple):
 
 def loads() -> list[Load]:
     """Those of the table with a number of clients, by model, prompts and clients; the first two in its order."""
-    table, found = TABLES[TABLE], []
-    for row in table.rows:
-        model, _, prompts = row.name.partition(", ")
-        of = measured(row.file)
-        for name in row.loads:
+    table, rows = TABLES[TABLE], []
+    for source in table.rows:
+        model, _, prompts = source.name.partition(", ")
+        of = measured(source.file)
+        for name in source.loads:
             if clients := CLIENTS.fullmatch(name):
                 ratios = [of.get((name, system), NOTHING).ratio for _, system, _ in table.columns]
                 values = [Value(r.tpt_mean, r.tpt_mean_ci95) if r and r.tpt_mean else None for r in ratios]
-                found.append(Load(model, prompts, int(clients[1]), tuple(values)))
-    models, texts = [row.model for row in found], [row.prompts for row in found]
-    return sorted(found, key=lambda row: (models.index(row.model), texts.index(row.prompts), row.clients))
+                rows.append(Load(model, prompts, int(clients[1]), tuple(values)))
+    models, texts = [row.model for row in rows], [row.prompts for row in rows]
+    return sorted(rows, key=lambda row: (models.index(row.model), texts.index(row.prompts), row.clients))
 
 
 def draw(theme: Theme) -> str:
@@ -111,8 +111,8 @@ def draw_system(
 
 def description(rows: list[Load], columns: tuple[Column, ...]) -> str:
     """All of the picture's values as a sentence for each load."""
-    said = []
+    sentences = []
     for row in rows:
         values = [f"{name} {v.mean:.2f}" for (name, _, _), v in zip(columns, row.values, strict=True) if v]
-        said.append(f"{row.model}, {row.prompts}, clients {row.clients}: {', '.join(values)}.")
-    return " ".join(said)
+        sentences.append(f"{row.model}, {row.prompts}, clients {row.clients}: {', '.join(values)}.")
+    return " ".join(sentences)

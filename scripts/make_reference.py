@@ -115,13 +115,13 @@ def field_rows(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
 
 def fields_of(model: type[BaseModel]) -> dict[str, tuple[str, str, str]]:
     """Name -> (default, what is allowed, meaning)."""
-    found = {}
+    fields = {}
     for name, field in model.model_json_schema()["properties"].items():
         default = field.get("default")
         kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
         shown = "none" if default in (None, {}, []) else f"`{default}`"
-        found[name] = shown, ", ".join(map(allowed, kinds)), field["description"]
-    return found
+        fields[name] = shown, ", ".join(map(allowed, kinds)), field["description"]
+    return fields
 
 
 def allowed(kind: dict[str, Any]) -> str:
@@ -134,11 +134,11 @@ def allowed(kind: dict[str, Any]) -> str:
 
 def command_parts() -> Iterator[str]:
     """A heading, what it does and a table for each command."""
-    for name, told, parser in commands(build_parser()):
+    for name, summary, parser in commands(build_parser()):
         shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
         rows = [row for action in shown if (row := flag_row(parser, action)) is not None]
         ours = [flag for action in shown for flag in action.option_strings if flag in OPTION_FLAGS]
-        yield f"\n### {name}\n\n{sentence(told)}"
+        yield f"\n### {name}\n\n{sentence(summary)}"
         yield "" if not rows else table(("argument", "meaning"), rows)
         if ours:
             others = ", ".join(f"`{flag}`" for flag in OPTION_FLAGS if flag not in ours)
@@ -151,10 +151,10 @@ def commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, argpar
     """(name, help, parser) of each command that can be run."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            told = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
             for name, inner in action.choices.items():
-                found = list(commands(inner))
-                yield from found or [(inner.prog, told[name], inner)]
+                subcommands = list(commands(inner))
+                yield from subcommands or [(inner.prog, summaries[name], inner)]
 
 
 def flag_row(parser: argparse.ArgumentParser, action: argparse.Action) -> tuple[str, str] | None:

@@ -4,7 +4,7 @@
     python -m scripts.make_replay_log --out LOG.jsonl.gz [--model DIR] [--prompts FILE ...] [--batches 1,2,4,8]
 
 From the repository's root, on a machine that does nothing else. The first steps at each batch size run fewer draft
-steps, so that passes of all sizes are in the log. Prompts of the files take turns.
+steps, so that passes of all sizes are in the log. Prompts of the files are interleaved.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def main() -> int:
     first = measured[0]
     kinds = store.kinds()[rows.conversations[first.rows].long()]
     own = [float(part.agrees.float().mean()) for part in measured]
-    found = {
+    summary = {
         "command": shlex.join(["python", "-m", "scripts.own_prompts", *sys.argv[1:]]),
         "model": manifest.base_model.model_dump(),
         "depth": depth,
@@ -61,8 +61,8 @@ def main() -> int:
         },
         "users": [of_users(path, depth, own[0]) for path in args.evaluated],
     }
-    args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    args.json.write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary, indent=1))
     return 0
 
 

@@ -56,28 +56,28 @@ class Table(NamedTuple):
     columns: tuple[Column, ...]
 
 
-def tpt(found: Measured) -> str:
-    ratio = found.ratio
+def tpt(item: Measured) -> str:
+    ratio = item.ratio
     return number(None) if ratio is None else with_interval(ratio.tpt_mean, ratio.tpt_mean_ci95)
 
 
 def ratio_of(measure: str) -> Callable[[Measured], str]:
-    return lambda found: number(getattr(found.ratio, measure, None))
+    return lambda item: number(getattr(item.ratio, measure, None))
 
 
-def mean_ms(found: Measured) -> str:
-    return number(found.run.tpt_ms.mean if found.run else None, 1)
+def mean_ms(item: Measured) -> str:
+    return number(item.run.tpt_ms.mean if item.run else None, 1)
 
 
-def exits_share(found: Measured) -> str:
-    run = found.run
+def exits_share(item: Measured) -> str:
+    run = item.run
     if run is None or run.exits is None:
         return number(None)
     return percent((run.exits.accepted + run.exits.released) / run.tokens_at_server)
 
 
-def at_worst(found: Measured) -> str:
-    return percent(at_worst_frac(found.run) if found.run else None)
+def at_worst(item: Measured) -> str:
+    return percent(at_worst_frac(item.run) if item.run else None)
 
 
 TPT_COLUMNS: tuple[Column, ...] = (
@@ -163,11 +163,11 @@ def steady_ratios(level: dict[str, Any]) -> list[SteadyRatio]:
         for name in SteadyRatio.model_fields
     }
     keys |= {"tpt": "ratio", "tpt_ci95": "ci95"}
-    found = []
+    ratios = []
     for run in level["systems"]:
         if values := {name: run[key] for name, key in keys.items() if key in run}:
-            found.append(SteadyRatio(system=system_of_old(run["system"]), baseline="vllm", **values))
-    return found
+            ratios.append(SteadyRatio(system=system_of_old(run["system"]), baseline="vllm", **values))
+    return ratios
 
 
 def made(name: str, folder: Path) -> str:
@@ -177,11 +177,11 @@ def made(name: str, folder: Path) -> str:
     table = TABLES[name]
     rows = []
     for one in table.rows:
-        found = measured(one.file)
-        loads = {load for load, _ in found}
+        by_cell = measured(one.file)
+        loads = {load for load, _ in by_cell}
         for load in one.loads:
             assert load in loads, f"{one.file}: no load {load!r} among {sorted(loads)}"
-            cells = [cell(found.get((load, system), NOTHING)) for _, system, cell in table.columns]
+            cells = [cell(by_cell.get((load, system), NOTHING)) for _, system, cell in table.columns]
             rows.append([f"[{one.name}]({folder / one.file})", load, *cells])
     return as_table(["model, prompts", "load", *(title for title, _, _ in table.columns)], rows)
 

@@ -38,12 +38,12 @@ def sweep(steps: list[LoggedStep], costs: LogCosts, num_layers: int) -> dict[str
         for factor in FACTORS:
             value = type(default)(default * factor)
             policy = make_policy(config, depth=depths[0], depths=depths, num_layers=num_layers, **{constant: value})
-            found = replay(steps, costs, policy, accuracy_bound=BOUND, kind="agreement")
+            result = replay(steps, costs, policy, accuracy_bound=BOUND, kind="agreement")
             points.append(
                 {
                     "factor": factor,
-                    "tpt_ratio": round(found.tpt_ratio, 4),
-                    "divergence_frac": round(found.divergence_frac, 5),
+                    "tpt_ratio": round(result.tpt_ratio, 4),
+                    "divergence_frac": round(result.divergence_frac, 5),
                 }
             )
         lines[f"{name}: {constant} ({default:g})"] = points

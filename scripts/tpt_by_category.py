@@ -29,10 +29,10 @@ def main() -> int:
                 tpt[category, block.key.load, block.key.system][done.prompt_index] = done.tpt_ms
     rng = np.random.default_rng(0)
     print("| prompts | load | system | requests | TPT mean, ms | TPT / plain (95 % CI) |\n|---|---|---|---|---|---|")
-    for (category, load, system), found in sorted(tpt.items()):
+    for (category, load, system), ours in sorted(tpt.items()):
         plain = tpt[category, load, BASELINE]
-        both = sorted(found.keys() & plain.keys())
-        pairs = np.array([(found[index], plain[index]) for index in both])
+        both = sorted(ours.keys() & plain.keys())
+        pairs = np.array([(ours[index], plain[index]) for index in both])
         picked = pairs[rng.integers(len(both), size=(RESAMPLES, len(both)))].mean(axis=1)
         low, high = np.percentile(picked[:, 0] / picked[:, 1], [2.5, 97.5])
         mean, of_plain = pairs.mean(axis=0)

@@ -38,21 +38,21 @@ def parts(completions: list[Completion], uncounted: Sequence[Completion] = ()) -
 
 
 def main() -> int:
-    found: dict[tuple[str, int, str], list[tuple[float, float, float]]] = defaultdict(list)
+    times: dict[tuple[str, int, str], list[tuple[float, float, float]]] = defaultdict(list)
     for folder in sys.argv[1:]:
         store = Store(Path(folder))
         loads = [name for name, _ in store.plan()["loads"]]
         for block in store.blocks():
-            found[loads[block.key.load], block.key.repeat, block.key.system] += parts(
+            times[loads[block.key.load], block.key.repeat, block.key.system] += parts(
                 block.completions, block.uncounted
             )
     print(
         "| load | repeat | system | requests | TPT, ms | with others' prompts | generation | TPT / plain "
         "| generation / plain | TTFT, ms |\n|---|---|---|---|---|---|---|---|---|---|"
     )
-    for (load, repeat, system), requests in sorted(found.items()):
+    for (load, repeat, system), requests in sorted(times.items()):
         prompts, generation, ttft = np.mean(requests, axis=0)
-        plain_prompts, plain_generation, _ = np.mean(found[load, repeat, BASELINE], axis=0)
+        plain_prompts, plain_generation, _ = np.mean(times[load, repeat, BASELINE], axis=0)
         tpt, plain = prompts + generation, plain_prompts + plain_generation
         print(
             f"| {load} | {repeat + 1} | {system} | {len(requests)} | {tpt:.1f} | {prompts:.1f} | {generation:.1f} | "

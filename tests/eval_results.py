@@ -12,7 +12,7 @@ from apparate_llm.eval.schema import Distribution, Exits, Quality, Ratio, Result
 Interval = tuple[float, float]
 
 
-def spread(mean: float | None, ci: Interval | None = None) -> Distribution:
+def distribution(mean: float | None, ci: Interval | None = None) -> Distribution:
     """p50 a little below the mean, p95 and p99 above."""
     if mean is None:
         return Distribution(mean=None, p50=None, p95=None, p99=None)
@@ -27,8 +27,8 @@ def a_run(system: str = "vllm", concurrency: int | None = 1, tpt: float | None =
     values: dict[str, Any] = {
         "system": system, "model": "tiny", "load": clients(concurrency), "concurrency": concurrency,
         "fixed_length": False, "requests": 32, "failed": 0, "output_tokens": 2000, "wall_s": 123.4,
-        "tpt_ms": spread(tpt, None if tpt is None else (tpt - 2, tpt + 2)), "ttft_ms": spread(210.0),
-        "gap_ms": spread(70.0), "e2e_ms": spread(5000.0), "shared_chunk_frac": 0.123,
+        "tpt_ms": distribution(tpt, None if tpt is None else (tpt - 2, tpt + 2)), "ttft_ms": distribution(210.0),
+        "gap_ms": distribution(70.0), "e2e_ms": distribution(5000.0), "shared_chunk_frac": 0.123,
         "output_tokens_per_s": 16.21 * (concurrency or 1), "goodput_frac": None, "goodput_per_s": None,
         "cpu_s_per_token": 0.0654, "energy_j_per_token": None, "blocks_per_token": 30.5, "peak_memory_gib": 1.75,
         "exits": None, "divergences": None, "regret_nats_per_token": None, "quality": None, "timeline": [],

@@ -92,10 +92,10 @@ class AdaptivePolicy(Policy):
 
     def _plan_of(self, num_requests: int) -> LoadPlan:
         load = load_of(num_requests)
-        found = self._plans.get(load)
-        if found is None:
-            found = self._plans[load] = LoadPlan()
-        return found
+        plan = self._plans.get(load)
+        if plan is None:
+            plan = self._plans[load] = LoadPlan()
+        return plan
 
     def _pays(self, plan: LoadPlan, num_requests: int, rate: float) -> bool:
         """Whether exits save a share of the engine's time that is worth a step's being uneven: who gets none waits for
@@ -105,7 +105,7 @@ class AdaptivePolicy(Policy):
         saved = 1.0 - num_requests / plain_ms / rate
         lookup_ms = self.costs.verify_ms(num_requests * (1.0 + plan.lookup.rows))
         saved += max(0.0, 1.0 - lookup_ms / plain_ms / (1.0 + plan.lookup.tokens))
-        generating = min(1.0, plain_ms * self.costs.pace / self._pass_ms) if self._pass_ms else 1.0
+        generating = min(1.0, plain_ms * self.costs.slowdown / self._pass_ms) if self._pass_ms else 1.0
         return saved * generating >= MIN_SAVED * (1.0 - 1.0 / num_requests)
 
     def _count_copied(self) -> None:
@@ -230,27 +230,27 @@ class AdaptivePolicy(Policy):
 
     def _calibration_of(self, depth: int, number: int, greedy: bool) -> OnlineCalibration:
         key = (depth, number, greedy)
-        found = self.calibrations.get(key)
-        if found is None:
-            found = self.calibrations[key] = OnlineCalibration(memory_verdicts=self.memory_verdicts)
-        return found
+        calibration = self.calibrations.get(key)
+        if calibration is None:
+            calibration = self.calibrations[key] = OnlineCalibration(memory_verdicts=self.memory_verdicts)
+        return calibration
 
     def _statistics(self, number: int) -> DraftStepStatistics:
         """Of the active depth; another one's are relative to them."""
         key = (self.depth_choice.active, _shared(number))
-        found = self.statistics.get(key)
-        if found is None:
-            found = self.statistics[key] = DraftStepStatistics()
-        return found
+        statistics = self.statistics.get(key)
+        if statistics is None:
+            statistics = self.statistics[key] = DraftStepStatistics()
+        return statistics
 
     # ---- outside
 
     def status(self) -> dict[str, Any]:
-        pace = self.costs.pace
+        slowdown = self.costs.slowdown
         return {
-            "verify_ms": {str(rows): round(ms * pace, 3) for rows, ms in self.costs.verify_ms.measured().items()},
+            "verify_ms": {str(rows): round(ms * slowdown, 3) for rows, ms in self.costs.verify_ms.measured().items()},
             "draft_step_ms": {
-                str(depth): {str(rows): round(ms * pace, 3) for rows, ms in curve.measured().items()}
+                str(depth): {str(rows): round(ms * slowdown, 3) for rows, ms in curve.measured().items()}
                 for depth, curve in self.costs.draft_steps.items()
             },
             "pass_ms": round(self._pass_ms, 3),

@@ -2,7 +2,7 @@
 
 Every emitted token earns its request's bound. A released exit costs 1 until its verdict proves it right; the 1 of a
 divergence, and of an exit whose request ended before its verdict, never comes back. A held exit that differs from its
-verdict may be emitted all the same, at the same price. A divergence is paid from each of these buckets, and is emitted
+verdict may be emitted all the same, at the same cost. A divergence is paid from each of these buckets, and is emitted
 only if all of them can:
 
     the request's own    filled by its tokens, beside an allowance of REQUEST_ALLOWANCE at its start
@@ -28,7 +28,7 @@ None spends what others earned for a stricter or a looser bound:
 - A token earns for others once its answer went on after it, or ended there by itself. Those of the last step before a
   client leaves never do: nobody may have read them.
 
-With the kind `regret` the price is not 1 but the exit's regret in nats; what is not known yet cannot be paid for, so
+With the kind `regret` the cost is not 1 but the exit's regret in nats; what is not known yet cannot be paid for, so
 exits are held, not released.
 
 All sums are of whole numbers, billionths of a divergence (or nat): sums of floats would be off by a rounding, and a
@@ -47,7 +47,7 @@ HORIZON_TOKENS = 2000  # what the server saves up is capped at what this many to
 LEAST_CAPACITY = 4.0
 MOST_GROUPS = 64  # of a tenant that are remembered while none of their requests runs
 NANO = 10**9
-MOST_NATS = 1e9  # that a divergence is priced at
+MOST_NATS = 1e9  # that a divergence is charged at
 
 
 def nano_of(bound: float) -> int:

@@ -1,7 +1,7 @@
 """What a verification pass and a draft step cost on this machine, measured while serving.
 
 Machines get slower and faster by the minute, most of all shared ones. What decides is how costs compare, so every
-time is divided by the pace of the moment before it is averaged: ms at pace 1.
+time is divided by the slowdown of the moment before it is averaged: ms at slowdown 1.
 """
 
 from bisect import bisect_left
@@ -16,7 +16,7 @@ SETTLED = 4
 GUESS_WEIGHT = 4.0  # observations that what was expected of a new point counts as at first
 GUESS_FADES = 0.25  # less for each observation
 STALE = 256  # observations elsewhere after which a point's mean counts for little
-PACE_GAIN = 0.2  # how fast the pace follows the last passes
+SLOWDOWN_GAIN = 0.2  # how fast it follows the last passes
 NOTICEABLE = 0.01  # change of a mean after which the curve is made anew
 
 
@@ -112,7 +112,7 @@ class CostCurve:
         self.slopes = [0.0, *_isotonic(rises, steps)]
 
     def _believed(self, point: int) -> float:
-        """A single slow pass must not make a new number of rows look dear: it would not be tried again."""
+        """A single slow pass must not make a new number of rows look expensive: it would not be tried again."""
         weight = max(0.0, GUESS_WEIGHT - GUESS_FADES * self.counts[point])
         return (self.counts[point] * self.means[point] + weight * self.guesses[point]) / (self.counts[point] + weight)
 
@@ -138,10 +138,10 @@ PRIOR_DRAFT_STEP_SHARE = 0.05
 
 @dataclass(slots=True)
 class CostModel:
-    """Verification passes by rows; draft steps by depth and rows. All in ms at pace 1."""
+    """Verification passes by rows; draft steps by depth and rows. All in ms at slowdown 1."""
 
     num_layers: int
-    pace: float = 1.0  # how much slower than that the machine is now
+    slowdown: float = 1.0  # how much slower than that the machine is now
     verify_ms: CostCurve = field(default_factory=lambda: CostCurve(PRIOR_PASS_MS))
     draft_steps: dict[int, CostCurve] = field(default_factory=dict)
 
@@ -153,12 +153,12 @@ class CostModel:
 
     def observe_verification(self, rows: int, ms: float) -> None:
         """A number of rows that is new takes up the difference to what was expected of it, one that is well known
-        leaves it to the pace."""
-        self.verify_ms.observe(rows, ms / self.pace)
-        slower = ms / self.pace / self.verify_ms(rows)
-        self.pace *= min(max(slower, 1 / MAX_SURPRISE), MAX_SURPRISE) ** PACE_GAIN
+        leaves it to the slowdown."""
+        self.verify_ms.observe(rows, ms / self.slowdown)
+        slower = ms / self.slowdown / self.verify_ms(rows)
+        self.slowdown *= min(max(slower, 1 / MAX_SURPRISE), MAX_SURPRISE) ** SLOWDOWN_GAIN
 
     def observe_draft_step(self, depth: int, rows: int, ms: float) -> None:
         if depth not in self.draft_steps:
             self.draft_steps[depth] = CostCurve(tuple(1.0 + 0.05 * (point - 1) for point in ROWS))
-        self.draft_steps[depth].observe(rows, ms / self.pace)
+        self.draft_steps[depth].observe(rows, ms / self.slowdown)

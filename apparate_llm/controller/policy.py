@@ -43,7 +43,7 @@ class Policy(ABC):
         """What becomes of an exit; sets its `probability`."""
 
     def accepts(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
-        """Whether a held exit that differs is worth its price. later: the request's held exits after it; fill_frac:
+        """Whether a held exit that differs is worth its cost. later: the request's held exits after it; fill_frac:
         share of the budget's capacity that is there."""
         return False
 

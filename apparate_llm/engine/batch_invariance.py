@@ -100,17 +100,17 @@ def cover(model: nn.Module, dtype: torch.dtype) -> Coverage:
     coverage = Coverage({}, [])
     if os.environ.get(SPLIT_KEYS) != "0":
         coverage.not_covered.append(f"attention splits keys over threads ({SPLIT_KEYS} is set)")
-    found: dict[LinearKind, int | None] = {}
+    rows_by_kind: dict[LinearKind, int | None] = {}
     for layer in linear_layers(model):
         kind = kind_of(layer)
-        if kind not in found:
-            found[kind] = least_rows(layer, kind, dtype)
-        rows = found[kind]
+        if kind not in rows_by_kind:
+            rows_by_kind[kind] = least_rows(layer, kind, dtype)
+        rows = rows_by_kind[kind]
         if rows is not None and rows > 1:
             layer.quant_method.apply = filled_up(layer.quant_method.apply, rows)
-    coverage.num_kinds = len(found)
-    coverage.least_rows = {str(kind): rows for kind, rows in found.items() if rows is not None and rows > 1}
-    coverage.not_covered += [f"linear layers {kind}" for kind, rows in found.items() if rows is None]
+    coverage.num_kinds = len(rows_by_kind)
+    coverage.least_rows = {str(kind): rows for kind, rows in rows_by_kind.items() if rows is not None and rows > 1}
+    coverage.not_covered += [f"linear layers {kind}" for kind, rows in rows_by_kind.items() if rows is None]
     return coverage
 
 

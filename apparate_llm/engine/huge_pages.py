@@ -38,8 +38,8 @@ def use_huge_pages() -> Thread | None:
 def allocated(maps: str) -> list[tuple[int, int]]:
     """(first, end) of the whole huge pages within each large allocation; maps: /proc/PID/maps."""
     ranges = []
-    for found in filter(None, map(ANONYMOUS.match, maps.splitlines())):
-        first, end = -(-int(found[1], 16) // PAGE) * PAGE, int(found[2], 16) // PAGE * PAGE
+    for match in filter(None, map(ANONYMOUS.match, maps.splitlines())):
+        first, end = -(-int(match[1], 16) // PAGE) * PAGE, int(match[2], 16) // PAGE * PAGE
         if end - first >= LEAST:
             ranges.append((first, end))
     return ranges

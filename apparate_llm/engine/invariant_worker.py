@@ -58,8 +58,8 @@ class BatchInvariantWorker(CPUWorker):
         if self.rank == 0:
             name, dtype = Path(self.model_config.model).name, str(self.model_config.dtype).removeprefix("torch.")
             with suppress(OSError):  # it is for `doctor` alone
-                found = (torch.get_num_threads(), coverage.sentence(), coverage.holds)
-                keep(cache_folder(), name, dtype, *found, kernels=kernels_in_use())
+                outcome = (torch.get_num_threads(), coverage.sentence(), coverage.holds)
+                keep(cache_folder(), name, dtype, *outcome, kernels=kernels_in_use())
 
     def _compare_passes(self, coverage: Coverage) -> None:
         try:

@@ -41,9 +41,9 @@ class Peers:
         """Raises PeerFailed on the ranks that did not fail if one did."""
         if self.alone:
             return
-        told = torch.tensor([int(failed)])
-        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=self.group.cpu_group)
-        if told.item() and not failed:
+        failures = torch.tensor([int(failed)])
+        torch.distributed.all_reduce(failures, op=torch.distributed.ReduceOp.MAX, group=self.group.cpu_group)
+        if failures.item() and not failed:
             raise PeerFailed("another rank failed, its own log says why")
 
     def together(self, work: Callable[[], T]) -> T:
@@ -96,10 +96,10 @@ class Peers:
         """Rank 0's value, which can be pickled."""
         if self.alone:
             return value
-        found = [pickle.dumps(value) if self.is_first else b""]
+        payload = [pickle.dumps(value) if self.is_first else b""]
         self.meet()
-        torch.distributed.broadcast_object_list(found, src=self.group.ranks[0], group=self.group.cpu_group)
-        return value if self.is_first else pickle.loads(found[0])
+        torch.distributed.broadcast_object_list(payload, src=self.group.ranks[0], group=self.group.cpu_group)
+        return value if self.is_first else pickle.loads(payload[0])
 
 
 class _Meeting:
@@ -110,12 +110,12 @@ class _Meeting:
         self.peers = peers
 
     def __getattr__(self, name: str) -> object:
-        found = getattr(self.original, name)
+        attribute = getattr(self.original, name)
         if name not in ("all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "gather", "broadcast"):
-            return found
+            return attribute
 
         def after_meeting(*args: Any, **kwargs: Any) -> Any:
             self.peers.meet()
-            return found(*args, **kwargs)
+            return attribute(*args, **kwargs)
 
         return after_meeting

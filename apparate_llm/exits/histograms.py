@@ -37,5 +37,5 @@ class Distributions:
     regret_nats: Histogram = field(default_factory=lambda: Histogram(NATS))  # of divergences
 
     def as_dict(self) -> dict[str, Any]:
-        found = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: {"bounds": h.bounds, "counts": h.counts, "total": h.total} for name, h in found.items()}
+        histograms = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: {"bounds": h.bounds, "counts": h.counts, "total": h.total} for name, h in histograms.items()}

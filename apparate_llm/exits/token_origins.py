@@ -88,6 +88,6 @@ class Reports:
 
     def take(self, key: str) -> dict[str, dict[str, Any]]:
         """Request id -> report, of all answers that this key was given for."""
-        found = self._ended.pop(key, {})
-        self._num_kept -= len(found)
-        return found
+        reports = self._ended.pop(key, {})
+        self._num_kept -= len(reports)
+        return reports

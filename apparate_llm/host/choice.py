@@ -55,19 +55,19 @@ def num_threads(choice: Choice, limits: CpuLimits) -> int | None:
 
 def variables(choice: Choice, limits: CpuLimits) -> dict[str, str]:
     """By which vLLM's processes, ours or plain ones, follow the choice."""
-    found = _thread_variables(num_threads(choice, limits), limits)
+    env = _thread_variables(num_threads(choice, limits), limits)
     if choice.kernels is not None and has_zentorch():
-        found[KERNELS] = choice.kernels
+        env[KERNELS] = choice.kernels
     if choice.kernels == "zentorch":  # a compiled pass calls its kernels, and vLLM's key for it does not tell them
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        found[CACHE_ROOT] = str(Path(cache) / "vllm" / ZENTORCH)
+        env[CACHE_ROOT] = str(Path(cache) / "vllm" / ZENTORCH)
     if choice.huge_pages is not None:
-        found[HUGE_PAGES] = str(int(choice.huge_pages))
+        env[HUGE_PAGES] = str(int(choice.huge_pages))
     if choice.queues == "block":
-        found[QUEUES] = "block"
+        env[QUEUES] = "block"
     if choice.worker == "engine":
-        found |= {WORKER: "engine", OWN_PROCESS: "0"}
-    return found
+        env |= {WORKER: "engine", OWN_PROCESS: "0"}
+    return env
 
 
 def _thread_variables(number: int | None, limits: CpuLimits) -> dict[str, str]:
@@ -82,11 +82,11 @@ def _thread_variables(number: int | None, limits: CpuLimits) -> dict[str, str]:
 
 def environment(choice: Choice, limits: CpuLimits, given: Mapping[str, str]) -> dict[str, str]:
     """Variables to set beside those `given`: what a user has set stays, and what belongs to it."""
-    found = variables(choice, limits)
+    env = variables(choice, limits)
     for names in ((BIND, RESERVED), (WORKER, OWN_PROCESS)):
         if any(name in given for name in names):
-            found = {name: value for name, value in found.items() if name not in names}
-    return {name: value for name, value in found.items() if name not in given}
+            env = {name: value for name, value in env.items() if name not in names}
+    return {name: value for name, value in env.items() if name not in given}
 
 
 def line(choice: Choice, limits: CpuLimits, given: Mapping[str, str], origin: str) -> str:
@@ -95,7 +95,7 @@ def line(choice: Choice, limits: CpuLimits, given: Mapping[str, str], origin: st
         _part(given, (BIND, RESERVED), _threads_text(choice, limits)),
         _part(given, (KERNELS,), kernels_text(choice)),
         _part(given, (HUGE_PAGES,), _pages_text(choice)),
-        _part(given, (QUEUES,), "blocking queues" if choice.queues == "block" else "spinning queues"),
+        _part(given, (QUEUES,), _queues_text(choice)),
         _part(
             given,
             (WORKER, OWN_PROCESS),
@@ -122,6 +122,12 @@ def kernels_text(choice: Choice) -> str:
         return f"{ZENTORCH} {version(ZENTORCH)}"
     except PackageNotFoundError:  # importable, without a record of its installation
         return ZENTORCH
+
+
+def _queues_text(choice: Choice) -> str:
+    if choice.worker == "engine":
+        return ""  # there are none
+    return "blocking queues" if choice.queues == "block" else "spinning queues"
 
 
 def _pages_text(choice: Choice) -> str:

@@ -73,14 +73,14 @@ def _ids(file: Path) -> list[int]:
 
 def _parsed(text: str) -> list[int]:
     """[0, 1, 2, 5] of `0-2,5`; empty where it is something else."""
-    found: list[int] = []
+    cpus: list[int] = []
     try:
         for part in filter(None, text.strip().split(",")):
             first, _, last = part.partition("-")
-            found += range(int(first), int(last or first) + 1)
+            cpus += range(int(first), int(last or first) + 1)
     except ValueError:
         return []
-    return found
+    return cpus
 
 
 def _quota(root: Path) -> float | None:

@@ -51,10 +51,10 @@ def key_of(model: Path, flags: Sequence[str], limits: CpuLimits, config: EarlyEx
     """What a choice holds for. flags: vLLM's, in one spelling; config: of the server, whose passes have more rows with
     exits, and which takes only some choices where texts must not depend on the load."""
     try:
-        found = json.loads((model / "config.json").read_text())
+        config_json = json.loads((model / "config.json").read_text())
     except (OSError, ValueError):  # whoever serves it says what is wrong
-        found = {}
-    shapes = found if isinstance(found, dict) else {}
+        config_json = {}
+    shapes = config_json if isinstance(config_json, dict) else {}
     dtype = given_value([*flags], "dtype") or "auto"
     if dtype == "auto":
         dtype = str(shapes.get("dtype") or shapes.get("torch_dtype"))

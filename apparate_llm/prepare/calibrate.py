@@ -17,7 +17,7 @@ from apparate_llm.prepare.evaluate import (
     measure,
     pooled_calibration,
     served_ramps,
-    told,
+    with_progress,
 )
 from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.recorded import num_positions
@@ -123,7 +123,7 @@ def recalibrate(
     """
     answered = answer(model, manifest, prompts, max_tokens=max_tokens, progress=progress)
     calibration, errors = dict(manifest.calibration), {}
-    for depth in told(progress, manifest.depths):
+    for depth in with_progress(progress, manifest.depths):
         ramps = served_ramps(folder, manifest, answered, depth)
         measured = measure(answered, ramps)
         fitted = []

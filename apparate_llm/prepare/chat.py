@@ -128,7 +128,7 @@ class ChatFormat:
         if self.is_plain:
             first = self.tokenizer.decode(ids) if (ids := self._first()) else ""
             return first + (f"{system}{BREAK}" if system else ""), BREAK
-        return next(found for wanted in (system, None, SYSTEM) if (found := self._around(wanted)) is not None)
+        return next(affixes for wanted in (system, None, SYSTEM) if (affixes := self._around(wanted)) is not None)
 
     def can_go_on(self, answer: list[int]) -> bool:
         """Whether a user's next words can follow this answer: it ended by itself, and the template simply goes on."""
@@ -226,9 +226,9 @@ class ChatFormat:
 
     def _with_content(self, message: Message) -> Message:
         """Its content as the template takes it; raises LeftOut for an image and the like."""
-        found = _parts(message)
-        texts = [text for text in found if isinstance(text, str)]
-        if len(texts) < len(found):
+        parts = _parts(message)
+        texts = [text for text in parts if isinstance(text, str)]
+        if len(texts) < len(parts):
             raise LeftOut(NO_TEXT)
         if self.in_parts:
             return {**message, "content": [{"type": "text", "text": text} for text in texts]}
@@ -265,14 +265,14 @@ def _parts(message: Message) -> list[Any]:
 def template_of(tokenizer: Any) -> str | None:
     """The chat template, of several the default one; None where there is none. `chat_template.json`, which the
     tokenizer's loader leaves to multimodal models, counts as well."""
-    found = _one_of(getattr(tokenizer, "chat_template", None))
+    template = _one_of(getattr(tokenizer, "chat_template", None))
     folder = getattr(tokenizer, "name_or_path", None)
-    if found is None and folder and (file := Path(folder) / "chat_template.json").is_file():
+    if template is None and folder and (file := Path(folder) / "chat_template.json").is_file():
         try:
-            found = _one_of(json.loads(file.read_text())["chat_template"])
+            template = _one_of(json.loads(file.read_text())["chat_template"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-    return found
+    return template
 
 
 def _one_of(template: Any) -> str | None:

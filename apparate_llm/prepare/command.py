@@ -111,7 +111,7 @@ def add_ramps(subparsers: Any) -> None:
         "verify",
         help="predicted gain of ramps against measured",
         description="Predicts TPT with lossless exits / plain vLLM, from acceptance rates on the prompts and "
-        "from costs on this machine. Then it measures: both servers are started and asked in turns. That takes minutes "
+        "from costs on this machine. Then it measures: both servers are started and interleaved. That takes minutes "
         "and wants the machine to itself.",
         allow_abbrev=False,
     )
@@ -247,8 +247,8 @@ def held_out_table(manifest: "RampManifest") -> "Table":
         record = of_any_preparation(manifest.training.get("depths", {}).get(str(depth), {}))
         rates = dict(enumerate(record.get("held_out_acceptance_rates", [])))
         name = f"{depth} (default)" if depth == manifest.default_depth else str(depth)
-        found = [*map(rates.get, positions), record.get("held_out_calibration_error")]
-        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in found))
+        figures = [*map(rates.get, positions), record.get("held_out_calibration_error")]
+        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in figures))
     return table
 
 
@@ -308,18 +308,18 @@ def run_verify(args: argparse.Namespace) -> int:
         from apparate_llm.prepare.verify import verify_folder
 
         clients, most = args.concurrency, args.max_tokens
-        found = verify_folder(
+        verified = verify_folder(
             args.folder, manifest, model, prompts, progress=progress, clients=clients, max_tokens=most
         )
-    print_verified(found)
+    print_verified(verified)
     if args.json:
-        document = {"command": shlex.join(["apparate-llm", *redacted(sys.argv[1:])]), **found}
+        document = {"command": shlex.join(["apparate-llm", *redacted(sys.argv[1:])]), **verified}
         write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
         print(f"written: {args.json}", file=sys.stderr)
     return 0
 
 
-def print_verified(found: dict[str, Any]) -> None:
+def print_verified(verified: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -333,13 +333,13 @@ def print_verified(found: dict[str, Any]) -> None:
         interval = "" if item["ci95"] is None else f" ({item['ci95'][0]:.2f} to {item['ci95'][1]:.2f})"
         return f"{item['tpt_ratio']:.2f}{interval}"
 
-    for number, item in found["clients"].items():
+    for number, item in verified["clients"].items():
         off = "-" if item["off_frac"] is None else f"{1 + item['off_frac']:.2f}"
         within = {True: "yes", False: "NO", None: "-"}[item["within"]]
         table.add_row(number, cell(item["predicted"]), cell(item["measured"]), off, within)
     console = Console()
     console.print(table)
-    console.print(found["sentence"], soft_wrap=True)
+    console.print(verified["sentence"], soft_wrap=True)
 
 
 def ramps_and_model(args: argparse.Namespace) -> tuple[Any, Path]:
@@ -383,7 +383,7 @@ def print_evaluation(result: Any) -> None:
     console.print(table)
     for item in result.depths:
         gain = f"{item.accepted_per_step:.2f} accepted tokens per step"
-        said = f"depth {item.depth}: {gain}, calibration error {item.calibration_error:.3f}"
-        console.print(said, soft_wrap=True)
+        line = f"depth {item.depth}: {gain}, calibration error {item.calibration_error:.3f}"
+        console.print(line, soft_wrap=True)
     ceiling = ", ".join(f"{name} {value:.2f}" for name, value in result.ceiling.items())
     console.print(f"{result.prompts} prompts, {result.answer_tokens} answer tokens; ceiling: {ceiling}", soft_wrap=True)

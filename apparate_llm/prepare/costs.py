@@ -44,12 +44,12 @@ class ProfiledCosts:
     @classmethod
     def of(cls, profiled: Mapping[str, Any], depth: int, rng: np.random.Generator | None = None) -> "ProfiledCosts":
         """rng: each median is drawn from where it may as well lie."""
-        spread = profiled.get("spread_frac", {})
+        error_frac = profiled.get("error_frac", {})
 
         def drawn(measured: Mapping[str, float], kind: str) -> Mapping[str, float]:
             if rng is None:
                 return measured
-            sd = spread.get(kind, 0.0) / 2
+            sd = error_frac.get(kind, 0.0) / 2
             return {place: ms * float(np.exp(sd * rng.standard_normal())) for place, ms in measured.items()}
 
         verified = drawn(profiled["verify_ms"], "verify")
@@ -82,10 +82,10 @@ class ProfiledCosts:
         return at(self.draft_steps, rows)
 
     def _decoding_ms(self, requests: int, rows: int) -> float:
-        found = self._passes.get((requests, rows))
-        if found is None:
-            found = self._passes[requests, rows] = self._interpolated_ms(requests, rows)
-        return found
+        ms = self._passes.get((requests, rows))
+        if ms is None:
+            ms = self._passes[requests, rows] = self._interpolated_ms(requests, rows)
+        return ms
 
     def _interpolated_ms(self, requests: int, rows: int) -> float:
         """Between the measured numbers of requests, with as many rows for each."""

@@ -129,14 +129,14 @@ def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_token
         answers = generate_rows(
             llm, capture, [ids for _, ids in asked], temperature=0.0, max_tokens=max_tokens, on_answers=stage.update
         )
-    for found in answers:
-        if found is None:
+    for conversation in answers:
+        if conversation is None:
             left_out.add(LeftOut(NOT_ANSWERED))
-    conversations = [found for found in answers if found is not None]
+    conversations = [conversation for conversation in answers if conversation is not None]
     if left_out.counts[NOT_ANSWERED]:
         left_out.tell(progress.say)
     return Answered(
-        prompts=[number for (number, _), found in zip(asked, answers, strict=True) if found is not None],
+        prompts=[number for (number, _), conversation in zip(asked, answers, strict=True) if conversation is not None],
         left_out=dict(left_out.counts),
         answer_tokens=sum(len(item.answer) for item in conversations),
         rows=rows_of(conversations),
@@ -153,7 +153,7 @@ def measure(answered: Answered, ramps: RampSet) -> list[Measured]:
     return measure_head(ramps.head, data, torch.nonzero(rows.answer_index > LEAD)[:, 0])
 
 
-def told(progress: Progress, depths: Iterable[int]) -> Iterator[int]:
+def with_progress(progress: Progress, depths: Iterable[int]) -> Iterator[int]:
     """The depths one by one, as a stage of its own."""
     depths = list(depths)
     with progress.stage("measure", total=len(depths), unit="depths") as stage:
@@ -214,7 +214,7 @@ def evaluate(
     asked = [categories[number] for number in answered.prompts]
     results = [
         evaluate_depth(answered, served_ramps(folder, manifest, answered, depth), categories=asked)
-        for depth in told(progress, manifest.depths)
+        for depth in with_progress(progress, manifest.depths)
     ]
     default = next(result for result in results if result.depth == manifest.default_depth)
     return Evaluation(

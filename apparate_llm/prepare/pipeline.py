@@ -159,8 +159,8 @@ def _laps(run: Run) -> Made:
 
 
 def _splits_without_rows(run: Run, rows: dict[str, Any]) -> list[str]:
-    found = set(run.store.column("split", rows["rows"]).unique().tolist())
-    return [name for split, name in enumerate(SPLIT_NAMES) if split not in found]
+    present = set(run.store.column("split", rows["rows"]).unique().tolist())
+    return [name for split, name in enumerate(SPLIT_NAMES) if split not in present]
 
 
 def _is_enough(scores: list[float]) -> bool:

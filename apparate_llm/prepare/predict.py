@@ -35,7 +35,7 @@ SETTLING = 2  # requests before those that count, at least
 USERS_FRAC = 0.85
 ENOUGH_USERS = 16  # conversations with the user's prompts
 STEEPEST = 60.0  # e to this is how much more often the hardest conversation may be drawn than one that always agrees
-SIMULATION_SPREAD = 0.05  # standard deviation of measured / predicted ratio
+SIMULATION_SD = 0.05  # standard deviation of measured / predicted ratio
 
 
 USERS_KIND = "user"
@@ -68,17 +68,17 @@ def predict(
     # The first are the costs as measured.
     costs = [ProfiledCosts.of(profiled, depth, None if draw == 0 else rng) for draw in range(1 + DRAWS)]
     served = [_serve(conversations, cost, depth, num_layers, clients, max_tokens) for cost in costs]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for number in clients:
         asked = [by_clients[number] for by_clients in served]
         kinds = np.array([conversations[index].kind for index in asked[0].indices])
-        found[str(number)] = {
+        results[str(number)] = {
             **_with_interval(asked, np.ones(len(kinds), dtype=bool), rng),
             "plain_ms": _mean_ms(asked[0].plain_ms),
             "ours_ms": _mean_ms(asked[0].ours_ms),
             "by_kind": {kind: _with_interval(asked, kinds == kind, rng) for kind in dict.fromkeys(kinds.tolist())},
         }
-    return found
+    return results
 
 
 def _mean_ms(values: np.ndarray) -> float | None:
@@ -90,11 +90,11 @@ def predict_both(
 ) -> dict[str, Any]:
     """`predict` on prompts like the model's own, each with `users`: what is expected on users' prompts."""
     few = thinned(conversations, MOST_CONVERSATIONS, seed=seed)
-    found = predict(few, profiled, depth=depth, num_layers=num_layers, seed=seed)
+    by_clients = predict(few, profiled, depth=depth, num_layers=num_layers, seed=seed)
     users = predict(as_users_ask(few, seed=seed), profiled, depth=depth, num_layers=num_layers, seed=seed)
-    for number, item in found.items():
+    for number, item in by_clients.items():
         item["users"] = {name: users[number][name] for name in ("tpt_ratio", "ci95")}
-    return found
+    return by_clients
 
 
 def thinned(conversations: Sequence[Recorded], most: int, *, seed: int = 0) -> list[Recorded]:
@@ -121,7 +121,7 @@ def _serve(
         ttft_weight=config.ttft_weight,
     )
     plain, ours = Simulation(costs.plain()), Simulation(costs, policy)
-    found = {}
+    served = {}
     for number in clients:
         blocks = _blocks(len(conversations), number)
         ours.serve([blocks[0][: max(SETTLING, number)]], conversations, number, max_tokens=max_tokens)
@@ -129,12 +129,12 @@ def _serve(
             server.serve(blocks, conversations, number, max_tokens=max_tokens) for server in (plain, ours)
         )
         indices = sorted(without.keys() & with_exits.keys())
-        found[number] = Asked(
+        served[number] = Asked(
             np.array(indices, dtype=int),
             np.array([np.mean(without[index]) for index in indices]),
             np.array([np.mean(with_exits[index]) for index in indices]),
         )
-    return found
+    return served
 
 
 def _blocks(num_conversations: int, clients: int) -> list[list[int]]:
@@ -153,7 +153,7 @@ def _with_interval(asked: Sequence[Asked], chosen: np.ndarray, rng: np.random.Ge
     drawn = rng.integers(0, num, (RESAMPLES, num))
     draw = rng.integers(0, len(asked), (RESAMPLES, 1))
     ratios = ours[draw, drawn].mean(-1) / plain[draw, drawn].mean(-1)
-    ratios *= np.exp(SIMULATION_SPREAD * rng.standard_normal(RESAMPLES))
+    ratios *= np.exp(SIMULATION_SD * rng.standard_normal(RESAMPLES))
     low, high = np.percentile(ratios, [2.5, 97.5])
     ratio = float(ours[0].mean() / plain[0].mean())
     return {"tpt_ratio": round(ratio, 4), "ci95": [round(float(low), 4), round(float(high), 4)]}

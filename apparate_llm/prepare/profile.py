@@ -34,7 +34,7 @@ PROMPT_TOKENS = 64
 MAX_TOKENS = 400
 KV_CACHE_BYTES = 1 << 30
 LIMIT_S = 300.0
-UNKNOWN_SPREAD = 0.1  # where there was one turn only
+UNKNOWN_ERROR_FRAC = 0.1  # where there was one turn only
 START_S = 70.0  # of an engine, its libraries and compilation, on a slow day
 THREADS_SET = "APPARATE_PROFILE_THREADS"
 READ_BYTES_PER_S = 8e9  # of weights, per pass
@@ -63,7 +63,7 @@ def profile(
     `verify_ms`: requests -> an engine step without draft steps, one row per request; `pass_ms`: requests -> rows ->
     the same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes where its weights are in
     small pages; `prompt_ms`: tokens -> a step that reads a prompt; `draft_step_ms`: depth -> requests -> one draft
-    step; `spread_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
+    step; `error_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
     `threads` compute, as many as in a server.
 
     limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. Raises
@@ -86,8 +86,8 @@ def profile(
         result, code = _result_of(process, on_progress)
         if result is None:
             file.seek(began)
-            said = file.read()[-2000:].strip() if log else ""
-            raise RuntimeError(f"profile failed with exit code {code}" + (f", see {log}: {said}" if said else ""))
+            output = file.read()[-2000:].strip() if log else ""
+            raise RuntimeError(f"profile failed with exit code {code}" + (f", see {log}: {output}" if output else ""))
     return result
 
 
@@ -185,7 +185,7 @@ class Measurements:
             "draft_step_ms": {
                 str(depth): {str(size): self.of("draft_step", depth, size) for size in sizes} for depth in depths
             },
-            "spread_frac": {kind: self.spread_frac(kind) for kind in ("verify", "pass", "prompt", "draft_step")},
+            "error_frac": {kind: self.error_frac(kind) for kind in ("verify", "pass", "prompt", "draft_step")},
         }
 
     def plain_frac(self) -> float:
@@ -198,11 +198,11 @@ class Measurements:
         ]
         return round(max(1.0, median(times)), 4) if times else 1.0
 
-    def spread_frac(self, kind: str) -> float:
+    def error_frac(self, kind: str) -> float:
         """By how much these medians may be off (95 %): how far the two quietest turns differ, on average."""
         known = [sorted(map(median, turns)) for key, turns in self.turns.items() if key[0] == kind and len(turns) > 1]
         off = [turns[1] / turns[0] - 1.0 for turns in known]
-        return round(sum(off) / len(off), 4) if off else UNKNOWN_SPREAD
+        return round(sum(off) / len(off), 4) if off else UNKNOWN_ERROR_FRAC
 
 
 class Profiler:

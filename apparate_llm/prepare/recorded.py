@@ -17,7 +17,7 @@ Tensors = Mapping[str, torch.Tensor]
 Texts = Mapping[int, tuple[list[int], list[int]]]  # conversation -> prompt, answer in token ids
 
 
-class Said(NamedTuple):
+class Proposal(NamedTuple):
     """One draft step in one row."""
 
     confidence: float  # calibrated
@@ -30,7 +30,7 @@ class Recorded:
 
     kind: str
     prompt_tokens: int
-    positions: tuple[tuple[Said, ...], ...]  # [num_positions][rows]
+    positions: tuple[tuple[Proposal, ...], ...]  # [num_positions][rows]
     matches: tuple[
         int, ...
     ] = ()  # [rows] tokens that repeat earlier ones, where the text may be followed; 0: it may not
@@ -43,9 +43,9 @@ class Recorded:
     @property
     def acceptance_rate(self) -> float:
         """At position 0."""
-        return sum(said.agrees for said in self.positions[0]) / self.num_tokens
+        return sum(proposal.agrees for proposal in self.positions[0]) / self.num_tokens
 
-    def said(self, row: int, number: int) -> Said:
+    def proposal(self, row: int, number: int) -> Proposal:
         """Draft step `number` (from 0) in a row; later ones than were recorded are like the last."""
         return self.positions[min(number, len(self.positions) - 1)][min(row, self.num_tokens - 1)]
 
@@ -79,12 +79,12 @@ def recorded(
     Where a draft step did not run in a row, as one before it disagreed, it is taken to say what the one before it says
     there. Where even the first did not, as only some rows were measured, the next row that was stands for it.
     """
-    said = [_said(tensors, number, calibration) for number in range(num_positions(tensors))]
-    by_conversation: dict[int, list[dict[int, Said]]] = {}
-    for number, of_position in enumerate(said):
+    proposals = [_proposals(tensors, number, calibration) for number in range(num_positions(tensors))]
+    by_conversation: dict[int, list[dict[int, Proposal]]] = {}
+    for number, of_position in enumerate(proposals):
         owners, rows = tensors[f"{number}.conversation"].tolist(), tensors[f"{number}.row"].tolist()
         for owner, row, one in zip(owners, rows, of_position, strict=True):
-            by_conversation.setdefault(owner, [{} for _ in said])[number][row] = one
+            by_conversation.setdefault(owner, [{} for _ in proposals])[number][row] = one
     kind_of = dict(zip(tensors["0.conversation"].tolist(), tensors["0.kind"].tolist(), strict=True))
     return [
         _conversation(by_position, kinds[kind_of[owner]], *texts[owner])
@@ -93,7 +93,7 @@ def recorded(
     ]
 
 
-def _conversation(by_position: list[dict[int, Said]], kind: str, prompt: list[int], answer: list[int]) -> Recorded:
+def _conversation(by_position: list[dict[int, Proposal]], kind: str, prompt: list[int], answer: list[int]) -> Recorded:
     known = sorted(by_position[0])
     positions = [[by_position[0][known[min(bisect_left(known, row), len(known) - 1)]] for row in range(len(answer))]]
     for later in by_position[1:]:
@@ -103,9 +103,9 @@ def _conversation(by_position: list[dict[int, Said]], kind: str, prompt: list[in
     return Recorded(kind, len(prompt), tuple(map(tuple, positions)), matches, repeats)
 
 
-def _said(tensors: Tensors, number: int, calibration: Sequence[tuple[float, float]]) -> list[Said]:
+def _proposals(tensors: Tensors, number: int, calibration: Sequence[tuple[float, float]]) -> list[Proposal]:
     confidence = calibrated_all(tensors[f"{number}.confidence"], *calibration[min(number, len(calibration) - 1)])
-    return [Said(*pair) for pair in zip(confidence.tolist(), tensors[f"{number}.agrees"].tolist(), strict=True)]
+    return [Proposal(*pair) for pair in zip(confidence.tolist(), tensors[f"{number}.agrees"].tolist(), strict=True)]
 
 
 def copies_of(prompt: Sequence[int], answer: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -113,11 +113,11 @@ def copies_of(prompt: Sequence[int], answer: Sequence[int]) -> tuple[tuple[int, 
     text = np.array([*prompt, *answer], dtype=np.int64)
     matches, repeats = [], []
     for place in range(len(prompt), len(text)):
-        found = look_up(text[:place])
-        matches.append(found.match)
+        lookup = look_up(text[:place])
+        matches.append(lookup.match)
         right = 0
-        if found.match >= LONG_MATCH:
-            while place + right < len(text) and text[place + right] == text[found.start + right]:
+        if lookup.match >= LONG_MATCH:
+            while place + right < len(text) and text[place + right] == text[lookup.start + right]:
                 right += 1
         repeats.append(right)
     return tuple(matches), tuple(repeats)

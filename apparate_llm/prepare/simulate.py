@@ -1,8 +1,8 @@
 """A server and its clients, simulated: the policy of serving decides over recorded draft steps at measured costs.
 
 One pass at a time, as in an engine. Clients of a closed loop ask in blocks, as `eval` has them ask: each begins with a
-shorter or longer answer that does not count, so that they are out of step, and asks on until all that counts has ended.
-Prompts that wait are read in the next pass, which all others wait for, with exits or without.
+shorter or longer answer that does not count, so that they are not synchronised, and asks on until all that counts has
+ended. Prompts that wait are read in the next pass, which all others wait for, with exits or without.
 """
 
 import itertools
@@ -77,7 +77,7 @@ class Simulation:
         self, blocks: Sequence[Sequence[int]], conversations: Sequence[Recorded], clients: int, *, max_tokens: int
     ) -> dict[int, list[float]]:
         """Ask block by block; returns the times per output token, in ms, by index of the conversation."""
-        found: dict[int, list[float]] = {}
+        times: dict[int, list[float]] = {}
         for number, block in enumerate(blocks):
             before = blocks[number - 1]
             lead_in = [
@@ -87,8 +87,8 @@ class Simulation:
             counted = [Request(conversations[i], i, max_tokens) for i in block]
             run_out = (Request(conversations[i], i, max_tokens, counts=False) for i in itertools.cycle(block))
             for index, tpt_ms in self._serve(counted, lead_in, run_out):
-                found.setdefault(index, []).append(tpt_ms)
-        return found
+                times.setdefault(index, []).append(tpt_ms)
+        return times
 
     def _serve(
         self, counted: list[Request], lead_in: list[Request], run_out: Iterator[Request]
@@ -191,8 +191,8 @@ class Simulation:
 
     def _proposes(self, request: Request) -> bool:
         """Whether a request goes on after a draft step's exit."""
-        said = request.recorded.said(request.row, len(request.taken))
-        return self._decide(request, said.confidence, said.agrees)
+        proposal = request.recorded.proposal(request.row, len(request.taken))
+        return self._decide(request, proposal.confidence, proposal.agrees)
 
     def _follows(self, request: Request) -> bool:
         """Whether a request's text repeats itself, so that no ramp is asked."""

@@ -48,11 +48,11 @@ class BaseParts(NamedTuple):
 
         wanted = set(MISTRAL_NAMES.values())
         named = ((MISTRAL_NAMES.get(name, name), tensor) for name, tensor in checkpoint_tensors(model_dir))
-        found = {name: tensor for name, tensor in named if name in wanted}
-        embedding = found["model.embed_tokens.weight"]
-        head = found.get("lm_head.weight", embedding)
+        tensors = {name: tensor for name, tensor in named if name in wanted}
+        embedding = tensors["model.embed_tokens.weight"]
+        head = tensors.get("lm_head.weight", embedding)
         config = json.loads((model_dir / "config.json").read_text())
-        return cls(embedding, head, found["model.norm.weight"], config["rms_norm_eps"])
+        return cls(embedding, head, tensors["model.norm.weight"], config["rms_norm_eps"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Prediction against measurement: a short evaluation of plain vLLM and of exits with given ramps, in turns.
+"""Prediction against measurement: a short evaluation of plain vLLM and of exits with given ramps, interleaved.
 
 `prepare --verify` does it with the ramps it has just made, `apparate-llm ramps verify` with any ramp folder.
 """
@@ -86,14 +86,14 @@ def verify_folder(
         max_tokens=max_tokens,
     )
     measured = measure(model, folder, asked, clients, progress=progress, max_tokens=max_tokens)
-    found = compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)
+    comparison = compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)
     return {
         "schema_version": 2,
         "model": model.name,
         "depth": depth,
         "acceptance_rates": rates,  # by position
         "profile": profiled,
-    } | found
+    } | comparison
 
 
 def _answered(
@@ -165,21 +165,21 @@ def measure(
         evaluate(evaluation, progress)
         if SYSTEM in evaluation.dead:
             raise RuntimeError(f"nothing measured: {evaluation.dead[SYSTEM]}")
-        found = {}
+        by_clients = {}
         cells = {
             (cell.system.name, cell.load.concurrency): cell for cell in cells_of(list(store.blocks()), systems, loads)
         }
         for number in clients:
             ours, plain = cells[SYSTEM, number], cells[BASELINE, number]
             means = [_mean(cell.values("tpt_ms")) for cell in (ours, plain)]
-            found[str(number)] = {
+            by_clients[str(number)] = {
                 "tpt_ratio": ratio_of(*means),
                 "ci95": ratio_interval(*(sums_of(cell.by_unit("tpt_ms")) for cell in (ours, plain))),
                 "ours_ms": means[0],
                 "plain_ms": means[1],
                 "by_repeat": ratios_of_repeats(ours.blocks + plain.blocks),
             }
-    return found
+    return by_clients
 
 
 def enough(blocks: Sequence[Block]) -> bool:
@@ -215,18 +215,18 @@ def compared(
     `off_frac`, by how much of the prediction the measurement differs from it."""
     clients = {}
     for number in measured.keys() & predicted.keys():
-        expected, found = predicted[number], measured[number]
-        ratio, guess = found["tpt_ratio"], expected["tpt_ratio"]
+        expected, actual = predicted[number], measured[number]
+        ratio, guess = actual["tpt_ratio"], expected["tpt_ratio"]
         known = ratio is not None and guess is not None
         clients[number] = {
             "predicted": {name: expected[name] for name in ("tpt_ratio", "ci95")},
-            "measured": found,
+            "measured": actual,
             "within": expected["ci95"][0] <= ratio <= expected["ci95"][1] if known else None,
             "off_frac": round(ratio / guess - 1.0, 4) if known else None,
         }
     ordered = {number: clients[number] for number in sorted(clients, key=int)}
-    found = {"num_prompts": num_prompts, "max_tokens": max_tokens, "clients": ordered}
-    return found | {"sentence": sentence(found)}
+    comparison = {"num_prompts": num_prompts, "max_tokens": max_tokens, "clients": ordered}
+    return comparison | {"sentence": sentence(comparison)}
 
 
 def sentence(verified: dict[str, Any]) -> str:

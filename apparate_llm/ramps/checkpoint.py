@@ -121,8 +121,8 @@ def read_manifest(folder: Path) -> RampManifest:
         )
     if missing := [depth for depth in manifest.depths if not manifest.calibration.get(depth)]:
         raise RampError(f"damaged {manifest_path}: no calibration for depth {missing[0]}")
-    if (found := sha256_of(weights_path)) != manifest.weights_sha256:
-        raise RampError(f"damaged {weights_path}: sha256 {found[:12]}..., expected {manifest.weights_sha256[:12]}...")
+    if (sha256 := sha256_of(weights_path)) != manifest.weights_sha256:
+        raise RampError(f"damaged {weights_path}: sha256 {sha256[:12]}..., expected {manifest.weights_sha256[:12]}...")
     return manifest
 
 

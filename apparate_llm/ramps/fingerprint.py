@@ -50,8 +50,8 @@ def weight_files(model_dir: Path, load_format: str = "auto") -> list[Path]:
     files = set(model_dir.glob(pattern))
     if not files:
         others = sorted(path.name for ending in ("*.bin", "*.pt", "*.gguf") for path in model_dir.glob(ending))
-        found = f" (but {others[0]})" if others else ""
-        raise WeightsError(f"no {pattern} file in {model_dir}{found}: early exits read weights as safetensors only")
+        hint = f" (but {others[0]})" if others else ""
+        raise WeightsError(f"no {pattern} file in {model_dir}{hint}: early exits read weights as safetensors only")
     index = model_dir / index_name
     if index.is_file():
         try:

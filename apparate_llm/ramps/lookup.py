@@ -50,8 +50,8 @@ def look_up(context: TokenIds, most: int = MOST_COUNTED) -> Lookup:
 
 def looked_up(context: TokenIds) -> tuple[int, int]:
     """(token that followed the longest match of the last tokens, length of the match); length 0: no match."""
-    found = look_up(context, LONGEST_MATCH)
-    return found.token, found.length
+    lookup = look_up(context, LONGEST_MATCH)
+    return lookup.token, lookup.length
 
 
 def lookup_confidence(match: int) -> float:
@@ -69,8 +69,8 @@ def copies(context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for i in range(len(ids)):
         for length in range(min(LONGEST_MATCH, i + 1), 0, -1):
             key = tuple(ids[i - length + 1 : i + 1])
-            found = latest[length - 1].get(key)
-            if found is not None and not lengths[i]:
-                tokens[i], lengths[i] = ids[found + 1], length
+            index = latest[length - 1].get(key)
+            if index is not None and not lengths[i]:
+                tokens[i], lengths[i] = ids[index + 1], length
             latest[length - 1][key] = i
     return tokens, lengths

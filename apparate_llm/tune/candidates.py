@@ -13,13 +13,13 @@ def of_processes(old: Choice, limits: CpuLimits) -> list[Choice]:
     numbers: list[int | str | None] = ["all"]
     if limits.threads > 1:  # vLLM keeps one core free, and knows nothing of a share of time
         numbers.append(limits.threads - 1 if limits.is_shared else AS_VLLM.threads)
-    found = []
+    candidates = []
     for threads in numbers:
         for queues, worker in (("spin", "process"), ("block", "process"), ("spin", "engine")):
             made = Choice.model_validate(like_old | {"threads": threads, "queues": queues, "worker": worker})
             if (threads == "all" or queues == "spin") and not same(made, old, limits):
-                found.append(made)
-    return found
+                candidates.append(made)
+    return candidates
 
 
 def of_kernels(best: Choice, old: Choice, limits: CpuLimits, *, zentorch: bool) -> list[Choice]:
@@ -44,10 +44,10 @@ def of_pages(
 
 def same(one: Choice, other: Choice, limits: CpuLimits) -> bool:
     """Whether both come to the same here."""
-    return _told(one, limits) == _told(other, limits)
+    return _in_force(one, limits) == _in_force(other, limits)
 
 
-def _told(choice: Choice, limits: CpuLimits) -> Choice:
+def _in_force(choice: Choice, limits: CpuLimits) -> Choice:
     kernels = choice.kernels or ("zentorch" if has_zentorch() else "stock")  # vLLM takes it where it is
     queues = "spin" if choice.worker == "engine" else choice.queues  # then there are none
     update = {"threads": num_threads(choice, limits), "kernels": kernels, "queues": queues}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COSTS = """\
 Measures how this machine serves the model fastest, and keeps it for `serve`, `eval` and `prepare`: how many threads
 compute, with which kernels and pages, how engine and worker wait for each other, and whether they are one process. Each
-candidate is a server that takes turns with one as it is used so far. It takes that one's place where the whole 95 %
+candidate is a server, interleaved with one as it is used so far. It takes that one's place where the whole 95 %
 interval of the ratio of times per token lies below 0.98, with gaps no longer, and texts that do not depend on the load.
 
 what it costs:
@@ -93,8 +93,8 @@ def print_variables(chosen: "Chosen") -> None:
     """As a shell reads them, libraries to preload included."""
     from apparate_llm.launch import server_environment
 
-    found = {"LD_PRELOAD": server_environment().get("LD_PRELOAD", "")} | chosen.environment
-    for name, value in found.items():
+    env = {"LD_PRELOAD": server_environment().get("LD_PRELOAD", "")} | chosen.environment
+    for name, value in env.items():
         if value:
             print(f"export {name}={shlex.quote(value)}")
 
@@ -219,13 +219,13 @@ def table_of(trials: list["Trial"], best: "Trial | None", limits: "CpuLimits", *
 
     rows = []
     for trial in trials:
-        said = "kept" if trial is best else trial.verdict() or "slower than what is kept"
+        verdict = "kept" if trial is best else trial.verdict() or "slower than what is kept"
         if not trial.times:
-            rows.append([name_of(trial.choice, limits), "", "", "", "", "", "", said])
+            rows.append([name_of(trial.choice, limits), "", "", "", "", "", "", verdict])
         for place, (clients, (ours, theirs)) in enumerate(trial.times.items()):
             ratio = with_interval(*trial.ratio([clients]), 3)
             times = [ours.tpt_ms, theirs.tpt_ms, ours.gap_p99_ms, theirs.gap_p99_ms]
             name = name_of(trial.choice, limits) if place == 0 else ""
-            rows.append([name, str(clients), *(number(value, 1) for value in times), ratio, "" if place else said])
+            rows.append([name, str(clients), *(number(value, 1) for value in times), ratio, "" if place else verdict])
     columns = ["system", "clients", "TPT ms", "old", "gap p99 ms", "old", f"ratio, {WITH_INTERVAL}", ""]
     return console_table(f"Compared with: {name_of(old, limits)}", columns, rows)

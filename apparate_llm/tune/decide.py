@@ -39,8 +39,8 @@ class Trial:
         for number in clients or self.times:
             ours, theirs = self.times[number]
             pairs += zip(_known(ours.tpt_by_turn_ms), _known(theirs.tpt_by_turn_ms), strict=True)
-        found = ratio_of([one for one, _ in pairs], [other for _, other in pairs])
-        return float(found["ratio"]), found["ci95"]
+        estimate = ratio_of([one for one, _ in pairs], [other for _, other in pairs])
+        return float(estimate["ratio"]), estimate["ci95"]
 
     def verdict(self) -> str | None:
         """Why it does not take the old choice's place; None: it may."""

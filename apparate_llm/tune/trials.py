@@ -1,4 +1,4 @@
-"""Candidates as servers, each in turns with one that uses the machine as it was used so far."""
+"""Candidates as servers, each interleaved with one that uses the machine as it was used so far."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -69,9 +69,9 @@ class TunePlan:
         )
 
 
-def measure(plan: TunePlan, progress: Progress, told: Callable[[Trial], None]) -> list[Trial]:
-    """All candidates; told: of each as soon as it is measured. Raises RuntimeError where no server starts as it did so
-    far."""
+def measure(plan: TunePlan, progress: Progress, on_trial: Callable[[Trial], None]) -> list[Trial]:
+    """All candidates; on_trial: called with each as soon as it is measured. Raises RuntimeError where no server starts
+    as it did so far."""
     trials: list[Trial] = []
     with ExitStack() as stack:
         old = _started(plan, plan.old, "old", stack, progress)
@@ -79,7 +79,7 @@ def measure(plan: TunePlan, progress: Progress, told: Callable[[Trial], None]) -
             for choice in stage(plan, _fastest(plan, trials)):
                 trial = _tried(plan, old, choice, len(trials), progress)
                 trials.append(trial)
-                told(trial)
+                on_trial(trial)
     return trials
 
 
@@ -153,13 +153,13 @@ def variance(plan: TunePlan, choice: Choice) -> str | None:
     not."""
     kernels = choice.kernels or (ZENTORCH if has_zentorch() else STOCK)
     number = num_threads(choice, plan.limits)
-    found = [
+    records = [
         one
         for one in kept(plan.cache)
         if one["model"] == plan.served.model.name
         and one["kernels"] == kernels
         and (number is None or one["threads"] == number)
     ]
-    if not found:
+    if not records:
         return "not known to be batch-invariant"
-    return None if all(one["holds"] for one in found) else "not batch-invariant"
+    return None if all(one["holds"] for one in records) else "not batch-invariant"

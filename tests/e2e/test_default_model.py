@@ -99,9 +99,9 @@ def until(page, condition: str, timeout_s: float) -> None:
 
 def test_the_dashboard_draws_a_server_under_load_and_its_switch_slows_it_down(server, browser):
     page = browser.new_page()
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    messages, asked = [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{server}/early_exit")
     switch = page.get_by_role("switch")
@@ -116,7 +116,7 @@ def test_the_dashboard_draws_a_server_under_load_and_its_switch_slows_it_down(se
         assert page.locator("#charts svg path[d*='L']").count() >= 4
         assert "Now: measured" in page.locator("#charts svg").first.get_attribute("aria-label")
         switch.focus()
-        for _ in range(3):  # by turns, as the machine has other work as well
+        for _ in range(3):  # interleaved, as the machine has other work as well
             page.keyboard.press("Space")
             until(page, "config.policy === 'off'", 10)
             begun = page.evaluate("samples.length")
@@ -129,7 +129,7 @@ def test_the_dashboard_draws_a_server_under_load_and_its_switch_slows_it_down(se
             if number("gain") < 1:
                 break
         assert number("gain") < 1, page.locator("#gain-note").inner_text()
-    assert said == []
+    assert messages == []
     assert {url.split("/")[2] for url in asked} == {server.split("/")[2]}
     page.close()
 
@@ -148,8 +148,8 @@ def test_the_dashboard_colours_a_prompt_s_tokens_and_says_why_an_option_is_refus
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than a phone"
     page.get_by_label("Accuracy bound").fill("2")
     page.get_by_role("button", name="Apply").click()
-    until(page, "document.getElementById('steer-said').textContent.includes('accuracy_bound')", 10)
-    assert "less than 1, got 2" in page.locator("#steer-said").inner_text()
+    until(page, "document.getElementById('steer-result').textContent.includes('accuracy_bound')", 10)
+    assert "less than 1, got 2" in page.locator("#steer-result").inner_text()
     page.get_by_label("Accuracy bound").fill("0.02")
     page.get_by_role("button", name="Apply").click()
     until(page, "config.accuracy_bound === 0.02", 10)

@@ -76,7 +76,7 @@ class Started:
             time.sleep(0.01)
 
     def listen_and_stream(self, model: Path) -> None:
-        """A dashboard, and clients that never stop asking, for answers of different lengths: they do not all end at
+        """A dashboard, and clients in a closed loop, for answers of different lengths: they do not all end at
         once."""
         body = {"model": str(model), "prompt": "w1 w2 w3", "ignore_eos": True, "stream": True}
         self.listen("events", "GET", "/early_exit/events")
@@ -194,8 +194,8 @@ def test_all_cores_compute_where_they_are_asked_to(started, answer_of):
         answer_of(server)
         worker, deadline = server.named("VLLM::Worker"), time.monotonic() + 30
         wanted = {frozenset([core]) for core in limits.cores}
-        while (found := {cores for cores in allowed(worker) if len(cores) == 1}) != wanted:
-            assert time.monotonic() < deadline, found
+        while (bound := {cores for cores in allowed(worker) if len(cores) == 1}) != wanted:
+            assert time.monotonic() < deadline, bound
             time.sleep(0.2)
 
 
@@ -233,11 +233,11 @@ def cpu_s(process: psutil.Process) -> float:
 
 def allowed(process: psutil.Process) -> set[frozenset[int]]:
     """Sets of cores that threads of the process may use."""
-    found = set()
+    cores = set()
     for thread in process.threads():
         with suppress(ProcessLookupError):  # it has ended
-            found.add(frozenset(os.sched_getaffinity(thread.id)))
-    return found
+            cores.add(frozenset(os.sched_getaffinity(thread.id)))
+    return cores
 
 
 def test_sigterm_ends_a_server_in_order_while_clients_listen_and_answers_stream(server, tiny_llama):

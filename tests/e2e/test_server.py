@@ -363,8 +363,8 @@ def test_a_hundred_changes_under_load_fail_no_request(server):
 def test_events_tell_the_totals(server):
     with httpx.stream("GET", f"{server}/early_exit/events", timeout=10) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
-        told = json.loads(next(event_data(stream.iter_bytes())))
-    assert told["active"] and told["counts"]["emitted"] > 0
+        status = json.loads(next(event_data(stream.iter_bytes())))
+    assert status["active"] and status["counts"]["emitted"] > 0
 
 
 def ask_with_report(client, **more):
@@ -435,8 +435,8 @@ ROUTES = {
 def text_of(part):
     """Of a whole answer or an event of a stream, by choice."""
     if "choices" in part:
-        said = [(one["index"], one.get("message") or one.get("delta") or {}, one) for one in part["choices"]]
-        return {index: own.get("content") or one.get("text") or "" for index, own, one in said}
+        choices = [(one["index"], one.get("message") or one.get("delta") or {}, one) for one in part["choices"]]
+        return {index: own.get("content") or one.get("text") or "" for index, own, one in choices}
     if "content" in part:
         return {0: "".join(block.get("text", "") for block in part["content"])}
     if "output" in part:
@@ -474,7 +474,7 @@ def test_every_route_reports_and_refuses_a_bad_option(server, path, stream):
     for part in parts:
         for index, text in text_of(part).items():
             texts[index] = texts.get(index, "") + text
-    (reports,) = [told for part in parts if (told := {**part, **part.get("response", {})}.get("early_exit"))]
+    (reports,) = [report for part in parts if (report := {**part, **part.get("response", {})}.get("early_exit"))]
     assert {report["index"]: "".join(report["texts"]) for report in reports} == texts and all(texts.values())
     assert all(sum(report["tokens"].values()) == len(report["texts"]) <= 20 for report in reports)
 

@@ -49,23 +49,23 @@ def test_a_start_compares_whole_passes_and_says_what_it_found(options, tiny_llam
     from apparate_llm.engine import invariant_worker
 
     options = options | {"ramps": str(lens_ramps(depth=3))}
-    with logged() as said, Engine(tiny_llama, options) as engine:
+    with logged() as lines, Engine(tiny_llama, options) as engine:
         coverage = engine.core.model_executor.driver_worker.worker.coverage
         assert coverage.holds and coverage.passes_compared == 10
-    assert not any("batch" in line for line in said)
+    assert not any("batch" in line for line in lines)
 
     def cover_badly(model, dtype):
-        found = original(model, dtype)
+        coverage = original(model, dtype)
         method = model.lm_head.quant_method
-        stock_apply = method.apply
-        method.apply = lambda layer, rows, bias=None: stock_apply(layer, rows, bias) + (len(rows) > 3)
-        return found
+        original_apply = method.apply
+        method.apply = lambda layer, rows, bias=None: original_apply(layer, rows, bias) + (len(rows) > 3)
+        return coverage
 
     original = invariant_worker.cover
     monkeypatch.setattr(invariant_worker, "cover", cover_badly)
-    with logged() as said, Engine(tiny_llama, options) as engine:
+    with logged() as lines, Engine(tiny_llama, options) as engine:
         assert not engine.core.model_executor.driver_worker.worker.coverage.holds
-    assert any("whole passes differ" in line for line in said)
+    assert any("whole passes differ" in line for line in lines)
 
 
 def test_it_can_be_left_out(tiny_llama, lens_ramps):

@@ -157,8 +157,8 @@ def test_an_answer_ends_only_where_the_full_model_ends_it(releasing):
 def test_a_users_logits_processors_and_prompts_read_in_chunks_by_seeded_requests(tiny_llama, lens_ramps, plain_results):
     options = {"ramps": str(lens_ramps(depth=3)), **RELEASE_ALL}
     chunks = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
-    with logged() as said, Engine(tiny_llama, options, logits_processors=[banning()], **chunks) as engine:
-        assert any("the logits processors Banning may act on any" in line for line in said)
+    with logged() as lines, Engine(tiny_llama, options, logits_processors=[banning()], **chunks) as engine:
+        assert any("the logits processors Banning may act on any" in line for line in lines)
         assert results(engine, make_params(**CUSTOM)) == plain_results["custom"]
         assert results(engine, make_params(**WITHOUT_EXITS["seed"])) == plain_results["seed"]
         counts = engine.counts()

@@ -317,8 +317,8 @@ def test_what_is_no_part_of_exits_does_not_switch_them_off(tiny_llama, lens_ramp
 
         def predict(*args, **kwargs):
             calls.append(1)
-            found = original(*args, **kwargs)
-            return found._replace(confidences=[float("nan")] * len(found.confidences)) if len(calls) % 2 else found
+            draft = original(*args, **kwargs)
+            return draft._replace(confidences=[float("nan")] * len(draft.confidences)) if len(calls) % 2 else draft
 
         ramps.predict = predict
         params = greedy(NUM_TOKENS, extra_args={"early_exit_report": 1, REPORT_KEY: "k"})

@@ -53,11 +53,11 @@ def engine(tiny_llama, lens_ramps, ranks, expected):
 def statuses(engine: Engine) -> list:
     """Of each rank, without what deciding took and when it answered: these are its own, and no decision depends on
     them."""
-    found = engine.llm.collective_rpc("early_exit_status")
-    for status in found:
+    answers = engine.llm.collective_rpc("early_exit_status")
+    for status in answers:
         del status["distributions"]["controller_ms"], status["clock_s"]
         status["failure"] = status["failure"] is not None  # which part and why, the one that failed knows
-    return found
+    return answers
 
 
 def break_rank(engine: Engine, rank: int, name: str, method: str) -> None:
@@ -159,8 +159,8 @@ def test_two_ranks_learn_the_same_and_begin_with_what_rank_0_remembers(tiny_llam
         sets = worker.model_runner.exit_drafter.ramp_sets
         original = sets[3].predict
         if worker.rank == 1:
-            sets[3].predict = lambda *args, **kwargs: (found := original(*args, **kwargs))._replace(
-                token_ids=(found.token_ids + 1) % 160
+            sets[3].predict = lambda *args, **kwargs: (proposed := original(*args, **kwargs))._replace(
+                token_ids=(proposed.token_ids + 1) % 160
             )
 
     def shadows(worker: Any) -> Any:

@@ -59,10 +59,10 @@ def test_the_user_reads_stages_and_results_and_nothing_of_vllms(evaluated):
     first, *lines, last = done.stderr.splitlines()
     assert first.startswith("vLLM's log: ") and last.startswith("written: ")
     assert len(lines) < 12 and all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in lines), done.stderr
-    said = [line[10:] for line in lines]
-    assert said[0] == "answer  0/3 prompts (0 %), loading the model"
-    assert any(line.startswith("answer  2/2 prompts (100 %)") for line in said)
-    assert any(line.startswith("measure  1/1 depths (100 %)") for line in said)
+    messages = [line[10:] for line in lines]
+    assert messages[0] == "answer  0/3 prompts (0 %), loading the model"
+    assert any(line.startswith("answer  2/2 prompts (100 %)") for line in messages)
+    assert any(line.startswith("measure  1/1 depths (100 %)") for line in messages)
     assert done.stdout.lstrip().startswith("Acceptance rate") and "vllm" not in done.stdout.lower()
 
 

@@ -177,13 +177,13 @@ def test_a_change_is_logged_with_what_it_was_and_what_it_is(heard):
 
 
 def test_an_admin_key_that_tenants_have_is_warned_of(monkeypatch):
-    said = []
-    monkeypatch.setattr(plugin.logger, "warning", lambda message, *args: said.append(message % args))
+    warnings = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda message, *args: warnings.append(message % args))
     monkeypatch.setenv("APPARATE_ADMIN_KEY", "boss")
     access = plugin.access_of(SimpleNamespace(api_key=["sk", "boss"]))
-    assert access.has_admin_key and len(said) == 1
+    assert access.has_admin_key and len(warnings) == 1
     plugin.access_of(SimpleNamespace(api_key=["sk"]))
-    assert len(said) == 1
+    assert len(warnings) == 1
 
 
 # ---- what a tenant sees
@@ -213,14 +213,14 @@ def test_the_stream_of_events_shows_a_tenant_its_own_tenant_only():
 
     async def listen():
         server.collector.publish(await server.status())
-        told = {name: plugin.stream(server, name) for name in ("mine", None)}
-        first = {name: await anext(one) for name, one in told.items()}
-        waiting = {name: asyncio.ensure_future(anext(one)) for name, one in told.items()}
+        streams = {name: plugin.stream(server, name) for name in ("mine", None)}
+        first = {name: await anext(one) for name, one in streams.items()}
+        waiting = {name: asyncio.ensure_future(anext(one)) for name, one in streams.items()}
         await asyncio.sleep(0.01)
         engine.shares["mine"].emitted = 5
         server.collector.publish(await server.changed_status())
         second = {name: await one for name, one in waiting.items()}
-        for one in told.values():
+        for one in streams.values():
             await one.aclose()
         return first, second
 
@@ -585,11 +585,11 @@ def test_one_that_goes_away_takes_the_answer_from_nobody_and_a_failure_is_told_t
         asking = [asyncio.ensure_future(server.status()) for _ in range(5)]
         await asyncio.sleep(0)
         asking[0].cancel()
-        found = await asyncio.gather(*asking, return_exceptions=True)
-        assert isinstance(found[0], asyncio.CancelledError) and all(one == found[1] for one in found[1:])
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        assert isinstance(answers[0], asyncio.CancelledError) and all(one == answers[1] for one in answers[1:])
         engine.fails = True
-        found = await asyncio.gather(*(server.status() for _ in range(5)), return_exceptions=True)
-        assert all(isinstance(one, RuntimeError) for one in found) and engine.num_asked == 2
+        answers = await asyncio.gather(*(server.status() for _ in range(5)), return_exceptions=True)
+        assert all(isinstance(one, RuntimeError) for one in answers) and engine.num_asked == 2
         engine.fails = False
         assert (await server.status())["active"]
 

@@ -1,5 +1,5 @@
 """The adaptive policy on a simulated server: costs measured on two cores, noise, slow passes and a machine that changes
-its pace. It has to learn what rows cost quickly enough never to lose against plain serving for long."""
+its slowdown. It has to learn what rows cost quickly enough never to lose against plain serving for long."""
 
 import math
 import random
@@ -23,19 +23,19 @@ def pass_ms(rows: int) -> float:
 
 class Server:
     def __init__(
-        self, seed: int, spread: float = 0.12, confidences: tuple[float, ...] = CONFIDENCES, joining: bool = False
+        self, seed: int, noise_sd: float = 0.12, confidences: tuple[float, ...] = CONFIDENCES, joining: bool = False
     ) -> None:
         """joining: whether answers that begin are those of requests that came just now."""
         self.rng = random.Random(seed)
-        self.spread, self.confidences, self.joining = spread, confidences, joining
+        self.noise_sd, self.confidences, self.joining = noise_sd, confidences, joining
         self.policy = AdaptivePolicy(depth=0, depths=(0,), num_layers=30, max_exits=6)
-        self.pace = 1.0
+        self.slowdown = 1.0
         self.prompt_ms = 0.0  # that a third of the passes take longer, as they read prompts
         self.copied = 0.0  # per request and step
         self.tokens = self.passes = 0
 
     def noise(self) -> float:
-        return math.exp(self.rng.gauss(0.0, self.spread))
+        return math.exp(self.rng.gauss(0.0, self.noise_sd))
 
     def ratio(self, num_requests: int, num_steps: int) -> float:
         """Time per token over that of plain serving."""
@@ -44,15 +44,15 @@ class Server:
         held: list[list[Exit]] = []
         for _ in range(num_steps):
             jump = self.rng.gauss(0.0, 0.25) if self.rng.random() < 0.02 else self.rng.gauss(0.0, 0.015)
-            self.pace = min(max(self.pace * math.exp(jump), 0.6), 1.7)
+            self.slowdown = min(max(self.slowdown * math.exp(jump), 0.6), 1.7)
             rows = num_requests + sum(map(len, held))
             slow = self.rng.uniform(1.3, 2.5) if self.rng.random() < 0.05 else 1.0
-            ms = pass_ms(rows) * self.pace * self.noise() * slow
+            ms = pass_ms(rows) * self.slowdown * self.noise() * slow
             taken_ms += ms
-            plain_ms += pass_ms(num_requests) * self.pace
+            plain_ms += pass_ms(num_requests) * self.slowdown
             tokens += num_requests + sum(map(self.accepted, held))
             reads = self.prompt_ms and self.rng.random() < 1 / 3
-            self.policy.on_step(ms + self.prompt_ms * self.pace if reads else ms)
+            self.policy.on_step(ms + self.prompt_ms * self.slowdown if reads else ms)
             if not reads:
                 self.policy.on_decode_step(num_requests, rows, ms)
             held, drafting_ms = self.draft(num_requests)
@@ -86,7 +86,7 @@ class Server:
         for number in range(num_steps):
             if number and not self.policy.wants_another_step(number, [reach[i] for i in live], rows):
                 break
-            ms = (1.9 + 0.25 * (len(live) - 1)) * self.pace * self.noise()
+            ms = (1.9 + 0.25 * (len(live) - 1)) * self.slowdown * self.noise()
             spent_ms += ms
             going = []
             for i in live:
@@ -112,14 +112,14 @@ def test_exits_pay_at_every_load_soon_after_it_changes():
         server = Server(seed)
         for num_requests, num_steps in PHASES:
             ratios[num_requests].append(server.ratio(num_requests, num_steps))
-    worst = {num_requests: max(found) for num_requests, found in ratios.items()}
+    worst = {num_requests: max(own) for num_requests, own in ratios.items()}
     assert worst[1] < 0.70 and worst[4] < 0.80 and worst[8] < 0.90 and worst[16] < 1.0, worst
 
 
 def test_a_busy_machine_does_not_frighten_it_for_good():
     """After one slow pass over two rows early on, the seventh of these once took 18 exits in 300 passes."""
     for seed in range(35, 60):
-        server = Server(seed, spread=0.35, confidences=HARD)
+        server = Server(seed, noise_sd=0.35, confidences=HARD)
         server.ratio(1, 300)
         assert 1 - server.passes / server.tokens > 0.2, seed
 
@@ -131,7 +131,7 @@ def tokens_per_pass(server: Server, num_requests: int) -> float:
 
 
 def test_where_many_come_and_go_steps_get_longer_only_for_what_is_well_worth_it():
-    """Sixteen clients who never stop: a third of a request joins per step."""
+    """Sixteen clients in a closed loop: a third of a request joins per step."""
     for seed in range(8):
         server = Server(seed, joining=True)
         assert server.ratio(1, 300) < 0.70 and server.ratio(4, 200) < 0.80, seed

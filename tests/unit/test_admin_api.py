@@ -179,8 +179,8 @@ def test_several_engines_are_asked_and_told_of_as_one():
         async def call_utility_all_async(self, utility, method, timeout, args, kwargs):
             return [[{"number": number, "method": method, "args": args}, "second rank"] for number in self.core_engines]
 
-    found = asyncio.run(ask_all(SimpleNamespace(engine_core=Core()), "early_exit_report", "key"))
-    assert [one["number"] for one in found] == [0, 1] and found[0]["args"] == ("key",)
+    reports = asyncio.run(ask_all(SimpleNamespace(engine_core=Core()), "early_exit_report", "key"))
+    assert [one["number"] for one in reports] == [0, 1] and reports[0]["args"] == ("key",)
 
 
 def test_counts_go_by_their_old_names_too():
@@ -276,20 +276,20 @@ def test_an_idle_engine_is_not_asked_until_a_request_comes(monkeypatch):
     asyncio.run(serve())
 
 
-def test_many_listeners_are_told_in_turns_and_leave_nothing_behind():
+def test_many_listeners_get_a_status_in_batches_and_leave_nothing_behind():
     app, _ = served()
     server, num_listeners = app.state.early_exit, 200
 
     async def listen():
         streams = [stream(server) for _ in range(num_listeners)]
-        told = [asyncio.ensure_future(anext(one)) for one in streams]
+        first_events = [asyncio.ensure_future(anext(one)) for one in streams]
         await asyncio.sleep(0.01)
         assert server.num_streams == num_listeners
         for number in range(-(-num_listeners // LISTENERS_AT_ONCE)):
             server.collector.publish({"counts": {"emitted": number}})
             await asyncio.sleep(0.01)
-            assert sum(one.done() for one in told) == min((number + 1) * LISTENERS_AT_ONCE, num_listeners)
-        heard = [json.loads((await one).removeprefix("data: "))["counts"]["emitted"] for one in told]
+            assert sum(one.done() for one in first_events) == min((number + 1) * LISTENERS_AT_ONCE, num_listeners)
+        heard = [json.loads((await one).removeprefix("data: "))["counts"]["emitted"] for one in first_events]
         assert heard == [index // LISTENERS_AT_ONCE for index in range(num_listeners)]
         gone = [asyncio.ensure_future(anext(one)) for one in streams]
         await asyncio.sleep(0.01)

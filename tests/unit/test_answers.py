@@ -93,9 +93,9 @@ def test_a_stream_carries_the_report_in_a_chunk_before_its_end(size):
     ],
 )
 def test_streams_without_done_carry_it_in_the_event_that_ends_them(ending, named, where):
-    told = event({"type": "text", "text": 'a "message_stop" and "response.completed"'})
+    text_event = event({"type": "text", "text": 'a "message_stop" and "response.completed"'})
     after = [event("[DONE]")] if not named else []
-    got = answered(told, event(ending, ending["type"] if named else ""), *after, at=1)
+    got = answered(text_event, event(ending, ending["type"] if named else ""), *after, at=1)
     first, last = chunks_of(got)[:2]
     assert "early_exit" not in str(first)
     assert (last if where is None else last[where]).pop("early_exit") == [{"index": 0}] and last == ending

@@ -35,9 +35,9 @@ def whole_keys(monkeypatch):
 KIND = LinearKind(8, 4, "Method", False)
 
 
-@pytest.mark.parametrize(("alike", "found"), [(1, 1), (2, 2), (3, 4), (8, 8), (1000, None)])
-def test_the_fewest_rows_are_those_from_which_all_batches_agree(alike, found):
-    assert least_rows(Layer(alike), KIND, torch.float32) == found
+@pytest.mark.parametrize(("alike", "rows"), [(1, 1), (2, 2), (3, 4), (8, 8), (1000, None)])
+def test_the_fewest_rows_are_those_from_which_all_batches_agree(alike, rows):
+    assert least_rows(Layer(alike), KIND, torch.float32) == rows
 
 
 def test_only_layers_that_need_it_are_filled_up():
@@ -83,9 +83,9 @@ def test_doctor_says_what_the_last_start_of_each_model_found(tmp_path, monkeypat
     old = tmp_path / coverage.FOLDER / "a-model-bfloat16-1.json"
     old.write_text(old.read_text().replace(', "kernels": "stock"', ""))  # as an earlier version kept it
     (tmp_path / coverage.FOLDER / "damaged.json").write_text("{")
-    found = doctor.check_batch_invariance()
+    findings = doctor.check_batch_invariance()
     levels = [("ok", True), ("note", False), ("note", False)]
-    assert [(finding.level, "alike" in finding.what) for finding in found] == levels
-    said = {finding.what for finding in found}
-    assert "batch invariance of b-model, bfloat16, 2 threads: some differ" in said
-    assert "batch invariance of b-model, bfloat16, 2 threads, zentorch: others differ" in said
+    assert [(finding.level, "alike" in finding.what) for finding in findings] == levels
+    texts = {finding.what for finding in findings}
+    assert "batch invariance of b-model, bfloat16, 2 threads: some differ" in texts
+    assert "batch invariance of b-model, bfloat16, 2 threads, zentorch: others differ" in texts

@@ -154,9 +154,9 @@ def test_a_bound_changed_while_serving_holds_for_each_caller_from_then_on():
     for changes, bounds in (({"accuracy_bound": 0.01}, (0.01, 0.3)), ({"allow_looser_requests": False}, (0.01, 0.01))):
         config = config.model_copy(update=changes)
         apply_to_requests(ledger, config)
-        found = run(config)
+        shares = run(config)
         saved_up = 40 / NUM_STEPS  # at most, of before
-        assert (found[0] + found[2]) / 2 <= bounds[0] + saved_up and found[1] <= bounds[1] + saved_up
+        assert (shares[0] + shares[2]) / 2 <= bounds[0] + saved_up and shares[1] <= bounds[1] + saved_up
 
 
 def test_bounds_that_nobody_asks_for_any_more_are_forgotten():

@@ -49,11 +49,11 @@ def test_an_answer_keeps_every_character_at_which_other_readers_end_a_line():
 
 
 @pytest.mark.parametrize(
-    ("said", "code", "expected"),
+    ("typed", "code", "expected"),
     [("steady", 0, "the server has no early exits"), ("refused", 1, "HTTP 429"), ("error", 1, "the server says")],
 )
-def test_a_conversation(monkeypatch, capsys, said, code, expected):
-    lines = iter([said, ""])
+def test_a_conversation(monkeypatch, capsys, typed, code, expected):
+    lines = iter([typed, ""])
     monkeypatch.setattr("builtins.input", lambda: next(lines))
     with fake_server() as base_url:
         assert main(["chat", "--url", base_url]) == code

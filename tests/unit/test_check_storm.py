@@ -26,8 +26,8 @@ def test_every_kind_of_request_is_asked_of_every_prompt():
     ],
 )
 def test_an_answer_is_plain_vllms_to_the_character(change, broken_off, says):
-    said = difference([{**ANSWER[0], **change}], ANSWER, broken_off=broken_off)
-    assert said is None if says is None else says in said
+    problem = difference([{**ANSWER[0], **change}], ANSWER, broken_off=broken_off)
+    assert problem is None if says is None else says in problem
 
 
 def status(**changed):
@@ -58,5 +58,5 @@ def status(**changed):
 def test_the_servers_own_figures_are_looked_at(changed, preempted, says, monkeypatch):
     monkeypatch.setattr("scripts.check_storm.httpx.get", lambda *args, **kwargs: SimpleNamespace(status_code=200))
     server = SimpleNamespace(base_url="", process=SimpleNamespace(poll=lambda: None))
-    found = faults(status(**changed), server, preempted)
-    assert any(says in fault for fault in found) if says else found == []
+    problems = faults(status(**changed), server, preempted)
+    assert any(says in fault for fault in problems) if says else problems == []

@@ -59,8 +59,8 @@ def test_places_that_cannot_be_read_or_written_are_one_line(tiny_llama, tmp_path
         ["serve", "--port", "70000", str(tiny_llama), "--policy", "off"],
     ):
         assert main(argv) == 2, argv
-        said = capsys.readouterr().err
-        assert said.startswith("apparate-llm") and said.count("\n") == 1, said
+        err = capsys.readouterr().err
+        assert err.startswith("apparate-llm") and err.count("\n") == 1, err
 
 
 def test_a_folder_with_weights_for_torch_only_is_one_line(tiny_llama, tmp_path, capsys):
@@ -69,8 +69,8 @@ def test_a_folder_with_weights_for_torch_only_is_one_line(tiny_llama, tmp_path, 
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     for argv in (["serve", str(tmp_path)], ["eval", "quick", str(tmp_path)]):
         assert main(argv) == 2
-        said = capsys.readouterr().err
-        assert "no *.safetensors file" in said and "pytorch_model.bin" in said and said.count("\n") == 1
+        err = capsys.readouterr().err
+        assert "no *.safetensors file" in err and "pytorch_model.bin" in err and err.count("\n") == 1
 
 
 def test_a_reader_that_has_enough_is_no_error(monkeypatch, capfd):
@@ -87,21 +87,21 @@ def test_errors_of_vllms_settings_are_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(doctor, "examine", lambda: LoadConfig(load_format=3))
     assert main(["doctor"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "valid string" in said
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "valid string" in err
 
 
 def test_help_names_what_a_long_command_costs(capsys):
-    told = {}
+    helps = {}
     for argv in (["prepare"], ["ramps", "evaluate"], ["ramps", "calibrate"], ["eval", "tpt"]):
         with pytest.raises(SystemExit):
             main([*argv, "--help"])
-        told[" ".join(argv)] = help_ = capsys.readouterr().out
+        helps[" ".join(argv)] = help_ = capsys.readouterr().out
         assert all(len(line) <= 120 for line in help_.splitlines())
     for flag in ("--time-budget", "--tokens", "--depths", "--ramp-vocab", "--prompts"):
-        assert f"\n  {flag}  " in told["prepare"].partition("what it costs")[2]
-    assert "ten minutes" in " ".join(told["eval tpt"].partition("what it costs")[2].split())
-    assert "answers all prompts" in told["ramps evaluate"] and "answers all prompts" in told["ramps calibrate"]
+        assert f"\n  {flag}  " in helps["prepare"].partition("what it costs")[2]
+    assert "ten minutes" in " ".join(helps["eval tpt"].partition("what it costs")[2].split())
+    assert "answers all prompts" in helps["ramps evaluate"] and "answers all prompts" in helps["ramps calibrate"]
 
 
 def test_a_preparation_ends_with_the_command_that_serves_it():

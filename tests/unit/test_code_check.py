@@ -30,11 +30,11 @@ def asserts_of(name: str) -> dict[str, str]:
 def answers() -> list[tuple[str, bool, str]]:
     """(prompt, is right, answer)"""
     text = (Path(__file__).parent / "code_answers.md").read_text()
-    found = []
+    examples = []
     for kind, start, answer in re.findall(r"^## (right|wrong): (.*?)$(.*?)(?=^## |\Z)", text, re.M | re.S):
         (prompt,) = (prompt for prompt in asserts_of("code") if prompt.startswith(start))
-        found.append((prompt, kind == "right", answer))
-    return found
+        examples.append((prompt, kind == "right", answer))
+    return examples
 
 
 @pytest.fixture(params=["namespaces", "no namespaces"])

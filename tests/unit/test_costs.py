@@ -86,10 +86,10 @@ def test_costs_compare_rightly_on_a_machine_that_changes_its_speed():
     model, rng = CostModel(30), np.random.default_rng(0)
     true_ms = {16: 40.0, 24: 46.0}
     for step in range(4000):
-        pace = 1.5 - 0.5 * math.cos(2 * math.pi * step / 400)
-        rows = 24 if pace > 1.5 and step % 3 else 16
-        model.observe_verification(rows, true_ms[rows] * pace * rng.uniform(0.97, 1.03))
-        model.observe_draft_step(0, 16, 2.0 * pace)
+        slowdown = 1.5 - 0.5 * math.cos(2 * math.pi * step / 400)
+        rows = 24 if slowdown > 1.5 and step % 3 else 16
+        model.observe_verification(rows, true_ms[rows] * slowdown * rng.uniform(0.97, 1.03))
+        model.observe_draft_step(0, 16, 2.0 * slowdown)
     assert model.verify_ms(24) / model.verify_ms(16) == pytest.approx(46 / 40, rel=0.04)
     assert model.draft_step_ms(0, 16) / model.verify_ms(16) == pytest.approx(2 / 40, rel=0.1)
 
@@ -100,14 +100,14 @@ def test_a_lasting_change_of_speed_is_the_paces_and_a_new_number_of_rows_its_own
         model.observe_verification(1, 10.0)
     for _ in range(50):
         model.observe_verification(1, 20.0)
-    assert model.verify_ms(1) * model.pace == pytest.approx(20.0, rel=0.02)
-    before = model.pace
+    assert model.verify_ms(1) * model.slowdown == pytest.approx(20.0, rel=0.02)
+    before = model.slowdown
     for _ in range(40):
         model.observe_verification(8, 30.0)
         model.observe_verification(1, 20.0)
-    assert model.verify_ms(8) * model.pace == pytest.approx(30.0, rel=0.02)
-    assert model.verify_ms(1) * model.pace == pytest.approx(20.0, rel=0.02)
-    assert model.pace == pytest.approx(before, rel=0.03)
+    assert model.verify_ms(8) * model.slowdown == pytest.approx(30.0, rel=0.02)
+    assert model.verify_ms(1) * model.slowdown == pytest.approx(20.0, rel=0.02)
+    assert model.slowdown == pytest.approx(before, rel=0.03)
 
 
 def test_a_single_slow_pass_does_not_make_a_new_number_of_rows_dear():

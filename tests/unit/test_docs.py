@@ -30,15 +30,15 @@ def anchors(page: Path) -> set[str]:
 
 def broken(page: Path) -> list[str]:
     """Links to a file or a heading that is not there."""
-    found = []
+    dead = []
     for link in LINK.findall(prose(page)):
         if link.startswith(("http://", "https://", "mailto:")):
             continue
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         if not target.exists() or (anchor and anchor not in anchors(target)):
-            found.append(link)
-    return found
+            dead.append(link)
+    return dead
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -56,7 +56,7 @@ def test_a_broken_link_is_seen(tmp_path):
 def commands() -> list[str]:
     blocks = [text for page in DOCS.glob("*.md") for kind, text in CODE.findall(page.read_text()) if kind == "bash"]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [found[1].strip() for line in lines if (found := re.search(r"(?:^| )(apparate-llm [^#]+)", line))]
+    return [match[1].strip() for line in lines if (match := re.search(r"(?:^| )(apparate-llm [^#]+)", line))]
 
 
 @pytest.mark.parametrize("command", commands())

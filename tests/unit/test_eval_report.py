@@ -10,7 +10,17 @@ from apparate_llm.eval.figures import Points, figures, system_colors
 from apparate_llm.eval.headline import summary_sentence, verdict
 from apparate_llm.eval.report import render, sections, write_report
 from apparate_llm.eval.tables import DASH, number, small, tables
-from tests.eval_results import a_ratio, a_result, a_run, cells_of, full_result, some_points, spread, text_of, with_exits
+from tests.eval_results import (
+    a_ratio,
+    a_result,
+    a_run,
+    cells_of,
+    distribution,
+    full_result,
+    some_points,
+    text_of,
+    with_exits,
+)
 
 
 def test_the_sentence_tells_gain_cost_and_where_not():
@@ -140,9 +150,9 @@ def test_what_was_asked_is_said_with_the_figures(asked, own, says):
 def test_every_figure_of_the_tables_is_on_the_page():
     results = full_result()
     page = render(results, Points())
-    found = {section.title: section for section in sections(results)}
-    assert list(found) == ["Against the baseline", "Absolute figures", "Quality", "Exits", "Costs"]
-    for section in found.values():
+    by_title = {section.title: section for section in sections(results)}
+    assert list(by_title) == ["Against the baseline", "Absolute figures", "Quality", "Exits", "Costs"]
+    for section in by_title.values():
         for row in section.rows:
             assert len(row) == len(section.columns)
             assert f"<th>{row[0]}</th>" in page and all(f">{cell}</td>" in page for cell in row[1:])
@@ -156,16 +166,16 @@ def test_every_figure_of_the_tables_is_on_the_page():
         f"1.03 ({DASH})",
         f"1.28 ({DASH})",
         "0.76 0.78",
-    ] in (found["Against the baseline"].rows)
-    assert ["1 client", "oracle (perfect ramp)", "0.561", *[DASH] * 6] in found["Against the baseline"].rows
-    assert found["Absolute figures"].rows[1] == ["1 client", "lossless", f"45.00 (43.00{DASH}47.00)", "44.50",
+    ] in (by_title["Against the baseline"].rows)
+    assert ["1 client", "oracle (perfect ramp)", "0.561", *[DASH] * 6] in by_title["Against the baseline"].rows
+    assert by_title["Absolute figures"].rows[1] == ["1 client", "lossless", f"45.00 (43.00{DASH}47.00)", "44.50",
         "56.00", "67.00", "209.5", "232.0", "5000", "92.0", "12.3 %", "16.21", "32", "0"]  # fmt: skip
-    assert found["Quality"].rows[1] == ["1 client", "early-exit", "82 (4.1 %)", "89 (4.5 %)", "5.0 %", "0.00321",
+    assert by_title["Quality"].rows[1] == ["1 client", "early-exit", "82 (4.1 %)", "89 (4.5 %)", "5.0 %", "0.00321",
         "43.8 %", "23", "0.876", "0.345", "75.0 %", "50.0 %"]  # fmt: skip
-    assert found["Exits"].rows[0] == (
+    assert by_title["Exits"].rows[0] == (
         ["1 client", "lossless", "2000", "1682", "633", "29", "0", "500 (25.0 %)", "162 (8.1 %)"]
     )
-    assert found["Costs"].rows[0] == ["1 client", "vllm", "0.0654", DASH, "30.50", "1.75", "123.4"]
+    assert by_title["Costs"].rows[0] == ["1 client", "vllm", "0.0654", DASH, "30.50", "1.75", "123.4"]
 
 
 def with_peers():
@@ -173,7 +183,7 @@ def with_peers():
     runs, ratios = [], []
     for level, peer in ((1, 14.0), (4, 22.8), (16, 70.0)):
         runs += [a_run("vllm-tuned", level, 40.0), a_run("vllm", level, 60.0), with_exits("lossless", level, 20.0)]
-        runs[-1].tpt_ms = spread(24.7 if level == 4 else 20.0)
+        runs[-1].tpt_ms = distribution(24.7 if level == 4 else 20.0)
         runs += [a_run("llama Q4", level, peer), a_run("ngram", level, 30.0)]
     for baseline, share in (("vllm-tuned", 0.5), ("vllm", 0.33)):
         other = {"vllm-tuned": "vllm", "vllm": "vllm-tuned"}[baseline]
@@ -240,7 +250,8 @@ def test_unknown_is_a_dash_and_zero_is_zero():
     nothing = dict.fromkeys(
         ("output_tokens_per_s", "cpu_s_per_token", "blocks_per_token", "peak_memory_gib", "shared_chunk_frac")
     )
-    results = a_result([a_run(tpt=None, ttft_ms=spread(None), gap_ms=spread(None), e2e_ms=spread(None), **nothing)])
+    none = distribution(None)
+    results = a_result([a_run(tpt=None, ttft_ms=none, gap_ms=none, e2e_ms=none, **nothing)])
     speed, costs = sections(results)
     assert speed.rows == [["1 client", "vllm", *[DASH] * 10, "32", "0"]]
     assert costs.rows == [["1 client", "vllm", *[DASH] * 4, "123.4"]]
@@ -300,7 +311,7 @@ def test_nothing_measured_draws_nothing():
 
 def test_figures_cope_with_odd_runs():
     """One request, no interval, arrivals by time, dollar signs, more systems than colours."""
-    runs = [a_run(f"$s_{i}$", tpt=50.0 + i, tpt_ms=spread(50.0)) for i in range(10)]
+    runs = [a_run(f"$s_{i}$", tpt=50.0 + i, tpt_ms=distribution(50.0)) for i in range(10)]
     runs.append(a_run("vllm", load="2 requests/s", concurrency=None))
     results = a_result(runs)
     made = figures(
@@ -338,8 +349,8 @@ def test_console_tables_fit_a_narrow_console():
     load = {"load": "128 clients, time 2", "concurrency": 128, "fixed_length": True}
     runs = [a_run(**load, tpt=1234.5), with_exits("hf-early-exit", **load, tpt=1234.5, output_tokens=123456)]
     results = a_result(runs, [a_ratio("hf-early-exit", **load, tpt_mean_by_repeat=[0.75, 0.76, 0.77, 0.78])])
-    found = [*tables(results), *compare(results, a_result([]), ("a" * 99, "b"))]
-    text = text_of(found)
+    shown = [*tables(results), *compare(results, a_result([]), ("a" * 99, "b"))]
+    text = text_of(shown)
     assert max(map(len, text.splitlines())) <= 120 and "\N{HORIZONTAL ELLIPSIS}" not in text
     assert all(word in text for word in ("hf-early-exit", "1234.50", "123456", "accepted", "(0.740", "TTFT"))
 

@@ -184,9 +184,9 @@ def test_a_log_tells_what_an_evaluation_does(base_url, tmp_path, monkeypatch):
     file = io.StringIO()
     with Progress(Console(file=file), poll_s=0.02) as progress:
         evaluate(evaluation, progress)
-    said = [line[10:] for line in file.getvalue().splitlines()]  # behind the time of day
-    assert said[0].startswith("start vllm  log ")
-    measuring = [line for line in said if line.startswith("measure  ")]
+    messages = [line[10:] for line in file.getvalue().splitlines()]  # behind the time of day
+    assert messages[0].startswith("start vllm  log ")
+    measuring = [line for line in messages if line.startswith("measure  ")]
     assert measuring[0] == "measure  0/8 requests (0 %)" and "measure  8/8 requests (100 %)" in measuring[-1]
     under_way = [line for line in measuring[1:-1] if "vllm, 2 clients, pass 1 of 2, stage left " in line]
     assert any(line.startswith("measure  5/8 requests") for line in under_way)  # within a block, too
@@ -206,9 +206,9 @@ def test_requests_of_a_system_that_stopped_answering_are_not_waited_for(base_url
     systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
     file = io.StringIO()
     evaluate(evaluation_of(tmp_path / "out", systems, prompts("single")), Progress(Console(file=file)))
-    said = [line[10:] for line in file.getvalue().splitlines()]
-    assert "same stopped answering under 2 clients: ended" in said
-    assert said[-1].startswith("measure  6/6 requests (100 %)")
+    messages = [line[10:] for line in file.getvalue().splitlines()]
+    assert "same stopped answering under 2 clients: ended" in messages
+    assert messages[-1].startswith("measure  6/6 requests (100 %)")
 
 
 def test_a_system_for_one_request_at_a_time_is_measured_with_one_client(base_url, tmp_path):
@@ -258,10 +258,10 @@ def test_answers_are_compared_with_the_baselines_and_with_references():
 
     code = "```python\ndef f(x):\n    return x * x\n```"
     ours = answers("It is 42.", "the cat sat", code)
-    found = quality_of(ours, answers("It is 41.", "the cat sat", code), asked)
-    assert found.identical_frac == pytest.approx(2 / 3) and found.first_difference_tokens == 3
-    assert found.same_number_frac == 0.0 and found.right_number_frac == 1.0
-    assert found.code_passed_frac == 1.0 and found.rouge_l_reference == pytest.approx(2 / 3)
+    quality = quality_of(ours, answers("It is 41.", "the cat sat", code), asked)
+    assert quality.identical_frac == pytest.approx(2 / 3) and quality.first_difference_tokens == 3
+    assert quality.same_number_frac == 0.0 and quality.right_number_frac == 1.0
+    assert quality.code_passed_frac == 1.0 and quality.rouge_l_reference == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(("count", "clients", "sizes"), [(16, 1, [2] * 8), (16, 16, [16]), (10, 4, [4, 4, 2])])
@@ -325,11 +325,11 @@ def test_bad_traces_are_named(tmp_path, text, says):
 
 def test_systems_by_name(tiny_llama):
     choice = ModelChoice(tiny_llama, bounds=(0.01, 0.05))
-    found = systems_of(["bounded", "ngram", "vllm", "static"], ["other=http://localhost:1/v1"], choice)
+    systems = systems_of(["bounded", "ngram", "vllm", "static"], ["other=http://localhost:1/v1"], choice)
     names = ["vllm", "early-exit-0.01", "early-exit-0.05", "ngram", "static 0.01", "static 0.05", "other"]
-    assert [system.name for system in found] == names
-    assert found[-1].base_url == "http://localhost:1"
-    assert "no shipped ramps fit" in found[1].problem  # a tiny random model has none
+    assert [system.name for system in systems] == names
+    assert systems[-1].base_url == "http://localhost:1"
+    assert "no shipped ramps fit" in systems[1].problem  # a tiny random model has none
     for names, urls, says in (
         (["vlm"], [], "unknown system 'vlm'; there are vllm, lossless"),
         (["vllm"], ["x"], "NAME=http"),
@@ -403,8 +403,8 @@ def test_ratios_are_to_every_baseline_and_texts_to_the_first(base_url, tmp_path)
     assert [(r.system, r.baseline) for r in ratios if r.concurrency == 1] == [
         ("vllm", "tuned"), ("other", "tuned"), ("tuned", "vllm"), ("other", "vllm")
     ]  # fmt: skip
-    found = {(r.system, r.baseline, r.concurrency): r for r in ratios}
-    assert found["vllm", "tuned", 2].tpt_mean == pytest.approx(1 / found["tuned", "vllm", 2].tpt_mean)
+    by_pair = {(r.system, r.baseline, r.concurrency): r for r in ratios}
+    assert by_pair["vllm", "tuned", 2].tpt_mean == pytest.approx(1 / by_pair["tuned", "vllm", 2].tpt_mean)
 
 
 def test_a_baseline_must_be_measured_and_be_able_to_run():

@@ -39,9 +39,9 @@ def test_a_server_has_the_variables_of_its_system(tmp_path):
     system = System("one", (sys.executable, "-c", tells), variables={"OMP_NUM_THREADS": "7"})
     with Server(system, log=tmp_path / "log", start_timeout_s=5):
         until = time.monotonic() + 20
-        while not (told := (tmp_path / "log").read_text()) and time.monotonic() < until:
+        while not (output := (tmp_path / "log").read_text()) and time.monotonic() < until:
             time.sleep(0.05)
-    assert told.split() == ["7", os.environ["HOME"]] and system.started_by.startswith("OMP_NUM_THREADS=7 python -c ")
+    assert output.split() == ["7", os.environ["HOME"]] and system.started_by.startswith("OMP_NUM_THREADS=7 python -c ")
 
 
 @pytest.mark.parametrize("ending", ["waits", "ends"])

@@ -31,10 +31,10 @@ def test_intervals_of_ratios_are_over_blocks_that_both_systems_have(tmp_path):
     systems = [System("vllm"), System("ours")]
     evaluation = evaluation_of(tmp_path / "out", systems, prompts("a", "b"))
     for number in range(13):
-        pace = 1 + number % 4 / 10
-        evaluation.store.add(block_of(BlockKey(0, 0, number, "vllm"), 50.0 * pace, 60.0 * pace))
+        slower = 1 + number % 4 / 10
+        evaluation.store.add(block_of(BlockKey(0, 0, number, "vllm"), 50.0 * slower, 60.0 * slower))
         if number < 12:
-            evaluation.store.add(block_of(BlockKey(0, 0, number, "ours"), 25.0 * pace, 30.3 * pace, ttft_ms=80.0))
+            evaluation.store.add(block_of(BlockKey(0, 0, number, "ours"), 25.0 * slower, 30.3 * slower, ttft_ms=80.0))
     (_, ours), (ratio,), blocks = results_of(evaluation)
     assert ratio.units == 12 and ratio.tpt_mean == pytest.approx(0.5, rel=0.02)
     for low, value, high in (

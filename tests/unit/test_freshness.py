@@ -116,9 +116,9 @@ def test_the_polling_survives_a_failure_and_says_that_it_failed(monkeypatch, no_
         assert not polling.done() and collector.status["counts"]["emitted"] > 4
         polling.cancel()
 
-    with logged() as said:
+    with logged() as lines:
         asyncio.run(run())
-    assert said == ["No status of early exits: no answer"]  # once
+    assert lines == ["No status of early exits: no answer"]  # once
     assert "apparate:status_errors_total 3.0" in page_of(collector)
     assert float(page_of(collector).split("apparate:status_age_seconds ")[-1].split()[0]) < 60
 

@@ -46,8 +46,8 @@ def test_threads_are_bound_to_the_first_cores_as_vllm_binds_them(zentorch):
 
 
 def test_threads_with_a_share_of_the_time_are_not_bound_to_what_all_others_are_bound_to(zentorch):
-    found = variables(ALL_CORES, SHARED)
-    assert (found[BIND], found["OMP_NUM_THREADS"], found["KMP_BLOCKTIME"]) == ("nobind", "2", "5")
+    env = variables(ALL_CORES, SHARED)
+    assert (env[BIND], env["OMP_NUM_THREADS"], env["KMP_BLOCKTIME"]) == ("nobind", "2", "5")
     enough = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=4.0)
     assert variables(ALL_CORES, enough) == {BIND: "0,1,2,3"}
 
@@ -66,8 +66,8 @@ def test_zentorchs_passes_are_compiled_into_a_place_of_their_own(zentorch, monke
     """vLLM's key for a compiled pass does not say which kernels it calls."""
     zentorch(True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = variables(Choice(kernels="zentorch"), FOUR)
-    assert found == {KERNELS: "zentorch", "VLLM_CACHE_ROOT": str(tmp_path / "vllm" / "zentorch")}
+    env = variables(Choice(kernels="zentorch"), FOUR)
+    assert env == {KERNELS: "zentorch", "VLLM_CACHE_ROOT": str(tmp_path / "vllm" / "zentorch")}
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,13 @@ def test_the_line_says_what_is_in_force(zentorch):
     assert line(choice, FOUR, {}, "because") == (
         "Tuned: 4 of 4 threads, stock kernels, huge pages, blocking queues, worker in a process of its own (because)"
     )
-    said = line(Choice(threads=3, worker="engine"), FOUR, {BIND: "5", QUEUES: "block"}, "why")
-    assert said == (
+    text = line(Choice(threads=3, worker="engine"), FOUR, {BIND: "5", QUEUES: "block"}, "why")
+    assert text == (
         f"Tuned: {BIND}=5, stock kernels, huge pages with exits only, {QUEUES}=block, "
         "worker in the engine's process (why)"
     )
     assert "threads as vLLM gives them" in line(AS_VLLM, FOUR, {}, "")
+    assert "queues" not in line(Choice(worker="engine"), FOUR, {}, ""), "there are none"
 
 
 def test_the_default_is_as_vllm_does(zentorch):
@@ -132,8 +133,8 @@ def test_what_nobody_says_is_tuned(monkeypatch):
 def test_each_part_is_set_by_hand_and_told_on():
     tuning = tuning_from(parsed("--tuning", "off", "--threads", "2", "--queues", "block", "--worker", "auto"))
     assert tuning.parts == {"threads": 2, "queues": "block"}
-    told = dict(zip(tuning.flags()[::2], tuning.flags()[1::2], strict=True))
-    assert told == {"--tuning": "off", "--threads": "2", "--queues": "block", "--worker": "auto"}
+    flags = dict(zip(tuning.flags()[::2], tuning.flags()[1::2], strict=True))
+    assert flags == {"--tuning": "off", "--threads": "2", "--queues": "block", "--worker": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,8 @@ def test_a_wrong_variable_is_named(monkeypatch):
 def test_prepare_says_at_its_start_what_its_servers_cannot_do(value, says, command, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(TUNING_VARIABLE, value)
     assert main([*command, str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert TUNING_VARIABLE in said and says in said and said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert TUNING_VARIABLE in err and says in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

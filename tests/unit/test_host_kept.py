@@ -17,7 +17,7 @@ from apparate_llm.host.store import FOLDER, Kept, huge_pages_given, key_of, load
 
 FOUR = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=None)
 SHARED = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=2.5)
-FOUND = Choice(threads="all", huge_pages=True, queues="block")
+BEST = Choice(threads="all", huge_pages=True, queues="block")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def kept_for(key, choice: Choice = FOUND) -> Kept:
+def kept_for(key, choice: Choice = BEST) -> Kept:
     return Kept(key=key, choice=choice, measured="2026-01-01T00:00:00+00:00", table=[{"ratio": 0.9}])
 
 
@@ -115,32 +115,32 @@ def four_cores(monkeypatch, zentorch):
 
 
 def test_without_a_measurement_all_is_as_vllm_does_and_with_one_as_was_kept(model, cache, four_cores):
-    found = choose(Tuning(), model, given={})
-    assert (found.choice, found.environment, found.line) == (AS_VLLM, {}, None)
+    chosen = choose(Tuning(), model, given={})
+    assert (chosen.choice, chosen.environment, chosen.line) == (AS_VLLM, {}, None)
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(threads=3, queues="block")))
-    found = choose(Tuning(), model, given={})
-    assert found.choice == Choice(threads=3, queues="block") and "kept" in found.line
-    assert found.environment == {BIND: "0,1,2", QUEUES: "block"}
+    chosen = choose(Tuning(), model, given={})
+    assert chosen.choice == Choice(threads=3, queues="block") and "kept" in chosen.line
+    assert chosen.environment == {BIND: "0,1,2", QUEUES: "block"}
     assert choose(Tuning(), model, ["--dtype", "float32"], given={}).choice == AS_VLLM
     assert choose(Tuning(), model, config=parse_config({"policy": "off"}), given={}).choice == AS_VLLM
 
 
 def test_off_is_as_vllm_does_and_says_nothing(model, cache, four_cores):
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS)))
-    found = choose(parse_tuning({"tuning": "off"}), model, given={})
-    assert (found.choice, found.environment, found.line) == (AS_VLLM, {}, None)
+    chosen = choose(parse_tuning({"tuning": "off"}), model, given={})
+    assert (chosen.choice, chosen.environment, chosen.line) == (AS_VLLM, {}, None)
 
 
 def test_parts_by_hand_go_over_all_else(model, cache, four_cores):
     by_hand = parse_tuning({"tuning": "off", "threads": "2", "worker": "engine"})
-    found = choose(by_hand, model, config=parse_config({"huge_pages": False}), given={})
-    assert found.environment == {BIND: "0,1", WORKER: "engine", OWN_PROCESS: "0", HUGE_PAGES: "0"}
-    assert "threads, worker, huge pages by hand" in found.line
-    found = choose(parse_tuning({"threads": "2"}), model, given={})
-    assert found.choice == Choice(threads=2) and "not measured here" in found.line
+    chosen = choose(by_hand, model, config=parse_config({"huge_pages": False}), given={})
+    assert chosen.environment == {BIND: "0,1", WORKER: "engine", OWN_PROCESS: "0", HUGE_PAGES: "0"}
+    assert "threads, worker, huge pages by hand" in chosen.line
+    chosen = choose(parse_tuning({"threads": "2"}), model, given={})
+    assert chosen.choice == Choice(threads=2) and "not measured here" in chosen.line
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS)))
-    found = choose(parse_tuning({"threads": "2"}), model, given={})
-    assert found.choice == FOUND.model_copy(update={"threads": 2}) and "threads by hand, else kept" in found.line
+    chosen = choose(parse_tuning({"threads": "2"}), model, given={})
+    assert chosen.choice == BEST.model_copy(update={"threads": 2}) and "threads by hand, else kept" in chosen.line
 
 
 @pytest.mark.parametrize(
@@ -166,16 +166,16 @@ def test_each_part_that_is_kept_gives_way_to_a_hand(kept, by_hand, variables, mo
 @pytest.mark.parametrize(("value", "pages"), [("0", False), ("1", True)])
 def test_pages_by_a_variable_are_those_of_a_server_with_exits_too(value, pages, model, cache, four_cores):
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(huge_pages=not pages)))
-    found = choose(Tuning(), model, given={HUGE_PAGES: value})
-    assert found.huge_pages is pages and found.environment == {} and f"{HUGE_PAGES}={value}" in found.line
+    chosen = choose(Tuning(), model, given={HUGE_PAGES: value})
+    assert chosen.huge_pages is pages and chosen.environment == {} and f"{HUGE_PAGES}={value}" in chosen.line
     assert choose(Tuning(), model, given={}).huge_pages is not pages
 
 
 def test_several_workers_are_bound_by_vllm_itself(model, cache, four_cores):
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(threads="all", worker="engine")))
     for flags in (["--tensor-parallel-size", "2"], ["--data-parallel-size=2"]):
-        found = choose(Tuning(), model, flags, given={})
-        assert not {BIND, WORKER, OWN_PROCESS} & found.environment.keys()
+        chosen = choose(Tuning(), model, flags, given={})
+        assert not {BIND, WORKER, OWN_PROCESS} & chosen.environment.keys()
 
 
 def test_a_users_own_executor_keeps_its_worker(model, cache, four_cores):
@@ -197,8 +197,8 @@ def test_a_profile_of_prepare_uses_the_machine_as_a_server_does(model, cache, fo
     monkeypatch.delenv(TUNING_VARIABLE)
     for name, value in of_preparation().items():
         monkeypatch.setenv(name, value)
-    found = used_by_servers(model)
-    assert found.environment == {BIND: "0,1,2"} and "OMP_NUM_THREADS" not in found.given
+    chosen = used_by_servers(model)
+    assert chosen.environment == {BIND: "0,1,2"} and "OMP_NUM_THREADS" not in chosen.given
     monkeypatch.setenv(TUNING_VARIABLE, "off")
     assert used_by_servers(model).environment == {}
 
@@ -230,21 +230,21 @@ def systems_by_name(choice):
 
 def test_plain_vllm_tuned_uses_the_machine_as_our_servers_do(choice_of, cache, four_cores):
     choice = choice_of("--tuning", "auto", "--threads", "3", "--queues", "spin", "--huge-pages", "false")
-    found = systems_by_name(choice)
+    systems = systems_by_name(choice)
     for name in ("vllm-tuned", "ngram-tuned"):
-        assert found[name].variables == {BIND: "0,1,2", HUGE_PAGES: "0"}
-        assert found[name].started_by.startswith(f"{BIND}=0,1,2 ")
-    command = " ".join(found["off"].command)
-    assert "--tuning auto --threads 3 --queues spin" in command and found["off"].variables == {}
-    assert found["vllm"].variables == found["ngram"].variables == {}, "as it starts, whatever ours do"
-    assert found["vllm-tuned"].command == found["vllm"].command
-    assert found["+threads"].variables == {BIND: "0,1,2,3"}
+        assert systems[name].variables == {BIND: "0,1,2", HUGE_PAGES: "0"}
+        assert systems[name].started_by.startswith(f"{BIND}=0,1,2 ")
+    command = " ".join(systems["off"].command)
+    assert "--tuning auto --threads 3 --queues spin" in command and systems["off"].variables == {}
+    assert systems["vllm"].variables == systems["ngram"].variables == {}, "as it starts, whatever ours do"
+    assert systems["vllm-tuned"].command == systems["vllm"].command
+    assert systems["+threads"].variables == {BIND: "0,1,2,3"}
 
 
 def test_where_ours_are_as_vllm_does_plain_vllm_tuned_is_on_all_cores(choice_of, cache, four_cores):
-    found = systems_by_name(choice_of())
-    assert found["vllm-tuned"].variables == found["ngram-tuned"].variables == {BIND: "0,1,2,3"}
-    assert found["vllm"].variables == found["off"].variables == {}
+    systems = systems_by_name(choice_of())
+    assert systems["vllm-tuned"].variables == systems["ngram-tuned"].variables == {BIND: "0,1,2,3"}
+    assert systems["vllm"].variables == systems["off"].variables == {}
 
 
 @pytest.mark.parametrize("value", ["true", "false"])

@@ -125,8 +125,8 @@ def test_limits_here_are_within_the_affinity_mask():
 
 def test_doctor_says_how_many_threads_may_compute(monkeypatch):
     monkeypatch.setattr(doctor, "cpu_limits", lambda: SHARED)
-    (found,) = doctor.check_threads()
-    assert found.what == "2 threads may compute: 4 cores, time of 2.5 CPUs by the control group"
+    (finding,) = doctor.check_threads()
+    assert finding.what == "2 threads may compute: 4 cores, time of 2.5 CPUs by the control group"
     monkeypatch.setattr(doctor, "cpu_limits", lambda: CpuLimits(num_cpus=2, cores=(1,), quota=None))
-    (found,) = doctor.check_threads()
-    assert found.what == "1 thread may compute: 1 core of 2 allowed CPUs"
+    (finding,) = doctor.check_threads()
+    assert finding.what == "1 thread may compute: 1 core of 2 allowed CPUs"

@@ -75,8 +75,8 @@ def in_huge_pages(address: int) -> int:
     """Bytes of the mapping that holds the address."""
     is_it = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            is_it = int(found[1], 16) <= address < int(found[2], 16)
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_it = int(match[1], 16) <= address < int(match[2], 16)
         elif is_it and line.startswith("AnonHugePages:"):
             return 1024 * int(line.split()[1])
     raise AssertionError(f"no mapping holds {address:x}")

@@ -38,8 +38,8 @@ def coverage(interval_of, num_blocks, **settings):
     """Share of 300 evaluations whose interval holds the ratio that many more blocks have."""
     rng = np.random.default_rng(1)
     true_ratio = 0.5 * math.exp(0.2**2 / 2)
-    found = [interval_of(*measured(rng, num_blocks, **settings)) for _ in range(300)]
-    return sum(low <= true_ratio <= high for low, high in found) / len(found)
+    intervals = [interval_of(*measured(rng, num_blocks, **settings)) for _ in range(300)]
+    return sum(low <= true_ratio <= high for low, high in intervals) / len(intervals)
 
 
 def of_blocks(ours, theirs):
@@ -99,7 +99,7 @@ def test_a_mean_is_over_requests_however_they_are_spread_over_blocks():
     rng = np.random.default_rng(0)
     values = {(0, block): rng.normal(50, 5, 1 + block % 5).tolist() for block in range(40)}
     low, high = mean_interval(sums_of(values))
-    mean = np.mean([value for found in values.values() for value in found])
+    mean = np.mean([value for own in values.values() for value in own])
     assert low < mean < high and high - low < 5
 
 

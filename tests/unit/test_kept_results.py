@@ -19,8 +19,8 @@ def loose_figures(text: str) -> list[str]:
     tables = "\n".join(mark[0] for mark in MARK.finditer(text))
     other = MARK.sub("", text)
     rows = [row for row in re.findall(r"^\|.*$", re.sub(r"`[^`\n]*`", "", other), re.M) if FIGURE.search(row)]
-    told = [figure for figure in FIGURE.findall(NO_PROSE.sub("", other)) if figure not in NO_RESULT]
-    return rows + [figure for figure in told if figure not in FIGURE.findall(tables)]
+    figures = [figure for figure in FIGURE.findall(NO_PROSE.sub("", other)) if figure not in NO_RESULT]
+    return rows + [figure for figure in figures if figure not in FIGURE.findall(tables)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -71,6 +71,6 @@ def test_every_decision_is_listed_and_has_all_parts():
     assert [name for _, name, _, _ in listed] == sorted(path.name for path in folder.glob("0*.md"))
     for number, name, title, kept in listed:
         text = (folder / name).read_text()
-        said = {"yes": "Kept", "no": "Not kept", "in part": "Kept in part"}[kept]
-        assert text.startswith(f"# {number} {title}\n\n*{said}.*\n\n") and 100 <= len(text.split()) <= 150
+        outcome = {"yes": "Kept", "no": "Not kept", "in part": "Kept in part"}[kept]
+        assert text.startswith(f"# {number} {title}\n\n*{outcome}.*\n\n") and 100 <= len(text.split()) <= 150
         assert re.findall(r"^- \*\*(\w+)\*\*:", text, re.M) == ["Question", "Change", "Command", "Result", "Kept"]

@@ -65,8 +65,8 @@ def test_exits_that_end_without_a_verdict_count_against_the_bound():
     counts = ledger.counts.as_dict()
     assert (counts["diverged"], counts["unverified"], counts["divergences_at_worst"]) == (1, 2, 3)
     assert counts["divergences_at_worst_frac"] == ledger.audit.largest_divergence_frac == 3 / counts["emitted"]
-    told = share.as_dict()
-    assert (told["diverged"], told["unverified"], told["divergences_at_worst"]) == (1, 2, 3)
+    figures = share.as_dict()
+    assert (figures["diverged"], figures["unverified"], figures["divergences_at_worst"]) == (1, 2, 3)
 
 
 def test_tokens_earn_for_others_once_the_answer_went_on_after_them_or_ended_by_itself():

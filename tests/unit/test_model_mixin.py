@@ -10,16 +10,16 @@ def test_blocks_up_to_k_give_the_full_passes_inner_state(tiny_models, lens_ramps
     with Engine(tiny_models["qwen3"], options) as engine:
         model, runner = engine.runner.model, engine.runner
         shallow, full = {}, {}
-        stock_shallow, stock_forward = model.forward_shallow, runner._model_forward
+        original_shallow, original_forward = model.forward_shallow, runner._model_forward
 
         def record_shallow(depth, input_ids, positions):
-            hidden = stock_shallow(depth, input_ids, positions)
+            hidden = original_shallow(depth, input_ids, positions)
             shallow[int(positions[0]), int(input_ids[0])] = hidden[0].clone()
             return hidden
 
         def record_full(**kwargs):
             model.set_aux_state_depths((3,))
-            final, (aux,) = stock_forward(**kwargs)
+            final, (aux,) = original_forward(**kwargs)
             model.set_aux_state_depths(())
             for row, (position, token) in enumerate(zip(kwargs["positions"], kwargs["input_ids"], strict=True)):
                 full[int(position), int(token)] = aux[row].clone()

@@ -55,10 +55,10 @@ def test_a_patch_refuses_other_source_and_other_versions(monkeypatch):
 
 def overridden_by(name: str) -> set[tuple[str, str]]:
     """(vLLM's class, method) that a class of ours overrides."""
-    found: Any = guard.named(f"apparate_llm.{name}")
+    ours: Any = guard.named(f"apparate_llm.{name}")
     pairs = set()
-    for method in vars(found).keys() - NOT_METHODS:
-        for base in found.__mro__[1:]:
+    for method in vars(ours).keys() - NOT_METHODS:
+        for base in ours.__mro__[1:]:
             if base.__module__.startswith("vllm.") and callable(vars(base).get(method)):
                 pairs.add((f"{base.__module__}.{base.__qualname__}", method))
                 break
@@ -120,9 +120,9 @@ def test_the_tool_for_a_new_vllm_shows_what_changed(monkeypatch, capsys):
     monkeypatch.setitem(entry.sha256, "_sample", "0" * 64)
     monkeypatch.setitem(entry.sha256, "_gone", "0" * 64)
     assert check_vllm.main([]) == 1
-    said = capsys.readouterr().out
-    assert re.search(r"GPUModelRunner\._sample\n.*changed: 5cb5\w+ in \S+gpu_model_runner.py:\d+", said)
-    assert re.search(r"GPUModelRunner\._gone\n.*: gone", said) and "2 to read again" in said
+    output = capsys.readouterr().out
+    assert re.search(r"GPUModelRunner\._sample\n.*changed: 5cb5\w+ in \S+gpu_model_runner.py:\d+", output)
+    assert re.search(r"GPUModelRunner\._gone\n.*: gone", output) and "2 to read again" in output
 
 
 def test_patches_are_for_the_vllm_that_is_installed_with_us():
@@ -159,19 +159,19 @@ def test_a_loaded_function_gets_the_method_that_vllm_calls_and_torch_stays_as_it
         return x + 1
 
     whole = SimpleNamespace(finalize_loading=lambda config: "vllm's own")
-    stock_load = lambda file: SimpleNamespace(_artifacts=SimpleNamespace(compiled_fn=file))  # noqa: E731
-    monkeypatch.setattr(torch.compiler, "load_compiled_function", stock_load)
+    original_load = lambda file: SimpleNamespace(_artifacts=SimpleNamespace(compiled_fn=file))  # noqa: E731
+    monkeypatch.setattr(torch.compiler, "load_compiled_function", original_load)
     load = wrapped(lambda model, path: torch.compiler.load_compiled_function(path))
     assert load(None, plain)._artifacts.compiled_fn.finalize_loading(None) is None
     assert load(None, whole)._artifacts.compiled_fn.finalize_loading(None) == "vllm's own"
-    assert torch.compiler.load_compiled_function is stock_load
+    assert torch.compiler.load_compiled_function is original_load
 
     def fails(model, path):
         raise OSError
 
     with pytest.raises(OSError):
         wrapped(fails)(None, None)
-    assert torch.compiler.load_compiled_function is stock_load
+    assert torch.compiler.load_compiled_function is original_load
 
 
 @pytest.mark.parametrize(("preload", "method"), [("", ""), ("/lib/libgomp.so.1", ""), ("/lib/libiomp5.so", "spawn")])
@@ -238,9 +238,9 @@ def test_a_server_without_exits_starts_where_a_patch_does_not_fit(monkeypatch):
     from apparate_llm.plugin import register
 
     monkeypatch.setattr(SamplingParams, "_validate_spec_decode", lambda self, config: None)
-    with logged() as said:
+    with logged() as lines:
         register()
-    assert len(said) == 1 and "patch of vllm.sampling_params.SamplingParams._validate_spec_decode" in said[0]
+    assert len(lines) == 1 and "patch of vllm.sampling_params.SamplingParams._validate_spec_decode" in lines[0]
 
 
 def test_signals_end_a_start_from_the_step_on_where_vllm_made_an_exception_of_them(monkeypatch):
@@ -249,10 +249,10 @@ def test_signals_end_a_start_from_the_step_on_where_vllm_made_an_exception_of_th
     from apparate_llm.lifeline import end_at_once
     from apparate_llm.patches.stop_start import wrapped
 
-    found = []
-    monkeypatch.setattr(signal, "signal", lambda number, handler: found.append((number, handler)))
+    handlers = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append((number, handler)))
     assert wrapped(lambda args, *, reuse_port: (args, reuse_port))("args", reuse_port=True) == ("args", True)
-    assert found == [(signal.SIGTERM, end_at_once), (signal.SIGINT, end_at_once)]
+    assert handlers == [(signal.SIGTERM, end_at_once), (signal.SIGINT, end_at_once)]
 
 
 # ---- this machine
@@ -354,9 +354,9 @@ def test_an_engine_that_computes_has_a_workers_variables_and_the_server_has_not(
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    found = started(UniProcExecutor)
-    assert found["OMP_NUM_THREADS"] == "2" and "proclist=[0,1]" in found["KMP_AFFINITY"]
-    assert found["KMP_BLOCKTIME"] == "5"
+    env = started(UniProcExecutor)
+    assert env["OMP_NUM_THREADS"] == "2" and "proclist=[0,1]" in env["KMP_AFFINITY"]
+    assert env["KMP_BLOCKTIME"] == "5"
     assert "OMP_NUM_THREADS" not in os.environ and "KMP_AFFINITY" not in os.environ
     assert "OMP_NUM_THREADS" not in started(MultiprocExecutor), "its worker gets them"
     assert "OMP_NUM_THREADS" not in started(UniProcExecutor, 2), "several engines share this machine"
@@ -368,16 +368,16 @@ def test_who_reads_and_writes_may_use_the_cores_of_the_servers_process():
     from apparate_llm.patches.worker_in_engine import on_any_core
 
     before = os.sched_getaffinity(0)
-    found = []
+    affinities = []
 
     def bound() -> None:
         os.sched_setaffinity(0, {min(before)})
-        found.append(on_any_core(lambda: os.sched_getaffinity(0))())
+        affinities.append(on_any_core(lambda: os.sched_getaffinity(0))())
 
     thread = threading.Thread(target=bound)  # only that thread is bound
     thread.start()
     thread.join()
-    assert found == [os.sched_getaffinity(os.getppid())]
+    assert affinities == [os.sched_getaffinity(os.getppid())]
 
 
 def test_weights_go_to_huge_pages_where_no_runner_of_ours_moves_them(monkeypatch):

@@ -28,16 +28,16 @@ MAX_KB = 150
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, str]:
+def pictures() -> dict[str, str]:
     return drawn()
 
 
-def test_the_pictures_that_are_kept_are_those_of_the_results(made):
-    assert {path.name: path.read_text() for path in PICTURES.glob("*.svg")} == made, "python -m scripts.draw"
+def test_the_pictures_that_are_kept_are_those_of_the_results(pictures):
+    assert {path.name: path.read_text() for path in PICTURES.glob("*.svg")} == pictures, "python -m scripts.draw"
 
 
-def test_a_drawing_comes_out_the_same_again(made):
-    assert drawn() == made
+def test_a_drawing_comes_out_the_same_again(pictures):
+    assert drawn() == pictures
 
 
 @pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
@@ -56,9 +56,9 @@ def test_a_drawing_is_described_and_no_text_leaves_it(name, theme):
         assert size <= y <= height - 4 and size >= 13, text.text
 
 
-def test_light_and_dark_differ_in_nothing_but_colours(made):
+def test_light_and_dark_differ_in_nothing_but_colours(pictures):
     for name in DRAWN:
-        light, dark = (re.sub(r"#\w{6}", "#", made[f"{name}-{theme.name}.svg"]) for theme in THEMES)
+        light, dark = (re.sub(r"#\w{6}", "#", pictures[f"{name}-{theme.name}.svg"]) for theme in THEMES)
         assert light == dark
 
 
@@ -79,8 +79,8 @@ def test_figures_of_reports_stand_out_on_white_and_on_black():
 
 def test_pages_and_drawings_have_the_same_colours():
     page = (ROOT / "api" / "dashboard.html").read_text()
-    for theme, found in zip(THEMES, re.findall(r":root \{(.*?)\}", page, re.S), strict=True):
-        colors = dict(re.findall(r"--([\w-]+): (#\w{6});", found))
+    for theme, rules in zip(THEMES, re.findall(r":root \{(.*?)\}", page, re.S), strict=True):
+        colors = dict(re.findall(r"--([\w-]+): (#\w{6});", rules))
         for name in ("text", "soft", "back", "line", "card", "good", "bad", "held", "early", "diverged"):
             assert colors[name] == getattr(theme, name), name
         assert {colors[name] for name in "abcd"} == set(theme.series)
@@ -90,9 +90,9 @@ def test_pages_show_every_picture_in_light_and_in_dark():
     seen = []
     for page in PAGES:
         text = page.read_text()
-        found = PICTURE.findall(text)
-        assert len(found) == text.count("<img ") == text.count("<picture>"), page.name
-        for dark, dark_kind, light, light_kind, alt in found:
+        shown = PICTURE.findall(text)
+        assert len(shown) == text.count("<img ") == text.count("<picture>"), page.name
+        for dark, dark_kind, light, light_kind, alt in shown:
             assert (dark, dark_kind) == (light, light_kind) and len(alt) > 20
             seen += [(page.parent / f"{light}-{scheme}.{light_kind}").resolve() for scheme in ("light", "dark")]
     assert set(seen) == set(PICTURES.iterdir())
@@ -128,8 +128,8 @@ def test_a_result_that_changes_moves_its_point(monkeypatch):
     def one_row(tpt: float) -> str:
         table = Table((Rows("Model, code", "none.json", ("1 client", "2 requests/s")),), results_table.TPT_COLUMNS)
         monkeypatch.setitem(results_table.TABLES, "readme", table)
-        found = {("1 client", "lossless"): Measured(ratio("lossless", tpt), None)}
-        monkeypatch.setattr(draw_tpt, "measured", lambda file: found)
+        by_cell = {("1 client", "lossless"): Measured(ratio("lossless", tpt), None)}
+        monkeypatch.setattr(draw_tpt, "measured", lambda file: by_cell)
         return draw_tpt.draw(LIGHT)
 
     def height(svg: str) -> float:
@@ -173,5 +173,5 @@ def test_a_photograph_is_cut_off_and_loses_colours_only():
     ramp = Image.linear_gradient("L")
     image = Image.merge("RGB", (ramp, ramp.rotate(90), ramp))
     image.save(buffer, format="PNG")
-    with Image.open(io.BytesIO(small(buffer.getvalue(), 100))) as made:
-        assert made.size == (256, 100) and len(made.getcolors()) <= MAX_COLORS
+    with Image.open(io.BytesIO(small(buffer.getvalue(), 100))) as cut:
+        assert cut.size == (256, 100) and len(cut.getcolors()) <= MAX_COLORS

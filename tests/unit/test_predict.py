@@ -7,13 +7,13 @@ import torch
 from apparate_llm.prepare import predict as predict_module
 from apparate_llm.prepare.costs import ProfiledCosts, verify_cost
 from apparate_llm.prepare.predict import as_users_ask, harder, predict, predict_both
-from apparate_llm.prepare.recorded import Recorded, Said, copies_of, recorded
+from apparate_llm.prepare.recorded import Proposal, Recorded, copies_of, recorded
 from apparate_llm.prepare.simulate import Simulation
 
 TOKENS = 101
 
 
-def profiled(*, draft_step_ms=1.0, per_row=0.2, prompt_ms=0.5, spread=0.0):
+def profiled(*, draft_step_ms=1.0, per_row=0.2, prompt_ms=0.5, error=0.0):
     """A pass takes 20 ms and a little more for each further row, a prompt so much per token."""
     sizes = (1, 4, 16)
     return {
@@ -21,15 +21,15 @@ def profiled(*, draft_step_ms=1.0, per_row=0.2, prompt_ms=0.5, spread=0.0):
         "pass_ms": {str(size): {str(size * n): 20.0 + per_row * (size * n - 1) for n in (2, 4, 8)} for size in sizes},
         "prompt_ms": {"32": 20.0 + prompt_ms * 32, "512": 20.0 + prompt_ms * 512},
         "draft_step_ms": {"0": {str(size): draft_step_ms for size in sizes}},
-        "spread_frac": dict.fromkeys(("verify", "pass", "prompt", "draft_step"), spread),
+        "error_frac": dict.fromkeys(("verify", "pass", "prompt", "draft_step"), error),
     }
 
 
 def conversation(agreement, *, seed=0, kind="open", tokens=TOKENS, prompt_tokens=32, confidence=None):
     """Every draft step agrees as often, and is as confident as that."""
     rng = np.random.default_rng(seed)
-    said = confidence if confidence is not None else min(max(agreement, 0.02), 0.98)
-    row = tuple(Said(said, bool(agrees)) for agrees in rng.random(tokens) < agreement)
+    stated = confidence if confidence is not None else min(max(agreement, 0.02), 0.98)
+    row = tuple(Proposal(stated, bool(agrees)) for agrees in rng.random(tokens) < agreement)
     return Recorded(kind, prompt_tokens, (row,))
 
 
@@ -37,35 +37,35 @@ def conversations(agreement, number=16, **settings):
     return [conversation(agreement, seed=i, **settings) for i in range(number)]
 
 
-def only(found, clients="1"):
-    return found[clients]["tpt_ratio"]
+def only(by_clients, clients="1"):
+    return by_clients[clients]["tpt_ratio"]
 
 
 @pytest.fixture(autouse=True)
 def simulations_are_exact(monkeypatch):
-    monkeypatch.setattr(predict_module, "SIMULATION_SPREAD", 0.0)
+    monkeypatch.setattr(predict_module, "SIMULATION_SD", 0.0)
 
 
 def test_ramps_that_are_always_right_bring_a_pass_ten_exits():
-    found = predict(conversations(1.0), profiled(), depth=0, num_layers=12, clients=(1,), max_tokens=TOKENS)
+    by_clients = predict(conversations(1.0), profiled(), depth=0, num_layers=12, clients=(1,), max_tokens=TOKENS)
     # Of a step of 11 tokens: ten draft steps of 1 ms, and ten rows more. A few steps go without exits, to measure.
-    assert only(found) == pytest.approx((20 + 10 * 0.2 + 10) / 11 / 20, rel=0.08)
+    assert only(by_clients) == pytest.approx((20 + 10 * 0.2 + 10) / 11 / 20, rel=0.08)
 
 
 def test_ramps_that_are_never_right_change_nothing():
-    found = predict(conversations(0.0), profiled(), depth=0, num_layers=12, clients=(1, 4), max_tokens=TOKENS)
-    assert only(found) == pytest.approx(1.0, abs=0.015) and only(found, "4") == pytest.approx(1.0, abs=0.015)
+    by_clients = predict(conversations(0.0), profiled(), depth=0, num_layers=12, clients=(1, 4), max_tokens=TOKENS)
+    assert only(by_clients) == pytest.approx(1.0, abs=0.015) and only(by_clients, "4") == pytest.approx(1.0, abs=0.015)
 
 
 @pytest.mark.parametrize("costs", [{"draft_step_ms": 60.0}, {"per_row": 40.0}], ids=["draft steps", "rows"])
 def test_exits_that_cost_more_than_they_bring_are_not_taken(costs):
-    found = predict(conversations(0.5), profiled(**costs), depth=0, num_layers=12, clients=(1,), max_tokens=TOKENS)
-    assert only(found) == pytest.approx(1.0, abs=0.06)
+    by_clients = predict(conversations(0.5), profiled(**costs), depth=0, num_layers=12, clients=(1,), max_tokens=TOKENS)
+    assert only(by_clients) == pytest.approx(1.0, abs=0.06)
 
 
 def test_without_exits_a_lone_client_gets_a_token_a_pass():
-    found = Simulation(ProfiledCosts.of(profiled(), 0)).serve([[0, 1]], conversations(1.0, 2), 1, max_tokens=TOKENS)
-    assert [ms for values in found.values() for ms in values] == pytest.approx([20.0, 20.0])
+    times = Simulation(ProfiledCosts.of(profiled(), 0)).serve([[0, 1]], conversations(1.0, 2), 1, max_tokens=TOKENS)
+    assert [ms for values in times.values() for ms in values] == pytest.approx([20.0, 20.0])
 
 
 def test_clients_wait_for_each_others_prompts_with_exits_or_without():
@@ -103,8 +103,8 @@ def test_no_client_is_idle_while_a_request_that_counts_is_under_way():
             return super().pass_ms(requests, rows, prompt_tokens)
 
     known = conversations(1.0, 8, tokens=80)
-    found = Simulation(Costs.of(profiled(), 0)).serve([[0, 1, 2, 3], [4, 5, 6, 7]], known, 4, max_tokens=80)
-    assert sorted(found) == list(range(8)) and all(len(values) == 1 for values in found.values())
+    times = Simulation(Costs.of(profiled(), 0)).serve([[0, 1, 2, 3], [4, 5, 6, 7]], known, 4, max_tokens=80)
+    assert sorted(times) == list(range(8)) and all(len(values) == 1 for values in times.values())
     decoding = [requests for requests, reads in passes if not reads]
     assert sum(requests < 4 for requests in decoding) < 0.1 * len(decoding)  # a client turns from answer to request
 
@@ -113,12 +113,12 @@ def test_a_text_that_repeats_itself_is_followed_without_a_draft_step():
     text = [*range(20)] * 12
     matches, repeats = copies_of(text[:60], text[60:])
     assert matches[0] >= 12 and repeats[0] == len(text) - 60
-    rows = tuple(Said(0.02, False) for _ in matches)
+    rows = tuple(Proposal(0.02, False) for _ in matches)
     ramps_know_nothing = [Recorded("open", 60, (rows,), matches, repeats)] * 4
-    dear = profiled(draft_step_ms=1000.0)
-    assert only(predict(ramps_know_nothing, dear, depth=0, num_layers=12, clients=(1,), max_tokens=180)) < 0.4
+    expensive = profiled(draft_step_ms=1000.0)
+    assert only(predict(ramps_know_nothing, expensive, depth=0, num_layers=12, clients=(1,), max_tokens=180)) < 0.4
     without = [Recorded("open", 60, (rows,))] * 4
-    assert only(predict(without, dear, depth=0, num_layers=12, clients=(1,), max_tokens=180)) > 0.99
+    assert only(predict(without, expensive, depth=0, num_layers=12, clients=(1,), max_tokens=180)) > 0.99
 
 
 def test_the_interval_covers_what_many_more_conversations_give():
@@ -140,8 +140,8 @@ def test_costs_that_may_be_off_widen_the_interval():
     sample = conversations(0.8, number=12)
     settings = {"depth": 0, "num_layers": 12, "clients": (1,), "max_tokens": TOKENS}
     widths = []
-    for spread in (0.0, 0.5):
-        low, high = predict(sample, profiled(spread=spread), **settings)["1"]["ci95"]
+    for error in (0.0, 0.5):
+        low, high = predict(sample, profiled(error=error), **settings)["1"]["ci95"]
         widths.append(high - low)
     assert widths[1] > 2 * widths[0]
 
@@ -150,10 +150,10 @@ def test_each_kind_of_prompt_has_its_own_ratio():
     mixed = [
         conversation(0.9 if i % 2 else 0.3, seed=i, kind="code" if i % 2 else "open", tokens=60) for i in range(24)
     ]
-    found = predict(mixed, profiled(), depth=0, num_layers=12, clients=(1,), max_tokens=60)["1"]
-    code, talk = found["by_kind"]["code"], found["by_kind"]["open"]
+    prediction = predict(mixed, profiled(), depth=0, num_layers=12, clients=(1,), max_tokens=60)["1"]
+    code, talk = prediction["by_kind"]["code"], prediction["by_kind"]["open"]
     assert code["ci95"][1] < talk["ci95"][0]
-    assert code["tpt_ratio"] < found["tpt_ratio"] < talk["tpt_ratio"]
+    assert code["tpt_ratio"] < prediction["tpt_ratio"] < talk["tpt_ratio"]
 
 
 def test_users_prompts_are_expected_to_be_harder_by_what_is_known():
@@ -163,8 +163,8 @@ def test_users_prompts_are_expected_to_be_harder_by_what_is_known():
     drawn = harder(own, 0.85)
     assert np.mean([one.acceptance_rate for one in drawn]) == pytest.approx(0.85 * mean, rel=0.08)
     assert len(drawn) == len(own)
-    found = predict_both(own[:40], profiled(), depth=0, num_layers=12)["1"]
-    assert found["users"]["tpt_ratio"] > found["tpt_ratio"]
+    prediction = predict_both(own[:40], profiled(), depth=0, num_layers=12)["1"]
+    assert prediction["users"]["tpt_ratio"] > prediction["tpt_ratio"]
 
 
 def test_the_users_own_prompts_speak_for_users():
@@ -191,9 +191,10 @@ def test_conversations_come_out_of_what_was_measured():
     calibration = [(1.0, 0.0), (1.0, 1.0)]
     (one,) = recorded(tensors, calibration, ("open", "code"), {3: ([1, 2, 3], answer)})
     assert (one.kind, one.prompt_tokens, one.num_tokens, one.acceptance_rate) == ("code", 3, 4, 0.75)
-    assert one.said(1, 0) == pytest.approx((0.8, True)) and one.said(2, 1) == pytest.approx((0.731, False), abs=1e-3)
-    assert one.said(1, 1) == one.said(1, 0)  # the draft step did not run there
-    assert one.said(2, 9) == one.said(2, 1)
+    assert one.proposal(1, 0) == pytest.approx((0.8, True))
+    assert one.proposal(2, 1) == pytest.approx((0.731, False), abs=1e-3)
+    assert one.proposal(1, 1) == one.proposal(1, 0)  # the draft step did not run there
+    assert one.proposal(2, 9) == one.proposal(2, 1)
     assert one.matches == (0, 0, 0, 0)
 
 
@@ -206,7 +207,7 @@ def test_where_only_some_rows_were_measured_the_next_one_stands_for_those_before
         "0.row": torch.tensor([1, 3]),
     }
     (one,) = recorded(tensors, [(1.0, 0.0)], ("open",), {0: ([1], [2, 3, 4, 5, 6])})
-    assert [one.said(row, 0).agrees for row in range(5)] == [True, True, False, False, False]
+    assert [one.proposal(row, 0).agrees for row in range(5)] == [True, True, False, False, False]
 
 
 def test_costs_between_what_was_measured_are_linear_and_never_fall():

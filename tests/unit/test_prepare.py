@@ -150,9 +150,9 @@ def test_prompts_about_one_passage_are_one_source():
     form = " ".join(f"form{i}" for i in range(20))
     others = [f"{form} question {i} {i * 7}" for i in range(20)]
     texts = [f"Summarize: {passage}", *others, f"What is the third word of this? {passage}", "short", "short", "other"]
-    found = sources(texts)
-    assert found[0] == found[21] and found[22] == found[23] != found[24]
-    assert len(set(found[1:21])) == 20  # a form that many share makes no source
+    numbers = sources(texts)
+    assert numbers[0] == numbers[21] and numbers[22] == numbers[23] != numbers[24]
+    assert len(set(numbers[1:21])) == 20  # a form that many share makes no source
     prompts = [[{"role": "system", "content": passage}, {"role": "user", "content": text}] for text in texts]
     splits = splits_of_prompts(prompts, "0")
     assert splits[0] == splits[21] and len(set(splits)) > 1

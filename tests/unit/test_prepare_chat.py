@@ -58,7 +58,7 @@ def letters(template=None, *, bos=False, special=True, **settings):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names, **settings)
 
 
-def said(tokenizer, messages, **settings):
+def rendered(tokenizer, messages, **settings):
     """The prompt as text."""
     chat = ChatFormat(tokenizer, max_model_len=2048, **settings)
     return tokenizer.decode(chat.render(messages))
@@ -71,7 +71,7 @@ def why(tokenizer, messages, **settings):
 
 
 def test_a_prompt_is_what_the_template_makes_of_it():
-    assert said(letters(CHATML), [system("Be brief."), user(" Hi \n")]) == (
+    assert rendered(letters(CHATML), [system("Be brief."), user(" Hi \n")]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi \n<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -133,13 +133,17 @@ def test_answers_that_leave_no_room_are_refused():
 
 def test_a_list_of_texts_is_asked_as_a_text():
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    assert said(letters(CHATML), [user(parts)]) == said(letters(CHATML), [user("one\ntwo")])
+    assert rendered(letters(CHATML), [user(parts)]) == rendered(letters(CHATML), [user("one\ntwo")])
 
 
 def test_a_template_that_wants_parts_gets_parts():
     tokenizer = letters(PARTS)
     expected = "<|im_start|>user\nhello<|im_end|>\n"
-    assert said(tokenizer, [user("hello")]) == said(tokenizer, [user([{"type": "text", "text": "hello"}])]) == expected
+    assert (
+        rendered(tokenizer, [user("hello")])
+        == rendered(tokenizer, [user([{"type": "text", "text": "hello"}])])
+        == expected
+    )
     assert ChatFormat(tokenizer, max_model_len=99).affixes() == ("<|im_start|>user\n", "<|im_end|>\n")
 
 
@@ -153,7 +157,7 @@ def test_prompts_of_the_user_are_split_whatever_their_content_is():
 
 
 def test_no_content_is_an_empty_one():
-    assert "None" not in said(letters(CHATML), [user("a"), {"role": "assistant", "content": None}, user("b")])
+    assert "None" not in rendered(letters(CHATML), [user("a"), {"role": "assistant", "content": None}, user("b")])
 
 
 # ---- models without a template
@@ -169,9 +173,9 @@ def test_without_a_template_that_can_be_used_prompts_are_paragraphs(template, bo
     tokenizer = letters(bos=bos)
     tokenizer.chat_template = template
     first = "<s>" if bos else ""
-    assert said(tokenizer, [user("What is a cat?")]) == f"{first}What is a cat?\n\n"
-    assert said(tokenizer, [system("Be brief."), user("Hi")], say=lines.append) == f"{first}Be brief.\n\nHi\n\n"
-    assert said(tokenizer, [user("def f():\n")]) == f"{first}def f():\n"
+    assert rendered(tokenizer, [user("What is a cat?")]) == f"{first}What is a cat?\n\n"
+    assert rendered(tokenizer, [system("Be brief."), user("Hi")], say=lines.append) == f"{first}Be brief.\n\nHi\n\n"
+    assert rendered(tokenizer, [user("def f():\n")]) == f"{first}def f():\n"
     assert len(lines) == 1 and "prompts are plain text" in lines[0]
     chat = ChatFormat(tokenizer, max_model_len=99)
     assert chat.affixes() == (first, BREAK) and chat.affixes("Be brief.") == (f"{first}Be brief.\n\n", BREAK)
@@ -181,9 +185,9 @@ def test_without_a_template_that_can_be_used_prompts_are_paragraphs(template, bo
 def test_of_several_templates_the_default_one_is_used():
     tokenizer = letters()
     tokenizer.chat_template = {"rag": "", "default": CHATML}
-    assert said(tokenizer, [user("a")]) == said(letters(CHATML), [user("a")])
+    assert rendered(tokenizer, [user("a")]) == rendered(letters(CHATML), [user("a")])
     tokenizer.chat_template = [{"name": "default", "template": CHATML}]
-    assert said(tokenizer, [user("a")]) == said(letters(CHATML), [user("a")])
+    assert rendered(tokenizer, [user("a")]) == rendered(letters(CHATML), [user("a")])
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
@@ -193,9 +197,9 @@ def test_a_template_in_a_file_of_its_own_is_found(name, tmp_path):
     letters().save_pretrained(tmp_path)
     (tmp_path / name).write_text(CHATML if name.endswith("jinja") else json.dumps({"chat_template": CHATML}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert said(tokenizer, [user("a")]) == said(letters(CHATML), [user("a")])
+    assert rendered(tokenizer, [user("a")]) == rendered(letters(CHATML), [user("a")])
     (tmp_path / "chat_template.json").write_text("damaged")
-    assert said(AutoTokenizer.from_pretrained(tmp_path), [user("a")])
+    assert rendered(AutoTokenizer.from_pretrained(tmp_path), [user("a")])
 
 
 # ---- affixes, and how prompts that the model writes begin and end
@@ -227,7 +231,7 @@ def test_the_next_turn_is_what_the_template_makes_of_it(template):
     assert chat.can_go_on(answer)
     ids = chat.encode(f"{before}2 + 2?{after}") + answer + chat.next_turn("Why?")
     whole = [user("2 + 2?"), {"role": "assistant", "content": "four"}, user("Why?")]
-    assert tokenizer.decode(ids) == said(tokenizer, whole)
+    assert tokenizer.decode(ids) == rendered(tokenizer, whole)
 
 
 def test_an_answer_that_was_cut_off_is_not_gone_on_with():

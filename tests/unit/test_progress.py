@@ -33,9 +33,9 @@ def log(clock: Clock, **options) -> tuple[io.StringIO, Progress]:
 
 def lines(file: io.StringIO) -> list[str]:
     """Without the time of day, which each line must have."""
-    found = file.getvalue().splitlines()
-    assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in found)
-    return [line[10:] for line in found]
+    shown = file.getvalue().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in shown)
+    return [line[10:] for line in shown]
 
 
 def run_for(progress: Progress, clock: Clock, seconds: float, stage: Stage | None = None, per_s: float = 0.0) -> None:

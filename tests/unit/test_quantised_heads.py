@@ -31,8 +31,8 @@ def head() -> FusedHead:
     torch.manual_seed(0)
     head = FusedHead(HeadShape(hidden_size=SIZE, ramp_vocab=120, eps=1e-5, intermediate_size=96, num_aux_layers=2))
     for name, parameter in head.named_parameters():
-        spread = 1.0 if name in ("norm", "match") else parameter.shape[-1] ** -0.5
-        parameter.data.normal_(std=spread)
+        deviation = 1.0 if name in ("norm", "match") else parameter.shape[-1] ** -0.5
+        parameter.data.normal_(std=deviation)
     return head.to(torch.bfloat16).eval()
 
 

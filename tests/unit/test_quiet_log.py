@@ -196,8 +196,8 @@ def test_a_preparation_keeps_its_log_beside_its_work_and_ends_with_what_to_do_ne
         """
     out = tmp_path / "my ramps"
     process = start(code, f"{tiny_llama}:{out}")
-    told, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and told == ""
+    stdout, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and stdout == ""
     lines = err.splitlines()
     assert lines[:2] == [f"vLLM's log: {out}/work/vllm.log", "said"]
     assert lines[-1] == f"next: apparate-llm serve {tiny_llama} --ramps '{out}'"

@@ -45,7 +45,7 @@ OLD_VALUES = {"waiting_weight": 0.5, "max_rows": 8, "class_metrics": False, "sta
 
 @pytest.fixture(autouse=True)
 def warned_of_nothing(monkeypatch):
-    monkeypatch.setenv(renamed.TOLD_VARIABLE, "")
+    monkeypatch.setenv(renamed.WARNED_VARIABLE, "")
 
 
 def test_every_old_name_stands_for_one_there_is():
@@ -114,11 +114,11 @@ def test_old_and_new_that_say_different_things_are_refused():
 def test_a_tenants_file_and_a_request_may_go_by_the_old_names(tmp_path):
     file = tmp_path / "tenants.toml"
     file.write_text("[batch]\nearly_exit = 0\n")
-    found = options_from(build_parser().parse_args(["serve", "--classes", str(file)]))
-    assert found.tenants["batch"].early_exit == 0
-    assert parse_config({"classes": {"batch": {"early_exit": 0}}}) == found
+    config = options_from(build_parser().parse_args(["serve", "--classes", str(file)]))
+    assert config.tenants["batch"].early_exit == 0
+    assert parse_config({"classes": {"batch": {"early_exit": 0}}}) == config
     for name in ("early_exit_class", "early_exit_tenant"):
-        assert parse_request_options({name: "batch"}, found).early_exit_tenant == "batch"
+        assert parse_request_options({name: "batch"}, config).early_exit_tenant == "batch"
 
 
 def learned_policy() -> AdaptivePolicy:
@@ -140,7 +140,7 @@ def test_what_a_controller_of_version_0_1_learned_is_taken_up():
     }
     assert {"completion", "rounds"} <= old.keys() and not {"completion", "rounds"} & state.keys()
     fresh.restore(old)
-    assert fresh.costs == replace(learned.costs, pace=1.0) and fresh.state() == learned.state()
+    assert fresh.costs == replace(learned.costs, slowdown=1.0) and fresh.state() == learned.state()
 
 
 def test_the_status_has_the_old_names_beside_the_new():
@@ -151,10 +151,10 @@ def test_the_status_has_the_old_names_beside_the_new():
         "distributions": Distributions().as_dict(),
         "controller": learned_policy().status(),
     }
-    told = renamed.beside_old_names(worker)
-    assert told["depth"] == 0 and told["counts"]["completion_passes"] == 7 and told["counts"]["rounds"] == 5
+    status = renamed.beside_old_names(worker)
+    assert status["depth"] == 0 and status["counts"]["completion_passes"] == 7 and status["counts"]["rounds"] == 5
     for part, names in renamed.STATUS.items():
-        assert told[part] == {**worker[part], **{old: worker[part][new] for new, old in names.items()}}
+        assert status[part] == {**worker[part], **{old: worker[part][new] for new, old in names.items()}}
         assert not set(names.values()) & worker[part].keys()
     off = {**worker, "controller": {}}  # of a policy that learns nothing
     assert renamed.beside_old_names(off)["controller"] == {}
@@ -188,9 +188,9 @@ def test_the_records_of_an_older_preparation_are_used(tmp_path):
     costs = {"completion_ms": {"1": 20.0}, "round_ms": {"0": {"1": 1.5}}, "spread_frac": kinds}
     workspace.write("profile", {"heads": {0: old | {"agreement": [0.7, 0.6]}}}, costs)
     profiled = workspace.read("profile", {"heads": {0: trained | {"acceptance_rates": [0.7, 0.6]}}})
-    assert profiled["spread_frac"] == dict.fromkeys(("verify", "pass", "prompt", "draft_step"), 0.1)
-    found = ProfiledCosts.of(profiled, 0)
-    assert (found.pass_ms(1, 1, 0), found.draft_step_ms(1)) == (20.0, 1.5)
+    assert profiled["error_frac"] == dict.fromkeys(("verify", "pass", "prompt", "draft_step"), 0.1)
+    known = ProfiledCosts.of(profiled, 0)
+    assert (known.pass_ms(1, 1, 0), known.draft_step_ms(1)) == (20.0, 1.5)
 
 
 def test_an_older_preparation_with_other_settings_is_another_one(tmp_path):
@@ -205,8 +205,8 @@ def test_ramps_of_version_0_1_are_read_and_shown(tmp_path, tiny_llama, capsys):
     old["inner"] = old.pop("aux_layers")
     old["training"] = {"depths": {"2": {"held_out_agreement": [0.712], "held_out_calibration_error": 0.034}}}
     manifest.write_text(json.dumps(old))
-    found = read_manifest(tmp_path)
-    assert found.aux_layers == [1, 3] and "aux_layers" in found.model_dump() and "inner" not in found.model_dump()
+    current = read_manifest(tmp_path)
+    assert current.aux_layers == [1, 3] and "aux_layers" in current.model_dump() and "inner" not in current.model_dump()
     assert main(["ramps", "show", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "position 0" in shown and "0.712" in shown and "0.034" in shown
@@ -215,14 +215,14 @@ def test_ramps_of_version_0_1_are_read_and_shown(tmp_path, tiny_llama, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("ramps-*.json")), ids=lambda path: path.name)
 def test_evaluations_of_ramps_by_older_versions_are_read(path):
     for old in json.loads(path.read_text())["depths"]:
-        found = DepthResult.model_validate(renamed.depth_of_any_evaluation(old))
-        assert renamed.depth_of_any_evaluation(found.model_dump()) == found.model_dump()
-        assert [part.position for part in found.positions] == [0, 1, 2, 3]
-        assert [part.acceptance_rate for part in found.positions] == [part["agreement"] for part in old["rounds"]]
-        assert found.accepted_per_step == old["tokens_per_cycle"]
+        result = DepthResult.model_validate(renamed.depth_of_any_evaluation(old))
+        assert renamed.depth_of_any_evaluation(result.model_dump()) == result.model_dump()
+        assert [part.position for part in result.positions] == [0, 1, 2, 3]
+        assert [part.acceptance_rate for part in result.positions] == [part["agreement"] for part in old["rounds"]]
+        assert result.accepted_per_step == old["tokens_per_cycle"]
         for category, rates in old["by_category"].items():
-            assert list(found.by_category[category].values()) == list(rates.values())
-            assert list(found.by_category[category]) == ["0", "1", "2", "3"]
+            assert list(result.by_category[category].values()) == list(rates.values())
+            assert list(result.by_category[category]) == ["0", "1", "2", "3"]
 
 
 # What a processor does to a sum.
@@ -242,6 +242,17 @@ RETIRED = (
     r"\bread_cycles\b",  # read_steps
     r"\bnum_inner\b|\.inner\b|\binner(=|: )",  # aux_layers
     r"\bdiffering\b|tokens that differ\b(?! from)|count(s|ed)? as wrong|exits? wrongly",  # divergence
+    r"\b(found|told|said)\b *(:[^=\n]*)?[-+|:]?=(?!=)",  # by content: paths, matches, records
+    r"\bfor (\w+, )?(found|told|said) in\b|\b(found|told|said)\[|\bdef _?(found|told|said)\b|\((found|told|said)[,:)]",
+    r"\bspreads? *=(?!=)|\bspread_frac\b",  # histogram, error_frac
+    r"\bstock_\w+",  # original
+    r"\bpaces?\b",  # slowdown
+    r"(?<!\.)\bprices?\b(?!: float)",  # cost; not of the product in an answer
+    r"\bnever stop",  # closed loop
+    r"\blengths? of (their|its|a) own\b",  # varied output lengths
+    r"\b(go|goes|going|went|out of)\s+(in )?step\b",  # synchronised
+    r"\bdear(er|est|ly)?\b",  # expensive
+    r"\bby turns\b|\btak(e|es|ing) turns\b",  # interleaved
 )
 
 
@@ -276,10 +287,10 @@ def test_nothing_of_ours_goes_by_an_old_name():
     if not listed:
         pytest.skip("no checkout")
     past = ("CHANGELOG.md", "renamed.py", "test_renamed.py", "test_metrics.py", "test_access.py")
-    found = []
+    hits = []
     for file in map(ROOT.joinpath, listed):
         is_past = file.name in past or "results" in file.parts or "assets" in file.parts
         if is_past or file.suffix not in (".py", ".md", ".html", ".json", ".yml", ".toml") or not file.exists():
             continue
-        found += [f"{file.relative_to(ROOT)}: {hit[0]}" for hit in retired.finditer(file.read_text(errors="replace"))]
-    assert not found
+        hits += [f"{file.relative_to(ROOT)}: {hit[0]}" for hit in retired.finditer(file.read_text(errors="replace"))]
+    assert not hits

@@ -91,7 +91,7 @@ def test_adaptive_is_faster_than_any_static_threshold_and_the_papers_policy_at_n
 
 
 def test_exits_stop_where_rows_are_dear_and_come_back():
-    dear = list(logs.steps(800, requests=8, row_ms=6.0))
+    expensive = list(logs.steps(800, requests=8, row_ms=6.0))
     cheap = list(logs.steps(800, requests=1, row_ms=0.1))
     config = EarlyExitConfig(accuracy_bound=0.0, max_exits=3)
     policy = make_policy(config, depth=0, depths=(0,), num_layers=30)
@@ -100,8 +100,8 @@ def test_exits_stop_where_rows_are_dear_and_come_back():
         return replay(steps, LogCosts(steps), policy, accuracy_bound=0.0, kind="agreement")
 
     assert part(cheap).tpt_ratio < 0.7
-    part(dear[:100])  # settles
-    settled = part(dear[100:])
+    part(expensive[:100])  # settles
+    settled = part(expensive[100:])
     assert settled.tpt_ratio < 1.03
     assert part(cheap[100:]).tpt_ratio < 0.7
 

@@ -46,7 +46,7 @@ def outputs_of(tokenizer, params, answers, *, per_step=3, finish=FinishReason.LE
             child.request_id, child.sampling_params = parent.get_child_info(index)
         names.append(child.request_id)
         processor.add_request(child, None, parent, index)
-    found, live = [], dict(zip(names, answers, strict=True))
+    outputs, live = [], dict(zip(names, answers, strict=True))
     for at in range(0, max(map(len, answers)), per_step):
         step = [
             EngineCoreOutput(name, ids[at : at + per_step], finish_reason=finish if at + per_step >= len(ids) else None)
@@ -54,13 +54,13 @@ def outputs_of(tokenizer, params, answers, *, per_step=3, finish=FinishReason.LE
             if ids[at : at + per_step]
         ]
         done = processor.process_outputs(step)
-        found += done.request_outputs
+        outputs += done.request_outputs
         for name in done.reqs_to_abort:
             live[name] = []
-    return found, names
+    return outputs, names
 
 
-def told(tokenizer, params, answers, *, caller=None, ask=None, **how):
+def reported(tokenizer, params, answers, *, caller=None, ask=None, **how):
     """(reports, texts) of a request's choices; the engine counted every token of `answers`."""
     outputs, names = outputs_of(tokenizer, params, answers, **how)
     caller, seen = caller or Caller(), {}
@@ -84,7 +84,7 @@ def told(tokenizer, params, answers, *, caller=None, ask=None, **how):
 
     asyncio.run(drive())
     assert REPORT_KEY not in params.extra_args
-    return caller.told(), texts
+    return caller.ordered_reports(), texts
 
 
 def of_engine(num_tokens):
@@ -116,7 +116,7 @@ def test_texts_are_the_choices_text_to_the_character(tokenizer, monkeypatch, slo
         monkeypatch.setattr(vllm_detokenizer, "uses_fast_detokenizer", lambda tokenizer: False)
     ids = [*tokenizer.encode(TEXT), BOS, BOS, *tokenizer.encode("x"), EOS]
     params = wanted(kind, **params)
-    (report,), (text,) = told(tokenizer, params, [ids], finish=finish)
+    (report,), (text,) = reported(tokenizer, params, [ids], finish=finish)
     assert "".join(report["texts"]) == text
     assert text.startswith("  Hi \N{GRINNING FACE}\n\u65e5") or not params.detokenize
     assert "\ufffd" not in text and len(report["texts"]) == len(report["origins"]) <= len(ids)
@@ -127,7 +127,7 @@ def test_texts_are_the_choices_text_to_the_character(tokenizer, monkeypatch, slo
 
 
 def test_a_character_comes_with_its_last_token(tokenizer):
-    (report,), _ = told(tokenizer, wanted(), [tokenizer.encode("a\N{GRINNING FACE}b")])
+    (report,), _ = reported(tokenizer, wanted(), [tokenizer.encode("a\N{GRINNING FACE}b")])
     assert report["texts"] == ["a", "", "", "", "\N{GRINNING FACE}", "b"]
     assert report["origins"] == ["checked", "held", "released_diverged", "unverified", "checked", "held"]
     assert report["divergences"] == 1 and report["divergences_at_worst"] == 2
@@ -141,7 +141,7 @@ def test_every_choice_of_every_prompt_has_its_index(tokenizer, kind):
     expected = []
     for prompt in range(2):
         answers = [tokenizer.encode(f"{prompt}.{number}") for number in range(11)]
-        reports, texts = told(tokenizer, params, answers, caller=caller)
+        reports, texts = reported(tokenizer, params, answers, caller=caller)
         expected += texts
     assert [report["index"] for report in reports] == list(range(22))
     assert ["".join(report["texts"]) for report in reports] == expected
@@ -150,7 +150,7 @@ def test_every_choice_of_every_prompt_has_its_index(tokenizer, kind):
 
 def test_of_several_choices_one_that_sent_nothing_keeps_its_index(tokenizer):
     caller = Caller()
-    reports, _ = told(tokenizer, wanted(n=2, temperature=1.0), [[], tokenizer.encode("b")], caller=caller)
+    reports, _ = reported(tokenizer, wanted(n=2, temperature=1.0), [[], tokenizer.encode("b")], caller=caller)
     assert [(report["index"], report["texts"]) for report in reports] == [(0, []), (1, ["b"])]
 
 
@@ -158,7 +158,7 @@ def test_a_report_that_fails_costs_the_answer_nothing(tokenizer):
     async def ask(method, key):
         raise RuntimeError("no worker")
 
-    reports, texts = told(tokenizer, wanted(), [tokenizer.encode("abc")], ask=ask)
+    reports, texts = reported(tokenizer, wanted(), [tokenizer.encode("abc")], ask=ask)
     assert texts == ["abc"] and reports == []
 
 

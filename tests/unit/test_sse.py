@@ -16,15 +16,15 @@ def data_of(stream: bytes, size: int) -> list[str]:
         for part in parts:
             yield part
 
-    async def told():
+    async def collected():
         return [data async for data in event_data_async(as_they_come())]
 
-    found = list(event_data(parts))
-    assert asyncio.run(told()) == found
+    data = list(event_data(parts))
+    assert asyncio.run(collected()) == data
     reader = EventReader()
     raw = [event.raw for part in parts for event in reader.feed(part)] + [event.raw for event in reader.end()]
     assert b"".join(raw) == stream  # nothing is lost and nothing moved
-    return found
+    return data
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -49,8 +49,8 @@ def test_a_last_event_without_its_blank_line_counts():
 
 def test_names_fields_and_a_byte_order_mark():
     stream = b"\xef\xbb\xbfevent: a\ndata: 1\n\nid: 7\nretry: 5\nevent:b\ndata: 2\n\nevent: c\n\ndata: 3\n\n"
-    found = [(event.name, event.data) for event in EventReader().feed(stream)]
-    assert found == [("a", "1"), ("b", "2"), ("c", None), ("", "3")]
+    events = [(event.name, event.data) for event in EventReader().feed(stream)]
+    assert events == [("a", "1"), ("b", "2"), ("c", None), ("", "3")]
 
 
 def test_a_long_line_in_many_parts_takes_time_by_its_length():

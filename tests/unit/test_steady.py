@@ -1,4 +1,4 @@
-"""`eval steady`: servers that take turns under clients that never stop asking, over fake servers."""
+"""`eval steady`: interleaved servers under clients in a closed loop, over fake servers."""
 
 import argparse
 import json
@@ -67,10 +67,10 @@ def test_servers_take_turns_and_only_their_own_time_counts(base_url, tmp_path):
     systems = [System("vllm", base_url=base_url), System("same", base_url=base_url)]
     level = level_of(plan_of(tmp_path, systems), [server_of(system, tmp_path) for system in systems])
     assert [run.system for run in level.runs] == ["vllm", "same"]
-    for found in level.runs:
-        assert found.failed == 0 and found.requests >= 2 and found.step_ms is None and found.exits is None
-        assert all(45 < tpt_ms < 100 for tpt_ms in found.tpt_by_turn_ms) and len(found.tpt_by_turn_ms) == 2
-        assert found.tpt_ms.mean < 100 and 0 < found.output_tokens_per_s < 45  # 2 clients, 6 tokens in 0.35 s
+    for one in level.runs:
+        assert one.failed == 0 and one.requests >= 2 and one.step_ms is None and one.exits is None
+        assert all(45 < tpt_ms < 100 for tpt_ms in one.tpt_by_turn_ms) and len(one.tpt_by_turn_ms) == 2
+        assert one.tpt_ms.mean < 100 and 0 < one.output_tokens_per_s < 45  # 2 clients, 6 tokens in 0.35 s
     (ratio,) = level.ratios
     assert (ratio.system, ratio.baseline) == ("same", "vllm") and ratio.answers_of_both >= 2
     assert 0.6 < ratio.tpt < 1.6 and ratio.throughput > 0
@@ -229,7 +229,7 @@ def test_results_are_kept_after_every_level(base_url, tmp_path, monkeypatch, cap
     results = SteadyResults.model_validate_json((tmp_path / "results.json").read_text())
     assert [level.clients for level in results.levels] == [2]
     text = capsys.readouterr().out
-    assert "Clients that never stop asking" in text and "Ratios to vllm" in text and "What first tokens waited" in text
+    assert "Clients in a closed loop" in text and "Ratios to vllm" in text and "What first tokens waited" in text
     assert all(len(line) <= 120 for line in text.splitlines()) and len(steady_tables(results)) == 3
     assert json.loads((tmp_path / "results.json").read_text())["schema_version"] == 1
 
@@ -237,16 +237,16 @@ def test_results_are_kept_after_every_level(base_url, tmp_path, monkeypatch, cap
 def test_intervals_of_answers_are_over_the_turns_in_which_they_began():
     """Two answers in each of 24 turns, of prompts that are slow for both; ours takes half as long."""
     rng = np.random.default_rng(0)
-    pace = np.exp(rng.normal(0, 0.3, 48))
-    theirs = {(i, 0): Answer(50 * pace[i], 200.0, i // 2) for i in range(48)}
+    slowdown = np.exp(rng.normal(0, 0.3, 48))
+    theirs = {(i, 0): Answer(50 * slowdown[i], 200.0, i // 2) for i in range(48)}
     ours = {
         key: Answer(0.5 * tpt_ms * np.exp(rng.normal(0, 0.02)), 100.0, turn)
         for key, (tpt_ms, _, turn) in theirs.items()
     }
-    found = ratios_of_answers(ours, theirs)
-    low, high = found["tpt_mean_ci95"]
-    assert low < found["tpt_mean"] < high and high / low < 1.03 and found["tpt_mean"] == pytest.approx(0.5, rel=0.01)
-    assert found["ttft_mean_ci95"] == pytest.approx((0.5, 0.5)) and found["tpt_p99_ci95"] is None  # 48 answers
+    ratios = ratios_of_answers(ours, theirs)
+    low, high = ratios["tpt_mean_ci95"]
+    assert low < ratios["tpt_mean"] < high and high / low < 1.03 and ratios["tpt_mean"] == pytest.approx(0.5, rel=0.01)
+    assert ratios["ttft_mean_ci95"] == pytest.approx((0.5, 0.5)) and ratios["tpt_p99_ci95"] is None  # 48 answers
     of_one_turn = {key: answer._replace(turn=answer.turn // 4) for key, answer in ours.items()}
     assert ratios_of_answers(of_one_turn, theirs)["tpt_mean_ci95"] is None  # six turns
     many = {(i, 0): Answer(50.0 + i % 97, 200.0, i % 24) for i in range(600)}

@@ -38,12 +38,12 @@ INSIDE_RUNNER = {"input_batch", "query_start_loc", "attn_groups"}
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    by_name = {}
     for package, folder in SOURCES.items():
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
-            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
-    return found
+            by_name[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return by_name
 
 
 @cache
@@ -82,8 +82,8 @@ def place(name: str) -> str:
 
 def arrows() -> set[tuple[str, str]]:
     """(module, module that it imports), within the package."""
-    found = modules()
-    return {(name, other) for name, path in found.items() for other in imports_of(path) & found.keys() - {name}}
+    by_name = modules()
+    return {(name, other) for name, path in by_name.items() for other in imports_of(path) & by_name.keys() - {name}}
 
 
 def cycle_in(graph: dict[str, set[str]]) -> list[str]:
@@ -138,8 +138,8 @@ def test_arrows_point_down():
 
 
 def test_vllm_is_imported_only_where_it_may_be():
-    found = {name for name, path in modules().items() if imports_vllm(path.read_text())}
-    outside = {name for name in found if not name.startswith((*KNOW_VLLM, "apparate_llm.prepare.capture"))}
+    importers = {name for name, path in modules().items() if imports_vllm(path.read_text())}
+    outside = {name for name in importers if not name.startswith((*KNOW_VLLM, "apparate_llm.prepare.capture"))}
     assert outside == set()
 
 

@@ -25,11 +25,11 @@ def test_a_file_names_tenants_and_only_digests_of_its_keys_go_on(tmp_path):
     file.write_text(
         '[interactive]\ntpt_target_ms = 20\naccuracy_bound = 0.005\napi_keys = ["sk-1"]\n[batch]\nearly_exit = 0\n'
     )
-    found = flags("--tenants", str(file))
-    assert found.tenants["interactive"].tpt_target_ms == 20.0 and found.tenants["batch"].early_exit == 0
-    assert "sk-1" not in str(vllm_args(found, "LlamaForCausalLM"))
-    assert len(found.tenants["interactive"].api_keys_sha256) == 1
-    assert "api_keys_sha256" not in str(public_config(found))
+    config = flags("--tenants", str(file))
+    assert config.tenants["interactive"].tpt_target_ms == 20.0 and config.tenants["batch"].early_exit == 0
+    assert "sk-1" not in str(vllm_args(config, "LlamaForCausalLM"))
+    assert len(config.tenants["interactive"].api_keys_sha256) == 1
+    assert "api_keys_sha256" not in str(public_config(config))
 
 
 @pytest.mark.parametrize(

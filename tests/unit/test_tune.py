@@ -36,13 +36,15 @@ OLD = Choice(threads="all", huge_pages=True, queues="block")
 
 @pytest.mark.parametrize("old", [OLD, AS_VLLM, Choice(threads=2, worker="engine", huge_pages=True)], ids=str)
 def test_vllms_own_way_is_always_measured_and_the_old_choice_never_twice(old, zentorch):
-    found = of_processes(old, TWO)
-    assert not any(same(one, old, TWO) for one in found)
-    assert all(one.huge_pages == old.huge_pages and one.kernels == old.kernels for one in found), "one thing at a time"
+    candidates = of_processes(old, TWO)
+    assert not any(same(one, old, TWO) for one in candidates)
+    assert all(one.huge_pages == old.huge_pages and one.kernels == old.kernels for one in candidates), (
+        "one thing at a time"
+    )
     like_vllm = AS_VLLM.model_copy(update={"huge_pages": old.huge_pages})
-    assert any(same(one, like_vllm, TWO) for one in [*found, old])
-    assert any(one.worker == "engine" for one in [*found, old])
-    assert len(found) == 4
+    assert any(same(one, like_vllm, TWO) for one in [*candidates, old])
+    assert any(one.worker == "engine" for one in [*candidates, old])
+    assert len(candidates) == 4
 
 
 def test_where_one_thread_may_compute_there_are_no_fewer(zentorch):
@@ -83,9 +85,9 @@ def test_kernels_and_pages_are_tried_with_the_best_so_far(zentorch):
 def test_a_candidates_server_is_told_all_of_it(choice, zentorch, tmp_path, monkeypatch):
     monkeypatch.setattr(chosen, "cpu_limits", lambda: TWO)
     tuning, pages = flags_of(choice, TWO)
-    told = parse_tuning({flag[2:]: value for flag, value in zip(tuning[::2], tuning[1::2], strict=True)})
+    parsed = parse_tuning({flag[2:]: value for flag, value in zip(tuning[::2], tuning[1::2], strict=True)})
     config = config_of(pages)
-    assert same(choose(told, tmp_path, config=config, given={}).choice, choice, TWO)
+    assert same(choose(parsed, tmp_path, config=config, given={}).choice, choice, TWO)
 
 
 # ---- what is kept
@@ -200,12 +202,12 @@ def test_each_candidate_is_measured_beside_the_old_choice(base_url, plan, monkey
 
     monkeypatch.setattr(trials, "early_exits", system)
     coverage.keep(plan.cache, "a-model", "bfloat16", 1, "alike", True)
-    told = []
-    found = measure(plan, quiet(), told.append)
+    announced = []
+    trials_of_plan = measure(plan, quiet(), announced.append)
     assert [name for name, _ in started] == ["old", "candidate-1", "candidate-2"]
     assert "block" in started[0][1] and "engine" in started[2][1]
-    assert told == found and len(found) == 2
-    for trial in found:
+    assert announced == trials_of_plan and len(trials_of_plan) == 2
+    for trial in trials_of_plan:
         (ours, theirs) = trial.times[2]
         assert len(ours.tpt_by_turn_ms) == len(theirs.tpt_by_turn_ms) == 2
         assert all(40 < tpt_ms < 100 for tpt_ms in ours.tpt_by_turn_ms) and 40 < ours.gap_p99_ms < 150  # 50 ms apart
@@ -254,8 +256,8 @@ def measured(tmp_path, monkeypatch, zentorch):
     monkeypatch.delenv(OWN_PROCESS)
     monkeypatch.setattr(chosen, "cpu_limits", lambda: TWO)
 
-    def results(*found: Trial) -> Path:
-        monkeypatch.setattr(trials, "measure", lambda plan, progress, told: list(found))
+    def results(*outcomes: Trial) -> Path:
+        monkeypatch.setattr(trials, "measure", lambda plan, progress, on_trial: list(outcomes))
         return tmp_path
 
     return results
@@ -274,11 +276,13 @@ def test_the_best_is_kept_and_then_in_force(measured, capsys):
     without = parse_config({"policy": "off"})  # as measured, without ramps for the model
     assert choose(Tuning(), model, config=without).choice == DEFAULT
     assert tune(model, "--json", str(model / "out.json")) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        "2 threads, in engine, huge pages, stock kernels" in said.out and "0.600 (" in said.out and "kept" in said.out
+        "2 threads, in engine, huge pages, stock kernels" in output.out
+        and "0.600 (" in output.out
+        and "kept" in output.out
     )
-    assert "kept: 2 threads, in engine, huge pages, stock kernels" in said.err
+    assert "kept: 2 threads, in engine, huge pages, stock kernels" in output.err
     written = json.loads((model / "out.json").read_text())
     assert written["choice"]["worker"] == "engine" and len(written["table"]) == 2 and written["machine"]["cpu"]
     assert choose(Tuning(), model, config=without).choice == best
@@ -290,8 +294,8 @@ def test_where_nothing_is_faster_the_old_choice_stays(measured, capsys):
     model = measured(trial_of((scaled(STEADY, 0.99), STEADY)), Trial(AS_VLLM, problem="ended with exit code 1"))
     assert tune(model) == 0
     assert "(as before)" in capsys.readouterr().err
-    found = choose(Tuning(), model, config=parse_config({"policy": "off"}))
-    assert found.choice == DEFAULT and "kept" in found.origin
+    chosen = choose(Tuning(), model, config=parse_config({"policy": "off"}))
+    assert chosen.choice == DEFAULT and "kept" in chosen.origin
 
 
 def test_variables_are_printed_as_a_shell_takes_them(measured, capsys):
@@ -326,8 +330,8 @@ def test_bad_input_is_one_line(flags, variables, says, measured, monkeypatch, ca
         code = tune(model, *flags)
     except SystemExit as end:  # of the parser
         code = end.code
-    said = capsys.readouterr().err
-    assert code == 2 and says in said and said.strip().count("\n") == 0
+    err = capsys.readouterr().err
+    assert code == 2 and says in err and err.strip().count("\n") == 0
 
 
 def test_serve_measures_again_if_asked_to(tmp_path, monkeypatch, capsys):
@@ -368,13 +372,13 @@ def test_a_servers_start_sets_variables_and_says_what_is_in_force(tmp_path, monk
     serve.use_machine(parse_tuning({"worker": "engine"}), tmp_path, [], config, wanted)
     assert BIND not in os.environ and (os.environ[WORKER], os.environ[OWN_PROCESS]) == ("engine", "0")
     assert wanted["additional_config"][ADDITIONAL_CONFIG_KEY] == {"huge_pages": False}
-    said = capsys.readouterr().err
-    assert said.startswith("Tuned: threads as vLLM gives them, stock kernels, small pages") and said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Tuned: threads as vLLM gives them, stock kernels, small pages") and err.count("\n") == 1
 
 
 def test_the_command_says_what_it_costs(capsys):
     with pytest.raises(SystemExit):
         main(["tune", "--help"])
-    said = capsys.readouterr().out
-    assert "about 20 minutes" in said and all(len(line) <= 120 for line in said.splitlines())
-    assert command.COSTS.splitlines()[0] in said
+    output = capsys.readouterr().out
+    assert "about 20 minutes" in output and all(len(line) <= 120 for line in output.splitlines())
+    assert command.COSTS.splitlines()[0] in output

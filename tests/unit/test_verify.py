@@ -55,9 +55,9 @@ def report():
 
 
 def test_the_advice_is_of_users_prompts_with_intervals_and_names_the_models_own_beside():
-    said = advice([depth(0), depth(2, users=(0.7, 0.99, 1.0))])
-    assert said["depth"] == 0
-    assert said["sentence"] == (
+    recommendation = advice([depth(0), depth(2, users=(0.7, 0.99, 1.0))])
+    assert recommendation["depth"] == 0
+    assert recommendation["sentence"] == (
         "Use depth 0; on users' prompts expect about 40 % (35 to 45) lower TPT with 1 client, 5 % (0 to 10) with 4, "
         "0 % (-5 to 5) with 16; on prompts like its own 50 % (40 to 60) with 1 client. "
         "The gain is largest for code, smallest for open chat."
@@ -71,11 +71,11 @@ def test_ramps_that_pay_on_the_models_own_prompts_only_do_not_pay():
 def test_a_measurement_outside_the_predicted_interval_is_said_plainly():
     measured = {"1": ratio(0.62, 0.5, 0.7), "4": ratio(1.1, 1.0, 1.2), "16": ratio(None, None, None)}
     predicted = {number: ratio(0.6, 0.55, 0.65) for number in measured}
-    found = compared(predicted, measured, num_prompts=24, max_tokens=64)
-    assert [item["within"] for item in found["clients"].values()] == [True, False, None]
-    assert found["clients"]["1"]["off_frac"] == pytest.approx(0.62 / 0.6 - 1, abs=1e-4)
-    assert found["clients"]["1"]["measured"] == measured["1"]
-    assert found["sentence"] == (
+    comparison = compared(predicted, measured, num_prompts=24, max_tokens=64)
+    assert [item["within"] for item in comparison["clients"].values()] == [True, False, None]
+    assert comparison["clients"]["1"]["off_frac"] == pytest.approx(0.62 / 0.6 - 1, abs=1e-4)
+    assert comparison["clients"]["1"]["measured"] == measured["1"]
+    assert comparison["sentence"] == (
         "Measured TPT with exits / plain vLLM on 24 prompts: 1 client: 0.62 (predicted 0.60, 0.55 to 0.65); "
         "4 clients: 1.10 (predicted 0.60, 0.55 to 0.65); 16 clients: nothing measured. "
         "Outside the predicted interval with 4 clients."
@@ -93,10 +93,10 @@ def test_the_report_shows_the_measurement_beside_the_prediction(tmp_path, monkey
     monkeypatch.setattr(verify_module, "measure", measure)
     write_pages(tmp_path, report())
     assert "measured" not in (tmp_path / "report.html").read_text()
-    found = verify(tmp_path, tmp_path, report(), progress=None, clients=(1, 4))
+    document = verify(tmp_path, tmp_path, report(), progress=None, clients=(1, 4))
     assert asked["ramps"] == tmp_path and len(asked["prompts"]) == 16  # eval's own
     written = json.loads((tmp_path / "report.json").read_text())["verified"]
-    assert written == json.loads(json.dumps(found["verified"]))
+    assert written == json.loads(json.dumps(document["verified"]))
     assert written["clients"]["1"]["predicted"] == ratio(0.6, 0.55, 0.65) and written["clients"]["1"]["within"]
     assert not written["clients"]["4"]["within"]
     page = (tmp_path / "report.html").read_text()
@@ -123,15 +123,15 @@ def test_a_profile_says_how_far_its_medians_may_be_off():
             measured.add(("verify", size), [10.0 * size] * 5)
             measured.add(("draft_step", 0, size), [1.0 + turn] * 5)
             measured.add(("pass", size, 2 * size), [11.0 * size] * 5)
-    found = measured.result([0])
-    assert found["verify_ms"] == {"1": 10.0, "4": 40.0}
-    assert found["pass_ms"] == {"1": {"2": 11.0}, "4": {"8": 44.0}}
-    assert found["draft_step_ms"] == {"0": {"1": 1.0, "4": 1.0}}  # of the quietest turn
-    assert found["spread_frac"]["verify"] == 0.0 and found["spread_frac"]["draft_step"] == 1.0
-    assert found["plain_frac"] == 1.0
+    costs = measured.result([0])
+    assert costs["verify_ms"] == {"1": 10.0, "4": 40.0}
+    assert costs["pass_ms"] == {"1": {"2": 11.0}, "4": {"8": 44.0}}
+    assert costs["draft_step_ms"] == {"0": {"1": 1.0, "4": 1.0}}  # of the quietest turn
+    assert costs["error_frac"]["verify"] == 0.0 and costs["error_frac"]["draft_step"] == 1.0
+    assert costs["plain_frac"] == 1.0
     measured.add(("plain", 1), [11.5] * 5)
     assert measured.result([0])["plain_frac"] == 1.15
-    assert found["prompt_ms"] == {} and found["spread_frac"]["prompt"] > 0
+    assert costs["prompt_ms"] == {} and costs["error_frac"]["prompt"] > 0
 
 
 def test_a_profile_is_expected_to_take_longer_with_a_larger_model_up_to_its_limit():

@@ -271,6 +271,6 @@ def test_what_vllm_would_read_otherwise_is_refused():
 def test_the_command_refuses_a_contradiction_in_one_line(tiny_llama, lens_ramps, capsys):
     ramps = ["--ramps", str(lens_ramps(depth=3))]
     assert main(["serve", str(tiny_llama), *ramps, "--speculative-config.method", "ngram"]) == 2
-    said = capsys.readouterr().err
-    assert "--speculative-config contradicts early exits; with --policy off it is yours" in said
-    assert said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert "--speculative-config contradicts early exits; with --policy off it is yours" in err
+    assert err.count("\n") == 1

@@ -88,11 +88,11 @@ def test_a_folder_with_mistrals_own_file_is_served_with_ramps_made_for_it(tiny_m
     assert BaseParts.of(folder).lm_head.equal(BaseParts.of(tiny_models["mistral"]).lm_head)
     ramps = build_lens_ramps(tmp_path / "ramps", folder, depth=NUM_LAYERS, confidence_offset=6.0)
     with Engine(folder, {"ramps": str(ramps), "hold_threshold": 0.0}) as engine:
-        found = engine.tokens(token_prompts(2), greedy())
+        tokens = engine.tokens(token_prompts(2), greedy())
         counts = engine.counts()
     assert counts["accepted"] == counts["held"] > 0
     with Engine(tiny_models["mistral"]) as plain:
-        assert plain.tokens(token_prompts(2), greedy()) == found
+        assert plain.tokens(token_prompts(2), greedy()) == tokens
 
 
 def test_a_folder_without_readable_weights_is_one_line(tmp_path):
