@@ -128,7 +128,7 @@ def figures(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(caption, data URI of an SVG) each."""
     depths = report["depths"]
     names = [f"depth {item['depth']}" for item in depths]
-    rates = [[(part["position"], part["acceptance_rate"]) for part in item["positions"]] for item in depths]
+    rates = [[(str(part["position"]), part["acceptance_rate"]) for part in item["positions"]] for item in depths]
     coverage = [[(100 * diverged, 100 * covered) for covered, diverged in item["coverage"]] for item in depths]
     reliability = [[point[:2] for point in item["reliability"]] for item in depths]
     errors = [f"{name}, error {item['calibration_error']:.3f}" for name, item in zip(names, depths, strict=True)]
@@ -179,6 +179,6 @@ def _figure(
             ax.plot(x, [math.nan if value is None else value for value in y], marker=marker, color=color, label=label)
         ax.set_xlabel(axes[0])
         ax.set_ylabel(axes[1])
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])  # a margin of the range is too little where that is small
 
     return caption, data_uri(draw)

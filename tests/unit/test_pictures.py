@@ -28,16 +28,16 @@ MAX_KB = 150
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, str]:
+def pictures() -> dict[str, str]:
     return drawn()
 
 
-def test_the_pictures_that_are_kept_are_those_of_the_results(made):
-    assert {path.name: path.read_text() for path in PICTURES.glob("*.svg")} == made, "python -m scripts.draw"
+def test_the_pictures_that_are_kept_are_those_of_the_results(pictures):
+    assert {path.name: path.read_text() for path in PICTURES.glob("*.svg")} == pictures, "python -m scripts.draw"
 
 
-def test_a_drawing_comes_out_the_same_again(made):
-    assert drawn() == made
+def test_a_drawing_comes_out_the_same_again(pictures):
+    assert drawn() == pictures
 
 
 @pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
@@ -56,9 +56,9 @@ def test_a_drawing_is_described_and_no_text_leaves_it(name, theme):
         assert size <= y <= height - 4 and size >= 13, text.text
 
 
-def test_light_and_dark_differ_in_nothing_but_colours(made):
+def test_light_and_dark_differ_in_nothing_but_colours(pictures):
     for name in DRAWN:
-        light, dark = (re.sub(r"#\w{6}", "#", made[f"{name}-{theme.name}.svg"]) for theme in THEMES)
+        light, dark = (re.sub(r"#\w{6}", "#", pictures[f"{name}-{theme.name}.svg"]) for theme in THEMES)
         assert light == dark
 
 
@@ -173,5 +173,5 @@ def test_a_photograph_is_cut_off_and_loses_colours_only():
     ramp = Image.linear_gradient("L")
     image = Image.merge("RGB", (ramp, ramp.rotate(90), ramp))
     image.save(buffer, format="PNG")
-    with Image.open(io.BytesIO(small(buffer.getvalue(), 100))) as made:
-        assert made.size == (256, 100) and len(made.getcolors()) <= MAX_COLORS
+    with Image.open(io.BytesIO(small(buffer.getvalue(), 100))) as cut:
+        assert cut.size == (256, 100) and len(cut.getcolors()) <= MAX_COLORS
