@@ -288,7 +288,7 @@ def check_platform() -> None:
 def resolve_model(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
-        raise ConfigError(f"model folder not found: {name} (early exits need a local folder)")
+        raise ConfigError(f"model folder not found: {name} (it must be on this machine, nothing is downloaded)")
     return path
 
 
