@@ -19,7 +19,7 @@ def check_admin_keys(given: Sequence[str]) -> None:
     """Raises ConfigError, which does not repeat the key."""
     for key in given:
         if not key or key != key.strip() or not (key.isascii() and key.isprintable()):
-            raise ConfigError("--admin-key: must be printable ASCII without blanks around it")
+            raise ConfigError("--admin-key: must be printable ASCII, not empty, without blanks around it")
 
 
 def pass_on_admin_keys(given: Sequence[str]) -> None:

@@ -49,7 +49,7 @@ def build_parser() -> OneLineParser:
         description="LLM serving with early exits, on vLLM. To begin: apparate-llm demo",
     )
     parser.add_argument("--version", action="version", version=f"apparate-llm {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=OneLineParser)
     add_demo(subparsers)
     add_serve(subparsers)
     add_chat(subparsers)
@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
 def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = build_parser()
     args, rest = parser.parse_known_args(spelt_out(argv))
+    if args.command is None and not rest:
+        parser.error("no command was given; `apparate-llm --help` lists them")
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, rest

@@ -25,6 +25,10 @@ class OneLineParser(argparse.ArgumentParser):
 Commands: TypeAlias = "argparse._SubParsersAction[OneLineParser]"  # what commands are added to
 
 
+KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
 class Paragraphs(argparse.HelpFormatter):
     """Text with lines of its own stays as it is; other text is filled."""
 
@@ -71,6 +75,7 @@ def options_from(args: argparse.Namespace, others: dict[str, Any] | None = None)
         given = new_options({name: value for name, value in named.items() if value is not None})
         if "tenants" in given:
             given["tenants"] = read_tenants(given["tenants"])
+        check_each(given)
         others = new_options(others or {})
         check_agreement(given, others)
         config = parse_config({**others, **given})
@@ -78,6 +83,33 @@ def options_from(args: argparse.Namespace, others: dict[str, Any] | None = None)
         return config
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("early_exit: ")) from None
+
+
+def check_each(given: dict[str, Any]) -> None:
+    """Raises ConfigError that names the flag, what is allowed and what was got. Tenants are a file's."""
+    for name, value in given.items():
+        try:
+            parse_config({name: value})
+        except ConfigError:
+            if name == "tenants":
+                raise
+            raise ConfigError(f"--{name.replace('_', '-')}: must be {allowed(name)}, got {value!r}") from None
+
+
+def allowed(name: str) -> str:
+    """What an option takes, in words: `a number, at least 0 and below 1`."""
+    field = EarlyExitConfig.model_json_schema()["properties"][name]
+    kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
+    return " or ".join(map(_in_words, kinds))
+
+
+def _in_words(kind: dict[str, Any]) -> str:
+    """Of one kind of value in a JSON schema."""
+    if values := kind.get("enum", [kind["const"]] if "const" in kind else []):
+        *others, last = values
+        return f"{', '.join(others)} or {last}" if others else str(last)
+    bounds = [f"{text} {kind[limit]:g}" for limit, text in LIMITS.items() if limit in kind]
+    return ", ".join([KINDS[kind["type"]], " and ".join(bounds)]).removesuffix(", ")
 
 
 def check_agreement(given: dict[str, Any], others: dict[str, Any]) -> None:
@@ -97,7 +129,8 @@ def read_tenants(name: str) -> dict[str, Any]:
     try:
         tables = tomllib.loads(Path(name).expanduser().read_text())
     except (OSError, ValueError) as error:  # no UTF-8, no TOML, a number of too many digits
-        raise ConfigError(f"--tenants: cannot read {name}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--tenants: cannot read {name}: {why}") from None
     except RecursionError:
         raise ConfigError(f"--tenants: cannot read {name}: nested too deeply") from None
     for title, table in tables.items():

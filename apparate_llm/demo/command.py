@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apparate_llm.address import add_api_key, server_url
+from apparate_llm.demo.sides import FEWEST_TOKENS
 from apparate_llm.flags import Commands, OneLineParser, positive
 from apparate_llm.lifeline import exit_on_sigterm
 
@@ -21,7 +22,6 @@ CHAT_PROMPT = "Explain to a child why the sky is blue."
 CODE_PROMPT = "Write a Python function that merges two sorted lists into one, with a docstring and three tests."
 START_TIMEOUT_S = 900.0
 OWN_SERVER = ("ramps", "vllm_flag")  # flags that are about the server that is started here
-FEWEST_TOKENS = 16  # of an answer that can be timed
 
 
 def add_demo(subparsers: Commands) -> None:

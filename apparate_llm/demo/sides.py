@@ -16,7 +16,7 @@ WARM_UPS = 2
 
 
 class Sides:
-    """Asks both sides in turns and keeps their answers, oldest first. Raises RuntimeError where the server has no exits
+    """Asks both sides in turns and keeps their answers, oldest first. Raises ValueError where the server has no exits,
     or its answer is too short to be timed."""
 
     def __init__(self, client: ChatClient, prompt: str, *, bound: float) -> None:
@@ -42,12 +42,12 @@ class Sides:
             for side in (OFF, ON):
                 answer = self._ask(side)
                 if answer.report is None:
-                    raise RuntimeError(
+                    raise ValueError(
                         f"{self.client.url} serves without exits (its policy is off, or it is another server): "
                         "nothing to compare"
                     )
                 if answer.num_tokens < FEWEST_TOKENS or answer.tpt_ms is None:
-                    raise RuntimeError(
+                    raise ValueError(
                         f"the answer has {answer.num_tokens} tokens, too few to time; at least {FEWEST_TOKENS} are "
                         "needed: ask for a longer answer"
                     )
@@ -110,6 +110,5 @@ def columns(console: "Console", answers: dict[str, Answer], *, is_whole: bool) -
 def footer(answer: Answer) -> str:
     """Speed, and how many tokens exits gave."""
     assert answer.report is not None and answer.tpt_ms is not None
-    tokens = answer.report["tokens"]
-    num_exits = tokens["held"] + tokens["released"]
+    num_exits = answer.num_tokens - answer.report["tokens"]["checked"]
     return f"{answer.tpt_ms:.1f} ms per token, {num_exits} of {answer.num_tokens} tokens by exits"

@@ -1,7 +1,11 @@
 """`apparate-llm serve` with nothing named: the embedded model, its shipped ramps, exits that hit, and the dashboard in
 a real browser."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -10,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from apparate_llm.cli import main
 from apparate_llm.default_model import NAME
 from apparate_llm.sealed import is_complete
 
@@ -57,6 +62,40 @@ def test_the_default_model_serves_with_useful_exits_within_the_bound(server, fol
     assert "".join(report["texts"]) == answer.choices[0].message.content
     assert report["tokens"]["held"] + report["tokens"]["held_diverged"] == counts["accepted"]
     assert report["tokens"]["checked"] == counts["emitted"] - counts["accepted"] - counts["released"]
+
+
+LINE = re.compile(r"TPT [\d.to ]+ ms without exits, [\d.to ]+ ms with: .*; texts identical$", re.M)
+
+
+def test_the_demo_asks_a_running_server_on_both_sides(server, capsys):
+    before = httpx.get(f"{server}/early_exit/status").json()["counts"]
+    assert main(["demo", QUESTION, "--url", server, "--rounds", "2", "--max-tokens", "48"]) == 0
+    counts = httpx.get(f"{server}/early_exit/status").json()["counts"]
+    said = capsys.readouterr().out
+    assert LINE.search(said), said
+    assert said.index("without exits:") < said.index("with exits:") and f"Prompt: {QUESTION}" in said
+    assert counts["accepted"] > before["accepted"] and counts["diverged"] == before["diverged"]
+
+
+def test_the_demo_starts_a_server_of_its_own_and_leaves_nothing(folder, tmp_path):
+    flags = ["--enforce-eager", "--dtype float32", "--max-model-len 1024"]
+    command = [sys.executable, "-m", "apparate_llm.cli", "demo", "--rounds", "2", "--max-tokens", "48"]
+    environment = os.environ | {"APPARATE_CACHE": str(folder), "TMPDIR": str(tmp_path)}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    done = subprocess.run(
+        [*command, *(f"--vllm-flag={flag}" for flag in flags)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        process_group=0,
+    )
+    assert done.returncode == 0, done.stderr
+    assert LINE.search(done.stdout), done.stdout
+    assert not list(tmp_path.glob("apparate-llm-*.log"))
+    bad = subprocess.run([*command, "--vllm-flag=--dtype float17"], capture_output=True, text=True, env=environment)
+    (log,) = tmp_path.glob("apparate-llm-*.log")
+    assert bad.returncode == 1 and "invalid choice: 'float17'" in bad.stderr and str(log) in bad.stderr
 
 
 @contextmanager

@@ -44,25 +44,26 @@ def test_no_flags_means_the_defaults():
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("policy", "sometimes", "'static' or 'off'"),
-        ("bound_kind", "taste", "'agreement' or 'regret'"),
-        ("tpt_target_ms", "0", "greater than 0"),
-        ("accuracy_bound", "1", "less than 1"),
-        ("accuracy_bound", "-0.1", "greater than or equal to 0"),
-        ("accuracy_bound", "nan", "finite"),
-        ("threshold", "0", "greater than 0"),
-        ("hold_threshold", "1.5", "less than or equal to 1"),
-        ("ttft_weight", "-1", "greater than or equal to 0"),
-        ("max_exits", "0", "greater than or equal to 1"),
-        ("max_exits", "two", "integer"),
-        ("depth", "-1", "greater than or equal to 0"),
+        ("policy", "sometimes", "must be adaptive, apparate, static or off"),
+        ("bound_kind", "taste", "must be agreement or regret"),
+        ("tpt_target_ms", "0", "must be a number, above 0"),
+        ("accuracy_bound", "1", "must be a number, at least 0 and below 1"),
+        ("accuracy_bound", "-0.1", "must be a number, at least 0 and below 1"),
+        ("accuracy_bound", "nan", "must be a number, at least 0 and below 1"),
+        ("threshold", "0", "must be a number, above 0 and at most 1"),
+        ("hold_threshold", "1.5", "must be a number, at least 0 and at most 1"),
+        ("ttft_weight", "-1", "must be a number, at least 0"),
+        ("max_exits", "0", "must be a whole number, at least 1 and at most 16"),
+        ("max_exits", "two", "must be a whole number, at least 1 and at most 16"),
+        ("huge_pages", "maybe", "must be true or false"),
+        ("depth", "-1", "must be auto or a whole number, at least 0"),
     ],
 )
 def test_a_bad_value_is_one_line_with_what_was_got_and_what_is_allowed(option, value, says):
     with pytest.raises(ConfigError) as error:
         from_flags("--" + option.replace("_", "-"), value)
     message = str(error.value)
-    assert message.startswith(option + ": ") and says in message and f"got '{value}'" in message
+    assert message.startswith(f"--{option.replace('_', '-')}: ") and says in message and f"got '{value}'" in message
     assert "\n" not in message
 
 

@@ -72,8 +72,8 @@ def test_settings_that_are_no_objects_are_refused():
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["serve", "--policy", "foo"], "policy: Input should be 'adaptive', 'apparate', 'static' or 'off', got 'foo'"),
-        (["serve", "--accuracy-bound", "1"], "accuracy_bound: Input should be less than 1, got '1'"),
+        (["serve", "--policy", "foo"], "--policy: must be adaptive, apparate, static or off, got 'foo'"),
+        (["serve", "--accuracy-bound", "1"], "--accuracy-bound: must be a number, at least 0 and below 1, got '1'"),
         (["serve", "--port", "http"], "argument --port: invalid int value: 'http'"),
         (["serve", "/nowhere/at/all"], "model folder not found: /nowhere/at/all"),
         (["serve", "--feedback-log", "/nowhere/log"], "--feedback-log: cannot write /nowhere/log"),
@@ -82,6 +82,9 @@ def test_settings_that_are_no_objects_are_refused():
         (["eval", "quick", "--prompts", "/nowhere.jsonl"], "cannot read prompts /nowhere.jsonl"),
         (["doctor", "--now"], "unrecognized arguments: --now"),
         (["fly"], "invalid choice: 'fly'"),
+        (["--fly"], "unrecognized arguments: --fly"),
+        (["--"], "no command was given"),
+        (["serve", "--tenants", "/nowhere"], "--tenants: cannot read /nowhere: No such file or directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, says):
