@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from apparate_llm.eval.servers import free_port
+from tests.environment import clean_environment
 
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
@@ -20,7 +21,7 @@ TINY_FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256",
 @contextmanager
 def running(command: list[str], port: int, log: Path, **environment: str) -> Iterator[str]:
     """Base URL of a server started by `command`, stopped with SIGTERM, its whole group gone afterwards."""
-    env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    env = clean_environment()
     env.update(environment)
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, process_group=0)

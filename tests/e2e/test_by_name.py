@@ -1,6 +1,5 @@
 """A model by its name on a hub, and a GGUF file: served and prepared, cold, from what is kept, and without network."""
 
-import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 
 from apparate_llm.ramps.checkpoint import BaseModelInfo, read_manifest
 from tests.e2e.conftest import TINY_FLAGS
+from tests.environment import clean_environment
 from tests.fake_hub import TOKEN, running_hub
 from tests.tiny import build_lens_ramps
 from tests.tiny_gguf import build_tiny_gguf
@@ -52,7 +52,7 @@ def test_prepare_takes_a_name_cold_from_its_cache_and_without_network(hub, tiny_
     out = tmp_path / "ramps"
     command = [sys.executable, "-m", "apparate_llm.cli", "prepare", NAME, "--out", str(out), "--tokens", "2000"]
     command += ["--depths", "0", "--ramp-vocab", "120", "--enforce-eager"]
-    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    env = clean_environment() | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
     for case in ("cold", "the hub is down", "offline"):
         before = len(hub.asked)
         offline = {"HF_HUB_OFFLINE": str(int(case == "offline"))}

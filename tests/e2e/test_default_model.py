@@ -1,7 +1,6 @@
 """`apparate-llm serve` with nothing named: the embedded model, its shipped ramps, exits that hit, and the dashboard in
 a real browser."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 from apparate_llm.cli import main
 from apparate_llm.default_model import NAME
 from apparate_llm.sealed import is_complete
+from tests.environment import clean_environment
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = (
@@ -69,7 +69,7 @@ LINE = re.compile(r"TPT [\d.to ]+ ms without exits, [\d.to ]+ ms with: .*; texts
 
 def test_the_demo_asks_a_running_server_on_both_sides(server, capsys):
     before = httpx.get(f"{server}/early_exit/status").json()["counts"]
-    assert main(["demo", QUESTION, "--url", server, "--rounds", "2", "--max-tokens", "48"]) == 0
+    assert main(["demo", QUESTION, "--url", server, "--repeat", "2", "--max-tokens", "48"]) == 0
     counts = httpx.get(f"{server}/early_exit/status").json()["counts"]
     said = capsys.readouterr().out
     assert LINE.search(said), said
@@ -79,9 +79,8 @@ def test_the_demo_asks_a_running_server_on_both_sides(server, capsys):
 
 def test_the_demo_starts_a_server_of_its_own_and_leaves_nothing(folder, tmp_path):
     flags = ["--enforce-eager", "--dtype float32", "--max-model-len 1024"]
-    command = [sys.executable, "-m", "apparate_llm.cli", "demo", "--rounds", "2", "--max-tokens", "48"]
-    environment = os.environ | {"APPARATE_CACHE": str(folder), "TMPDIR": str(tmp_path)}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    command = [sys.executable, "-m", "apparate_llm.cli", "demo", "--repeat", "2", "--max-tokens", "48"]
+    environment = clean_environment() | {"APPARATE_CACHE": str(folder), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [*command, *(f"--vllm-flag={flag}" for flag in flags)],
         capture_output=True,

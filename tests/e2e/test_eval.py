@@ -1,13 +1,13 @@
 """`apparate-llm eval` from start to finish, on a tiny model."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
 from tests.e2e.conftest import TINY_FLAGS
+from tests.environment import clean_environment
 
 
 def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps, tmp_path):
@@ -25,7 +25,7 @@ def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps,
     ]  # exits whatever they cost here
     command += ["--max-tokens", "48", "--json", str(tmp_path / "out.json"), "--logs", str(tmp_path / "logs")]
     command += [f"--vllm-flag={flag}" for flag in TINY_FLAGS]
-    env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    env = clean_environment()
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out.json").read_text())
@@ -54,7 +54,7 @@ def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps,
 def test_stopping_it_stops_its_servers(tiny_llama, lens_ramps):
     command = [sys.executable, "-m", "apparate_llm.cli", "eval", "quick", str(tiny_llama)]
     command += ["--ramps", str(lens_ramps(depth=4)), *(f"--vllm-flag={flag}" for flag in TINY_FLAGS)]
-    env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    env = clean_environment()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     deadline = time.monotonic() + 240  # the second starts when the first is ready
     while len(processes_of(tiny_llama)) < 3:  # itself and the two servers, one of them stopped with SIGSTOP

@@ -1,7 +1,6 @@
 """The files in examples/ do what they say, on a server started as tenants.toml says."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from apparate_llm import api
 from tests.e2e.conftest import TINY_FLAGS
+from tests.environment import clean_environment
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TENANTS = tomllib.loads((EXAMPLES / "tenants.toml").read_text())
@@ -32,7 +32,7 @@ def server(serve, tiny_llama, lens_ramps):
 
 def run(server: str, key: str, *command: str, **variables: str) -> str:
     environment = {"OPENAI_BASE_URL": f"{server}/v1", "OPENAI_API_KEY": key, "MODEL": "tiny", **variables}
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=clean_environment() | environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -29,6 +29,7 @@ from packaging.utils import canonicalize_name
 from apparate_llm import __version__
 from tests.dockerfile import ROOT, command_of, last_stage, sent_to_docker
 from tests.e2e.conftest import group_alive
+from tests.environment import clean_environment
 
 LINKED = ("api", "eval", "patches")  # inside the package they are links
 BUILD = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
@@ -37,6 +38,9 @@ URL = "http://127.0.0.1:8000"
 READY_S, END_S = 300, 60
 # Commands that take minutes or an hour, and what says that they are under way.
 BEGUN = {
+    "apparate-llm demo": "server starts",
+    "apparate-llm serve --weights int8": "int8 weights",
+    "apparate-llm quantize": "quantise",
     "apparate-llm prepare": "synthesise",
     "apparate-llm eval quick": "start vllm",
     "apparate-llm eval tpt": "start vllm",
@@ -148,8 +152,8 @@ def place(wheel, tiny_llama, lens_ramps, tmp_path_factory) -> Path:
 
 def environment(folder: Path) -> dict[str, str]:
     """Nothing leads to the source. Models are not compiled: that takes minutes, and other tests do it."""
-    left_out = ("PYTHONPATH", "VLLM_ENABLE_V1_MULTIPROCESSING", "VIRTUAL_ENV")
-    return {name: value for name, value in os.environ.items() if name not in left_out} | {
+    left_out = ("PYTHONPATH", "VIRTUAL_ENV")
+    return {name: value for name, value in clean_environment().items() if name not in left_out} | {
         "XDG_CACHE_HOME": str(folder / "cache"),
         "TORCH_COMPILE_DISABLE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -183,10 +187,12 @@ class Shell:
 
     def run(self, command: str) -> str:
         began_s = time.monotonic()
-        if re.match(r"(\S*/)?apparate-llm serve", command):
-            what = self.serve(command)
-        elif (begun := next((line for start, line in BEGUN.items() if command.startswith(start)), None)) is not None:
+        if (begun := next((line for start, line in BEGUN.items() if command.startswith(start)), None)) is not None:
+            if "serve" in command:
+                self.stop()
             what = self.begin(command, begun)
+        elif re.match(r"(\S*/)?apparate-llm serve", command):
+            what = self.serve(command)
         else:
             asks = "w1 w2\n" if command == "apparate-llm chat" else None
             what = run(self.folder, command, input=asks).stdout

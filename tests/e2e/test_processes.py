@@ -20,6 +20,7 @@ import pytest
 from apparate_llm.eval.servers import free_port
 from apparate_llm.host.limits import cpu_limits
 from tests.e2e.conftest import START_TIMEOUT_S, TINY_FLAGS, group_alive
+from tests.environment import clean_environment
 
 END_TIMEOUT_S = 10
 
@@ -114,7 +115,7 @@ def started(tiny_llama, lens_ramps, tmp_path_factory):
             *TINY_FLAGS,
         ]
         command += ["--ramps", str(lens_ramps(depth=3)), "--host", "127.0.0.1", "--port", str(port), *flags]
-        env = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        env = clean_environment()
         env |= {"VLLM_LOGGING_LEVEL": "INFO", **variables}
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=env, process_group=0)

@@ -19,6 +19,7 @@ import pytest
 
 from apparate_llm.eval.servers import free_port
 from tests.e2e.conftest import START_TIMEOUT_S, TINY_FLAGS, group_alive
+from tests.environment import clean_environment
 
 END_TIMEOUT_S = 30
 
@@ -77,7 +78,7 @@ def on_terminal(tiny_llama, lens_ramps, tmp_path_factory):
         port, cache = free_port(), tmp_path_factory.mktemp("cache")
         command = [sys.executable, "-m", "apparate_llm.cli", "serve", str(tiny_llama), *TINY_FLAGS]
         command += ["--ramps", str(lens_ramps(depth=3)), "--host", "127.0.0.1", "--port", str(port), *flags]
-        kept = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        kept = clean_environment()
         env = kept | {"APPARATE_CACHE": str(cache), "TERM": "xterm", "VLLM_LOGGING_LEVEL": "INFO"} | variables
         ours, theirs = pty.openpty()
         process = subprocess.Popen(

@@ -22,6 +22,7 @@ from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise import UNDER_WAY, Answer, Synthesiser, generate_rows
 from apparate_llm.ramps.checkpoint import read_manifest
 from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for
+from tests.environment import clean_environment
 from tests.harness import Engine, greedy, token_prompts
 from tests.tiny import MODEL_TYPES
 
@@ -34,7 +35,7 @@ def prepared(tiny_models, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared")
     command = [sys.executable, "-m", "tests.engine.prepare_and_kill", str(KILLS_PER_MODEL), "0", str(out)]
     command += [str(tiny_models[model_type]) for model_type in MODEL_TYPES]
-    result = subprocess.run(command, env=os.environ | environment(), capture_output=True, text=True)
+    result = subprocess.run(command, env=clean_environment() | environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     return {model_type: out / model_type for model_type in MODEL_TYPES}, reports
