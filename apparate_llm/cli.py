@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 def parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = build_parser()
     args, rest = parser.parse_known_args(spelt_out(argv))
-    if args.command is None and not rest:
+    if args.command is None and rest in ([], ["--"]):
         parser.error("no command was given; `apparate-llm --help` lists them")
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

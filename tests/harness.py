@@ -72,6 +72,7 @@ class Engine:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *exc: object) -> None:
+        import torch
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         if self.has_exits and error_type is None:
@@ -80,6 +81,7 @@ class Engine:
         del self.llm
         gc.collect()
         cleanup_dist_env_and_memory()
+        torch.compiler.reset()  # or the next model meets this one's guards, of other layers
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> "TokensPrompt":
         """A conversation up to where the answer begins."""

@@ -37,7 +37,7 @@ def figure(values: Sequence[float], places: int, *, fewest: int = 0) -> str:
     than `fewest`."""
     half = (max(values) - min(values)) / 2
     for number in range(places, fewest - 1, -1):
-        if half <= 10.0**-number:
+        if half <= 10.0**-number + 1e-9:  # of rounding
             return f"{median(values):.{number}f}"
     return f"{min(values):.{fewest}f} to {max(values):.{fewest}f}"
 

@@ -71,9 +71,9 @@ def test_the_demo_asks_a_running_server_on_both_sides(server, capsys):
     before = httpx.get(f"{server}/early_exit/status").json()["counts"]
     assert main(["demo", QUESTION, "--url", server, "--repeat", "2", "--max-tokens", "48"]) == 0
     counts = httpx.get(f"{server}/early_exit/status").json()["counts"]
-    said = capsys.readouterr().out
-    assert LINE.search(said), said
-    assert said.index("without exits:") < said.index("with exits:") and f"Prompt: {QUESTION}" in said
+    shown = capsys.readouterr().out
+    assert LINE.search(shown), shown
+    assert shown.index("without exits:") < shown.index("with exits:") and f"Prompt: {QUESTION}" in shown
     assert counts["accepted"] > before["accepted"] and counts["diverged"] == before["diverged"]
 
 

@@ -98,7 +98,7 @@ def test_parser_errors_are_one_line_and_exit_code_2(capsys):
 
 def test_the_depth_is_a_number_or_auto():
     assert from_flags("--depth", "auto").depth == "auto" and from_flags("--depth", "2").depth == 2
-    with pytest.raises(ConfigError, match=r"depth: .*'auto'.*got 'deep'"):
+    with pytest.raises(ConfigError, match="--depth: must be auto or a whole number, at least 0, got 'deep'"):
         from_flags("--depth", "deep")
 
 

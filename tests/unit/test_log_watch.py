@@ -80,7 +80,7 @@ def test_what_is_repeated_is_told_again_only_after_many_others():
     assert [m.text for m in read("\n".join(line(n) for n in range(80)))].count("broken 1") == 2
 
 
-def test_lines_of_ours_are_signed_in_vllms_log_and_others_are_not():
+def test_lines_of_ours_are_signed_in_vllms_log_and_others_are_not(caplog):
     from vllm.logging_utils import NewLineFormatter
 
     out = io.StringIO()
@@ -92,11 +92,12 @@ def test_lines_of_ours_are_signed_in_vllms_log_and_others_are_not():
     for _ in range(2):
         sign_our_lines()
     for logger in (ours, other):
+        caplog.set_level(logging.WARNING, logger=logger.name)
         logger.addHandler(handler)
-        logger.warning("said by %s\nin two lines", logger.name)
+        logger.warning("written by %s\nin two lines", logger.name)
         logger.removeHandler(handler)
     assert out.getvalue().count("[apparate_llm/test_log_watch.py:") == 2
-    assert read(out.getvalue()) == [Message("warning", f"said by {LOGGER}\nin two lines")]
+    assert read(out.getvalue()) == [Message("warning", f"written by {LOGGER}\nin two lines")]
 
 
 def test_a_log_is_followed_while_it_is_written_and_to_its_end(tmp_path):

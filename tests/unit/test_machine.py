@@ -9,6 +9,7 @@ import pytest
 from apparate_llm import doctor, launch, serve
 from apparate_llm.cli import main
 from apparate_llm.config import ConfigError
+from apparate_llm.engine import vllm_settings
 from apparate_llm.machine import available_memory_bytes, cache_folder, machine, total_memory_bytes, writable_cache
 
 GIB = 1 << 30
@@ -90,12 +91,12 @@ def test_without_a_limit_memory_is_the_machines(monkeypatch, tmp_path):
 
 
 def test_the_kv_cache_and_doctor_go_by_it(monkeypatch):
-    for module in (serve, doctor):
+    for module in (vllm_settings, doctor):
         monkeypatch.setattr(module, "available_memory_bytes", lambda: GIB)
     monkeypatch.setattr(doctor, "total_memory_bytes", lambda: 2 * GIB)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    assert serve.memory_flags([]) == ["--kv-cache-memory-bytes", str(GIB // 4)]
-    assert serve.memory_flags([], num_servers=2) == ["--kv-cache-memory-bytes", str(GIB // 8)]
+    assert vllm_settings.memory_flags([]) == ["--kv-cache-memory-bytes", str(GIB // 4)]
+    assert vllm_settings.memory_flags([], num_servers=2) == ["--kv-cache-memory-bytes", str(GIB // 8)]
     (finding,) = doctor.check_memory()
     assert finding.level == "problem" and finding.what == "1.0 GiB of 2.0 GiB memory free"
     assert machine()["memory_gib"] == round(total_memory_bytes() / GIB, 1)

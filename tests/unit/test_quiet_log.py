@@ -162,7 +162,7 @@ def stopped_by(number: int, tmp_path: Path) -> tuple[int, str]:
                 return argparse.Namespace(command="prepare", run=command, goes_on=True), []
 
         cli.build_parser = Parser
-        sys.exit(cli.main([]))
+        sys.exit(cli.main(["prepare"]))
         """,
         tmp_path / "log",
     )

@@ -41,7 +41,7 @@ def test_every_flag_of_every_command_is_there():
     for parser in leaves(build_parser()):
         text = section(parser.prog)
         for action in parser._actions:
-            if action.help is argparse.SUPPRESS or "--help" in action.option_strings:
+            if action.help is argparse.SUPPRESS or {"-h", "--help"} & set(action.option_strings):
                 continue
             for flag in action.option_strings or [action.metavar or action.dest.upper()]:
                 if "_" not in flag:  # of --admin_key, a second spelling
