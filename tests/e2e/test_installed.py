@@ -296,6 +296,7 @@ def made_by(target: str) -> str:
     return steps.splitlines()[-1].strip()
 
 
+@pytest.mark.long
 def test_the_readme_s_commands_run_as_they_are_written(shell):
     outputs = {}
     for command in readme_commands():

@@ -188,6 +188,7 @@ def answer_of(tiny_llama):
     return ask
 
 
+@pytest.mark.long
 def test_all_cores_compute_where_they_are_asked_to(started, answer_of):
     limits = cpu_limits()
     with started("--threads", str(limits.threads), *BLOCKING) as server:
@@ -204,6 +205,7 @@ def errors_of_ours(log: str) -> list[str]:
     return [line for line in log.splitlines() if "ERROR" in line and "apparate_llm/" in line]
 
 
+@pytest.mark.long
 def test_however_its_processes_are_a_server_answers_alike_and_ends_in_order(started, answer_of, tiny_llama):
     texts = []
     for flags in ((), BLOCKING, IN_ENGINE):

@@ -129,6 +129,7 @@ def test_a_start_shows_six_lines_ctrl_c_ends_it_and_all_else_is_in_the_log(on_te
         assert "Traceback" not in log and server.log.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.long
 def test_with_verbose_all_of_it_is_on_the_terminal(on_terminal):
     with on_terminal("--verbose") as server:
         server.wait_for("Application startup complete")

@@ -26,7 +26,7 @@ from tests.environment import clean_environment
 from tests.harness import Engine, greedy, token_prompts
 from tests.tiny import MODEL_TYPES
 
-KILLS_PER_MODEL = 5
+KILLS_PER_MODEL = 3
 
 
 @pytest.fixture(scope="module")

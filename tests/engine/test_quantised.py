@@ -27,7 +27,10 @@ def answers_without_exits(folder, **vllm):
         return answers(engine)
 
 
-@pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in FORMATS), ("W8A8", True), ("W4A16", True)])
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [*((name, False) for name in FORMATS), ("W8A8", True), pytest.param("W4A16", True, marks=pytest.mark.long)],
+)
 def test_lossless_answers_on_quantised_weights_are_those_without_exits(
     name, compiled, tiny_models, lens_ramps, tmp_path
 ):
