@@ -4,8 +4,9 @@
     python -m scripts.screenshots [--url URL] [--look FOLDER] [vLLM flags]
 
 From the repository's root; needs Chromium. Starts the embedded model, unless --url names a server. Two clients ask it
-without pause, part of the time with exits off. Then `docs/pictures/page-light.png` and `page-dark.png` are written.
---look writes the page, a conversation, and the reports of kept results as well, wide and as narrow as a phone.
+without pause, part of the time with exits off. Then a coloured answer on the page goes to `docs/pictures`, as
+`page-light.png` and `page-dark.png`. --look writes the whole page, a conversation, and the reports of kept results as
+well, wide and as narrow as a phone.
 """
 
 import argparse
@@ -32,12 +33,12 @@ from apparate_llm.eval.report import render as render_results
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.systems import ModelChoice, System, early_exits
 from apparate_llm.named_model import model_folder
+from scripts.kept import RESULTS, ROOT, is_kept
+from scripts.results_table import TABLES
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 WIDTH_PX, PHONE_PX, MARGIN_PX = 1200, 400, 12
@@ -45,9 +46,9 @@ MAX_COLORS = 256  # of a PNG with a palette
 CLIENTS = 2
 PHASES_S = ((True, 120), (False, 50), (True, 130))  # exits on? The page shows five minutes
 QUESTION = "Write a Python function that reverses a list, and explain it."
-ANSWER_TOKENS = 80
+ANSWER_TOKENS = 160
 BOUND = 0.05
-REPORTS = ("tpt-qwen-code-zen5-7.json", "tpt-smollm2-zen5-varied-3.json")
+REPORTS = tuple(rows.file for rows in TABLES["tpt"].rows if is_kept(rows.file))[:2]
 CHROMIUM_FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars")
 
 
@@ -60,7 +61,7 @@ def main() -> int:
         server.wait_ready()
         with browser() as chromium, load(server.base_url, server.model_name()):
             page = watched(chromium, server.base_url)
-            shoot(page, PICTURES, "page", last="#answer-note")
+            shoot(page, PICTURES, "page", part=("#origins", "#answer-note"))
             if args.look:
                 look(chromium, page, server.base_url, args.look)
     return 0
@@ -131,25 +132,30 @@ def watched(chromium: "Browser", base_url: str) -> "Page":
     return page
 
 
-def shoot(page: "Page", folder: Path, name: str, *, last: str | None = None) -> None:
-    """The whole page, or a small file of it down to the element `last`, in both colour schemes."""
+def shoot(page: "Page", folder: Path, name: str, *, part: tuple[str, str] | None = None) -> None:
+    """The whole page, or a small file of it from one element to another, in both colour schemes."""
     folder.mkdir(parents=True, exist_ok=True)
     for scheme in SCHEMES:
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(300)
         image = page.screenshot(full_page=True)
-        box = page.locator(last).bounding_box() if last else None
-        if box:
-            image = small(image, round(box["y"] + box["height"] + page.evaluate("scrollY")) + MARGIN_PX)
+        if part:
+            image = small(image, edge(page, part[0], "top") - MARGIN_PX, edge(page, part[1], "bottom") + MARGIN_PX)
         (folder / f"{name}-{scheme}.png").write_bytes(image)
 
 
-def small(image: bytes, bottom: int) -> bytes:
-    """A PNG with a palette, cut off at `bottom` px."""
+def edge(page: "Page", selector: str, side: Literal["top", "bottom"]) -> int:
+    """Of an element, in px from the top of the page."""
+    place = f"document.querySelector('{selector}').getBoundingClientRect().{side} + scrollY"
+    return round(page.evaluate(place))
+
+
+def small(image: bytes, top: int, bottom: int) -> bytes:
+    """A PNG with a palette, of the lines from `top` to `bottom` in px."""
     from PIL import Image
 
     with Image.open(io.BytesIO(image)) as opened:
-        whole = opened.convert("RGB").crop((0, 0, opened.width, bottom))
+        whole = opened.convert("RGB").crop((0, top, opened.width, bottom))
     buffer = io.BytesIO()
     palette = whole.quantize(MAX_COLORS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     palette.save(buffer, format="PNG", optimize=True)
