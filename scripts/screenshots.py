@@ -147,7 +147,7 @@ def shoot(page: "Page", folder: Path, name: str, *, part: tuple[str, str] | None
 def edge(page: "Page", selector: str, side: Literal["top", "bottom"]) -> int:
     """Of an element, in px from the top of the page."""
     place = f"document.querySelector('{selector}').getBoundingClientRect().{side} + scrollY"
-    return round(page.evaluate(place))
+    return int(round(page.evaluate(place)))
 
 
 def small(image: bytes, top: int, bottom: int) -> bytes:
