@@ -147,7 +147,8 @@ def shoot(page: "Page", folder: Path, name: str, *, part: tuple[str, str] | None
 def edge(page: "Page", selector: str, side: Literal["top", "bottom"]) -> int:
     """Of an element, in px from the top of the page."""
     place = f"document.querySelector('{selector}').getBoundingClientRect().{side} + scrollY"
-    return int(round(page.evaluate(place)))
+    distance: float = page.evaluate(place)
+    return round(distance)
 
 
 def small(image: bytes, top: int, bottom: int) -> bytes:
