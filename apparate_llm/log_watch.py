@@ -17,6 +17,8 @@ OF_UVICORN = re.compile(PROCESS + r"(?P<level>[A-Z]+): +(?P<text>.*)$")
 TRACEBACK = "Traceback (most recent call last):"
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 ERRORS = ("ERROR", "CRITICAL")
+ENDING = "trigger received signal"  # what an engine writes that is told to end
+ENGINE_ENDED = "EngineDeadError"  # what its other processes then make of it
 REMEMBERED = 20  # messages that are not repeated: a trace often comes from each process above
 POLL_S = 0.2
 
@@ -48,6 +50,7 @@ class LogReader:
         self._head: str | None = None  # of the message under way; "": of one whose further lines have none
         self._level = self._first = self._last = ""
         self._is_indented = False  # its line before
+        self._is_ending = False
         self._recent: deque[str] = deque(maxlen=REMEMBERED)
 
     def take(self, line: str) -> list[Message]:
@@ -56,6 +59,7 @@ class LogReader:
         match = OF_VLLM.match(line)
         head = line[: match.start("text")].rstrip() if match else ""
         text = match["text"] if match else line
+        self._is_ending |= ENDING in text
         if self._head is not None and head == self._head and not (match is None and OF_UVICORN.match(line)):
             if text and not text[0].isspace() and (head or self._is_indented):
                 self._last = text  # of a bare trace: what stands behind its calls, and no line after it
@@ -77,7 +81,7 @@ class LogReader:
     def end(self) -> list[Message]:
         """The message under way, if there is one that was not told just before."""
         head, self._head = self._head, None
-        if head is None:
+        if head is None or (self._is_ending and ENGINE_ENDED in self._last):
             return []
         texts = [text for text in (self._first, self._last) if text and text not in self._recent]
         self._recent.extend(texts)

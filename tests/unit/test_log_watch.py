@@ -72,6 +72,14 @@ def test_other_lines_are_not_told(text):
     assert read(text) == []
 
 
+def test_an_engine_that_ends_because_the_server_does_is_no_error():
+    dead = f"(APIServer pid=1) ERROR {AT} [a.py:9] output_handler failed.\n"
+    dead += f"(APIServer pid=1) ERROR {AT} [a.py:9] Traceback (most recent call last):\n"
+    dead += f"(APIServer pid=1) ERROR {AT} [a.py:9] vllm.v1.engine.exceptions.EngineDeadError: died\n"
+    ending = f"(EngineCore pid=2) INFO {AT} [core.py:1454] [shutdown] EngineCore: trigger received signal=SIGINT\n"
+    assert len(read(dead)) == 1 and read(ending + dead) == []
+
+
 def test_what_is_repeated_is_told_again_only_after_many_others():
     def line(number: int) -> str:
         return f"(Worker pid=3) ERROR 11-30 15:52:{number % 60:02d} [a.py:3] broken {number % 40}"
