@@ -190,5 +190,5 @@ def test_what_goes_wrong_later_reaches_the_terminal(on_terminal):
         )
         engine.kill()
         assert server.end() == 0  # as plain vLLM
-        assert re.search(rr"error: (.*\n)?.*[Ee]ngine", server.text), server.text
+        assert re.search(r"error: (.*\n)?.*[Ee]ngine", server.text), server.text
         assert server.text.endswith("The server has ended.\n")
