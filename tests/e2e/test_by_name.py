@@ -68,6 +68,7 @@ def test_prepare_takes_a_name_cold_from_its_cache_and_without_network(hub, tiny_
     assert NAME in (out / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_serve_takes_a_gguf_file_and_keeps_what_it_made_of_it(serve, tiny_llama, tmp_path, monkeypatch):
     from apparate_llm.gguf_model import gguf_folder
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.e2e.conftest import TINY_FLAGS
 from tests.environment import clean_environment
 
@@ -51,6 +53,7 @@ def test_it_compares_the_two_systems_and_keeps_the_shape(tiny_llama, lens_ramps,
     assert not processes_of(tiny_llama)
 
 
+@pytest.mark.long
 def test_stopping_it_stops_its_servers(tiny_llama, lens_ramps):
     command = [sys.executable, "-m", "apparate_llm.cli", "eval", "quick", str(tiny_llama)]
     command += ["--ramps", str(lens_ramps(depth=4)), *(f"--vllm-flag={flag}" for flag in TINY_FLAGS)]

@@ -163,6 +163,7 @@ IN_ENGINE = ("--worker", "engine")
 BLOCKING = ("--queues", "block")
 
 
+@pytest.mark.long
 def test_a_worker_in_the_engine_is_bound_and_what_reads_writes_and_answers_is_not(started):
     with started(*IN_ENGINE) as server:
         api, engine = psutil.Process(server.process.pid), server.named("VLLM::EngineCore")

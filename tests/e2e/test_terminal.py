@@ -113,6 +113,7 @@ def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
+@pytest.mark.long
 def test_a_start_shows_six_lines_ctrl_c_ends_it_and_all_else_is_in_the_log(on_terminal, tiny_llama):
     with on_terminal() as server:
         server.wait_for(r"Docs: .*\n")
@@ -140,6 +141,7 @@ def test_with_verbose_all_of_it_is_on_the_terminal(on_terminal):
         assert not server.log.exists()
 
 
+@pytest.mark.long
 def test_a_failed_start_shows_why_and_names_the_log(on_terminal):
     with on_terminal("--kv-cache-memory-bytes", "10") as server:
         assert server.end() == 1
@@ -150,6 +152,7 @@ def test_a_failed_start_shows_why_and_names_the_log(on_terminal):
         assert "Traceback" in server.log.read_text()
 
 
+@pytest.mark.long
 def test_bad_input_that_vllm_finds_is_one_line_behind_the_first(on_terminal):
     with on_terminal("--max-num-seqs", "many") as server:
         assert server.end() == 2
@@ -157,6 +160,7 @@ def test_bad_input_that_vllm_finds_is_one_line_behind_the_first(on_terminal):
         assert last.startswith("apparate-llm: error: ") and "--max-num-seqs" in last and "all of it" not in server.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "name"), [(signal.SIGTERM, "SIGTERM"), (b"\x03", "SIGINT")], ids=["sigterm", "ctrl-c"])
 def test_a_signal_while_it_starts_ends_it_and_the_terminal_says_so(on_terminal, how, name):
     with on_terminal() as server:
@@ -174,6 +178,7 @@ def test_a_signal_while_it_starts_ends_it_and_the_terminal_says_so(on_terminal, 
         assert "Traceback" not in server.text
 
 
+@pytest.mark.long
 def test_what_goes_wrong_later_reaches_the_terminal(on_terminal):
     """A warning of ours, of the worker's process, and the death of the engine."""
     with on_terminal("--feedback-log", "/dev/full") as server:

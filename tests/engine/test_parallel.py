@@ -125,6 +125,7 @@ def test_what_fails_on_one_rank_fails_on_both_and_comes_back_on_both(rank, engin
     assert first == second and first["active"] and first["counts"]["released"] > before["released"]
 
 
+@pytest.mark.long
 def test_a_rank_that_fails_where_the_model_is_compiled_leaves_no_other_waiting(tiny_llama, lens_ramps, ranks):
     """The other rank is inside the blocks of its draft step by then."""
     options = {"ramps": str(lens_ramps(depth=3)), "threshold": 0.01, "hold_threshold": 0.0, "accuracy_bound": 0.0}

@@ -29,7 +29,10 @@ def answers_without_exits(folder, **vllm):
 
 @pytest.mark.parametrize(
     ("name", "compiled"),
-    [*((name, False) for name in FORMATS), ("W8A8", True), pytest.param("W4A16", True, marks=pytest.mark.long)],
+    [
+        *((name, False) for name in FORMATS),
+        *(pytest.param(name, True, marks=pytest.mark.long) for name in ("W8A8", "W4A16")),
+    ],
 )
 def test_lossless_answers_on_quantised_weights_are_those_without_exits(
     name, compiled, tiny_models, lens_ramps, tmp_path
