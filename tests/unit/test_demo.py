@@ -86,8 +86,9 @@ class Client:
 
 def shown_by(given: list[Answer], *, width: int, is_terminal: bool) -> tuple[str, Sides]:
     out = io.StringIO()
+    colors = "standard" if is_terminal else "auto"  # rich then sees that it is none
     console = Console(
-        file=out, width=width, height=30, force_terminal=is_terminal, color_system="standard", highlight=False
+        file=out, width=width, height=30, force_terminal=is_terminal, color_system=colors, highlight=False
     )
     sides = Sides(Client(given), "prompt", bound=0.0)
     sides.show_first(console)
