@@ -24,8 +24,7 @@ COUNTERS = {  # field of the counts -> help
 FIELDS = {  # metric -> field of the counts, where they differ
     "decode_seconds": "decode_s",
     "held_accepted": "accepted",
-    "held_accepted_divergences": "accepted_diverged",
-    "divergences": "diverged",
+    "held_accepted_divergences": "accepted_divergences",
 }
 TENANT_COUNTERS = {  # of each tenant
     "emitted": "Output tokens of the tenant",

@@ -18,7 +18,7 @@ from apparate_llm.api.answers import Caller
 from apparate_llm.exits.token_origins import REPORT_KEY, Origin
 
 logger = init_logger("vllm.apparate")
-DIVERGED = (Origin.HELD_DIVERGED, Origin.RELEASED_DIVERGED)
+DIVERGENCES = (Origin.HELD_DIVERGENCE, Origin.RELEASED_DIVERGENCE)
 TOKENS_AT_ONCE = 256  # made into text before other requests have their turn: a millisecond
 Ask = Callable[..., Awaitable[list[dict[str, dict[str, Any]]]]]
 
@@ -94,7 +94,7 @@ def report_of(record: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     origins, depths = record["origins"][: len(texts)], record["depths"][: len(texts)]
     assert len(origins) == len(texts), f"{len(texts)} tokens sent, {len(origins)} on record"
     tokens = {origin.value: origins.count(origin.value) for origin in Origin}
-    divergences = sum(tokens[origin] for origin in DIVERGED)
+    divergences = sum(tokens[origin] for origin in DIVERGENCES)
     used = sorted({depth for depth in depths if depth is not None})
     return {
         "tokens": tokens,

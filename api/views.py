@@ -5,12 +5,13 @@ from typing import Any
 from apparate_llm.config import EarlyExitConfig, tenant_of
 from apparate_llm.core import shares_of
 from apparate_llm.exits.tenants import UNNAMED
+from apparate_llm.renamed import beside_old_names
 
 FILE_OPTIONS = ("ramps", "feedback_log", "controller_state")  # paths on the server
 TIMELESS = ("clock_s", "active", "depth")
 COUNTS = (
     "emitted",
-    "diverged",
+    "divergences",
     "unverified",
     "divergences_at_worst",
     "decode_tokens",
@@ -42,11 +43,13 @@ def status_view(status: dict[str, Any], name: str | None) -> dict[str, Any]:
         return status
     share = status["tenants"][name]
     counts = {count: share[count] for count in COUNTS}
-    return {
-        **{field: status[field] for field in TIMELESS},
-        "tenant": name,
-        "config": config_view(status["config"], name),
-        "tenants": {name: share},
-        "counts": {**counts, **shares_of(counts, counts["emitted"])},
-        "budget_left": share["budget_left"],
-    }
+    return beside_old_names(
+        {
+            **{field: status[field] for field in TIMELESS},
+            "tenant": name,
+            "config": config_view(status["config"], name),
+            "tenants": {name: share},
+            "counts": {**counts, **shares_of(counts, counts["emitted"])},
+            "budget_left": share["budget_left"],
+        }
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from apparate_llm.address import add_api_key, authorization, server_url
 from apparate_llm.flags import Commands, OneLineParser, positive
+from apparate_llm.renamed import ORIGINS
 from apparate_llm.sse import event_data
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ BLUE, GREEN, RED = "#2073df", "#20884b", "#da362b"  # as legible on black as on 
 STYLES = {  # origin of a token -> how it is shown
     "checked": "",
     "held": BLUE,
-    "held_diverged": f"{RED} underline",
+    "held_divergence": f"{RED} underline",
     "released": GREEN,
-    "released_diverged": f"{RED} underline",
+    "released_divergence": f"{RED} underline",
     "unverified": f"{GREEN} italic",
 }
-LEGEND = (("checked", "checked"), ("held", "held"), ("released", "released"), ("released_diverged", "divergence"))
+LEGEND = (("checked", "checked"), ("held", "held"), ("released", "released"), ("released_divergence", "divergence"))
 CONNECT_TIMEOUT_S = 5.0
 TOKEN_TIMEOUT_S = 300.0
 
@@ -117,7 +118,7 @@ class Answer:
             return Text(self.text)
         shown = Text()
         for origin, text in zip(self.report["origins"], self.report["texts"], strict=True):
-            shown.append(text, STYLES.get(origin, ""))
+            shown.append(text, STYLES.get(ORIGINS.get(origin, origin), ""))
         return shown
 
 

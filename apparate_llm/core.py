@@ -26,7 +26,7 @@ class Exit:
     greedy: bool = True  # its verdict is the full model's best token; else whether vLLM's sampler keeps it
     probability: float = 0.0  # of agreeing with its verdict; written by the policy
     decision: Decision = Decision.STOP  # what became of it; written by the drafter
-    diverged: bool = False  # held and let through although its verdict differs
+    is_divergence: bool = False  # held, and let through although its verdict differs
     match: int = 0  # tokens before it that occurred before, where it was copied from there; 0: a ramp's
 
 
@@ -34,10 +34,10 @@ class Outcome(StrEnum):
     """What became of an exit in the end."""
 
     HELD_ACCEPTED = "held_accepted"
-    HELD_ACCEPTED_DIVERGED = "held_accepted_diverged"  # emitted although the full model disagreed
+    HELD_ACCEPTED_DIVERGENCE = "held_accepted_divergence"  # emitted although the full model disagreed
     HELD_REJECTED = "held_rejected"
     RELEASED_RIGHT = "released_right"
-    RELEASED_DIVERGED = "released_diverged"
+    RELEASED_DIVERGENCE = "released_divergence"
     RELEASED_UNVERIFIED = "released_unverified"  # its request ended first
 
 
@@ -50,10 +50,10 @@ class ExitCounts:
     decode_s: float = 0.0  # over all requests, from the first token to the last
     held: int = 0
     accepted: int = 0  # held exits that were emitted
-    accepted_diverged: int = 0  # of these, emitted although the full model disagreed
+    accepted_divergences: int = 0  # of these, emitted although the full model disagreed
     released: int = 0
     verified: int = 0  # released exits that have their verdict
-    released_diverged: int = 0  # verified exits the full model disagreed with
+    released_divergences: int = 0  # verified exits the full model disagreed with
     unverified: int = 0  # released exits whose request ended before their verdict
     targets_met: int = 0  # requests that ended within their time per output token
     targets_missed: int = 0
@@ -85,25 +85,25 @@ class ExitCounts:
         return self.released - self.verified - self.unverified
 
     @property
-    def diverged(self) -> int:
+    def divergences(self) -> int:
         """Divergences: emitted tokens that differ from their verdict."""
-        return self.released_diverged + self.accepted_diverged
+        return self.released_divergences + self.accepted_divergences
 
     @property
     def divergences_at_worst(self) -> int:
         """The number that the bound holds for: each exit that ended without a verdict counts as a divergence. Those
         that still wait for one are not in it, so it never falls."""
-        return self.diverged + self.unverified
+        return self.divergences + self.unverified
 
     def as_dict(self) -> dict[str, Any]:
-        derived = {name: getattr(self, name) for name in ("outstanding", "diverged", "divergences_at_worst")}
+        derived = {name: getattr(self, name) for name in ("outstanding", "divergences", "divergences_at_worst")}
         outcomes = {outcome.value: dict(by_depth) for outcome, by_depth in self.outcomes.items()}
         return {**asdict(self), **derived, **shares_of(derived, self.emitted), "outcomes": outcomes}
 
 
 def shares_of(counts: Mapping[str, int], emitted: int) -> dict[str, float | None]:
-    """Of the emitted tokens: what diverged, and what did at worst; None before the first token."""
+    """Of the emitted tokens: the divergences, and those at worst; None before the first token."""
     return {
-        "divergence_frac": counts["diverged"] / emitted if emitted else None,
+        "divergence_frac": counts["divergences"] / emitted if emitted else None,
         "divergences_at_worst_frac": counts["divergences_at_worst"] / emitted if emitted else None,
     }

@@ -1,5 +1,5 @@
-"""Names of version 0.1. Those that users give are taken until 0.3, each with a warning; those in files that we wrote
-ourselves are read without."""
+"""Names of versions 0.1 and 0.2. Those that users give are taken until 0.3, each with a warning; those in files that we
+wrote ourselves are read without."""
 
 import logging
 import os
@@ -39,10 +39,18 @@ METRICS = {  # new -> old; both are on the page
 }
 LABELS = {"tenant": "class"}
 STATUS = {  # part of the status -> its new names -> old; both are in it
-    "counts": {"verification_passes": "completion_passes", "draft_steps": "rounds"},
+    "counts": {
+        "verification_passes": "completion_passes",
+        "draft_steps": "rounds",
+        "divergences": "diverged",
+        "accepted_divergences": "accepted_diverged",
+        "released_divergences": "released_diverged",
+    },
     "distributions": {"verify_ms": "completion_ms", "draft_step_ms": "round_ms"},
     "controller": {"verify_ms": "completion_ms", "draft_step_ms": "round_ms", "draft_steps_planned": "rounds_planned"},
 }
+TENANT = {"divergences": "diverged"}  # of each tenant in the status, new -> old
+ORIGINS = {"held_diverged": "held_divergence", "released_diverged": "released_divergence"}  # in reports, old -> new
 OLD_AUX_LAYERS = "inner"  # what the manifest of ramps had for its aux_layers
 CONTROLLER_STATE = {"completion": "verify_ms", "rounds": "draft_steps"}  # old -> new, in the file of an earlier start
 PREPARATION = {  # old -> new, in the records of a preparation and of a manifest's training
@@ -78,9 +86,14 @@ def beside_old_names(status: dict[str, Any]) -> dict[str, Any]:
     """The worker's status, with the names that its figures had."""
     both = dict(status)
     for part in STATUS.keys() & status.keys():
-        figures = status[part]
-        both[part] = {**figures, **{old: figures[new] for new, old in STATUS[part].items() if new in figures}}
+        both[part] = _with_old_names(status[part], STATUS[part])
+    if "tenants" in status:
+        both["tenants"] = {name: _with_old_names(share, TENANT) for name, share in status["tenants"].items()}
     return both
+
+
+def _with_old_names(figures: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {**figures, **{old: figures[new] for new, old in names.items() if new in figures}}
 
 
 def counts_of_any_version(status_counts: dict[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def row_of(policy: str, parameters: str, accuracy_bound: float, result: "Replaye
         "held": result.held,
         "accepted": result.accepted,
         "released": result.released,
-        "diverged": result.diverged,
+        "divergences": result.divergences,
     }
 
 

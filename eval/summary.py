@@ -185,7 +185,7 @@ def _run(cell: SystemUnderLoad, summary: Summary, quality: Quality | None) -> Ru
         blocks_per_token=_blocks_per_token(cell, summary.num_layers),
         peak_memory_gib=max(peaks) if peaks else None,
         exits=_exits(cell),
-        divergences=cell.total("diverged"),
+        divergences=cell.total("divergences"),
         identical_frac=quality.identical_frac if quality else None,
         regret_nats_per_token=None if regret is None or not served else regret / served,
         quality=quality,
@@ -223,12 +223,12 @@ def _blocks_per_token(cell: SystemUnderLoad, num_layers: int) -> float | None:
 def _timeline(cell: SystemUnderLoad, summary: Summary) -> list[TimelinePoint]:
     """Block after block. Closed loops only keep the order of the prompts, so only they show phases."""
     moments = []
-    tokens = diverged = at_worst = 0
+    tokens = divergences = at_worst = 0
     for block in cell.blocks:
         block_tokens = block.served_tokens
         tokens += block_tokens
-        in_block = None if block.counts is None else block.counts["diverged"]
-        diverged += in_block or 0
+        in_block = None if block.counts is None else block.counts["divergences"]
+        divergences += in_block or 0
         at_worst += (in_block or 0) + (block.counts or {}).get("unverified", 0)
         first = min((done.prompt_index for done in block.completions), default=0)
         phase = next((name for name, start in reversed(summary.phases) if first >= start), "")
@@ -236,7 +236,7 @@ def _timeline(cell: SystemUnderLoad, summary: Summary) -> list[TimelinePoint]:
             TimelinePoint(
                 phase=phase,
                 output_tokens=tokens,
-                divergence_frac=None if in_block is None or not tokens else diverged / tokens,
+                divergence_frac=None if in_block is None or not tokens else divergences / tokens,
                 block_divergence_frac=None if in_block is None or not block_tokens else in_block / block_tokens,
                 divergences_at_worst_frac=None if in_block is None or not tokens else at_worst / tokens,
                 tpt_ms=distribution([done.tpt_ms for done in block.completions]).mean,

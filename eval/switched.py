@@ -22,7 +22,7 @@ from apparate_llm.progress import Stage
 
 OFF = "off"
 SWITCH_TIMEOUT_S = 30.0
-EXITS = ("emitted", "held", "accepted", "released", "diverged", "divergences_at_worst")
+EXITS = ("emitted", "held", "accepted", "released", "divergences", "divergences_at_worst")
 
 
 def switch_level(plan: SteadyPlan, server: Server, number: int, stage: Stage) -> SteadyLevel:

@@ -33,6 +33,6 @@ for way, fields in WAYS.items():
     (report,) = answer.model_extra["early_exit"]
     origins = Counter(report["origins"])
     print(f"--- {way}: " + ", ".join(f"{number} {origin}" for origin, number in origins.most_common()))
-    print(f"tokens that the full model may not have chosen: {report['divergences_at_worst']}")
+    print(f"divergences, exits without a verdict included: {report['divergences_at_worst']}")
     tokens = zip(report["texts"], report["origins"], strict=True)
     print("".join(text if origin == "checked" else f"[{text}]" for text, origin in tokens), end="\n\n")

@@ -68,7 +68,7 @@ def main() -> int:
         broken |= checked.worst_share > args.bound
         print(
             f"{name}: {checked.num_verdicts} verdicts, worst prefix {checked.worst_share:.5f}, in all "
-            f"{checked.divergence_frac:.5f} diverged (bound {args.bound:g})",
+            f"{checked.divergence_frac:.5f} divergences (bound {args.bound:g})",
             flush=True,
         )
     return int(broken)

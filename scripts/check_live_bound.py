@@ -82,7 +82,7 @@ def ask(server: Server, phase: str, prompts: list[Messages], args: argparse.Name
             raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")
     row = {
         key: counts[key] - before[key]
-        for key in ("emitted", "held", "accepted", "released", "diverged", "divergences_at_worst")
+        for key in ("emitted", "held", "accepted", "released", "divergences", "divergences_at_worst")
     }
     row |= {"phase": Path(phase).name, "regret_nats": round(counts["regret_nats"] - before["regret_nats"], 2)}
     print(row, flush=True)

@@ -33,7 +33,7 @@ COUNTED = {  # metric -> what the evaluation calls it
     "apparate:held_total": "held",
     "apparate:held_accepted_total": "accepted",
     "apparate:released_total": "released",
-    "apparate:divergences_total": "diverged",
+    "apparate:divergences_total": "divergences",
     "apparate:verification_passes_total": "verification_passes",
     "apparate:draft_steps_total": "draft_steps",
     "apparate:unverified_total": "unverified",

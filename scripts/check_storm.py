@@ -264,14 +264,14 @@ def faults(status: dict[str, Any], server: Server, num_preempted: int) -> list[s
     """What the server's own figures say is wrong."""
     counts, outcomes = status["counts"], status["counts"]["outcomes"]
     total = {name: sum(by_depth.values()) for name, by_depth in outcomes.items()}
-    accepted = total["held_accepted"] + total["held_accepted_diverged"]
+    accepted = total["held_accepted"] + total["held_accepted_divergence"]
     checks = {
         "requests run on": status["running"] == 0,
         "exits are outstanding": counts["outstanding"] == 0,
         "released exits do not add up": counts["released"] == counts["verified"] + counts["unverified"],
         "held exits do not add up": counts["held"] == accepted + total["held_rejected"],
         "accepted exits do not add up": counts["accepted"] == accepted,
-        "verdicts do not add up": counts["verified"] == total["released_right"] + total["released_diverged"],
+        "verdicts do not add up": counts["verified"] == total["released_right"] + total["released_divergence"],
         "exits by depth do not add up": sum(counts["exits_by_depth"].values()) == counts["released"] + accepted,
         "no exits were taken": counts["accepted"] > 0,
         "more divergences than the bound": counts["divergences_at_worst"]

@@ -21,7 +21,7 @@ class Theme(NamedTuple):
     bad: str
     held: str  # behind text
     early: str
-    diverged: str
+    divergence: str
     series: tuple[str, ...]
 
 
@@ -36,7 +36,7 @@ LIGHT = Theme(
     bad="#b3261e",
     held="#d9e8fb",
     early="#d2f0dc",
-    diverged="#fbd7d3",
+    divergence="#fbd7d3",
     series=("#1f6fd0", "#1b7f53", "#b35c00", "#8a52b8"),
 )
 DARK = Theme(
@@ -50,7 +50,7 @@ DARK = Theme(
     bad="#ff8f85",
     held="#1e3d63",
     early="#1b4a30",
-    diverged="#6b2620",
+    divergence="#6b2620",
     series=("#6aaeff", "#5fc88a", "#f0a35a", "#c69bec"),
 )
 THEMES = (LIGHT, DARK)

@@ -1,4 +1,4 @@
-"""The accuracy bound as token buckets: what may go wrong is paid for before it is emitted.
+"""The accuracy bound as token buckets: what may diverge is paid for before it is emitted.
 
 Every emitted token earns its request's bound. A released exit costs 1 until its verdict proves it right; the 1 of a
 divergence, and of an exit whose request ended before its verdict, never comes back. A held exit that differs from its
@@ -10,7 +10,7 @@ only if all of them can:
     its tenant's         filled by tokens of the tenant, whatever their bounds; where there are tenants
     the server's         filled by tokens of all groups; what it saves up is capped
 
-So at every moment, even should all exits without a verdict turn out wrong,
+So at every moment, even should all exits without a verdict turn out to be divergences,
 
     divergences of a request  <=  its bound x its emitted tokens + REQUEST_ALLOWANCE
     divergences of a group    <=  its bound x the group's emitted tokens

@@ -57,7 +57,7 @@ class Replayed:
     held: int = 0
     accepted: int = 0
     released: int = 0
-    diverged: int = 0
+    divergences: int = 0
     regret_nats: float = 0.0
     request_ms: float = 0.0  # sum over steps of their time x requests that waited for it
     plain_request_ms: float = 0.0  # the same had every step been a plain pass, per token it then emits
@@ -75,7 +75,7 @@ class Replayed:
 
     @property
     def divergence_frac(self) -> float:
-        return self.diverged / self.emitted
+        return self.divergences / self.emitted
 
     @property
     def regret_per_token(self) -> float:
@@ -121,7 +121,7 @@ def replay(
         result.plain_request_ms += costs.verify_ms(step.num_requests) * step.num_requests
         result.plain_emitted += step.num_requests
         if result.emitted > 500:
-            result.worst_share = max(result.worst_share, result.diverged / result.emitted)
+            result.worst_share = max(result.worst_share, result.divergences / result.emitted)
     return result
 
 
@@ -208,7 +208,7 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
             result.accepted += 1
         emitted += 1
         if not logged.agrees:
-            result.diverged += 1
+            result.divergences += 1
             result.regret_nats += regret
     else:
         if answer.not_taken is not None:

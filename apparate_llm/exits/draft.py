@@ -188,7 +188,7 @@ class Drafter:
         exit_ = Exit(row.newest_position + 1 + number, token, depth, number, confidence, row.greedy, match=match)
         may_release = (
             row.may_release
-            and token not in row.stop_token_ids  # a wrong one would cut the answer off
+            and token not in row.stop_token_ids  # a divergence there would cut the answer off
             and not row.held  # a held exit blocks later releases
             and row.num_exits < row.max_released
             and self.budget.may_release(row.bucket)

@@ -55,7 +55,7 @@ class RequestExits:
     num_emitted: int = 0
     num_unshared: int = 0  # tokens that have earned for this request only: those of its last step
     num_since_pass: int = 0  # emitted after the last verification pass: released exits
-    num_diverged: int = 0
+    num_divergences: int = 0
     first_token_s: float | None = None  # on the monotonic clock, of the step that emitted it
     last_token_s: float = 0.0
     share: TenantShare | None = None  # of its tenant
@@ -144,7 +144,7 @@ class VerdictLedger:
         for exit_ in exits:
             self.counts.settle(Outcome.RELEASED_UNVERIFIED, exit_.depth)
         if exits:
-            self._audit(request, request.num_diverged + len(exits))
+            self._audit(request, request.num_divergences + len(exits))
 
     def report_missed(self, tpt_ms: float, target_ms: float) -> None:
         """At the first request that misses its target, the second, the fourth, ..."""
@@ -225,7 +225,7 @@ class VerdictLedger:
                 self.counts.settle(Outcome.HELD_REJECTED, exit_.depth)
                 continue
             self.counts.emit_exit(exit_)
-            if not exit_.diverged:
+            if not exit_.is_divergence:
                 self.counts.settle(Outcome.HELD_ACCEPTED, exit_.depth)
 
     def release(self, request_id: str, exits: list[Exit]) -> None:
@@ -269,12 +269,12 @@ class VerdictLedger:
             agrees = token_id == item.exit.token_id
             self._trace(request, Trace.verified, item.exit, agrees)
             self.counts.verified += 1
-            self.counts.settle(Outcome.RELEASED_RIGHT if agrees else Outcome.RELEASED_DIVERGED, item.exit.depth)
+            self.counts.settle(Outcome.RELEASED_RIGHT if agrees else Outcome.RELEASED_DIVERGENCE, item.exit.depth)
             if agrees:
                 self.budget.prove_right(request.bucket)
             else:
-                self.counts.released_diverged += 1
-                self._diverged(request, regret)
+                self.counts.released_divergences += 1
+                self._count_divergence(request, regret)
             request.outstanding.remove(item.exit)
             verdicts.append(Verdict(item.request_id, item.exit, True, agrees, regret))
         return verdicts
@@ -282,28 +282,28 @@ class VerdictLedger:
     def accept_divergence(self, request_id: str, exit_: Exit, regret_nats: float) -> None:
         """A held exit is emitted although its verdict differs; `emit` counts it with the checked tokens."""
         request = self.requests[request_id]
-        exit_.diverged = True
-        self.counts.settle(Outcome.HELD_ACCEPTED_DIVERGED, exit_.depth)
+        exit_.is_divergence = True
+        self.counts.settle(Outcome.HELD_ACCEPTED_DIVERGENCE, exit_.depth)
         self.budget.accept(request.bucket, regret_nats)
-        self.counts.accepted_diverged += 1
-        self._diverged(request, regret_nats, num_uncounted=1)
+        self.counts.accepted_divergences += 1
+        self._count_divergence(request, regret_nats, num_uncounted=1)
 
-    def _diverged(self, request: RequestExits, regret_nats: float, num_uncounted: int = 0) -> None:
+    def _count_divergence(self, request: RequestExits, regret_nats: float, num_uncounted: int = 0) -> None:
         """An emitted token is known to differ. num_uncounted: of them not in the counts yet."""
         if math.isfinite(regret_nats):
             self.counts.regret_nats += regret_nats
         self._observe(self.distributions.regret_nats, regret_nats)
-        request.num_diverged += 1
+        request.num_divergences += 1
         if request.share is not None:
-            request.share.diverged += 1
-        self._audit(request, request.num_diverged, num_uncounted)
+            request.share.divergences += 1
+        self._audit(request, request.num_divergences, num_uncounted)
 
-    def _audit(self, request: RequestExits, num_diverged: int, num_uncounted: int = 0) -> None:
+    def _audit(self, request: RequestExits, num_divergences: int, num_uncounted: int = 0) -> None:
         """A divergence, or exits that end without a verdict: nothing else can raise a share, all else is tokens
         emitted."""
         bucket = request.bucket
         earned_nano = bucket.earned_by_tokens_nano + bucket.per_token_nano * num_uncounted
-        excess = (num_diverged * NANO - earned_nano) / NANO
+        excess = (num_divergences * NANO - earned_nano) / NANO
         self.audit.largest_request_excess = max(self.audit.largest_request_excess, excess)
         if self.counts.emitted > SETTLED_TOKENS:
             share = self.counts.divergences_at_worst / (self.counts.emitted + num_uncounted)
@@ -315,21 +315,21 @@ class VerdictLedger:
         open_exits = sum(len(request.outstanding) for request in self.requests.values())
         assert counts.outstanding == open_exits, f"{counts.outstanding} exits outstanding, {open_exits} on record"
         assert 0 <= counts.accepted <= counts.held, f"accepted {counts.accepted} of {counts.held} held exits"
-        assert 0 <= counts.accepted_diverged <= counts.accepted, f"accepted more divergences than exits: {counts}"
-        assert 0 <= counts.released_diverged <= counts.verified, f"more divergences than verdicts: {counts}"
+        assert 0 <= counts.accepted_divergences <= counts.accepted, f"accepted more divergences than exits: {counts}"
+        assert 0 <= counts.released_divergences <= counts.verified, f"more divergences than verdicts: {counts}"
         by_depth = sum(counts.exits_by_depth.values())
         assert counts.released + counts.accepted == by_depth, f"{by_depth} exits by depth: {counts}"
         assert 0 <= counts.copied <= by_depth, f"{counts.copied} of {by_depth} exits copied"
-        assert counts.settled(Outcome.RELEASED_RIGHT, Outcome.RELEASED_DIVERGED) == counts.verified, f"{counts}"
+        assert counts.settled(Outcome.RELEASED_RIGHT, Outcome.RELEASED_DIVERGENCE) == counts.verified, f"{counts}"
         assert counts.settled(Outcome.RELEASED_UNVERIFIED) == counts.unverified, f"{counts}"
-        held = counts.settled(Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGED, Outcome.HELD_REJECTED)
+        held = counts.settled(Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGENCE, Outcome.HELD_REJECTED)
         assert held == counts.held, f"{held} held exits have an outcome: {counts}"
         assert counts.released + counts.accepted <= counts.emitted, f"more exits than tokens: {counts}"
         shared = [*self.budget.shared(), *(share.bucket for share in self.tenants.values())]
         for bucket in (*shared, *(request.bucket for request in self.requests.values())):
             bucket.check_integrity()
         if self.budget.kind == "agreement":
-            at_worst = counts.diverged + counts.unverified + counts.outstanding
+            at_worst = counts.divergences + counts.unverified + counts.outstanding
             spent_nano = self.budget.spent_nano
             assert spent_nano == at_worst * NANO, f"paid {spent_nano} billionths for {at_worst} tokens"
 

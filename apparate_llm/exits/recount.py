@@ -43,13 +43,13 @@ def _count_rest(ledger: VerdictLedger, request: RequestExits, num_emitted: int, 
 
 def _recount(counts: ExitCounts) -> None:
     """The totals that follow from what became of each exit."""
-    released = (Outcome.RELEASED_RIGHT, Outcome.RELEASED_DIVERGED, Outcome.RELEASED_UNVERIFIED)
-    accepted = (Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGED)
-    counts.released_diverged = counts.settled(Outcome.RELEASED_DIVERGED)
+    released = (Outcome.RELEASED_RIGHT, Outcome.RELEASED_DIVERGENCE, Outcome.RELEASED_UNVERIFIED)
+    accepted = (Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGENCE)
+    counts.released_divergences = counts.settled(Outcome.RELEASED_DIVERGENCE)
     counts.unverified = counts.settled(Outcome.RELEASED_UNVERIFIED)
     counts.released = counts.settled(*released)
     counts.verified = counts.released - counts.unverified
-    counts.accepted_diverged = counts.settled(Outcome.HELD_ACCEPTED_DIVERGED)
+    counts.accepted_divergences = counts.settled(Outcome.HELD_ACCEPTED_DIVERGENCE)
     counts.accepted = counts.settled(*accepted)
     counts.held = counts.accepted + counts.settled(Outcome.HELD_REJECTED)
     by_depth: dict[int, int] = {}
@@ -62,10 +62,10 @@ def _recount(counts: ExitCounts) -> None:
 
 
 def _balance(ledger: VerdictLedger) -> None:
-    """What was spent is what may have gone wrong, and no bucket owes more than it ever had."""
+    """What was spent is what may have diverged, and no bucket owes more than it ever had."""
     budget, counts = ledger.budget, ledger.counts
     if budget.kind == "agreement":
-        budget.spent_nano = (counts.diverged + counts.unverified) * NANO
+        budget.spent_nano = (counts.divergences + counts.unverified) * NANO
     buckets = [request.bucket for request in ledger.requests.values()]
     for bucket in (*budget.shared(), *(share.bucket for share in ledger.tenants.values()), *buckets):
         bucket.earned_nano = max(bucket.earned_nano, bucket.spent_nano)

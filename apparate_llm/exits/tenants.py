@@ -13,7 +13,7 @@ UNNAMED = "(none)"  # requests that are of no tenant, where there are some
 class TenantShare:
     bucket: Bucket
     emitted: int = 0
-    diverged: int = 0
+    divergences: int = 0
     unverified: int = 0
     decode_tokens: int = 0
     decode_s: float = 0.0
@@ -26,7 +26,7 @@ class TenantShare:
 
     @property
     def divergences_at_worst(self) -> int:
-        return self.diverged + self.unverified
+        return self.divergences + self.unverified
 
 
 def shares_of(config: EarlyExitConfig) -> dict[str, TenantShare]:

@@ -14,9 +14,9 @@ MAX_UNCLAIMED = 1024  # answers whose client left before the report was asked fo
 class Origin(StrEnum):
     CHECKED = "checked"  # the full model's own token
     HELD = "held"  # an exit that waited for the full model and was right
-    HELD_DIVERGED = "held_diverged"  # emitted although the full model disagreed
+    HELD_DIVERGENCE = "held_divergence"  # emitted although the full model disagreed
     RELEASED = "released"  # left before its remaining layers ran, and was right
-    RELEASED_DIVERGED = "released_diverged"
+    RELEASED_DIVERGENCE = "released_divergence"
     UNVERIFIED = "unverified"  # released, and the answer ended before its verdict
 
 
@@ -36,7 +36,7 @@ class Trace:
     def emitted(self, num_tokens: int) -> None:
         """Of the accepted exits and the full model's own token after them, the first `num_tokens`."""
         for exit_ in self._accepted[:num_tokens]:
-            self._add(Origin.HELD_DIVERGED if exit_.diverged else Origin.HELD, exit_.depth)
+            self._add(Origin.HELD_DIVERGENCE if exit_.is_divergence else Origin.HELD, exit_.depth)
         for _ in range(num_tokens - len(self._accepted)):  # one; more where drafts were of exits that were dropped
             self._add(Origin.CHECKED, None)
         self._accepted = []
@@ -55,7 +55,7 @@ class Trace:
             self._add(Origin.UNVERIFIED, exit_.depth)
 
     def verified(self, exit_: Exit, agrees: bool) -> None:
-        self.origins[self._due.pop(exit_.position)] = Origin.RELEASED if agrees else Origin.RELEASED_DIVERGED
+        self.origins[self._due.pop(exit_.position)] = Origin.RELEASED if agrees else Origin.RELEASED_DIVERGENCE
 
     def _add(self, origin: Origin, depth: int | None) -> None:
         self.origins.append(origin)

@@ -76,7 +76,7 @@ def _may_pass(
 ) -> bool:
     """Whether a held exit that differs may be let through, and `later` ones with it."""
     return (
-        exit_.token_id not in request.stop_token_ids  # a wrong one would cut the answer off
+        exit_.token_id not in request.stop_token_ids  # a divergence there would cut the answer off
         and policy.may_diverge(exit_)
         and ledger.budget.may_accept(request.bucket, regret)
         and policy.accepts(regret, later, ledger.budget.fill_frac_of(request.bucket))

@@ -64,9 +64,9 @@ def coverage_curve(probability: torch.Tensor, agrees: torch.Tensor) -> list[tupl
     if not len(probability):
         return []
     order = probability.argsort(descending=True)
-    diverged = (~agrees[order]).double().cumsum(0) / len(order)
+    divergence_frac = (~agrees[order]).double().cumsum(0) / len(order)
     places = np.unique(np.linspace(1, len(order), CURVE_POINTS).astype(int)) - 1
-    return [((place + 1) / len(order), float(diverged[place])) for place in places.tolist()]
+    return [((place + 1) / len(order), float(divergence_frac[place])) for place in places.tolist()]
 
 
 def reliability(probability: torch.Tensor, agrees: torch.Tensor) -> list[tuple[float, float, int]]:

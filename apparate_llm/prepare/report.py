@@ -129,7 +129,7 @@ def figures(report: dict[str, Any]) -> list[tuple[str, str]]:
     depths = report["depths"]
     names = [f"depth {item['depth']}" for item in depths]
     rates = [[(str(part["position"]), part["acceptance_rate"]) for part in item["positions"]] for item in depths]
-    coverage = [[(100 * diverged, 100 * covered) for covered, diverged in item["coverage"]] for item in depths]
+    coverage = [[(100 * divergences, 100 * covered) for covered, divergences in item["coverage"]] for item in depths]
     reliability = [[point[:2] for point in item["reliability"]] for item in depths]
     errors = [f"{name}, error {item['calibration_error']:.3f}" for name, item in zip(names, depths, strict=True)]
     ratios = [[(number, value["users"]["tpt_ratio"]) for number, value in item["predicted"].items()] for item in depths]

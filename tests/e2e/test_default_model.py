@@ -55,12 +55,12 @@ def test_the_default_model_serves_with_useful_exits_within_the_bound(server, fol
     counts = httpx.get(f"{server}/early_exit/status").json()["counts"]
     assert is_complete(folder / NAME)
     assert "reversed" in answer.choices[0].message.content
-    assert counts["diverged"] <= 0.01 * counts["emitted"] and counts["fallbacks"] == 0
+    assert counts["divergences"] <= 0.01 * counts["emitted"] and counts["fallbacks"] == 0
     assert counts["emitted"] == answer.usage.completion_tokens
     assert counts["accepted"] / counts["emitted"] > 0.3, "the shipped ramps no longer fit the default model"
     (report,) = answer.model_extra["early_exit"]
     assert "".join(report["texts"]) == answer.choices[0].message.content
-    assert report["tokens"]["held"] + report["tokens"]["held_diverged"] == counts["accepted"]
+    assert report["tokens"]["held"] + report["tokens"]["held_divergence"] == counts["accepted"]
     assert report["tokens"]["checked"] == counts["emitted"] - counts["accepted"] - counts["released"]
 
 
@@ -74,7 +74,7 @@ def test_the_demo_asks_a_running_server_on_both_sides(server, capsys):
     shown = capsys.readouterr().out
     assert LINE.search(shown), shown
     assert shown.index("without exits:") < shown.index("with exits:") and f"Prompt: {QUESTION}" in shown
-    assert counts["accepted"] > before["accepted"] and counts["diverged"] == before["diverged"]
+    assert counts["accepted"] > before["accepted"] and counts["divergences"] == before["divergences"]
 
 
 @pytest.mark.long

@@ -63,7 +63,7 @@ def test_per_request_asks_in_each_way_and_says_where_tokens_came_from(server):
     origins = {way: dict(reversed(item.split()) for item in counted.split(", ")) for way, counted, _, _ in answers}
     texts = {way: text.replace("[", "").replace("]", "") for way, _, _, text in answers}
     assert len(answers) == 4 and set(origins["without exits"]) == {"checked"}
-    assert "held" in origins["lossless"] and not [name for name in origins["lossless"] if "diverged" in name]
+    assert "held" in origins["lossless"] and not [name for name in origins["lossless"] if "divergence" in name]
     assert texts["lossless"] == texts["without exits"]
     assert answers[1][0] == "lossless" and answers[1][2] == "0" and "[" in answers[1][3]
 

@@ -148,7 +148,7 @@ def test_an_answer_ends_only_where_the_full_model_ends_it(releasing):
         if output.outputs[0].finish_reason == "stop"
     ]
     after = releasing.counts()
-    assert after["diverged"] > before["diverged"] and len(ended) > 2
+    assert after["divergences"] > before["divergences"] and len(ended) > 2
     prefixes = [{"prompt_token_ids": text["prompt_token_ids"][:-1]} for text in ended]
     choices = releasing.tokens(prefixes, make_params(max_tokens=1, extra_args={"early_exit": 0}))
     assert [choice for (choice,) in choices] == [text["prompt_token_ids"][-1] for text in ended]

@@ -78,9 +78,9 @@ def test_every_released_exit_gets_its_verdict_unless_its_request_ended(depth, ti
     assert counts["emitted"] == 240
     assert counts["outstanding"] == 0
     if depth == 4:
-        assert counts["diverged"] == 0
+        assert counts["divergences"] == 0
     else:
-        assert 0 < counts["diverged"] < counts["verified"]
+        assert 0 < counts["divergences"] < counts["verified"]
 
 
 @pytest.mark.parametrize("depth", [2, 3])
@@ -107,7 +107,7 @@ def test_verdicts_are_the_full_models_choice_after_what_was_emitted(depth, tiny_
         choices = [choice for (choice,) in plain.tokens(prefixes, greedy(1))]
     assert [verdict for _, _, verdict in seen] == choices
     assert [token for _, token, _ in seen] == [tokens[position] for position, _, _ in seen]
-    assert counts["diverged"] == sum(token != verdict for _, token, verdict in seen) > 0
+    assert counts["divergences"] == sum(token != verdict for _, token, verdict in seen) > 0
 
 
 def test_the_accuracy_bound_holds_at_every_step(tiny_llama, lens_ramps):
@@ -119,8 +119,8 @@ def test_the_accuracy_bound_holds_at_every_step(tiny_llama, lens_ramps):
         while engine.llm.llm_engine.has_unfinished_requests():
             engine.step()
             counts = engine.counts()
-            assert counts["diverged"] + counts["outstanding"] + counts["unverified"] <= bound * counts["emitted"]
-        assert counts["diverged"] > 0, "the test's ramp never erred, so the bound was not tested"
+            assert counts["divergences"] + counts["outstanding"] + counts["unverified"] <= bound * counts["emitted"]
+        assert counts["divergences"] > 0, "the test's ramp never erred, so the bound was not tested"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_verdicts_survive(vllm, tiny_llama, lens_ramps):
         assert engine.tokens(prompts, greedy(60)) == expected
         counts = engine.counts()
     assert counts["released"] > 100
-    assert counts["diverged"] == 0  # a perfect ramp: any other verdict would be one taken at the wrong row
+    assert counts["divergences"] == 0  # a perfect ramp: any other verdict would be one taken at the wrong row
     assert counts["verified"] + counts["unverified"] == counts["released"]
 
 

@@ -59,7 +59,7 @@ class Engine:
         self.fails = False
         self.shares = shares_of(config)
         for number, share in enumerate(self.shares.values()):
-            share.emitted, share.diverged = 1000 + number, number
+            share.emitted, share.divergences = 1000 + number, number
 
     async def collective_rpc(self, method, args=()):
         self.asked.append(method)
@@ -77,7 +77,7 @@ class Engine:
                 "running": self.running,
                 "config": public_config(self.config),
                 "tenants": {name: share.as_dict() for name, share in self.shares.items()},
-                "counts": {"emitted": 4006, "diverged": 6, "divergence_frac": 6 / 4006},
+                "counts": {"emitted": 4006, "divergences": 6, "divergence_frac": 6 / 4006},
                 "distributions": {"tpt_ms": {"counts": [7777]}},
                 "budget_left": 5.5,
                 "budget_fill_frac": 0.77,
@@ -199,6 +199,8 @@ def test_a_tenant_sees_its_own_tenant_only(key, own):
     app, _ = served(keys=keys, admin=["boss"], tenants=TENANTS)
     status, config = (ask(app, "GET", path, key=key).json() for path in ("/status", "/config"))
     assert list(status["tenants"]) == [own] and status["tenant"] == own
+    for figures in (status["counts"], status["tenants"][own]):
+        assert figures["diverged"] == figures["divergences"]  # the old name, too
     assert status["counts"]["emitted"] == status["tenants"][own]["emitted"]
     assert status["config"] == config["config"] and list(config["config"]["tenants"]) in ([own], [])
     foreign = [word for word in FOREIGN if not (own == "theirs" and word in ("theirs", "33.25"))]
@@ -564,8 +566,8 @@ def test_an_answer_is_never_older_than_its_question_while_there_is_work(monkeypa
     async def run():
         for number in range(3):
             engine.generate("prompt", SimpleNamespace(extra_args=None))
-            engine.shares = {"x": SimpleNamespace(as_dict=lambda number=number: number)}
-            assert (await server.status())["tenants"] == {"x": number}
+            engine.shares = {"x": SimpleNamespace(as_dict=lambda number=number: {"emitted": number})}
+            assert (await server.status())["tenants"] == {"x": {"emitted": number}}
         await asyncio.sleep(0.11)
         asked = engine.num_asked + 1
         for _ in range(20):  # idle: the last answer is as good as any

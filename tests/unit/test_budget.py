@@ -76,13 +76,13 @@ def test_no_course_of_events_breaks_a_bound(bound):
     rng = random.Random(1)
     budget = AccuracyBudget(bound)
     requests = [Bucket.of_request(bound) for _ in range(4)]
-    emitted, wrong, outstanding = [0] * 4, [0] * 4, [0] * 4
+    emitted, at_worst, outstanding = [0] * 4, [0] * 4, [0] * 4
     for _ in range(20_000):
         i = rng.randrange(4)
         request = requests[i]
         if budget.may_accept(request, 0.3) and rng.random() < 0.3:
             budget.accept(request, 0.3)
-            wrong[i] += 1
+            at_worst[i] += 1
         emitted[i] += 1
         budget.emit(request, 1)
         if budget.may_release(request):
@@ -95,13 +95,13 @@ def test_no_course_of_events_breaks_a_bound(bound):
             if rng.random() < 0.2:
                 budget.prove_right(request)
             else:
-                wrong[i] += 1  # a divergence, or its request ended before the verdict
+                at_worst[i] += 1  # a divergence, or its request ended before the verdict
         exact = Fraction(str(bound))  # a bound of floats could be kept by a rounding
-        assert wrong[i] + outstanding[i] <= exact * emitted[i] + 1
-        assert sum(wrong) + sum(outstanding) <= exact * sum(emitted)
+        assert at_worst[i] + outstanding[i] <= exact * emitted[i] + 1
+        assert sum(at_worst) + sum(outstanding) <= exact * sum(emitted)
         budget.server.check_integrity()
         request.check_integrity()
-    assert sum(wrong) > 0.3 * bound * sum(emitted)
+    assert sum(at_worst) > 0.3 * bound * sum(emitted)
 
 
 @pytest.mark.parametrize("percent", range(1, 100))

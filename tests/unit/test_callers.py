@@ -30,8 +30,8 @@ class Caller:
     left: int = 0  # tokens of the request
     outstanding: int = 0
     emitted: int = 0
-    wrong: int = 0  # or without a verdict
-    wrong_in_request: int = 0
+    at_worst: int = 0  # divergences, and exits without a verdict
+    at_worst_in_request: int = 0
 
     def step(self, config: EarlyExitConfig, ledger: VerdictLedger, rng: random.Random) -> None:
         """Emits one token, or one and an exit."""
@@ -40,7 +40,7 @@ class Caller:
             params = SamplingParams(extra_args=self.options, **self.sampling)
             self.request, self.left = admit_request(params, config, ledger), self.num_tokens
             ledger.requests[str(id(self))] = self.request
-            self.outstanding = self.wrong_in_request = 0  # what had no verdict stays paid
+            self.outstanding = self.at_worst_in_request = 0  # what had no verdict stays paid
         bucket = self.request.bucket
         budget.emit(bucket, 1)
         self.emitted, self.left = self.emitted + 1, self.left - 1
@@ -58,16 +58,16 @@ class Caller:
             self.outstanding -= 1
             if rng.random() < 0.5:
                 budget.prove_right(bucket)
-                self.wrong, self.wrong_in_request = self.wrong - 1, self.wrong_in_request - 1
+                self.at_worst, self.at_worst_in_request = self.at_worst - 1, self.at_worst_in_request - 1
 
-    def count(self, wrong: int) -> None:
+    def count(self, at_worst: int) -> None:
         self.emitted, self.left = self.emitted + 1, self.left - 1
-        self.wrong, self.wrong_in_request = self.wrong + wrong, self.wrong_in_request + wrong
+        self.at_worst, self.at_worst_in_request = self.at_worst + at_worst, self.at_worst_in_request + at_worst
 
     def check(self) -> None:
         bound, in_request = Fraction(str(self.bound)), self.num_tokens - self.left
-        assert self.wrong <= bound * self.emitted, f"{self.wrong} of {self.emitted} with bound {self.bound}"
-        assert self.wrong_in_request <= bound * in_request + Fraction(REQUEST_ALLOWANCE)
+        assert self.at_worst <= bound * self.emitted, f"{self.at_worst} of {self.emitted} with bound {self.bound}"
+        assert self.at_worst_in_request <= bound * in_request + Fraction(REQUEST_ALLOWANCE)
 
 
 def strict(**options):
@@ -130,7 +130,7 @@ def test_each_caller_is_held_to_its_own_bound(mix):
         bucket.check_integrity()
     for caller in callers:
         if caller.diverges and caller.bound > 0:  # and what it has earned it may spend
-            assert caller.wrong >= 0.9 * caller.bound * caller.emitted - 1
+            assert caller.at_worst >= 0.9 * caller.bound * caller.emitted - 1
 
 
 def test_a_bound_changed_while_serving_holds_for_each_caller_from_then_on():
@@ -140,13 +140,13 @@ def test_a_bound_changed_while_serving_holds_for_each_caller_from_then_on():
     callers = [Caller(0.1, LONG), Caller(0.3, LONG, options={"accuracy_bound": 0.3}), Caller(0.1, SHORT)]
 
     def run(config):
-        before = [(caller.emitted, caller.wrong) for caller in callers]
+        before = [(caller.emitted, caller.at_worst) for caller in callers]
         for _ in range(NUM_STEPS):
             for caller in callers:
                 caller.step(config, ledger, rng)
         return [
-            (caller.wrong - wrong) / (caller.emitted - emitted)
-            for caller, (emitted, wrong) in zip(callers, before, strict=True)
+            (caller.at_worst - at_worst) / (caller.emitted - emitted)
+            for caller, (emitted, at_worst) in zip(callers, before, strict=True)
         ]
 
     at_first = run(config)

@@ -4,6 +4,8 @@ import pytest
 
 from apparate_llm.chat import BLUE, GREEN, RED, Answer, ChatClient
 from apparate_llm.cli import build_parser, main
+from apparate_llm.exits.token_origins import Origin
+from apparate_llm.renamed import ORIGINS
 from tests.contrast import contrast
 from tests.fake_server import SPLITTERS, fake_server
 
@@ -28,6 +30,14 @@ def test_an_answer_is_coloured_by_its_report_and_says_its_speed():
     answer.report["tokens"] |= {"unverified": 2}
     answer.report["divergences"] = 1
     assert "1 divergence, 3 at worst (2 without a verdict)" in answer.note()
+
+
+@pytest.mark.parametrize(("old", "new"), ORIGINS.items())
+def test_the_report_of_an_older_server_has_its_colours(old, new):
+    assert new in set(Origin) and old not in set(Origin)
+    for origin in (old, new):
+        shown = Answer(text="One", report={"origins": [origin], "texts": ["One"]}).coloured()
+        assert [span.style for span in shown.spans] == [f"{RED} underline"]
 
 
 @pytest.mark.parametrize("color", [BLUE, GREEN, RED])

@@ -33,7 +33,7 @@ def test_an_answer_is_plain_vllms_to_the_character(change, broken_off, says):
 def status(**changed):
     outcomes = {
         name: {0: 0}
-        for name in ("held_accepted_diverged", "released_right", "released_diverged", "released_unverified")
+        for name in ("held_accepted_divergence", "released_right", "released_divergence", "released_unverified")
     }
     counts = {
         "emitted": 90, "held": 5, "accepted": 3, "released": 0, "verified": 0, "unverified": 0, "outstanding": 0,

@@ -223,10 +223,11 @@ def test_a_system_for_one_request_at_a_time_is_measured_with_one_client(base_url
 def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
     ours = System("early-exit-0.05", has_exits=True, bound=0.05)
     evaluation = evaluation_of(tmp_path / "out", [ours], prompts("a", "b", "c", "d", "e"))
-    for number, (first, diverged) in enumerate([(0, 1), (4, 3)]):
-        before = {"emitted": 5, "diverged": 1, "exits_by_depth": {"0": 2}, "divergence_frac": 0.2}
+    for number, (first, divergences) in enumerate([(0, 1), (4, 3)]):
+        before = {"emitted": 5, "divergences": 1, "exits_by_depth": {"0": 2}, "divergence_frac": 0.2}
         before["divergences_at_worst_frac"] = None  # nothing emitted yet
-        after = {"emitted": 25, "diverged": 1 + diverged, "exits_by_depth": {"0": 6, "2": 1}, "divergence_frac": 0.1}
+        after = {"emitted": 25, "divergences": 1 + divergences, "divergence_frac": 0.1}
+        after["exits_by_depth"] = {"0": 6, "2": 1}
         extra = dict.fromkeys(("held", "accepted", "released", "unverified", "shallow_blocks"), 4)
         after["divergences_at_worst_frac"] = 0.3
         counts = difference(before, after) | extra | {"regret_nats": 0.5}

@@ -103,7 +103,7 @@ def test_figures_of_a_server_are_over_all_it_did_and_throughput_within_what_coun
     counted = Completion(0, 1.0, [Chunk(0.5, 1, 1), Chunk(1.0, 11, 11)], "x", 11)
     other = Completion(0, 0.0, [Chunk(0.5, 1, 1), Chunk(1.5, 5, 5), Chunk(2.5, 9, 9)], "y", 9)
     counts = dict.fromkeys(("held", "accepted", "released", "unverified", "shallow_blocks"), 4)
-    counts |= {"emitted": 22, "diverged": 11, "exits_by_depth": {"0": 4}, "regret_nats": 2.2}
+    counts |= {"emitted": 22, "divergences": 11, "exits_by_depth": {"0": 4}, "regret_nats": 2.2}
     evaluation.store.add(
         Block(BlockKey(0, 0, 0, ours.name), [counted], 1.0, counts, 4.4, None, 1.5, 5.0, 0.0, None, [other])
     )

@@ -56,7 +56,7 @@ class Engine:
         self.num_statuses += number == 0
         return {
             "config": self.configs[number].model_dump(),
-            "counts": {"emitted": self.emitted, "diverged": 0, "unverified": 0},
+            "counts": {"emitted": self.emitted, "divergences": 0, "unverified": 0},
             "running": self.running,
             "active": True,
             "failure": None,

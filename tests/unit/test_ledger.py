@@ -40,7 +40,7 @@ def test_a_verdict_is_due_where_the_position_before_it_is_computed():
 def test_verdicts_settle_exits():
     ledger = ledger_with(exit_at(10, 5), exit_at(11, 6))
     ledger.record_verdicts(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
-    assert (ledger.counts.verified, ledger.counts.diverged, ledger.counts.outstanding) == (2, 1, 0)
+    assert (ledger.counts.verified, ledger.counts.divergences, ledger.counts.outstanding) == (2, 1, 0)
     assert ledger.counts.regret_nats == 0.4
     assert ledger.budget.server.spent_nano == NANO
     ledger.check_integrity()
@@ -63,10 +63,10 @@ def test_exits_that_end_without_a_verdict_count_against_the_bound():
     ledger.counts.emitted = SETTLED_TOKENS + 1
     ledger.end_request("a")
     counts = ledger.counts.as_dict()
-    assert (counts["diverged"], counts["unverified"], counts["divergences_at_worst"]) == (1, 2, 3)
+    assert (counts["divergences"], counts["unverified"], counts["divergences_at_worst"]) == (1, 2, 3)
     assert counts["divergences_at_worst_frac"] == ledger.audit.largest_divergence_frac == 3 / counts["emitted"]
     figures = share.as_dict()
-    assert (figures["diverged"], figures["unverified"], figures["divergences_at_worst"]) == (1, 2, 3)
+    assert (figures["divergences"], figures["unverified"], figures["divergences_at_worst"]) == (1, 2, 3)
 
 
 def test_tokens_earn_for_others_once_the_answer_went_on_after_them_or_ended_by_itself():
@@ -103,12 +103,12 @@ def test_an_accepted_divergence_is_paid_for_and_counted_with_its_regret():
     request.held = [exit_]
     ledger.accept_divergence("a", exit_, 0.25)
     ledger.count_held(request, num_held=1, num_accepted=1)
-    assert ledger.counts.outcomes[Outcome.HELD_ACCEPTED_DIVERGED] == {0: 1}
-    assert (ledger.counts.diverged, ledger.counts.regret_nats) == (1, 0.25)
+    assert ledger.counts.outcomes[Outcome.HELD_ACCEPTED_DIVERGENCE] == {0: 1}
+    assert (ledger.counts.divergences, ledger.counts.regret_nats) == (1, 0.25)
     assert ledger.audit.largest_request_excess == 0.0  # well within its bound
     assert ledger.audit.largest_divergence_frac == 0.0  # too few tokens to speak of a share
     ledger.check_integrity()
-    ledger.counts.accepted_diverged = 2
+    ledger.counts.accepted_divergences = 2
     with pytest.raises(AssertionError, match="more divergences than exits"):
         ledger.check_integrity()
 

@@ -75,9 +75,9 @@ def page(status) -> str:
 def test_the_page_says_what_was_counted(page):
     for line in (
         'apparate:exits_total{depth="0",outcome="released_right"} 1.0',
-        'apparate:exits_total{depth="2",outcome="released_diverged"} 1.0',
+        'apparate:exits_total{depth="2",outcome="released_divergence"} 1.0',
         'apparate:exits_total{depth="0",outcome="held_accepted"} 1.0',
-        'apparate:exits_total{depth="0",outcome="held_accepted_diverged"} 1.0',
+        'apparate:exits_total{depth="0",outcome="held_accepted_divergence"} 1.0',
         'apparate:exits_total{depth="0",outcome="held_rejected"} 1.0',
         "apparate:emitted_total 20.0",
         "apparate:divergences_total 2.0",
@@ -150,7 +150,7 @@ def test_two_engines_are_one_server_of_twice_the_totals(status):
 
 
 def test_the_number_for_the_bound_has_exits_without_a_verdict_in_it(status):
-    counts = ExitCounts(emitted=20, released=6, verified=3, released_diverged=2, unverified=3).as_dict()
+    counts = ExitCounts(emitted=20, released=6, verified=3, released_divergences=2, unverified=3).as_dict()
     fast = {**status["tenants"]["fast"], "unverified": 3, "divergences_at_worst": 5}
     one = json.loads(json.dumps({**status, "counts": counts, "tenants": {"fast": fast}}))
     registry, collector = CollectorRegistry(), ExitCollector()
@@ -171,7 +171,7 @@ def test_the_number_for_the_bound_has_exits_without_a_verdict_in_it(status):
 
 def test_the_page_shows_it_wherever_it_shows_divergences():
     page = (FOLDER / "dashboard.html").read_text()
-    for figure in ("counts.divergence_frac", "counts.diverged", "report.divergences"):
+    for figure in ("counts.divergence_frac", "counts.divergences", "report.divergences"):
         for line in page.splitlines():
             assert not re.search(rf"{re.escape(figure)}\b", line) or "at_worst" in line or "unverified" in line, line
     assert page.count("at worst") >= 3

@@ -65,7 +65,7 @@ def test_light_and_dark_differ_in_nothing_but_colours(pictures):
 
 @pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
 def test_everything_stands_out_from_what_is_behind_it(theme):
-    for behind in (theme.back, theme.card, theme.held, theme.early, theme.diverged):
+    for behind in (theme.back, theme.card, theme.held, theme.early, theme.divergence):
         assert contrast(theme.text, behind) >= 4.5
     for color in (theme.soft, theme.good, theme.bad):
         assert contrast(color, theme.back) >= 4.5
@@ -82,7 +82,7 @@ def test_pages_and_drawings_have_the_same_colours():
     page = (ROOT / "api" / "dashboard.html").read_text()
     for theme, rules in zip(THEMES, re.findall(r":root \{(.*?)\}", page, re.S), strict=True):
         colors = dict(re.findall(r"--([\w-]+): (#\w{6});", rules))
-        for name in ("text", "soft", "back", "line", "card", "good", "bad", "held", "early", "diverged"):
+        for name in ("text", "soft", "back", "line", "card", "good", "bad", "held", "early", "divergence"):
             assert colors[name] == getattr(theme, name), name
         assert {colors[name] for name in "abcd"} == set(theme.series)
 

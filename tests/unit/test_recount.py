@@ -61,7 +61,7 @@ def test_a_step_that_was_cut_off_anywhere_adds_up(lost):
     ledger = ledger_with(exits(11, 3))
     request, counts = ledger.requests["a"], ledger.counts
     if lost == "settle":
-        counts.settle(Outcome.RELEASED_DIVERGED, 2)
+        counts.settle(Outcome.RELEASED_DIVERGENCE, 2)
     elif lost == "remove":
         request.outstanding.pop()
     elif lost == "verified":

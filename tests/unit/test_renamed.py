@@ -144,15 +144,18 @@ def test_what_a_controller_of_version_0_1_learned_is_taken_up():
 
 
 def test_the_status_has_the_old_names_beside_the_new():
-    counts = ExitCounts(verification_passes=7, draft_steps=5)
+    counts = ExitCounts(verification_passes=7, draft_steps=5, accepted_divergences=2, released_divergences=1)
     worker = {
         "depth": 0,
         "counts": counts.as_dict(),
         "distributions": Distributions().as_dict(),
         "controller": learned_policy().status(),
+        "tenants": {"fast": {"emitted": 9, "divergences": 3}},
     }
     status = renamed.beside_old_names(worker)
     assert status["depth"] == 0 and status["counts"]["completion_passes"] == 7 and status["counts"]["rounds"] == 5
+    assert [status["counts"][f"{which}diverged"] for which in ("", "accepted_", "released_")] == [3, 2, 1]
+    assert status["tenants"] == {"fast": {"emitted": 9, "divergences": 3, "diverged": 3}}
     for part, names in renamed.STATUS.items():
         assert status[part] == {**worker[part], **{old: worker[part][new] for new, old in names.items()}}
         assert not set(names.values()) & worker[part].keys()
@@ -164,10 +167,10 @@ def test_counts_of_stored_blocks_go_by_the_new_names(tmp_path):
     store = Store(tmp_path / "evaluation")
     store.open({}, fresh=True)
     figures = {"wall_s": 1.0, "cpu_s": None, "energy_j": None, "peak_memory_gib": None, "probe_ms": 1.0}
-    for number, counts in enumerate(({"held": 3, "rounds": 5, "completion_passes": 7}, None)):
+    for number, counts in enumerate(({"held": 3, "rounds": 5, "completion_passes": 7, "diverged": 1}, None)):
         key = BlockKey(0, 0, number, "lossless")
         store.add(Block(key=key, completions=[], counts=counts, stolen_frac=0.0, **figures))
-    new = {"held": 3, "draft_steps": 5, "verification_passes": 7}
+    new = {"held": 3, "draft_steps": 5, "verification_passes": 7, "divergences": 1}
     assert [block.counts for block in store.blocks()] == [new, None]
     assert renamed.counts_of_any_version({**new, "rounds": 5}) == new  # a server tells both
 
@@ -241,7 +244,7 @@ RETIRED = (
     r"\bper[ _]cycle\b",  # accepted tokens per step
     r"\bread_cycles\b",  # read_steps
     r"\bnum_inner\b|\.inner\b|\binner(=|: )",  # aux_layers
-    r"\bdiffering\b|tokens that differ\b(?! from)|count(s|ed)? as wrong|exits? wrongly",  # divergence
+    r"\bdiffering\b|tokens that differ\b(?! from)|count(s|ed)? as wrong|exits? wrongly|\w*diverged\b",  # divergence
     r"\b(found|told|said)\b *(:[^=\n]*)?[-+|:]?=(?!=)",  # by content: paths, matches, records
     r"\bfor (\w+, )?(found|told|said) in\b|\b(found|told|said)\[|\bdef _?(found|told|said)\b|\((found|told|said)[,:)]",
     r"\bspreads? *=(?!=)|\bspread_frac\b",  # histogram, error_frac

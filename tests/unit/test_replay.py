@@ -46,7 +46,7 @@ def test_a_ramp_that_turns_wrong_while_sure_never_breaks_the_bound(name, bound):
 
     result = run(list(logs.steps(6000, agrees=agrees)), name, accuracy_bound=bound)
     assert result.worst_share <= bound
-    assert result.diverged > 0
+    assert result.divergences > 0
 
 
 @pytest.mark.parametrize("name", ["adaptive", "apparate", "static"])
@@ -75,7 +75,7 @@ def test_the_regret_bound_holds_in_nats_per_token():
 def test_lossless_is_lossless_and_a_larger_bound_is_faster():
     steps = list(logs.steps(4000))
     lossless, loose = (run(steps, "adaptive", accuracy_bound=bound) for bound in (0.0, 0.1))
-    assert lossless.diverged == 0 and lossless.tpt_ratio < 0.75
+    assert lossless.divergences == 0 and lossless.tpt_ratio < 0.75
     assert loose.tpt_ratio < 0.95 * lossless.tpt_ratio
     assert oracle(steps, LogCosts(steps), depth=0).tpt_ratio < lossless.tpt_ratio
 
@@ -119,7 +119,7 @@ def test_decisions_take_little_time():
 
 def test_the_same_feedback_gives_the_same_decisions():
     one, two = (run(list(logs.steps(1500)), "adaptive") for _ in range(2))
-    assert (one.emitted, one.request_ms, one.diverged) == (two.emitted, two.request_ms, two.diverged)
+    assert (one.emitted, one.request_ms, one.divergences) == (two.emitted, two.request_ms, two.divergences)
 
 
 def log_file(path, count: int = 400):

@@ -88,7 +88,7 @@ def reported(tokenizer, params, answers, *, caller=None, ask=None, **how):
 
 
 def of_engine(num_tokens):
-    origins = ["checked", "held", "released_diverged", "unverified"] * num_tokens
+    origins = ["checked", "held", "released_divergence", "unverified"] * num_tokens
     return {"origins": origins[:num_tokens], "depths": ([None, 2, 0, 2] * num_tokens)[:num_tokens], "tpt_ms": 12.5}
 
 
@@ -129,7 +129,7 @@ def test_texts_are_the_choices_text_to_the_character(tokenizer, monkeypatch, slo
 def test_a_character_comes_with_its_last_token(tokenizer):
     (report,), _ = reported(tokenizer, wanted(), [tokenizer.encode("a\N{GRINNING FACE}b")])
     assert report["texts"] == ["a", "", "", "", "\N{GRINNING FACE}", "b"]
-    assert report["origins"] == ["checked", "held", "released_diverged", "unverified", "checked", "held"]
+    assert report["origins"] == ["checked", "held", "released_divergence", "unverified", "checked", "held"]
     assert report["divergences"] == 1 and report["divergences_at_worst"] == 2
     assert report["exits_by_depth"] == {0: 1, 2: 3} and report["tpt_ms"] == 12.5
 

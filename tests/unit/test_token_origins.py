@@ -24,7 +24,7 @@ def test_every_emitted_token_has_its_origin_and_verdicts_come_late():
     )  # the second comes later
     ledger.emit("a", 1, now_s=0.1)
     request.held = [exit_at(14), exit_at(15), exit_at(16)]
-    request.held[1].diverged = True
+    request.held[1].is_divergence = True
     ledger.count_held(request, num_held=3, num_accepted=2)
     ledger.emit("a", 3, now_s=0.2)
     ledger.record_verdicts(ledger.due("a", first_position=11, num_scheduled=1, first_row=0), [9], [0.3])
@@ -34,10 +34,10 @@ def test_every_emitted_token_has_its_origin_and_verdicts_come_late():
     assert report["origins"] == [
         "checked",
         "released",
-        "released_diverged",
+        "released_divergence",
         "checked",
         "held",
-        "held_diverged",
+        "held_divergence",
         "checked",
         "unverified",
     ]

@@ -36,21 +36,21 @@ def judged(
 
 def test_a_wrong_token_is_let_through_where_the_budget_allows_it():
     ledger, seen = judged(3, 4, best=[2, 4, 5])
-    assert seen == [3, 4, 5] and ledger.counts.accepted_diverged == 1
+    assert seen == [3, 4, 5] and ledger.counts.accepted_divergences == 1
 
 
 def test_a_wrong_end_is_not():
     ledger, seen = judged(STOP, 4, best=[2, 4, 5])
-    assert seen == [2, 4, 5] and ledger.counts.accepted_diverged == 0
+    assert seen == [2, 4, 5] and ledger.counts.accepted_divergences == 0
     ledger, seen = judged(STOP, 4, best=[2, 4, 5], stops=frozenset())
-    assert seen == [STOP, 4, 5] and ledger.counts.accepted_diverged == 1
+    assert seen == [STOP, 4, 5] and ledger.counts.accepted_divergences == 1
 
 
 def test_a_wrong_token_in_place_of_an_end_is():
     ledger, seen = judged(3, best=[STOP, 5])
-    assert seen == [3, 5] and ledger.counts.accepted_diverged == 1
+    assert seen == [3, 5] and ledger.counts.accepted_divergences == 1
 
 
 def test_no_wrong_token_is_where_the_policy_has_not_heard_enough():
     ledger, seen = judged(3, 4, best=[2, 4, 5], may_diverge=False)
-    assert seen == [2, 4, 5] and ledger.counts.accepted_diverged == 0
+    assert seen == [2, 4, 5] and ledger.counts.accepted_divergences == 0
