@@ -16,7 +16,7 @@ class Decision(Enum):
 
 @dataclass(slots=True)
 class Exit:
-    """A token that a ramp, or what the text repeats, proposed, from its draft step to its verdict."""
+    """A token that a ramp or prompt lookup proposed, from its draft step to its verdict."""
 
     position: int  # index in the request's prompt + output tokens
     token_id: int
@@ -27,7 +27,7 @@ class Exit:
     probability: float = 0.0  # of agreeing with its verdict; written by the policy
     decision: Decision = Decision.STOP  # what became of it; written by the drafter
     is_divergence: bool = False  # held, and let through although its verdict differs
-    match: int = 0  # tokens before it that occurred before, where it was copied from there; 0: a ramp's
+    lookup_length: int = 0  # tokens before it that occurred before, where prompt lookup took it from; 0: a ramp's
 
 
 class Outcome(StrEnum):
@@ -59,7 +59,7 @@ class ExitCounts:
     targets_missed: int = 0
     verification_passes: int = 0
     draft_steps: int = 0
-    copied: int = 0  # exits emitted, released or accepted, that no ramp was asked for
+    lookup_exits: int = 0  # exits emitted, released or accepted, that came from prompt lookup: no ramp was asked
     shallow_blocks: int = 0  # decoder blocks run in draft steps, over all rows
     exits_by_depth: dict[int, int] = field(default_factory=dict)  # emitted, released or accepted
     outcomes: dict[Outcome, dict[int, int]] = field(default_factory=lambda: {outcome: {} for outcome in Outcome})
@@ -71,7 +71,7 @@ class ExitCounts:
 
     def emit_exit(self, exit_: Exit) -> None:
         self.exits_by_depth[exit_.depth] = self.exits_by_depth.get(exit_.depth, 0) + 1
-        self.copied += exit_.match > 0
+        self.lookup_exits += exit_.lookup_length > 0
 
     def settle(self, outcome: Outcome, depth: int, number: int = 1) -> None:
         by_depth = self.outcomes[outcome]

@@ -45,10 +45,12 @@ STATUS = {  # part of the status -> its new names -> old; both are in it
         "divergences": "diverged",
         "accepted_divergences": "accepted_diverged",
         "released_divergences": "released_diverged",
+        "lookup_exits": "copied",
     },
     "distributions": {"verify_ms": "completion_ms", "draft_step_ms": "round_ms"},
     "controller": {"verify_ms": "completion_ms", "draft_step_ms": "round_ms", "draft_steps_planned": "rounds_planned"},
 }
+CALIBRATIONS = {f"prompt lookup, {how}": f"copied, {how}" for how in ("greedy", "sampled")}  # new -> old
 TENANT = {"divergences": "diverged"}  # of each tenant in the status, new -> old
 ORIGINS = {"held_diverged": "held_divergence", "released_diverged": "released_divergence"}  # in reports, old -> new
 OLD_AUX_LAYERS = "inner"  # what the manifest of ramps had for its aux_layers
@@ -60,9 +62,11 @@ PREPARATION = {  # old -> new, in the records of a preparation and of a manifest
     "round_ms": "draft_step_ms",
     "agreement": "acceptance_rates",
     "spread_frac": "error_frac",
+    "copy_agreement": "lookup_agreement",
     "held_out_agreement": "held_out_acceptance_rates",
     **{f"{rows}_tokens_per_cycle": f"{rows}_accepted_per_step" for rows in ("train", "validation", "held_out")},
 }
+ROW_COLUMNS = {"copied": "lookup_tokens", "copy_lengths": "lookup_lengths"}  # old -> new, of a preparation's rows
 POSITION = {"agreement": "acceptance_rate", "agreement_all_rows": "acceptance_rate_all_rows"}  # old -> new
 TRAIN_SETTINGS = {"inner": "aux_layers", "round_weights": "step_weights"}  # old -> new, in their repr
 OLD_SETTINGS = "knobs"  # what an evaluation's settings had for its options
@@ -87,6 +91,8 @@ def beside_old_names(status: dict[str, Any]) -> dict[str, Any]:
     both = dict(status)
     for part in STATUS.keys() & status.keys():
         both[part] = _with_old_names(status[part], STATUS[part])
+    if "calibration" in (controller := both.get("controller", {})):
+        both["controller"] = {**controller, "calibration": _with_old_names(controller["calibration"], CALIBRATIONS)}
     if "tenants" in status:
         both["tenants"] = {name: _with_old_names(share, TENANT) for name, share in status["tenants"].items()}
     return both

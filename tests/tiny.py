@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
-from apparate_llm.ramps.lookup import LONGEST_MATCH
+from apparate_llm.ramps.lookup import MAX_FEATURE_LENGTH
 from apparate_llm.ramps.sketch import Sketch
 
 if TYPE_CHECKING:
@@ -97,13 +97,13 @@ def build_lens_ramps(
 
 
 def build_fused_ramps(folder: Path, model_dir: Path, *, depth: int, seed: int = 0) -> Path:
-    """An untrained fused head: runs every part, agrees by chance. Its vocabulary leaves some tokens to copies."""
+    """An untrained fused head: runs every part, agrees by chance. Its vocabulary leaves some tokens to lookups."""
     torch.manual_seed(seed)
     h, m = HIDDEN_SIZE, 96
     shapes = {
         "enter_weight": (h, 3 * h),
         "fuse": (h, 3 * h),
-        "match": (LONGEST_MATCH + 1, h),
+        "match": (MAX_FEATURE_LENGTH + 1, h),
         "gate_up": (2 * m, h),
         "down": (h, m),
         "norm": (h,),

@@ -20,8 +20,8 @@ from apparate_llm.core import Decision, Exit
 from apparate_llm.ramps.lookup import lookup_confidence
 from apparate_llm.renamed import CONTROLLER_STATE
 
-LOOKUP_PROBABILITY = 0.85  # of being right, from which exits are copied instead of asked for
-FOLLOWED_EVERY = 16  # times that they are less likely right, so that a change is noticed
+LOOKUP_PROBABILITY = 0.85  # of being right, from which exits are looked up instead of asked for
+LOOKUP_EVERY = 16  # times that they are less likely right, so that a change is noticed
 WAITED_STEPS = 4.0  # for a first token: two, of which the second reads prompts, so that it takes longer than the mean
 JOINED_MEMORY = 1 / 64  # of the moving average of requests that join per step
 MIN_SAVED = 0.03  # share of the engine's time that exits must save where a step has many requests
@@ -71,7 +71,7 @@ class AdaptivePolicy(Policy):
     _min_tokens_per_ms: float = 0.0  # in the step under way
     _joined: int = 0  # since the last step
     _joined_per_step: float = 0.0
-    _not_followed: int = 0
+    _not_looked_up: int = 0  # times
 
     def __post_init__(self) -> None:
         self.costs = CostModel(self.num_layers)
@@ -82,7 +82,7 @@ class AdaptivePolicy(Policy):
     def start(self, num_requests: int) -> int:
         self._joined_per_step += JOINED_MEMORY * (self._joined - self._joined_per_step)
         self._joined = 0
-        self._count_copied()
+        self._count_looked_up()
         plan = self._plan_of(num_requests)
         if plan.next_step():
             rate, num_draft_steps = self.best_rate(self.depth, num_requests)
@@ -114,7 +114,7 @@ class AdaptivePolicy(Policy):
         generating = min(1.0, plain_ms * self.costs.slowdown / self._pass_ms) if self._pass_ms else 1.0
         return saved * generating >= MIN_SAVED * (1.0 - 1.0 / num_requests)
 
-    def _count_copied(self) -> None:
+    def _count_looked_up(self) -> None:
         num_requests, tokens, rows = self._looked_up_in_step
         if self.looks_up and num_requests:
             self._plan_of(num_requests).lookup.observe(tokens / num_requests, rows / num_requests)
@@ -160,12 +160,12 @@ class AdaptivePolicy(Policy):
         )
         return extra_ms / plain_ms
 
-    def wants_lookup(self, match: int, greedy: bool) -> bool:
+    def wants_lookup(self, length: int, greedy: bool) -> bool:
         calibration = self._calibration_of(ExitKind(LOOKED_UP, 0, greedy))
-        if calibration.probability(lookup_confidence(match)) >= LOOKUP_PROBABILITY:
+        if calibration.probability(lookup_confidence(length)) >= LOOKUP_PROBABILITY:
             return True
-        self._not_followed += 1
-        return self._not_followed % FOLLOWED_EVERY == 0
+        self._not_looked_up += 1
+        return self._not_looked_up % LOOKUP_EVERY == 0
 
     def wants_another_step(self, number: int, joint_acceptances: Sequence[float], num_rows: int) -> bool:
         statistics, live = self._statistics(number), len(joint_acceptances)
@@ -179,7 +179,7 @@ class AdaptivePolicy(Policy):
             decision = Decision.STOP
         else:
             decision = Decision.RELEASE if may_release and p >= self.release_confidence else Decision.HOLD
-        if not exit_.match:
+        if not exit_.lookup_length:
             self._statistics(exit_.draft_step).observe(decision is not Decision.STOP, p)
         elif decision is not Decision.STOP:
             num_requests, tokens, rows = self._looked_up_in_step
@@ -298,4 +298,4 @@ class AdaptivePolicy(Policy):
 
 
 def _name(depth: int, number: int) -> str:
-    return "copied" if depth == LOOKED_UP else f"depth {depth}, position {number}"
+    return "prompt lookup" if depth == LOOKED_UP else f"depth {depth}, position {number}"

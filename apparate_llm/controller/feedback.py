@@ -1,5 +1,5 @@
 """The feedback log: what exits were proposed, what the full model said, and what it cost. No text, no tokens,
-and nothing of exits that were copied without a ramp.
+and nothing of exits that prompt lookup proposed without a ramp.
 
 One JSON object per line: first a header, then one engine step per line (see `LoggedStep`).
 """
@@ -135,7 +135,7 @@ def record_of(took: Any, spent: list[tuple[int, float]], verdicts: Iterable[Any]
             None if regret is None or not math.isfinite(regret) else round(regret, 3),
         ]
         for verdict, regret in ((verdict, verdict.regret_nats) for verdict in verdicts)
-        if verdict.exit.greedy and not verdict.exit.match
+        if verdict.exit.greedy and not verdict.exit.lookup_length
     ]
     draft_steps = [[rows, round(ms, 3)] for rows, ms in spent]
     return [took.num_requests, took.num_rows, round(took.verify_ms, 3), draft_steps, exits]

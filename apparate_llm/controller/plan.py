@@ -8,7 +8,7 @@ from apparate_llm.controller.costs import ROWS
 PLAN_STEPS = 8  # a plan is kept for so many steps
 PLAIN_STEPS = frozenset({4, 8, 16, 32, 64})  # steps without exits, so that plain passes are measured, then every
 PLAIN_EVERY = 256
-TRIED_EVERY = 16  # plans that copy nothing, as it does not pay, until one does, so that a change is noticed
+TRIED_EVERY = 16  # plans without prompt lookup, as it does not pay, until one has it, so that a change is noticed
 FIRST_PROBE = 4  # steps until a single draft step where exits do not pay any more, then twice as many each time, up to
 PROBE_EVERY = 64  # at least
 FIRST_PROBES_COST_FRAC = 0.1  # of the time that the first of them may take
@@ -17,7 +17,7 @@ PROBE_COST_FRAC = 0.01  # that later ones may
 
 @dataclass(slots=True)
 class LookupStatistics:
-    """Moving averages over steps in which exits may be copied, per request; at first what makes it try."""
+    """Moving averages over steps in which exits may be looked up, per request; at first what makes it try."""
 
     tokens: float = 0.3  # expected
     rows: float = 0.3

@@ -24,7 +24,7 @@ class ExitKind(NamedTuple):
 
 
 def kind_of(exit_: Exit) -> ExitKind:
-    if exit_.match:
+    if exit_.lookup_length:
         return ExitKind(LOOKED_UP, 0, exit_.greedy)
     return ExitKind(exit_.depth, shared_draft_step(exit_.draft_step), exit_.greedy)
 
@@ -44,7 +44,7 @@ class Policy(ABC):
 
     depth: int  # of the ramp it wants; read before each step's drafting
     depths: tuple[int, ...]  # ramps there are; a single one where the depth is fixed
-    looks_up: bool = False  # whether exits may be copied, without a ramp, in the step that `start` began
+    looks_up: bool = False  # whether prompt lookup, without a ramp, may propose exits in the step that `start` began
     sibling: bool = False  # whether the ramps were made, and calibrated, for another model than the one that is served
 
     @abstractmethod
@@ -54,8 +54,8 @@ class Policy(ABC):
     def on_request(self) -> None:
         """A request came: the next step reads its prompt, or the first part of it."""
 
-    def wants_lookup(self, match: int, greedy: bool) -> bool:
-        """Whether to copy on where a request's text repeats its last `match` tokens."""
+    def wants_lookup(self, length: int, greedy: bool) -> bool:
+        """Whether to take what followed before where a request's text repeats its last `length` tokens."""
         return False
 
     def wants_another_step(self, number: int, joint_acceptances: Sequence[float], num_rows: int) -> bool:

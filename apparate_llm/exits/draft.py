@@ -1,5 +1,4 @@
-"""Drafting exits: draft steps of the first `depth` blocks and the ramp, one row per live request, and lookup of what
-a text repeats."""
+"""Drafting exits: draft steps of the first `depth` blocks and the ramp, one row per live request, and prompt lookup."""
 
 import math
 from collections.abc import Callable
@@ -115,7 +114,7 @@ class Drafter:
         self, rows: list[DraftRequest], num_steps: int, final_states: torch.Tensor, aux_states: list[torch.Tensor]
     ) -> list[tuple[int, float]]:
         """Fill in `released`, `held` and `not_taken` of the rows in up to `num_steps`; returns (rows, ms) of each
-        draft step. Rows whose text repeats itself at length follow it from there on, without a draft step.
+        draft step. Rows whose text repeats itself at length take what prompt lookup finds, without a draft step.
 
         final_states [num_tokens, hidden_size] are the verification pass's, after the final norm; aux_states, of the
         same shape each, its residual streams at the ramp's auxiliary depths.
@@ -156,21 +155,22 @@ class Drafter:
         return spent
 
     def _takes_lookup(self, row: DraftRequest) -> bool:
-        """Whether the row's text repeats itself at length, so that what comes there is taken without asking a ramp."""
+        """Whether the row's text repeats itself at length, so that what followed is taken without asking a ramp."""
         if not self.policy.looks_up and not self.ramps.head.reads_lookup:
             return False
         text = self._text(row)
         row.lookup = look_up(text)
-        _token, _length, start, match = row.lookup
-        if not match or not self.policy.looks_up or not self.policy.wants_lookup(match, row.greedy):
+        start, length = row.lookup.start, row.lookup.length
+        if not length or not self.policy.looks_up or not self.policy.wants_lookup(length, row.greedy):
             return False
         tokens = text.tolist()
         while row.num_exits < self.max_exits:
             token = tokens[start]
-            if not self._decide(row, token, lookup_confidence(match), match=match) or token in row.stop_token_ids:
+            takes = self._decide(row, token, lookup_confidence(length), lookup_length=length)
+            if not takes or token in row.stop_token_ids:
                 break
             tokens.append(token)
-            start, match = start + 1, match + 1
+            start, length = start + 1, length + 1
         return True
 
     def _text(self, row: DraftRequest) -> TokenIds:
@@ -179,13 +179,14 @@ class Drafter:
         exits = [exit_.token_id for exit_ in (*row.released, *row.held)]
         return np.append(text, exits) if exits else text
 
-    def _decide(self, row: DraftRequest, token: int, confidence: float, *, match: int = 0) -> bool:
-        """Whether the row takes this exit; match: of a copied one."""
+    def _decide(self, row: DraftRequest, token: int, confidence: float, *, lookup_length: int = 0) -> bool:
+        """Whether the row takes this exit; lookup_length: of one from prompt lookup."""
         if math.isnan(confidence):  # of scores that are no numbers: no exit, and nothing to learn from
             return False
         number = row.num_exits  # each draft step before has left one
-        depth = 0 if match else self.ramps.depth
-        exit_ = Exit(row.newest_position + 1 + number, token, depth, number, confidence, row.greedy, match=match)
+        depth = 0 if lookup_length else self.ramps.depth
+        position = row.newest_position + 1 + number
+        exit_ = Exit(position, token, depth, number, confidence, row.greedy, lookup_length=lookup_length)
         may_release = (
             row.may_release
             and token not in row.stop_token_ids  # a divergence there would cut the answer off

@@ -319,7 +319,7 @@ class VerdictLedger:
         assert 0 <= counts.released_divergences <= counts.verified, f"more divergences than verdicts: {counts}"
         by_depth = sum(counts.exits_by_depth.values())
         assert counts.released + counts.accepted == by_depth, f"{by_depth} exits by depth: {counts}"
-        assert 0 <= counts.copied <= by_depth, f"{counts.copied} of {by_depth} exits copied"
+        assert 0 <= counts.lookup_exits <= by_depth, f"{counts.lookup_exits} of {by_depth} exits looked up"
         assert counts.settled(Outcome.RELEASED_RIGHT, Outcome.RELEASED_DIVERGENCE) == counts.verified, f"{counts}"
         assert counts.settled(Outcome.RELEASED_UNVERIFIED) == counts.unverified, f"{counts}"
         held = counts.settled(Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGENCE, Outcome.HELD_REJECTED)

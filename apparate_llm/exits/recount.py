@@ -57,12 +57,12 @@ def _recount(counts: ExitCounts) -> None:
         for depth, number in counts.outcomes[outcome].items():
             by_depth[depth] = by_depth.get(depth, 0) + number
     counts.exits_by_depth = by_depth
-    counts.copied = min(counts.copied, counts.released + counts.accepted)
+    counts.lookup_exits = min(counts.lookup_exits, counts.released + counts.accepted)
     counts.emitted = max(counts.emitted, counts.released + counts.accepted)
 
 
 def _balance(ledger: VerdictLedger) -> None:
-    """What was spent is what may have diverged, and no bucket owes more than it ever had."""
+    """What was spent is what may be divergences, and no bucket owes more than it ever had."""
     budget, counts = ledger.budget, ledger.counts
     if budget.kind == "agreement":
         budget.spent_nano = (counts.divergences + counts.unverified) * NANO

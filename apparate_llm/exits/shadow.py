@@ -9,7 +9,7 @@ from apparate_llm.exits.draft import Drafter
 from apparate_llm.exits.ranks import Ranks
 from apparate_llm.exits.step_clock import StepClock
 from apparate_llm.ramps.load import Proposals
-from apparate_llm.ramps.lookup import TokenIds, looked_up
+from apparate_llm.ramps.lookup import TokenIds, lookup_feature
 
 COST_FRAC = 0.01  # of the time that goes by
 MAX_ROWS = 4
@@ -63,7 +63,7 @@ class Shadow:
     ) -> None:
         policy, before, embed = self.drafter.policy, [row - 1 for row in rows], self.drafter.model.embed
         newest = torch.tensor([int(text[-1]) for text in texts])
-        tokens, lengths = torch.tensor([looked_up(text) for text in texts]).unbind(1)
+        tokens, lengths = torch.tensor([lookup_feature(text) for text in texts]).unbind(1)
         proposals, newest_states = Proposals(tokens, lengths, embed(tokens)), embed(newest)
         states = [state[before] for state in self.ramp_states(aux)]
         agrees = {}

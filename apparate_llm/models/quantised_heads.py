@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from apparate_llm.ramps.heads import Copies, FusedHead, Head
+from apparate_llm.ramps.heads import FusedHead, Head, LookupFeature
 
 LARGEST = 127
 MULTIPLE = 32  # the kernels want the number of output channels to be one of this
@@ -119,12 +119,14 @@ class QuantisedHead(nn.Module):
         entered: torch.Tensor = self.enter_linear(self._normed(final, *aux))
         return entered
 
-    def forward(self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:
-        copied = copies.embedding * (copies.lengths > 0)[:, None]
-        fused = self.fuse(self._normed(hidden, state, copied)) + F.embedding(copies.lengths, self.match)
+    def forward(
+        self, hidden: torch.Tensor, state: torch.Tensor, lookup: LookupFeature
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        proposed = lookup.embedding * (lookup.lengths > 0)[:, None]
+        fused = self.fuse(self._normed(hidden, state, proposed)) + F.embedding(lookup.lengths, self.match)
         state = fused + self.down(silu_and_mul(self.gate_up(rms_norm(fused, self.ones, self.eps))))
         scores = self.head(rms_norm(state, self.norm, self.eps))
-        scores[:, -1].masked_fill_(~copies.outside, float("-inf"))
+        scores[:, -1].masked_fill_(~lookup.outside, float("-inf"))
         return scores, state
 
     def _normed(self, *parts: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ class DepthResult(BaseModel):
 class Evaluation(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: int = 2
+    schema_version: int = 3
     model: str
     prompts: int
     left_out: dict[str, int] = {}  # reason -> prompts that could not be asked or got no answer
@@ -66,10 +66,10 @@ def ceiling(rows: Rows) -> dict[str, float]:
     """
     best = rows.top_logprobs[rows.answer_index > LEAD, 0].float().exp()
     facts = {f"p_over_{level:g}_frac": float((best > level).float().mean()) for level in CERTAIN}
-    copied = (rows.copied == rows.top_ids[:, 0]) & (rows.copy_lengths > 0)
+    looked_up = (rows.lookup_tokens == rows.top_ids[:, 0]) & (rows.lookup_lengths > 0)
     return facts | {
         "mean_best_p": float(best.mean()),
-        "copy_agreement": float(copied[rows.answer_index > LEAD].float().mean()),
+        "lookup_agreement": float(looked_up[rows.answer_index > LEAD].float().mean()),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from apparate_llm.prepare.rows import Rows
 from apparate_llm.prepare.train import Measured
 from apparate_llm.ramps.load import calibrated_all
-from apparate_llm.ramps.lookup import LONG_MATCH, look_up
+from apparate_llm.ramps.lookup import MIN_LOOKUP_LENGTH, look_up
 
 Tensors = Mapping[str, torch.Tensor]
 Texts = Mapping[int, tuple[list[int], list[int]]]  # conversation -> prompt, answer in token ids
@@ -31,10 +31,8 @@ class Recorded:
     kind: str
     prompt_tokens: int
     positions: tuple[tuple[Proposal, ...], ...]  # [num_positions][rows]
-    matches: tuple[
-        int, ...
-    ] = ()  # [rows] tokens that repeat earlier ones, where the text may be followed; 0: it may not
-    repeats: tuple[int, ...] = ()  # [rows] tokens from there on that it does repeat
+    lookup_lengths: tuple[int, ...] = ()  # [rows] tokens repeated, where enough for prompt lookup; else 0
+    lookups_right: tuple[int, ...] = ()  # [rows] tokens from there on that it gets right
 
     @property
     def num_tokens(self) -> int:
@@ -99,8 +97,7 @@ def _conversation(by_position: list[dict[int, Proposal]], kind: str, prompt: lis
     for later in by_position[1:]:
         before = positions[-1]
         positions.append([later.get(row, before[row]) for row in range(len(answer))])
-    matches, repeats = copies_of(prompt, answer)
-    return Recorded(kind, len(prompt), tuple(map(tuple, positions)), matches, repeats)
+    return Recorded(kind, len(prompt), tuple(map(tuple, positions)), *lookups_of(prompt, answer))
 
 
 def _proposals(tensors: Tensors, number: int, calibration: Sequence[tuple[float, float]]) -> list[Proposal]:
@@ -108,16 +105,17 @@ def _proposals(tensors: Tensors, number: int, calibration: Sequence[tuple[float,
     return [Proposal(*pair) for pair in zip(confidence.tolist(), tensors[f"{number}.agrees"].tolist(), strict=True)]
 
 
-def copies_of(prompt: Sequence[int], answer: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`matches` and `repeats` of a conversation: where its text repeats itself at length, a server follows it."""
+def lookups_of(prompt: Sequence[int], answer: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`lookup_lengths` and `lookups_right` of a conversation: where its text repeats itself at length, a server asks no
+    ramp."""
     text = np.array([*prompt, *answer], dtype=np.int64)
-    matches, repeats = [], []
+    lengths, numbers_right = [], []
     for place in range(len(prompt), len(text)):
         lookup = look_up(text[:place])
-        matches.append(lookup.match)
+        lengths.append(lookup.length)
         right = 0
-        if lookup.match >= LONG_MATCH:
+        if lookup.length >= MIN_LOOKUP_LENGTH:
             while place + right < len(text) and text[place + right] == text[lookup.start + right]:
                 right += 1
-        repeats.append(right)
-    return tuple(matches), tuple(repeats)
+        numbers_right.append(right)
+    return tuple(lengths), tuple(numbers_right)

@@ -49,7 +49,7 @@ def write_report(
             }
         )
     report = {
-        "schema_version": 3,
+        "schema_version": 4,
         "model": model_name,
         "base_model": base.model_dump(),
         "answer_tokens": made.rows["tokens"],

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from apparate_llm.ramps.lookup import copies
+from apparate_llm.ramps.lookup import lookup_features
 
 TOP = 16  # best next tokens of the full model kept per row
 LEAD = -1  # `answer_index` of a lead row
@@ -26,8 +26,8 @@ class Rows(NamedTuple):
     answer_index: torch.Tensor  # [N] int32, 0, 1, ... or LEAD
     states: dict[int, torch.Tensor]  # depth -> [N, H] residual stream after that many blocks
     final: torch.Tensor  # [N, H] full-depth hidden state after the final norm
-    copied: torch.Tensor  # [N] int32, what followed the longest recent match, see ramps/lookup.py
-    copy_lengths: torch.Tensor  # [N] int8, tokens that match; 0: none, `copied` means nothing
+    lookup_tokens: torch.Tensor  # [N] int32, of the lookup feature, see ramps/lookup.py
+    lookup_lengths: torch.Tensor  # [N] int8, of their n-grams; 0: none, and the token means nothing
     top_ids: torch.Tensor  # [N, TOP] int32, the full model's best next tokens; undefined in lead rows
     top_logprobs: torch.Tensor  # [N, TOP] float16
 
@@ -61,7 +61,7 @@ def _rows_of_one(number: int, conversation: Conversation) -> Rows:
     num_answer = len(conversation.answer)
     context = np.array(conversation.prompt + conversation.answer, dtype=np.int32)
     first = len(conversation.prompt) - 2
-    copied, lengths = copies(context)
+    proposed, lengths = lookup_features(context)
     keep = slice(first, first + num_answer + 1)
     return Rows(
         tokens=torch.from_numpy(context[keep].copy()),
@@ -70,8 +70,8 @@ def _rows_of_one(number: int, conversation: Conversation) -> Rows:
         answer_index=torch.arange(LEAD, num_answer, dtype=torch.int32),
         states=conversation.states,
         final=conversation.final,
-        copied=torch.from_numpy(copied[keep].copy()),
-        copy_lengths=torch.from_numpy(lengths[keep].copy()),
+        lookup_tokens=torch.from_numpy(proposed[keep].copy()),
+        lookup_lengths=torch.from_numpy(lengths[keep].copy()),
         top_ids=conversation.top_ids.int(),
         top_logprobs=conversation.top_logprobs.half(),
     )

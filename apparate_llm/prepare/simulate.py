@@ -174,12 +174,14 @@ class Simulation:
         if not num_steps and not policy.looks_up:
             return
         self._num_rows = num_requests
-        live = [request for request in rows if request.emitted + 1 < request.max_tokens and not self._follows(request)]
+        live = [
+            request for request in rows if request.emitted + 1 < request.max_tokens and not self._takes_lookup(request)
+        ]
         for number in range(num_steps if live else 0):
             took_ms = self.costs.draft_step_ms(len(live))
             self.now_ms += took_ms
             policy.on_draft_step(policy.depth, len(live), took_ms)
-            going = [request for request in live if self._proposes(request) and not self._follows(request)]
+            going = [request for request in live if self._proposes(request) and not self._takes_lookup(request)]
             joint_acceptances = [request.joint_acceptance for request in going]
             if (
                 not going
@@ -194,27 +196,27 @@ class Simulation:
         proposal = request.recorded.proposal(request.row, len(request.taken))
         return self._decide(request, proposal.confidence, proposal.agrees)
 
-    def _follows(self, request: Request) -> bool:
-        """Whether a request's text repeats itself, so that no ramp is asked."""
+    def _takes_lookup(self, request: Request) -> bool:
+        """Whether a request's text repeats itself at length, so that no ramp is asked."""
         policy, recorded, row = self.policy, request.recorded, request.row
         assert policy is not None
-        if not policy.looks_up or not recorded.matches or row >= recorded.num_tokens or not all(request.right):
+        if not policy.looks_up or not recorded.lookup_lengths or row >= recorded.num_tokens or not all(request.right):
             return False
-        match = recorded.matches[row]
-        if not match or not policy.wants_lookup(match, True):
+        repeated = recorded.lookup_lengths[row]
+        if not repeated or not policy.wants_lookup(repeated, True):
             return False
         for place in range(policy.max_exits - len(request.taken)):
-            right = place < recorded.repeats[row]
-            if not self._decide(request, lookup_confidence(match + place), right, match=match + place):
+            right, length = place < recorded.lookups_right[row], repeated + place
+            if not self._decide(request, lookup_confidence(length), right, lookup_length=length):
                 break
         return True
 
-    def _decide(self, request: Request, confidence: float, agrees: bool, *, match: int = 0) -> bool:
+    def _decide(self, request: Request, confidence: float, agrees: bool, *, lookup_length: int = 0) -> bool:
         policy = self.policy
         assert policy is not None
         right = agrees and all(request.right)
-        depth = 0 if match else policy.depth
-        exit_ = Exit(request.row, 0, depth, len(request.taken), confidence, match=match)
+        depth = 0 if lookup_length else policy.depth
+        exit_ = Exit(request.row, 0, depth, len(request.taken), confidence, lookup_length=lookup_length)
         decision = policy.decide(
             exit_, joint_acceptance=request.joint_acceptance, may_release=False, num_rows=self._num_rows
         )

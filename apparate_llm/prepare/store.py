@@ -14,6 +14,7 @@ import torch
 
 from apparate_llm.files import private_folder, private_opener, write_atomically
 from apparate_llm.prepare.rows import Conversation, Rows, rows_of
+from apparate_llm.renamed import ROW_COLUMNS
 
 INDEX = "index.json"
 COUNTS = ("rows", "conversations", "prompt_tokens", "answer_tokens")
@@ -40,7 +41,8 @@ class RowStore:
         self.facts: dict[str, Any] = {}  # what the writer wants to find again
         if (path := folder / INDEX).is_file():
             index = json.loads(path.read_bytes())
-            self.counts, self.columns, self.facts = index["counts"], index["columns"], index["facts"]
+            self.counts, self.facts = index["counts"], index["facts"]
+            self.columns = {ROW_COLUMNS.get(name, name): made for name, made in index["columns"].items()}
 
     def append(self, conversations: list[Conversation], **facts: Any) -> None:
         """All of it counts at once, or nothing: OSError where there is no room."""
@@ -59,11 +61,16 @@ class RowStore:
         made = {"count": count, "dtype": str(tensor.dtype).removeprefix("torch."), "width": width}
         assert self.columns.setdefault(name, made) == made, f"column {name} changed"
         data = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
-        path = self.folder / name
+        path = self._path(name)
         with open(path, "r+b" if path.exists() else "x+b", opener=private_opener) as file:
             file.seek(self.counts[count] * (max(1, width) * tensor.element_size()))
             file.write(data.data)
             file.truncate()
+
+    def _path(self, name: str) -> Path:
+        """The column's file, which an older version may have begun by another name."""
+        paths = [self.folder / old for old, new in ROW_COLUMNS.items() if new == name]
+        return next((path for path in paths if path.is_file()), self.folder / name)
 
     def column(self, name: str, length: int) -> torch.Tensor:
         """The first `length` elements; they stay on disk until they are touched."""
@@ -73,7 +80,7 @@ class RowStore:
         if not length:
             return torch.empty(shape, dtype=dtype)
         size = length * max(1, made["width"]) * dtype.itemsize
-        with (self.folder / name).open("rb") as file:
+        with self._path(name).open("rb") as file:
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         self._maps.append(mapped)
         return torch.frombuffer(mapped, dtype=dtype).view(shape)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from apparate_llm.files import replacing
 from apparate_llm.prepare.rows import LEAD, TRAIN, VALIDATION, Rows
 from apparate_llm.ramps.checkpoint import HeadShape
-from apparate_llm.ramps.heads import Copies, FusedHead, Head
+from apparate_llm.ramps.heads import FusedHead, Head, LookupFeature
 
 NUM_POSITIONS = 4  # of exits in an engine step that are measured and calibrated
 DISAGREED_WEIGHT = 0.2  # of a row after a draft step that disagreed with the full model
@@ -105,15 +105,16 @@ class DraftData:
         aux = [self.rows.states[depth][before] for depth in self.aux_layers]
         return head.enter(self.rows.final[before], aux)
 
-    def inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, Copies]:
-        """Hidden states and copies of a draft step in the rows `index`."""
+    def inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, LookupFeature]:
+        """Hidden states and the lookup feature of a draft step in the rows `index`."""
         rows, embedding = self.rows, self.embedding
         if self.depth == 0:
             hidden = F.embedding(rows.tokens[index].long(), embedding)
         else:
             hidden = rows.states[self.depth][index]
-        copied, lengths = rows.copied[index].long(), rows.copy_lengths[index].long()
-        return hidden, Copies(F.embedding(copied, embedding), lengths, (lengths > 0) & (self.position[copied] < 0))
+        tokens, lengths = rows.lookup_tokens[index].long(), rows.lookup_lengths[index].long()
+        outside = (lengths > 0) & (self.position[tokens] < 0)
+        return hidden, LookupFeature(F.embedding(tokens, embedding), lengths, outside)
 
     def follows(self, index: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows `number` places on, and whether those are of the same conversation."""
@@ -123,7 +124,7 @@ class DraftData:
     def columns(self, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Column of the scores of the rows `index` that stands for each of `tokens` [B, n], -1 for none."""
         column = self.position[tokens]
-        points = (self.rows.copied[index][:, None] == tokens) & (self.rows.copy_lengths[index] > 0)[:, None]
+        points = (self.rows.lookup_tokens[index][:, None] == tokens) & (self.rows.lookup_lengths[index] > 0)[:, None]
         return torch.where((column < 0) & points, self.vocabulary_size, column)
 
     def targets(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,9 +189,9 @@ def batch_loss(head: FusedHead, data: DraftData, index: torch.Tensor, step_weigh
     for number, step_weight in enumerate(step_weights):
         later, inside = data.follows(index, number)
         position, probability = data.targets(later)
-        hidden, copies = data.inputs(later)
+        hidden, lookup = data.inputs(later)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            scores, state = head(hidden, state, copies)
+            scores, state = head(hidden, state, lookup)
         weight = weight * inside
         top = scores.detach().amax(-1)
         # torch leaves `apply` without a type.
@@ -225,8 +226,8 @@ def measure_head(
         for number in range(num_positions):
             later, inside = data.follows(first, number)
             alive &= inside
-            hidden, copies = data.inputs(later)
-            scores, state = head(hidden, state, copies)
+            hidden, lookup = data.inputs(later)
+            scores, state = head(hidden, state, lookup)
             confidence, choice = scores.float().softmax(-1).max(-1)
             agrees = choice == data.best(later)
             parts[number].append(Measured(later[alive], confidence[alive], agrees[alive]))

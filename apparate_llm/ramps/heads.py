@@ -3,8 +3,8 @@
 In a verification pass `enter` makes the state that the first draft step starts from; each of them then calls the head:
     hidden  [num_rows, hidden_size]  residual stream of the newest token after `depth` blocks (depth 0: its embedding)
     state   [num_rows, hidden_size]  from `enter`, or the head's own output state of the draft step before
-    copies                           what the lookup feature proposes for each row, see `Copies`
--> (scores [num_rows, ramp_vocab], and where the head reads copies one more column for the proposed token;
+    lookup                           what the lookup feature proposes for each row, see `LookupFeature`
+-> (scores [num_rows, ramp_vocab], and where the head reads the lookup feature one more column for the proposed token;
     output state [num_rows, hidden_size]).
 """
 
@@ -15,14 +15,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from apparate_llm.ramps.checkpoint import HeadShape
-from apparate_llm.ramps.lookup import LONGEST_MATCH
+from apparate_llm.ramps.lookup import MAX_FEATURE_LENGTH
 
 
-class Copies(NamedTuple):
+class LookupFeature(NamedTuple):
     """The lookup feature's proposals (ramps/lookup.py) as a head reads them."""
 
     embedding: torch.Tensor  # [num_rows, hidden_size] of the proposed tokens
-    lengths: torch.Tensor  # [num_rows] int64, tokens that match; 0: no proposal
+    lengths: torch.Tensor  # [num_rows] int64, of the n-grams that they followed; 0: no proposal
     outside: torch.Tensor  # [num_rows] bool, proposes a token that the ramp vocabulary lacks
 
 
@@ -34,7 +34,7 @@ class Head(Protocol):
     def enter(self, final: torch.Tensor, aux: list[torch.Tensor]) -> torch.Tensor: ...
 
     def __call__(
-        self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies | None
+        self, hidden: torch.Tensor, state: torch.Tensor, lookup: LookupFeature | None
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -62,7 +62,7 @@ class LensHead(nn.Module):
         return final
 
     def forward(
-        self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies | None
+        self, hidden: torch.Tensor, state: torch.Tensor, lookup: LookupFeature | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return F.linear(rms_norm(hidden, self.norm, self.eps), self.head), state
 
@@ -85,7 +85,8 @@ class FusedHead(nn.Module):
         self.eps = shape.eps
         self.enter_weight = empty_parameter(size, (1 + shape.num_aux_layers) * size)
         self.fuse = empty_parameter(size, 3 * size)
-        self.match = empty_parameter(LONGEST_MATCH + 1, size)
+        # By length of the lookup feature's n-gram; ramp folders have it by this name.
+        self.match = empty_parameter(MAX_FEATURE_LENGTH + 1, size)
         self.gate_up = empty_parameter(2 * shape.intermediate_size, size)
         self.down = empty_parameter(size, shape.intermediate_size)
         self.norm = empty_parameter(size)
@@ -98,15 +99,17 @@ class FusedHead(nn.Module):
         parts = [rms_norm(part, None, self.eps) for part in (final, *aux)]
         return F.linear(torch.cat(parts, dim=-1), self.enter_weight)
 
-    def forward(self, hidden: torch.Tensor, state: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:
-        copied = rms_norm(copies.embedding, None, self.eps) * (copies.lengths > 0)[:, None]
-        parts = [rms_norm(hidden, None, self.eps), rms_norm(state, None, self.eps), copied.to(state.dtype)]
+    def forward(
+        self, hidden: torch.Tensor, state: torch.Tensor, lookup: LookupFeature
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        proposed = rms_norm(lookup.embedding, None, self.eps) * (lookup.lengths > 0)[:, None]
+        parts = [rms_norm(hidden, None, self.eps), rms_norm(state, None, self.eps), proposed.to(state.dtype)]
         read = F.dropout(torch.cat(parts, dim=-1), self.dropout, self.training)
-        fused = F.linear(read, self.fuse) + F.embedding(copies.lengths, self.match)
+        fused = F.linear(read, self.fuse) + F.embedding(lookup.lengths, self.match)
         gate, up = F.linear(rms_norm(fused, None, self.eps), self.gate_up).chunk(2, dim=-1)
         state = fused + F.linear(F.dropout(F.silu(gate) * up, self.dropout, self.training), self.down)
         normed = rms_norm(state, self.norm, self.eps)
-        pointed = F.linear(normed, self.pointer).masked_fill(~copies.outside[:, None], float("-inf"))
+        pointed = F.linear(normed, self.pointer).masked_fill(~lookup.outside[:, None], float("-inf"))
         return torch.cat([F.linear(normed, self.head), pointed], dim=-1), state
 
 

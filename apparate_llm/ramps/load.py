@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apparate_llm.ramps.checkpoint import VOCABULARY, WEIGHTS, RampError, RampManifest, load_tensors
-from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, Copies, Head
+from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, Head, LookupFeature
 
 
 class Proposals(NamedTuple):
@@ -58,14 +58,14 @@ class RampSet(nn.Module):
     ) -> Prediction:
         """The ramp's token and confidence for each row.
 
-        hidden, state: as for the head (ramps/heads.py); proposals: needed where the head reads copies; draft_step:
-        counts from 0 and selects the calibration.
+        hidden, state: as for the head (ramps/heads.py); proposals: needed where the head reads the lookup feature;
+        draft_step: counts from 0 and selects the calibration.
         """
-        copies = None
+        lookup = None
         if proposals is not None:
             outside = (proposals.lengths > 0) & ~self.in_vocabulary[proposals.tokens]
-            copies = Copies(proposals.embedding, proposals.lengths, outside)
-        scores, state = self.head(hidden, state, copies)
+            lookup = LookupFeature(proposals.embedding, proposals.lengths, outside)
+        scores, state = self.head(hidden, state, lookup)
         # By numpy, which takes a fraction of torch's time for so little.
         values = scores.float().numpy()
         best = values.argmax(axis=1)

@@ -46,7 +46,7 @@ def test_a_bound_of_zero_is_lossless(depth, tiny_llama, lens_ramps, plain_tokens
     assert counts["accepted"] > 0 and counts["divergences"] == 0
 
 
-def test_a_text_that_repeats_itself_is_followed_without_rounds_and_checked_like_any_exit(tmp_path):
+def test_exits_of_prompt_lookup_take_no_draft_step_and_are_checked_like_any(tmp_path):
     model = make_forgetful(build_tiny_model(tmp_path / "model"))
     ramps = build_lens_ramps(tmp_path / "ramps", model, depth=3)
     with Engine(model) as engine:
@@ -63,7 +63,7 @@ def test_a_text_that_repeats_itself_is_followed_without_rounds_and_checked_like_
             tokens = engine.tokens(prompts, greedy(120))
             counts = engine.counts()
         assert counts["draft_steps"] == 0
-        assert counts["copied"] == counts["accepted"] + counts["released"] > 0.5 * counts["emitted"]
+        assert counts["lookup_exits"] == counts["accepted"] + counts["released"] > 0.5 * counts["emitted"]
         assert counts["held"] > counts["accepted"], "the misleading one"
         assert (counts["released"] > 0) == (bound > 0)
         assert tokens == plain or bound > 0

@@ -295,7 +295,7 @@ def test_ramps_commands(prepared, tiny_llama, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "e.json").read_text())
-    assert result["schema_version"] == 2 and [item["depth"] for item in result["depths"]] == [0, 2]
+    assert result["schema_version"] == 3 and [item["depth"] for item in result["depths"]] == [0, 2]
     for item in result["depths"]:
         assert set(item["by_category"]) == {"kind0", "kind1"}
         first = item["positions"][0]

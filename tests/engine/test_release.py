@@ -30,7 +30,7 @@ def test_a_released_token_leaves_one_step_before_its_verification_pass(tiny_llam
     assert counts["released"] >= early
 
 
-def test_a_first_token_does_not_wait_for_the_rounds_that_follow_it(tiny_llama, lens_ramps):
+def test_a_first_token_does_not_wait_for_the_draft_steps_after_it(tiny_llama, lens_ramps):
     options = {"ramps": str(lens_ramps(depth=4)), **RELEASE_ALL}
     with Engine(tiny_llama, options) as engine:
         happened = []

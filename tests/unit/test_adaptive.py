@@ -37,32 +37,32 @@ def test_sure_exits_are_released_likely_ones_held_and_hopeless_ones_left():
     assert policy.decide(proposed(0.003), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.STOP
 
 
-def test_a_text_is_followed_until_it_proves_wrong_and_again_when_it_proves_right():
+def test_exits_are_looked_up_until_they_prove_wrong_and_again_when_they_prove_right():
     policy = make()
     teach(policy)
     policy.start(1)
     assert policy.looks_up and policy.wants_lookup(16, True) and not make().looks_up
 
-    def follow(agrees: bool) -> float:
-        followed = 0
+    def looked_up_frac(agrees: bool) -> float:
+        looked_up = 0
         for _ in range(400):
             if policy.wants_lookup(16, True):
-                followed += 1
-                exit_ = Exit(9, 1, 0, 0, lookup_confidence(16), match=16)
+                looked_up += 1
+                exit_ = Exit(9, 1, 0, 0, lookup_confidence(16), lookup_length=16)
                 policy.decide(exit_, joint_acceptance=1.0, may_release=False, num_rows=1)
                 policy.on_verdict(exit_, agrees)
-        return followed / 400
+        return looked_up / 400
 
-    assert follow(False) < 0.25, "it is tried now and then"
-    assert 0.0 < follow(False) < 0.1
-    assert [follow(True) for _ in range(6)][-1] == 1.0
+    assert looked_up_frac(False) < 0.25, "it is tried now and then"
+    assert 0.0 < looked_up_frac(False) < 0.1
+    assert [looked_up_frac(True) for _ in range(6)][-1] == 1.0
 
 
-def test_no_exit_is_copied_in_a_step_that_measures_a_plain_pass():
+def test_no_exit_is_looked_up_in_a_step_that_measures_a_plain_pass():
     policy = make()
     teach(policy)
     steps = [(policy.start(1), policy.looks_up) for _ in range(64)]
-    assert {copies for draft_steps, copies in steps if draft_steps == 0} == {False}
+    assert {looks_up for draft_steps, looks_up in steps if draft_steps == 0} == {False}
     policy = make()
     teach(policy, draft_step_ms=100.0)
     steps = [(policy.start(1), policy.looks_up) for _ in range(64)]

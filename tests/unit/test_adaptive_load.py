@@ -31,7 +31,7 @@ class Server:
         self.policy = AdaptivePolicy(depth=0, depths=(0,), num_layers=30, max_exits=6)
         self.slowdown = 1.0
         self.prompt_ms = 0.0  # that a third of the passes take longer, as they read prompts
-        self.copied = 0.0  # per request and step
+        self.looked_up = 0.0  # per request and step
         self.tokens = self.passes = 0
 
     def noise(self) -> float:
@@ -77,8 +77,8 @@ class Server:
         num_steps = min(self.policy.start(num_requests), 6)
         reach, rows, spent_ms = [1.0] * num_requests, num_requests, 0.0
         for i in range(num_requests):
-            if self.policy.looks_up and self.rng.random() < self.copied:
-                exit_ = Exit(0, 0, 0, 0, 0.9, match=12)
+            if self.policy.looks_up and self.rng.random() < self.looked_up:
+                exit_ = Exit(0, 0, 0, 0, 0.9, lookup_length=12)
                 if self.policy.decide(exit_, joint_acceptance=1.0, may_release=False, num_rows=rows) is Decision.HOLD:
                     held[i].append(exit_)
                     rows += 1
@@ -148,7 +148,7 @@ def test_exits_that_save_next_to_nothing_of_the_engines_time_are_left():
     """Where most of the time goes to prompts, sixteen requests get none; a lone one shares its steps with nobody."""
     for seed in range(6):
         server = Server(seed)
-        server.copied = 0.1
+        server.looked_up = 0.1
         assert server.ratio(1, 200) < 0.75 and exits_per_request(server, 16) > 0.2, seed
         server.prompt_ms = 4000.0
         server.ratio(16, 200)
@@ -160,11 +160,11 @@ def test_exits_that_save_next_to_nothing_of_the_engines_time_are_left():
         assert exits_per_request(server, 16) > 0.2, seed
 
 
-def test_texts_to_follow_are_reason_enough():
-    """Ramps that know nothing here, and then four requests in ten can copy: noticed though exits did not pay."""
+def test_prompt_lookup_alone_is_reason_enough():
+    """Ramps that know nothing here, and then lookups for four requests in ten: noticed though exits did not pay."""
     server = Server(3, confidences=(0.02,))
     server.ratio(16, 400)
     assert exits_per_request(server, 16) < 0.03
-    server.copied = 0.4
+    server.looked_up = 0.4
     server.ratio(16, 2000)
     assert exits_per_request(server, 16) > 0.2

@@ -60,14 +60,14 @@ def test_on_a_sibling_exits_diverge_after_enough_verdicts_on_their_like(name):
 
     policy = make_one(True)
     alike, later, deeper = proposed(0.9), proposed(0.9, draft_step=1), proposed(0.9, depth=2)
-    copied = Exit(position=9, token_id=1, depth=0, draft_step=0, confidence=0.9, match=12)
+    looked_up = Exit(position=9, token_id=1, depth=0, draft_step=0, confidence=0.9, lookup_length=12)
     sampled = Exit(position=9, token_id=1, depth=0, draft_step=0, confidence=0.9, greedy=False)
     for _ in range(LEAST_VERDICTS - 1):
         policy.on_verdict(proposed(0.5), True)
     assert not policy.may_diverge(alike)
     policy.on_verdict(proposed(0.5), False)
     assert policy.may_diverge(alike)
-    assert not any(policy.may_diverge(exit_) for exit_ in (later, deeper, copied, sampled))
+    assert not any(policy.may_diverge(exit_) for exit_ in (later, deeper, looked_up, sampled))
     assert make_one(False).may_diverge(alike)
 
 

@@ -7,7 +7,7 @@ import torch
 from apparate_llm.prepare import predict as predict_module
 from apparate_llm.prepare.costs import ProfiledCosts, verify_cost
 from apparate_llm.prepare.predict import as_users_ask, harder, predict, predict_both
-from apparate_llm.prepare.recorded import Proposal, Recorded, copies_of, recorded
+from apparate_llm.prepare.recorded import Proposal, Recorded, lookups_of, recorded
 from apparate_llm.prepare.simulate import Simulation
 
 TOKENS = 101
@@ -109,12 +109,12 @@ def test_no_client_is_idle_while_a_request_that_counts_is_under_way():
     assert sum(requests < 4 for requests in decoding) < 0.1 * len(decoding)  # a client turns from answer to request
 
 
-def test_a_text_that_repeats_itself_is_followed_without_a_draft_step():
+def test_a_text_that_repeats_itself_is_looked_up_without_a_draft_step():
     text = [*range(20)] * 12
-    matches, repeats = copies_of(text[:60], text[60:])
-    assert matches[0] >= 12 and repeats[0] == len(text) - 60
-    rows = tuple(Proposal(0.02, False) for _ in matches)
-    ramps_know_nothing = [Recorded("open", 60, (rows,), matches, repeats)] * 4
+    lengths, numbers_right = lookups_of(text[:60], text[60:])
+    assert lengths[0] >= 12 and numbers_right[0] == len(text) - 60
+    rows = tuple(Proposal(0.02, False) for _ in lengths)
+    ramps_know_nothing = [Recorded("open", 60, (rows,), lengths, numbers_right)] * 4
     expensive = profiled(draft_step_ms=1000.0)
     assert only(predict(ramps_know_nothing, expensive, depth=0, num_layers=12, clients=(1,), max_tokens=180)) < 0.4
     without = [Recorded("open", 60, (rows,))] * 4
@@ -195,7 +195,7 @@ def test_conversations_come_out_of_what_was_measured():
     assert one.proposal(2, 1) == pytest.approx((0.731, False), abs=1e-3)
     assert one.proposal(1, 1) == one.proposal(1, 0)  # the draft step did not run there
     assert one.proposal(2, 9) == one.proposal(2, 1)
-    assert one.matches == (0, 0, 0, 0)
+    assert one.lookup_lengths == (0, 0, 0, 0)
 
 
 def test_where_only_some_rows_were_measured_the_next_one_stands_for_those_before():

@@ -15,7 +15,7 @@ from apparate_llm.prepare.pipeline import disk_errors
 from apparate_llm.prepare.plan import automatic_aux_layers, automatic_depths
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
 from apparate_llm.prepare.splits import BLOCK, next_split, sources, split_of, splits_of_prompts
-from apparate_llm.prepare.store import RowStore
+from apparate_llm.prepare.store import INDEX, RowStore
 from apparate_llm.prepare.train import (
     BaseParts,
     DraftData,
@@ -29,6 +29,7 @@ from apparate_llm.prepare.train import (
 )
 from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.ramps.load import calibrated, calibrated_all
+from apparate_llm.renamed import ROW_COLUMNS
 
 VOCAB, H = 50, 16
 
@@ -86,7 +87,7 @@ def test_rows_survive_the_disk_and_conversations_are_numbered_on(tmp_path, conve
     both = RowStore(tmp_path)
     assert both.facts == {"next_number": 8} and both.counts["conversations"] == 400
     n, read = len(rows.tokens), both.rows(depths=(2,))
-    for name in ("tokens", "final", "top_ids", "copied", "split"):
+    for name in ("tokens", "final", "top_ids", "lookup_tokens", "split"):
         assert torch.equal(getattr(read, name)[n:], getattr(rows, name))
     assert torch.equal(read.states[2][:n], rows.states[2])
     assert torch.equal(read.conversations[n:], rows.conversations + 200)
@@ -97,6 +98,21 @@ def test_rows_survive_the_disk_and_conversations_are_numbered_on(tmp_path, conve
     assert [(text.prompt, text.answer, text.split) for text in texts[200:]] == [
         (one.prompt, one.answer, one.split) for one in conversations
     ]
+
+
+def test_rows_of_an_older_version_are_read_and_go_on(tmp_path, conversations, rows):
+    RowStore(tmp_path).append(conversations)
+    index = json.loads((tmp_path / INDEX).read_text())
+    for old, new in ROW_COLUMNS.items():
+        (tmp_path / new).rename(tmp_path / old)
+        index["columns"][old] = index["columns"].pop(new)
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    RowStore(tmp_path).append(conversations)
+    again = RowStore(tmp_path)
+    n, both = len(rows.tokens), again.rows(depths=())
+    for name in ROW_COLUMNS.values():
+        for half in (slice(n), slice(n, None)):
+            assert torch.equal(getattr(both, name)[half], getattr(rows, name))
 
 
 def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path, conversations, monkeypatch):
@@ -201,11 +217,11 @@ def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
     data = DraftData(rows, base, depth=0, aux_layers=(), vocabulary=vocabulary)
     index = starts(rows, split=TRAIN)[:64]
     columns, probability = data.targets(index)
-    hidden, copies = data.inputs(index)
+    hidden, lookup = data.inputs(index)
 
     def reference():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            scores, _ = head(hidden, data.enter(head, index), copies)
+            scores, _ = head(hidden, data.enter(head, index), lookup)
         logs = scores.float().log_softmax(-1).gather(1, columns)
         return -(torch.where(probability > 0, logs, 0.0) * probability).sum(-1).mean()
 
@@ -217,17 +233,17 @@ def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
     assert got.norm() == pytest.approx(expected.norm().item(), rel=0.05)
 
 
-def test_a_token_outside_the_vocabulary_has_a_column_only_where_it_is_copied(base, rows):
+def test_a_token_outside_the_vocabulary_has_a_column_only_where_it_is_looked_up(base, rows):
     vocabulary = ramp_vocabulary(rows, 30)
     data = DraftData(rows, base, depth=0, aux_layers=(), vocabulary=vocabulary)
     index = starts(rows, split=TRAIN)
     tokens = rows.top_ids[index, :1].long()
     columns = data.columns(index, tokens)[:, 0]
     inside = torch.isin(tokens[:, 0], vocabulary)
-    copied = (rows.copied[index] == tokens[:, 0]) & (rows.copy_lengths[index] > 0)
-    assert torch.equal(columns == 30, ~inside & copied) and torch.equal(columns == -1, ~inside & ~copied)
+    looked_up = (rows.lookup_tokens[index] == tokens[:, 0]) & (rows.lookup_lengths[index] > 0)
+    assert torch.equal(columns == 30, ~inside & looked_up) and torch.equal(columns == -1, ~inside & ~looked_up)
     assert torch.equal(vocabulary[columns[inside]], tokens[inside, 0])
-    assert (~inside & copied).any() and (~inside & ~copied).any()
+    assert (~inside & looked_up).any() and (~inside & ~looked_up).any()
 
 
 def test_later_draft_steps_count_only_where_the_earlier_ones_agreed_and_the_text_went_on(base, rows):

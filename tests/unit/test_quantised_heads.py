@@ -18,8 +18,8 @@ from apparate_llm.models.quantised_heads import (
     has_fbgemm,
 )
 from apparate_llm.ramps.checkpoint import HeadShape
-from apparate_llm.ramps.heads import Copies, FusedHead
-from apparate_llm.ramps.lookup import LONGEST_MATCH
+from apparate_llm.ramps.heads import FusedHead, LookupFeature
+from apparate_llm.ramps.lookup import MAX_FEATURE_LENGTH
 
 SIZE = 64
 needs_int8 = pytest.mark.skipif(not has_fast_int8(), reason="this CPU has no instructions for int8 (AVX-512 VNNI)")
@@ -98,18 +98,18 @@ def test_a_quantised_head_scores_as_the_trained_one(head, num_rows, linear, dtyp
     quantised = QuantisedHead(head, linear)
     final, *aux = torch.randn(3, num_rows, SIZE).to(dtype)
     hidden, embedding = torch.randn(2, num_rows, SIZE).to(dtype)
-    lengths = torch.arange(num_rows) % (LONGEST_MATCH + 1)  # the first row has no proposal
-    copies = Copies(embedding, lengths, outside=(lengths > 0) & (torch.arange(num_rows) % 2 == 0))
+    lengths = torch.arange(num_rows) % (MAX_FEATURE_LENGTH + 1)  # the first row has no proposal
+    lookup = LookupFeature(embedding, lengths, outside=(lengths > 0) & (torch.arange(num_rows) % 2 == 0))
     with torch.inference_mode():
         state, quantised_state = head.enter(final, aux), quantised.enter(final, aux)
         assert relative_error(quantised_state, state) < 0.4 * error
         for _ in range(3):  # draft steps
             (scores, state), (quantised_scores, quantised_state) = (
-                head(hidden, state, copies),
-                quantised(hidden, quantised_state, copies),
+                head(hidden, state, lookup),
+                quantised(hidden, quantised_state, lookup),
             )
             assert relative_error(quantised_state, state) < error
             assert torch.equal(quantised_scores.isinf(), scores.isinf())
-            assert quantised_scores.isinf().sum() == (~copies.outside).sum()  # the pointer's column
+            assert quantised_scores.isinf().sum() == (~lookup.outside).sum()  # the pointer's column
             finite = ~scores.isinf()
             assert relative_error(quantised_scores[finite], scores[finite]) < error

@@ -17,7 +17,7 @@ from apparate_llm.ramps.checkpoint import (
     shipped_folders,
 )
 from apparate_llm.ramps.fingerprint import Fingerprint, fingerprint_of
-from apparate_llm.ramps.heads import HEADS, Copies, FusedHead, LensHead
+from apparate_llm.ramps.heads import HEADS, FusedHead, LensHead, LookupFeature
 from apparate_llm.ramps.load import Proposals, calibrated, load_ramps
 from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, build_fused_ramps, build_lens_ramps, build_tiny_model
 
@@ -83,40 +83,42 @@ def random_fused_head(**shape):
     return head
 
 
-def no_copies(rows=2):
-    return Copies(torch.zeros(rows, 8), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool))
+def nothing_looked_up(rows=2):
+    return LookupFeature(
+        torch.zeros(rows, 8), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
+    )
 
 
 def test_the_lens_hands_its_state_on_and_the_fused_head_makes_one():
     hidden, state = torch.randn(2, 8), torch.randn(2, 8)
     lens = LensHead(HeadShape(hidden_size=8, ramp_vocab=4, eps=1e-5))
     assert torch.equal(lens(hidden, state, None)[1], state) and torch.equal(lens.enter(state, []), state)
-    assert not torch.equal(random_fused_head()(hidden, state, no_copies())[1], state)
+    assert not torch.equal(random_fused_head()(hidden, state, nothing_looked_up())[1], state)
 
 
 def test_every_input_of_the_fused_head_counts():
     head = random_fused_head(num_aux_layers=2)
     hidden, final, aux = torch.randn(2, 8), torch.randn(2, 8), [torch.randn(2, 8), torch.randn(2, 8)]
-    copies = Copies(torch.randn(2, 8), torch.tensor([1, 3]), torch.tensor([False, True]))
+    lookup = LookupFeature(torch.randn(2, 8), torch.tensor([1, 3]), torch.tensor([False, True]))
 
-    def scores(hidden=hidden, final=final, aux=aux, copies=copies):
-        return head(hidden, head.enter(final, aux), copies)[0][:, :4]
+    def scores(hidden=hidden, final=final, aux=aux, lookup=lookup):
+        return head(hidden, head.enter(final, aux), lookup)[0][:, :4]
 
     for change in (
         {"hidden": hidden + 1},
         {"final": final * torch.arange(8)},
         {"aux": aux[::-1]},
-        {"copies": copies._replace(embedding=copies.embedding.flip(1))},
-        {"copies": copies._replace(lengths=copies.lengths + 1)},
+        {"lookup": lookup._replace(embedding=lookup.embedding.flip(1))},
+        {"lookup": lookup._replace(lengths=lookup.lengths + 1)},
     ):
         assert not torch.allclose(scores(), scores(**change))
-    without = copies._replace(lengths=torch.zeros(2, dtype=torch.int64))
-    assert torch.equal(scores(copies=without), scores(copies=without._replace(embedding=torch.randn(2, 8))))
+    without = lookup._replace(lengths=torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(scores(lookup=without), scores(lookup=without._replace(embedding=torch.randn(2, 8))))
 
 
-def test_the_extra_column_is_open_only_to_copies_outside_the_vocabulary(folder):
-    copies = Copies(torch.randn(2, 8), torch.tensor([1, 1]), torch.tensor([False, True]))
-    scores, _ = random_fused_head()(torch.randn(2, 8), torch.randn(2, 8), copies)
+def test_the_extra_column_is_open_only_to_lookups_outside_the_vocabulary(folder):
+    lookup = LookupFeature(torch.randn(2, 8), torch.tensor([1, 1]), torch.tensor([False, True]))
+    scores, _ = random_fused_head()(torch.randn(2, 8), torch.randn(2, 8), lookup)
     assert scores.shape == (2, 5) and torch.isinf(scores[0, 4]) and torch.isfinite(scores[1, 4])
     ramps = load(folder)
     ramps.head.pointer.data.zero_()
@@ -124,9 +126,10 @@ def test_the_extra_column_is_open_only_to_copies_outside_the_vocabulary(folder):
     ramps.head.head.data[:, 0] = -1.0
     ramps.head.norm.data.fill_(1.0)
     hidden, state = torch.randn(64, HIDDEN_SIZE), torch.randn(64, HIDDEN_SIZE)
-    copied = torch.tensor([150, 7] * 32)  # the first is not of the ramp vocabulary
+    proposed = torch.tensor([150, 7] * 32)  # the first is not of the ramp vocabulary
     ones = torch.ones(64, dtype=torch.int64)
-    tokens = ramps.predict(hidden, state, Proposals(copied, ones, torch.randn(64, HIDDEN_SIZE)), draft_step=0).token_ids
+    proposals = Proposals(proposed, ones, torch.randn(64, HIDDEN_SIZE))
+    tokens = ramps.predict(hidden, state, proposals, draft_step=0).token_ids
     assert 150 in tokens[::2] and 150 not in tokens[1::2]
 
 

@@ -22,7 +22,7 @@ from apparate_llm.config import (
 )
 from apparate_llm.controller.adaptive import AdaptivePolicy
 from apparate_llm.controller.costs import CostModel
-from apparate_llm.core import ExitCounts
+from apparate_llm.core import Exit, ExitCounts
 from apparate_llm.eval.compare import load_results
 from apparate_llm.eval.plan import option_flags
 from apparate_llm.eval.store import Block, BlockKey, Store
@@ -163,14 +163,24 @@ def test_the_status_has_the_old_names_beside_the_new():
     assert renamed.beside_old_names(off)["controller"] == {}
 
 
+def test_calibrations_of_prompt_lookup_have_their_old_names_beside():
+    policy = learned_policy()
+    for greedy in (True, False):
+        policy.on_verdict(Exit(9, 1, 0, 0, 0.9, greedy, lookup_length=12), True)
+    both = renamed.beside_old_names({"controller": policy.status()})["controller"]["calibration"]
+    assert set(both) == {*renamed.CALIBRATIONS, *renamed.CALIBRATIONS.values()}
+    assert all(both[old] == both[new] for new, old in renamed.CALIBRATIONS.items())
+
+
 def test_counts_of_stored_blocks_go_by_the_new_names(tmp_path):
     store = Store(tmp_path / "evaluation")
     store.open({}, fresh=True)
     figures = {"wall_s": 1.0, "cpu_s": None, "energy_j": None, "peak_memory_gib": None, "probe_ms": 1.0}
-    for number, counts in enumerate(({"held": 3, "rounds": 5, "completion_passes": 7, "diverged": 1}, None)):
+    old = {"held": 3, "rounds": 5, "completion_passes": 7, "diverged": 1, "copied": 2}
+    for number, counts in enumerate((old, None)):
         key = BlockKey(0, 0, number, "lossless")
         store.add(Block(key=key, completions=[], counts=counts, stolen_frac=0.0, **figures))
-    new = {"held": 3, "draft_steps": 5, "verification_passes": 7, "divergences": 1}
+    new = {"held": 3, "draft_steps": 5, "verification_passes": 7, "divergences": 1, "lookup_exits": 2}
     assert [block.counts for block in store.blocks()] == [new, None]
     assert renamed.counts_of_any_version({**new, "rounds": 5}) == new  # a server tells both
 
@@ -184,9 +194,11 @@ def test_the_records_of_an_older_preparation_are_used(tmp_path):
     trained = workspace.read("train-0-lap-0", {"settings": settings, "after": None})
     assert trained == {"validation_accepted_per_step": 1.5, "train_accepted_per_step": 1.6, "settings": settings}
     assert point(trained) == 1.5
-    workspace.write("measure-0", {"trained": old}, {"held_out_tokens_per_cycle": 1.4, "agreement": [0.7, 0.6]})
+    measured = {"held_out_tokens_per_cycle": 1.4, "agreement": [0.7, 0.6], "ceiling": {"copy_agreement": 0.2}}
+    workspace.write("measure-0", {"trained": old}, measured)
     measured = workspace.read("measure-0", {"trained": trained})
-    assert measured == {"held_out_accepted_per_step": 1.4, "acceptance_rates": [0.7, 0.6]}
+    ceiling = {"lookup_agreement": 0.2}
+    assert measured == {"held_out_accepted_per_step": 1.4, "acceptance_rates": [0.7, 0.6], "ceiling": ceiling}
     kinds = dict.fromkeys(("completion", "pass", "prompt", "round"), 0.1)
     costs = {"completion_ms": {"1": 20.0}, "round_ms": {"0": {"1": 1.5}}, "spread_frac": kinds}
     workspace.write("profile", {"heads": {0: old | {"agreement": [0.7, 0.6]}}}, costs)
@@ -234,7 +246,8 @@ VERB = r"(?:a lone|another way|differently|in another|in bfloat16|its own way|of
 RETIRED = (
     r"\bknobs?\b",  # option
     r"\bcompletion pass",  # verification pass
-    r"\bcopy feature\b",  # lookup feature
+    r"\bcopy feature\b|\bcopy_(agreement|lengths)\b|\bcopies\(",  # lookup feature
+    r"[\"`.]copied\b|\bcopied *=(?!=)|\bexit_?\.match\b|\bmatch=\d|\bLONG(EST)?_MATCH\b",  # prompt lookup
     r"\binner states?\b",  # auxiliary hidden states
     r"\brequest class(es)?\b",  # tenant
     r"\bjudge_\w+",  # verify

@@ -42,7 +42,7 @@ def report():
     depths = [depth(0), depth(2, users=(0.7, 0.99, 1.0))]
     costs = {"1": 10.0, "4": 12.0, "16": 20.0}
     profiled = {"verify_ms": costs, "draft_step_ms": {"0": costs, "2": costs}, "machine": {"cpu": "cpu", "cores": 2}}
-    names = ("p_over_0.5_frac", "p_over_0.7_frac", "p_over_0.9_frac", "p_over_0.99_frac", "copy_agreement")
+    names = ("p_over_0.5_frac", "p_over_0.7_frac", "p_over_0.9_frac", "p_over_0.99_frac", "lookup_agreement")
     return {
         "model": "model",
         "base_model": {"architecture": "LlamaForCausalLM", "num_hidden_layers": 12},
