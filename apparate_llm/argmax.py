@@ -4,5 +4,5 @@ import torch
 
 
 def best_tokens(scores: torch.Tensor) -> torch.Tensor:
-    """[num_rows] int64: index of the largest in each row of scores [num_rows, size]; of equals the first, like vLLM."""
+    """[num_tokens] int64: the largest of each row of scores [num_tokens, size]; of equals the first, like vLLM."""
     return torch.from_numpy(scores.float().numpy().argmax(axis=-1))

@@ -34,12 +34,12 @@ def wrapped(original: Target) -> Target:
 
 def in_pieces(common: "CommonAttentionMetadata", size: int) -> "CommonAttentionMetadata":
     """The same with queries of at most `size` rows."""
-    num_rows = common.query_start_loc_cpu.diff().long()  # [num_reqs]
-    num_pieces = (num_rows + size - 1).div(size, rounding_mode="floor").clamp(min=1)
-    request = torch.arange(len(num_rows)).repeat_interleave(num_pieces)  # [pieces], as all below
+    num_tokens = common.query_start_loc_cpu.diff().long()  # [num_reqs]
+    num_pieces = (num_tokens + size - 1).div(size, rounding_mode="floor").clamp(min=1)
+    request = torch.arange(len(num_tokens)).repeat_interleave(num_pieces)  # [pieces], as all below
     number = torch.arange(len(request)) - (num_pieces.cumsum(0) - num_pieces)[request]
-    last = torch.minimum((number + 1) * size, num_rows[request])
-    seq_lens = (common.seq_lens[request] - num_rows[request] + last).to(common.seq_lens.dtype)
+    last = torch.minimum((number + 1) * size, num_tokens[request])
+    seq_lens = (common.seq_lens[request] - num_tokens[request] + last).to(common.seq_lens.dtype)
     start = torch.cat([torch.zeros(1, dtype=torch.long), (last - number * size).cumsum(0)]).int()
     return common.replace(
         query_start_loc=start,

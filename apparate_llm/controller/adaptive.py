@@ -167,15 +167,15 @@ class AdaptivePolicy(Policy):
         self._not_looked_up += 1
         return self._not_looked_up % LOOKUP_EVERY == 0
 
-    def wants_another_step(self, number: int, joint_acceptances: Sequence[float], num_rows: int) -> bool:
+    def wants_another_step(self, number: int, joint_acceptances: Sequence[float], num_tokens: int) -> bool:
         statistics, live = self._statistics(number), len(joint_acceptances)
         gain = sum(joint_acceptances) * statistics.taken_frac * statistics.agreement
-        rows_ms = self.costs.verify_ms(num_rows + live * statistics.taken_frac) - self.costs.verify_ms(num_rows)
+        rows_ms = self.costs.verify_ms(num_tokens + live * statistics.taken_frac) - self.costs.verify_ms(num_tokens)
         return gain >= self._min_tokens_per_ms * (self.costs.draft_step_ms(self.depth, live) + rows_ms)
 
-    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
+    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_tokens: int) -> Decision:
         p = exit_.probability = self._calibration(exit_).probability(exit_.confidence)
-        if joint_acceptance * p < self._min_tokens_per_ms * self.costs.verify_ms.of_another(num_rows):
+        if joint_acceptance * p < self._min_tokens_per_ms * self.costs.verify_ms.of_another(num_tokens):
             decision = Decision.STOP
         else:
             decision = Decision.RELEASE if may_release and p >= self.release_confidence else Decision.HOLD
@@ -208,9 +208,9 @@ class AdaptivePolicy(Policy):
     def wants_shadow(self) -> bool:
         return len(self.depths) > 1
 
-    def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
+    def on_draft_step(self, depth: int, num_tokens: int, ms: float) -> None:
         if depth in self._warm:
-            self.costs.observe_draft_step(depth, num_rows, ms)
+            self.costs.observe_draft_step(depth, num_tokens, ms)
         else:  # takes several times as long as others, and would count for long
             self._warm.add(depth)
 
@@ -218,8 +218,8 @@ class AdaptivePolicy(Policy):
         self._passes += 1
         self._pass_ms += (ms - self._pass_ms) * max(PASS_MEMORY, 1.0 / self._passes)
 
-    def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
-        self.costs.observe_verification(num_rows, ms)
+    def on_decode_step(self, num_requests: int, num_tokens: int, ms: float) -> None:
+        self.costs.observe_verification(num_tokens, ms)
         if self.wants_shadow():
             before, self.depth = self.depth, self.depth_choice.choose(lambda d: self.best_rate(d, num_requests)[0])
             if self.depth != before:

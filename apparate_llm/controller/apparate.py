@@ -125,7 +125,7 @@ class ApparatePolicy(Policy):
     def start(self, num_requests: int) -> int:
         return draft_steps_within(self.max_batch_tokens, self.max_exits, num_requests)
 
-    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
+    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_tokens: int) -> Decision:
         exit_.probability = exit_.confidence
         self._num_offered += 1
         if may_release and 1.0 - exit_.confidence < self.threshold:
@@ -149,8 +149,8 @@ class ApparatePolicy(Policy):
     def num_verdicts(self, exit_: Exit) -> int:
         return self._verdicts[kind_of(exit_)]
 
-    def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
+    def on_draft_step(self, depth: int, num_tokens: int, ms: float) -> None:
         self._draft_step_ms += 0.1 * (ms - self._draft_step_ms)
 
-    def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
+    def on_decode_step(self, num_requests: int, num_tokens: int, ms: float) -> None:
         self._pass_ms += 0.1 * (ms - self._pass_ms)

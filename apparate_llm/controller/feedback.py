@@ -46,7 +46,7 @@ class LoggedStep(NamedTuple):
     """Draft steps and the verification pass that followed."""
 
     num_requests: int
-    num_rows: int
+    num_tokens: int
     verify_ms: float  # of the verification pass
     draft_steps: list[tuple[int, float]]  # rows, ms
     exits: list[LoggedExit]
@@ -138,7 +138,7 @@ def record_of(took: Any, spent: list[tuple[int, float]], verdicts: Iterable[Any]
         if verdict.exit.greedy and not verdict.exit.lookup_length
     ]
     draft_steps = [[rows, round(ms, 3)] for rows, ms in spent]
-    return [took.num_requests, took.num_rows, round(took.verify_ms, 3), draft_steps, exits]
+    return [took.num_requests, took.num_tokens, round(took.verify_ms, 3), draft_steps, exits]
 
 
 def _open(path: Path) -> TextIO:

@@ -14,5 +14,5 @@ class OffPolicy(Policy):
     def start(self, num_requests: int) -> int:
         return 0
 
-    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
+    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_tokens: int) -> Decision:
         return Decision.STOP

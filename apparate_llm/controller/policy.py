@@ -58,14 +58,14 @@ class Policy(ABC):
         """Whether to take what followed before where a request's text repeats its last `length` tokens."""
         return False
 
-    def wants_another_step(self, number: int, joint_acceptances: Sequence[float], num_rows: int) -> bool:
+    def wants_another_step(self, number: int, joint_acceptances: Sequence[float], num_tokens: int) -> bool:
         """Whether draft step `number` (from 1; the first always runs) is worth it. joint_acceptances: for each request
-        still taking part, the probability that all its held exits agree; num_rows: of the next verification pass as of
-        now."""
+        still taking part, the probability that all its held exits agree; num_tokens: of the next verification pass, as
+        of now."""
         return True
 
     @abstractmethod
-    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
+    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_tokens: int) -> Decision:
         """What becomes of an exit; sets its `probability`."""
 
     def may_diverge(self, exit_: Exit) -> bool:
@@ -91,14 +91,14 @@ class Policy(ABC):
     def wants_shadow(self) -> bool:
         return False
 
-    def on_draft_step(self, depth: int, num_rows: int, ms: float) -> None:
+    def on_draft_step(self, depth: int, num_tokens: int, ms: float) -> None:
         """One draft step's time."""
 
     def on_step(self, ms: float) -> None:
         """Everything of an engine step but drafting, whether it read prompts or not."""
 
-    def on_decode_step(self, num_requests: int, num_rows: int, ms: float) -> None:
-        """Everything of an engine step but drafting: a verification pass of `num_rows` decode rows, and no prompt."""
+    def on_decode_step(self, num_requests: int, num_tokens: int, ms: float) -> None:
+        """Everything of an engine step but drafting: a verification pass of `num_tokens`, none of a prompt."""
 
     def status(self) -> dict[str, Any]:
         """Plain values for the status page."""

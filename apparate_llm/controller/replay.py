@@ -26,11 +26,11 @@ class LogCosts:
         passes: dict[int, list[float]] = {}
         draft_steps: dict[int, dict[int, list[float]]] = {}
         for step in steps:
-            passes.setdefault(step.num_rows, []).append(step.verify_ms)
+            passes.setdefault(step.num_tokens, []).append(step.verify_ms)
             if step.exits:
                 by_rows = draft_steps.setdefault(step.exits[0].depth, {})
-                for num_rows, ms in step.draft_steps:
-                    by_rows.setdefault(num_rows, []).append(ms)
+                for num_tokens, ms in step.draft_steps:
+                    by_rows.setdefault(num_tokens, []).append(ms)
         self.verify_ms = _curve(passes)
         self.draft_steps = {depth: _curve(by_rows) for depth, by_rows in draft_steps.items()}
         if not self.draft_steps:
@@ -107,14 +107,14 @@ def replay(
     result, budget = Replayed(), AccuracyBudget(accuracy_bound, kind)
     for step in steps:
         answers = _answers(step, policy.depth, result.buckets, accuracy_bound)
-        num_rows, ms = _draft(step, answers, costs, policy, budget, result)
-        verify_ms = costs.verify_ms(num_rows)
+        num_tokens, ms = _draft(step, answers, costs, policy, budget, result)
+        verify_ms = costs.verify_ms(num_tokens)
         emitted = step.num_requests  # one checked token each
         for answer in answers:
             emitted += _verdicts(answer, policy, budget, result)
         for _ in range(step.num_requests - len(answers)):
             budget.emit(Bucket.of_request(accuracy_bound), 1)
-        policy.on_decode_step(step.num_requests, num_rows, verify_ms)
+        policy.on_decode_step(step.num_requests, num_tokens, verify_ms)
         result.steps += 1
         result.emitted += emitted
         result.request_ms += (ms + verify_ms) * step.num_requests
@@ -150,7 +150,7 @@ def _draft(
     result: Replayed,
 ) -> tuple[int, float]:
     """Rows of the verification pass that follows, and ms of the draft steps."""
-    num_rows, ms, live = step.num_requests, 0.0, [answer for answer in answers if answer.proposed]
+    num_tokens, ms, live = step.num_requests, 0.0, [answer for answer in answers if answer.proposed]
     for number in range(policy.start(step.num_requests)):
         live = [answer for answer in live if number < len(answer.proposed)]
         if not live:
@@ -165,7 +165,7 @@ def _draft(
             exit_ = Exit(0, 0, logged.depth, number, logged.confidence)
             may_release = not answer.holds and budget.may_release(answer.bucket)
             decision = policy.decide(
-                exit_, joint_acceptance=answer.joint_acceptance, may_release=may_release, num_rows=num_rows
+                exit_, joint_acceptance=answer.joint_acceptance, may_release=may_release, num_tokens=num_tokens
             )
             if decision is Decision.STOP:
                 answer.not_taken = exit_
@@ -176,14 +176,14 @@ def _draft(
                 answer.joint_acceptance *= exit_.probability
             exit_.decision = decision
             answer.taken.append(exit_)
-            num_rows += 1
+            num_tokens += 1
             going.append(answer)
         live = going
         if not live or not policy.wants_another_step(
-            number + 1, [answer.joint_acceptance for answer in live], num_rows
+            number + 1, [answer.joint_acceptance for answer in live], num_tokens
         ):
             break
-    return num_rows, ms
+    return num_tokens, ms
 
 
 def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: Replayed) -> int:

@@ -21,7 +21,7 @@ class StaticPolicy(Policy):
     def start(self, num_requests: int) -> int:
         return draft_steps_within(self.max_batch_tokens, self.max_exits, num_requests)
 
-    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_rows: int) -> Decision:
+    def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_tokens: int) -> Decision:
         exit_.probability = exit_.confidence
         if may_release and exit_.confidence >= self.threshold:
             return Decision.RELEASE

@@ -68,11 +68,11 @@ def num_slots(runner: Any, index: int) -> int:
 def attention_of_rows(
     runner: Any, indices: list[int], positions: torch.Tensor
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """By layer: attention metadata and slots [num_rows] of one row for each of these requests, `positions` [num_rows]
-    in their texts."""
-    num_rows = len(indices)
+    """By layer: attention metadata and slots [num_tokens] of one row for each of these requests, at `positions`
+    [num_tokens] of their texts."""
+    num_tokens = len(indices)
     seq_lens = (positions + 1).int()
-    query_start = torch.arange(num_rows + 1, dtype=torch.int32)
+    query_start = torch.arange(num_tokens + 1, dtype=torch.int32)
     attention: dict[str, Any] = {}
     slots: dict[str, torch.Tensor] = {}
     for group_id, groups in enumerate(runner.attn_groups):
@@ -85,8 +85,8 @@ def attention_of_rows(
             query_start_loc_cpu=query_start,
             seq_lens=seq_lens,
             seq_lens_cpu_upper_bound=seq_lens,
-            num_reqs=num_rows,
-            num_actual_tokens=num_rows,
+            num_reqs=num_tokens,
+            num_actual_tokens=num_tokens,
             max_query_len=1,
             max_seq_len=int(seq_lens.max()),
             block_table_tensor=blocks,

@@ -135,8 +135,8 @@ def kind_of(layer: Any) -> LinearKind:
 def least_rows(layer: Any, kind: LinearKind, dtype: torch.dtype) -> int | None:
     """The fewest rows with which a row of this layer is the same in every batch tried; None: it is not with any."""
     generator = torch.Generator().manual_seed(kind.size_in)
-    num_rows = TRIED_ROWS if kind.size_out < MANY else TRIED_ROWS_OF_HEAD
-    rows = torch.randn(num_rows, kind.size_in, generator=generator).to(dtype)
+    num_tokens = TRIED_ROWS if kind.size_out < MANY else TRIED_ROWS_OF_HEAD
+    rows = torch.randn(num_tokens, kind.size_in, generator=generator).to(dtype)
     bias = getattr(layer, "bias", None)
 
     def compute(part: torch.Tensor) -> torch.Tensor:
@@ -152,15 +152,15 @@ def least_rows(layer: Any, kind: LinearKind, dtype: torch.dtype) -> int | None:
 
 
 def filled_up(linear: Linear, least: int) -> Linear:
-    """`linear(..., rows [num_rows, size_in], ...)` of at least so many rows, the others zero and left out again."""
+    """`linear(..., rows [num_tokens, size_in], ...)` of at least so many rows, the others zero and left out again."""
 
     def apply(*args: Any, **kwargs: Any) -> torch.Tensor:
         index = next(i for i, value in enumerate(args) if isinstance(value, torch.Tensor))
         rows = args[index]
-        num_rows = rows.shape[0]
-        if rows.dim() != 2 or (not torch.compiler.is_compiling() and num_rows >= least):
+        num_tokens = rows.shape[0]
+        if rows.dim() != 2 or (not torch.compiler.is_compiling() and num_tokens >= least):
             return linear(*args, **kwargs)
-        rows = F.pad(rows, (0, 0, 0, torch.sym_max(num_rows, least) - num_rows))
-        return linear(*args[:index], rows, *args[index + 1 :], **kwargs)[:num_rows]
+        rows = F.pad(rows, (0, 0, 0, torch.sym_max(num_tokens, least) - num_tokens))
+        return linear(*args[:index], rows, *args[index + 1 :], **kwargs)[:num_tokens]
 
     return apply

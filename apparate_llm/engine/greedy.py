@@ -40,7 +40,7 @@ def _is_idle(processor: LogitsProcessor) -> bool:
 def verify_greedy(logits: torch.Tensor, metadata: SpecDecodeMetadata) -> SamplerOutput:
     """Held exits up to the first that differs, then the full model's own token, for each request.
 
-    logits [num_rows, vocab]; metadata: its rows are in the order of the requests, each
+    logits [num_tokens, vocab]; metadata: its rows are in the order of the requests, each
     one's exits first.
     """
     best = best_tokens(logits).tolist()
@@ -58,5 +58,5 @@ def verify_greedy(logits: torch.Tensor, metadata: SpecDecodeMetadata) -> Sampler
 
 def first_rows(metadata: SpecDecodeMetadata) -> torch.Tensor:
     """Of each request the row that follows its checked text, with which a step goes on that drops all drafts."""
-    num_rows = torch.tensor(metadata.num_draft_tokens) + 1
-    return num_rows.cumsum(0) - num_rows
+    num_tokens = torch.tensor(metadata.num_draft_tokens) + 1
+    return num_tokens.cumsum(0) - num_tokens

@@ -176,11 +176,11 @@ class EarlyExitRunner(FallbackRunner):
     def _verify(self, state: ExecuteModelState, pending: list[PendingVerdict]) -> None:
         """Take the verdicts that the pass has given. Whatever comes of them, vLLM samples from its own rows."""
         if pending:
-            all_logits, num_rows = state.logits, len(state.logits) - len(pending)
+            all_logits, num_tokens = state.logits, len(state.logits) - len(pending)
             state = self.execute_model_state = state._replace(
-                logits=all_logits[:num_rows], sample_hidden_states=state.sample_hidden_states[:num_rows]
+                logits=all_logits[:num_tokens], sample_hidden_states=state.sample_hidden_states[:num_tokens]
             )
-            self._attempt("verdicts", lambda: self.step.verify_released(pending, all_logits[num_rows:]), None)
+            self._attempt("verdicts", lambda: self.step.verify_released(pending, all_logits[num_tokens:]), None)
         if self._drops_drafts():
             self._attempt("verdicts", self.ledger.drop_held, None)
         drafts = self._drafts_to_verify(state)

@@ -30,8 +30,8 @@ class DraftModel(Protocol):
     def states(
         self, depth: int, request_indices: list[int], tokens: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """[num_rows, hidden_size] residual stream after `depth` blocks of one token `tokens` [num_rows] of each of
-        these requests, at `positions` [num_rows] of their texts; their keys and values go into the KV cache."""
+        """[num_tokens, hidden_size] residual stream after `depth` blocks of one token `tokens` [num_tokens] of each of
+        these requests, at `positions` [num_tokens] of their texts; their keys and values go into the KV cache."""
         ...
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class Drafter:
         self.max_exits = max_exits
         self.peers = peers
         self._deciding_ms = 0.0
-        self._num_rows = 0  # of the next verification pass, as of now
+        self._num_tokens = 0  # of the next verification pass, as of now
         self._texts: Callable[[int, int], TokenIds]  # of the step under way
 
     def take_deciding_ms(self) -> float:
@@ -121,7 +121,7 @@ class Drafter:
         """
         began = perf_counter()
         batch = self.model.batch()
-        self._texts, self._num_rows = batch.text, batch.num_requests
+        self._texts, self._num_tokens = batch.text, batch.num_requests
         live = [row for row in rows if not self._takes_lookup(row)]
         if not live or not num_steps:
             return []
@@ -147,7 +147,7 @@ class Drafter:
             if (
                 not going
                 or number + 1 == num_steps
-                or not self.policy.wants_another_step(number + 1, joint, self._num_rows)
+                or not self.policy.wants_another_step(number + 1, joint, self._num_tokens)
             ):
                 break
             live = [live[i] for i in going]
@@ -196,7 +196,7 @@ class Drafter:
             and self.policy.may_diverge(exit_)
         )
         decision = self.policy.decide(
-            exit_, joint_acceptance=row.joint_acceptance, may_release=may_release, num_rows=self._num_rows
+            exit_, joint_acceptance=row.joint_acceptance, may_release=may_release, num_tokens=self._num_tokens
         )
         if decision is Decision.RELEASE:
             assert may_release, "the policy released an exit that it may not"
@@ -209,11 +209,11 @@ class Drafter:
             row.not_taken = exit_
             return False
         exit_.decision = decision
-        self._num_rows += 1
+        self._num_tokens += 1
         return True
 
     def predict(self, live: list[DraftRequest], tokens: torch.Tensor, state: torch.Tensor, number: int) -> Prediction:
-        """One draft step: `tokens` [num_rows] are the rows' newest, `state` [num_rows, hidden_size] the ramp's."""
+        """One draft step: `tokens` [num_tokens] are the rows' newest, `state` [num_tokens, hidden_size] the ramp's."""
         positions = torch.tensor([row.newest_position + number for row in live])
         hidden = self.model.states(self.ramps.depth, [row.request_index for row in live], tokens, positions)
         proposals = self._proposals(live) if self.ramps.head.reads_lookup else None

@@ -63,8 +63,8 @@ class ExitStep:
                 )
         self.clock.scheduled(
             num_requests=batch.num_requests,
-            num_rows=num_tokens,
-            num_decode_rows=batch.num_requests + num_drafts + len(pending),
+            num_tokens=num_tokens,
+            num_decode_tokens=batch.num_requests + num_drafts + len(pending),
         )
         self.pending = pending
         return [item.row for item in pending]
@@ -171,10 +171,10 @@ class ExitStep:
         """spent: rows and ms of each draft step."""
         counts = self.ledger.counts
         counts.draft_steps += len(spent)
-        counts.shallow_blocks += policy.depth * sum(num_rows for num_rows, _ in spent)
+        counts.shallow_blocks += policy.depth * sum(num_tokens for num_tokens, _ in spent)
         shared = self.clock.shared_times(spent)
-        for num_rows, ms in shared:
-            policy.on_draft_step(policy.depth, num_rows, ms)
+        for num_tokens, ms in shared:
+            policy.on_draft_step(policy.depth, num_tokens, ms)
         memory.drafted(shared, self.ledger.distributions)
 
     def put_off(self, drafting: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ RAN_FRAC = 0.25  # of a step that the process had a CPU, below which it was
 
 class Took(NamedTuple):
     num_requests: int
-    num_rows: int  # of the verification pass: one per request and exit
+    num_tokens: int  # of the verification pass: one per request and exit
     verify_ms: float  # everything of the step but drafting
 
 
@@ -29,10 +29,10 @@ class StepClock:
         self._scheduled = (0, 0)
         self._is_decode = False
 
-    def scheduled(self, *, num_requests: int, num_rows: int, num_decode_rows: int) -> None:
-        """num_decode_rows: what `num_rows` would be if no prompt were being read."""
-        self._scheduled = (num_requests, num_rows)
-        self._is_decode = num_rows == num_decode_rows
+    def scheduled(self, *, num_requests: int, num_tokens: int, num_decode_tokens: int) -> None:
+        """num_decode_tokens: what `num_tokens` would be if no prompt were being read."""
+        self._scheduled = (num_requests, num_tokens)
+        self._is_decode = num_tokens == num_decode_tokens
 
     def completed(self) -> None:
         now_s = monotonic()
@@ -60,4 +60,4 @@ class StepClock:
     def shared_times(self, spent: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """Rank 0's times of a step's drafting."""
         times = self.peers.share_floats([ms for _, ms in spent])
-        return [(num_rows, ms) for (num_rows, _), ms in zip(spent, times, strict=True)]
+        return [(num_tokens, ms) for (num_tokens, _), ms in zip(spent, times, strict=True)]

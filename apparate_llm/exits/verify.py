@@ -21,7 +21,8 @@ class Drafts(Protocol):
 
 
 def best_and_regret(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[list[int], list[float]]:
-    """Of each row [num_rows, vocab]: the best token, and by how many nats it is better than `token_ids` [num_rows]."""
+    """Of each row of logits [num_tokens, vocab]: the best token, and by how many nats it is better than that of
+    `token_ids` [num_tokens]."""
     best = best_tokens(logits)
     scores = logits.gather(1, torch.stack([best, token_ids.long()], dim=1)).float()
     return best.tolist(), (scores[:, 0] - scores[:, 1]).tolist()

@@ -40,7 +40,7 @@ class EarlyExitMixin(_Base):
         self._folder = Path(vllm_config.model_config.model)
 
     def forward_shallow(self, depth: int, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Residual stream after blocks [0, depth): [num_rows, hidden_size].
+        """Residual stream after blocks [0, depth): [num_tokens, hidden_size].
 
         Needs a forward context whose attention metadata covers these rows; writes the KV of these blocks, which the
         verification pass later writes again with the same values.
@@ -48,11 +48,11 @@ class EarlyExitMixin(_Base):
         compiled = self._compiled_shallow.get(depth)
         return self._shallow(depth, input_ids, positions) if compiled is None else compiled(input_ids, positions)
 
-    def compile_shallow(self, depth: int, num_rows: int) -> None:
-        """Compile `forward_shallow` at this depth, for any number of rows; `num_rows`, more than 1, to try it with.
+    def compile_shallow(self, depth: int, num_tokens: int) -> None:
+        """Compile `forward_shallow` at this depth, for any number of tokens; `num_tokens`, more than 1, to try it with.
         Needs a forward context, without metadata."""
         compiled = torch.compile(lambda *rows: self._shallow(depth, *rows), dynamic=True, options=compile_options())
-        rows = torch.zeros(num_rows, dtype=torch.long)
+        rows = torch.zeros(num_tokens, dtype=torch.long)
         compiled(rows, rows.clone())
         self._compiled_shallow[depth] = compiled
 

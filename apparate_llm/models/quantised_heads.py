@@ -40,7 +40,7 @@ def has_fbgemm() -> bool:
 
 
 class HalfLinear(nn.Module):
-    """[num_rows, in] -> [num_rows, out] of the same dtype, for a weight [out, in] of any floating dtype."""
+    """[num_tokens, in] -> [num_tokens, out] of the same dtype, for a weight [out, in] of any floating dtype."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class HalfLinear(nn.Module):
 
 
 class PlainLinear(nn.Module):
-    """[num_rows, in] -> [num_rows, out], as vLLM computes the model's own linear layers."""
+    """[num_tokens, in] -> [num_tokens, out], as vLLM computes the model's own linear layers."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -69,7 +69,7 @@ class PlainLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """[num_rows, in] bfloat16 -> [num_rows, out], for a weight [out, in] of any floating dtype."""
+    """[num_tokens, in] bfloat16 -> [num_tokens, out], for a weight [out, in] of any floating dtype."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         from vllm.model_executor.kernels.linear import init_int8_linear_kernel
@@ -130,7 +130,7 @@ class QuantisedHead(nn.Module):
         return scores, state
 
     def _normed(self, *parts: torch.Tensor) -> torch.Tensor:
-        """[num_rows, number of parts x hidden_size], each part with a root mean square of one."""
+        """[num_tokens, number of parts x hidden_size], each part with a root mean square of one."""
         stacked = torch.stack(parts, dim=1)
         return rms_norm(stacked.flatten(0, 1), self.ones, self.eps).view(len(stacked), -1)
 

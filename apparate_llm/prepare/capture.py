@@ -174,13 +174,13 @@ def top_tokens(logits: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.T
 
     The best values lie in as many segments with the greatest maxima: one pass instead of a sort of every row.
     """
-    num_rows, vocab = logits.shape
+    num_tokens, vocab = logits.shape
     normalizer = logits.float().logsumexp(-1, keepdim=True)
     if vocab < number * SEGMENT:
         best = logits.topk(min(number, vocab), dim=-1)
         return best.values.float() - normalizer, best.indices
     padding = -vocab % SEGMENT
-    segments = torch.nn.functional.pad(logits, (0, padding), value=float("-inf")).view(num_rows, -1, SEGMENT)
+    segments = torch.nn.functional.pad(logits, (0, padding), value=float("-inf")).view(num_tokens, -1, SEGMENT)
     chosen = segments.amax(-1).topk(number, dim=-1).indices
     candidates = torch.gather(segments, 1, chosen[..., None].expand(-1, -1, SEGMENT)).flatten(1)
     best = candidates.topk(number, dim=-1)

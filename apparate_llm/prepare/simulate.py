@@ -71,7 +71,7 @@ class Simulation:
         self.policy = policy
         self.now_ms = 0.0
         self._passed_ms = 0.0  # when the last pass ended: tokens that begin or end an answer leave then
-        self._num_rows = 0  # of the next pass, as of now
+        self._num_tokens = 0  # of the next pass, as of now
 
     def serve(
         self, blocks: Sequence[Sequence[int]], conversations: Sequence[Recorded], clients: int, *, max_tokens: int
@@ -173,7 +173,7 @@ class Simulation:
         num_steps = min(policy.start(num_requests), policy.max_exits)
         if not num_steps and not policy.looks_up:
             return
-        self._num_rows = num_requests
+        self._num_tokens = num_requests
         live = [
             request for request in rows if request.emitted + 1 < request.max_tokens and not self._takes_lookup(request)
         ]
@@ -186,7 +186,7 @@ class Simulation:
             if (
                 not going
                 or number + 1 == num_steps
-                or not policy.wants_another_step(number + 1, joint_acceptances, self._num_rows)
+                or not policy.wants_another_step(number + 1, joint_acceptances, self._num_tokens)
             ):
                 break
             live = going
@@ -218,7 +218,7 @@ class Simulation:
         depth = 0 if lookup_length else policy.depth
         exit_ = Exit(request.row, 0, depth, len(request.taken), confidence, lookup_length=lookup_length)
         decision = policy.decide(
-            exit_, joint_acceptance=request.joint_acceptance, may_release=False, num_rows=self._num_rows
+            exit_, joint_acceptance=request.joint_acceptance, may_release=False, num_tokens=self._num_tokens
         )
         if decision is Decision.STOP or not request.may_hold:
             request.not_taken = (exit_, right)
@@ -227,5 +227,5 @@ class Simulation:
         request.taken.append(exit_)
         request.right.append(right)
         request.joint_acceptance *= exit_.probability
-        self._num_rows += 1
+        self._num_tokens += 1
         return request.row < request.recorded.num_tokens

@@ -1,11 +1,11 @@
 """Ramp heads: one depth's hidden state -> next token of the ramp vocabulary.
 
 In a verification pass `enter` makes the state that the first draft step starts from; each of them then calls the head:
-    hidden  [num_rows, hidden_size]  residual stream of the newest token after `depth` blocks (depth 0: its embedding)
-    state   [num_rows, hidden_size]  from `enter`, or the head's own output state of the draft step before
+    hidden  [num_tokens, hidden_size]  residual stream of the newest token after `depth` blocks (depth 0: its embedding)
+    state   [num_tokens, hidden_size]  from `enter`, or the head's own output state of the draft step before
     lookup                           what the lookup feature proposes for each row, see `LookupFeature`
--> (scores [num_rows, ramp_vocab], and where the head reads the lookup feature one more column for the proposed token;
-    output state [num_rows, hidden_size]).
+-> (scores [num_tokens, ramp_vocab], and where the head reads the lookup feature one more column for the proposed token;
+    output state [num_tokens, hidden_size]).
 """
 
 from typing import NamedTuple, Protocol
@@ -21,9 +21,9 @@ from apparate_llm.ramps.lookup import MAX_FEATURE_LENGTH
 class LookupFeature(NamedTuple):
     """The lookup feature's proposals (ramps/lookup.py) as a head reads them."""
 
-    embedding: torch.Tensor  # [num_rows, hidden_size] of the proposed tokens
-    lengths: torch.Tensor  # [num_rows] int64, of the n-grams that they followed; 0: no proposal
-    outside: torch.Tensor  # [num_rows] bool, proposes a token that the ramp vocabulary lacks
+    embedding: torch.Tensor  # [num_tokens, hidden_size] of the proposed tokens
+    lengths: torch.Tensor  # [num_tokens] int64, of the n-grams that they followed; 0: no proposal
+    outside: torch.Tensor  # [num_tokens] bool, proposes a token that the ramp vocabulary lacks
 
 
 class Head(Protocol):
@@ -94,8 +94,8 @@ class FusedHead(nn.Module):
         self.head = empty_parameter(shape.ramp_vocab, size)
 
     def enter(self, final: torch.Tensor, aux: list[torch.Tensor]) -> torch.Tensor:
-        """First state [num_rows, hidden_size]: final [num_rows, hidden_size] full-depth hidden states after the final
-        norm, aux [num_rows, hidden_size] each, residual streams of the same tokens."""
+        """First state [num_tokens, hidden_size]: final [num_tokens, hidden_size] full-depth hidden states after the
+        final norm, aux [num_tokens, hidden_size] each, residual streams of the same tokens."""
         parts = [rms_norm(part, None, self.eps) for part in (final, *aux)]
         return F.linear(torch.cat(parts, dim=-1), self.enter_weight)
 

@@ -15,15 +15,15 @@ from apparate_llm.ramps.heads import BASE_WEIGHTS, HEADS, Head, LookupFeature
 class Proposals(NamedTuple):
     """What the lookup feature proposes for each row, see ramps/lookup.py."""
 
-    tokens: torch.Tensor  # [num_rows] int64
-    lengths: torch.Tensor  # [num_rows] int64
-    embedding: torch.Tensor  # [num_rows, hidden_size] of the tokens
+    tokens: torch.Tensor  # [num_tokens] int64
+    lengths: torch.Tensor  # [num_tokens] int64
+    embedding: torch.Tensor  # [num_tokens, hidden_size] of the tokens
 
 
 class Prediction(NamedTuple):
-    token_ids: torch.Tensor  # [num_rows] int64, ids of the base model's vocabulary
-    confidences: list[float]  # [num_rows] calibrated probability of agreeing with the full model
-    state: torch.Tensor  # [num_rows, hidden_size] input state of the next draft step
+    token_ids: torch.Tensor  # [num_tokens] int64, ids of the base model's vocabulary
+    confidences: list[float]  # [num_tokens] calibrated probability of agreeing with the full model
+    state: torch.Tensor  # [num_tokens, hidden_size] input state of the next draft step
 
 
 class RampSet(nn.Module):

@@ -74,7 +74,7 @@ def test_the_policy_hears_of_passes_that_read_prompts_too(tiny_llama, lens_ramps
     ears = {
         "__slots__": (),
         "on_step": lambda self, ms: passed.append(ms),
-        "on_decode_step": lambda self, num_requests, num_rows, ms: completed.append((num_requests, ms)),
+        "on_decode_step": lambda self, num_requests, num_tokens, ms: completed.append((num_requests, ms)),
     }
     with Engine(tiny_llama, adaptive(lens_ramps(depth=3))) as engine:
         policy = engine.runner.exit_drafter.policy

@@ -31,10 +31,10 @@ def test_sure_exits_are_released_likely_ones_held_and_hopeless_ones_left():
     policy = make()
     teach(policy, row_ms=1.0)
     assert policy.start(1) == 4
-    assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.RELEASE
-    assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=False, num_rows=1) is Decision.HOLD
-    assert policy.decide(proposed(0.6), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.HOLD
-    assert policy.decide(proposed(0.003), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.STOP
+    assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=True, num_tokens=1) is Decision.RELEASE
+    assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=False, num_tokens=1) is Decision.HOLD
+    assert policy.decide(proposed(0.6), joint_acceptance=1.0, may_release=True, num_tokens=1) is Decision.HOLD
+    assert policy.decide(proposed(0.003), joint_acceptance=1.0, may_release=True, num_tokens=1) is Decision.STOP
 
 
 def test_exits_are_looked_up_until_they_prove_wrong_and_again_when_they_prove_right():
@@ -49,7 +49,7 @@ def test_exits_are_looked_up_until_they_prove_wrong_and_again_when_they_prove_ri
             if policy.wants_lookup(16, True):
                 looked_up += 1
                 exit_ = Exit(9, 1, 0, 0, lookup_confidence(16), lookup_length=16)
-                policy.decide(exit_, joint_acceptance=1.0, may_release=False, num_rows=1)
+                policy.decide(exit_, joint_acceptance=1.0, may_release=False, num_tokens=1)
                 policy.on_verdict(exit_, agrees)
         return looked_up / 400
 
@@ -100,10 +100,9 @@ def test_verdicts_move_what_a_confidence_is_worth():
     policy.start(1)
     for _ in range(256):
         policy.on_verdict(proposed(0.99), False)
-    assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=True, num_rows=1) is not Decision.RELEASE
-    assert (
-        policy.decide(proposed(0.99, number=1), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.RELEASE
-    ), "own draft steps"
+    assert policy.decide(proposed(0.99), joint_acceptance=1.0, may_release=True, num_tokens=1) is not Decision.RELEASE
+    decided = policy.decide(proposed(0.99, number=1), joint_acceptance=1.0, may_release=True, num_tokens=1)
+    assert decided is Decision.RELEASE, "own draft steps"
 
 
 def test_a_cheap_divergence_that_saves_much_is_taken_when_the_budget_is_full():
@@ -144,7 +143,7 @@ def test_a_depth_that_was_asked_for_stays():
 def test_a_longer_step_has_to_bring_more_while_requests_wait_for_their_first_token():
     policy = make()
     teach(policy, row_ms=1.0)
-    sure = {"joint_acceptance": 1.0, "may_release": True, "num_rows": 16}
+    sure = {"joint_acceptance": 1.0, "may_release": True, "num_tokens": 16}
 
     def serve(num_steps: int, *, joining: int) -> int:
         for _ in range(num_steps):
@@ -177,7 +176,7 @@ def test_a_lone_request_keeps_nobody_waiting():
             policy.start(1)
     verbs = [
         [
-            policy.decide(proposed(confidence / 100), joint_acceptance=1.0, may_release=False, num_rows=1)
+            policy.decide(proposed(confidence / 100), joint_acceptance=1.0, may_release=False, num_tokens=1)
             for confidence in range(1, 100)
         ]
         for policy in (alone, short_answers)
@@ -234,7 +233,7 @@ def test_what_it_learned_survives_as_json():
     teach(policy)
     policy.start(1)
     for _ in range(100):
-        policy.decide(proposed(0.9), joint_acceptance=1.0, may_release=False, num_rows=1)
+        policy.decide(proposed(0.9), joint_acceptance=1.0, may_release=False, num_tokens=1)
         policy.on_verdict(proposed(0.9), False)
     other = make(depths=(0, 2))
     other.restore(json.loads(json.dumps(policy.state())))

@@ -79,7 +79,7 @@ class Server:
         for i in range(num_requests):
             if self.policy.looks_up and self.rng.random() < self.looked_up:
                 exit_ = Exit(0, 0, 0, 0, 0.9, lookup_length=12)
-                if self.policy.decide(exit_, joint_acceptance=1.0, may_release=False, num_rows=rows) is Decision.HOLD:
+                if self.policy.decide(exit_, joint_acceptance=1.0, may_release=False, num_tokens=rows) is Decision.HOLD:
                     held[i].append(exit_)
                     rows += 1
         live = [i for i in range(num_requests) if not held[i]]
@@ -92,7 +92,7 @@ class Server:
             for i in live:
                 exit_ = Exit(0, 0, 0, number, self.rng.choice(self.confidences))
                 if (
-                    self.policy.decide(exit_, joint_acceptance=reach[i], may_release=False, num_rows=rows)
+                    self.policy.decide(exit_, joint_acceptance=reach[i], may_release=False, num_tokens=rows)
                     is Decision.HOLD
                 ):
                     held[i].append(exit_)

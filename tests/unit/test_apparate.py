@@ -56,24 +56,24 @@ def test_a_ramp_that_costs_more_than_it_saves_gives_way_to_a_deeper_one():
 def verdicts(policy, count: int, *, confidence: float, agrees: bool) -> None:
     for _ in range(count):
         exit_ = Exit(0, 0, policy.depth, 0, confidence)
-        policy.decide(exit_, joint_acceptance=1.0, may_release=True, num_rows=1)
+        policy.decide(exit_, joint_acceptance=1.0, may_release=True, num_tokens=1)
         policy.on_verdict(exit_, agrees)
 
 
 def test_it_begins_closed_opens_after_a_window_and_closes_after_a_wrong_one():
     policy = make_policy(EarlyExitConfig(policy="apparate"), depth=0, depths=(0,), num_layers=30)
     sure = Exit(0, 0, 0, 0, 0.9)
-    assert policy.decide(sure, joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.STOP
+    assert policy.decide(sure, joint_acceptance=1.0, may_release=True, num_tokens=1) is Decision.STOP
     policy.on_decode_step(1, 1, 30.0)
     verdicts(policy, 15, confidence=0.9, agrees=True)
     assert policy.threshold == 0.0
     verdicts(policy, 1, confidence=0.9, agrees=True)
     assert policy.threshold > 0.1
-    assert policy.decide(sure, joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.RELEASE
-    assert policy.decide(sure, joint_acceptance=1.0, may_release=False, num_rows=1) is Decision.STOP, "it never holds"
+    assert policy.decide(sure, joint_acceptance=1.0, may_release=True, num_tokens=1) is Decision.RELEASE
+    assert policy.decide(sure, joint_acceptance=1.0, may_release=False, num_tokens=1) is Decision.STOP, "it never holds"
     verdicts(policy, 16, confidence=0.9, agrees=False)
     assert policy.threshold <= 0.1
-    assert policy.decide(sure, joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.STOP
+    assert policy.decide(sure, joint_acceptance=1.0, may_release=True, num_tokens=1) is Decision.STOP
 
 
 def test_every_128_verdicts_the_ramp_is_adjusted():
@@ -92,7 +92,7 @@ def test_two_periods_that_end_within_one_step_adjust_once():
     policy.on_decode_step(1, 1, 30.0)
     policy.on_draft_step(0, 1, 20.0)
     exit_ = Exit(0, 0, 0, 0, 0.2)
-    policy.decide(exit_, joint_acceptance=1.0, may_release=True, num_rows=1)
+    policy.decide(exit_, joint_acceptance=1.0, may_release=True, num_tokens=1)
     for _ in range(300):
         policy.on_verdict(exit_, False)
     assert policy.depth == 2

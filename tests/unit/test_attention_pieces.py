@@ -34,7 +34,7 @@ def common_of(*spans: tuple[int, int]) -> CommonAttentionMetadata:
 
 @pytest.fixture(scope="module")
 def attend():
-    """attend(common, rows [num_rows, heads, size]) with keys and values that are the same each time."""
+    """attend(common, rows [num_tokens, heads, size]) with keys and values that are the same each time."""
     current_platform.import_kernels()
     generator = torch.Generator().manual_seed(0)
     cache = torch.randn(-(-LENGTH // BLOCK) + 1, KV_HEADS, 2 * BLOCK, SIZE, generator=generator).bfloat16()

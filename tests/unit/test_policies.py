@@ -30,7 +30,7 @@ def make(name: str, **options: Any):
 )
 def test_static_compares_with_its_two_thresholds(confidence, may_release, decision):
     policy = make("static", threshold=0.9, hold_threshold=0.3)
-    assert policy.decide(proposed(confidence), joint_acceptance=1.0, may_release=may_release, num_rows=1) is decision
+    assert policy.decide(proposed(confidence), joint_acceptance=1.0, may_release=may_release, num_tokens=1) is decision
 
 
 def test_static_keeps_the_batch_within_max_batch_tokens():
@@ -41,7 +41,7 @@ def test_static_keeps_the_batch_within_max_batch_tokens():
 def test_off_never_takes_an_exit():
     policy = make("off")
     assert policy.start(1) == 0
-    assert policy.decide(proposed(1.0), joint_acceptance=1.0, may_release=True, num_rows=1) is Decision.STOP
+    assert policy.decide(proposed(1.0), joint_acceptance=1.0, may_release=True, num_tokens=1) is Decision.STOP
 
 
 def test_every_policy_of_the_schema_exists():

@@ -42,13 +42,13 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 @needs_int8
 @pytest.mark.parametrize("shape", [(64, 64), (121, 96), (7, 160), (64, 50)])
-@pytest.mark.parametrize("num_rows", [1, 5, 40])
-def test_a_quantised_linear_is_the_linear_within_two_percent(shape, num_rows):
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+def test_a_quantised_linear_is_the_linear_within_two_percent(shape, num_tokens):
     """By either of vLLM's kernels: 50 inputs are not a multiple of what one of them wants."""
     torch.manual_seed(0)
-    weight, x = torch.randn(shape).bfloat16(), torch.randn(num_rows, shape[1]).bfloat16()
+    weight, x = torch.randn(shape).bfloat16(), torch.randn(num_tokens, shape[1]).bfloat16()
     got = Int8Linear(weight)(x)
-    assert got.shape == (num_rows, shape[0])
+    assert got.shape == (num_tokens, shape[0])
     assert relative_error(got, nn.functional.linear(x.float(), weight.float())) < 0.02
 
 
@@ -92,14 +92,14 @@ def test_without_its_kernels_a_ramp_runs_as_the_models_own_layers(head, monkeypa
         (PlainLinear, torch.float32, 1e-5),
     ],
 )
-@pytest.mark.parametrize("num_rows", [1, 3, 20])
-def test_a_quantised_head_scores_as_the_trained_one(head, num_rows, linear, dtype, error):
+@pytest.mark.parametrize("num_tokens", [1, 3, 20])
+def test_a_quantised_head_scores_as_the_trained_one(head, num_tokens, linear, dtype, error):
     head = head.to(dtype)
     quantised = QuantisedHead(head, linear)
-    final, *aux = torch.randn(3, num_rows, SIZE).to(dtype)
-    hidden, embedding = torch.randn(2, num_rows, SIZE).to(dtype)
-    lengths = torch.arange(num_rows) % (MAX_FEATURE_LENGTH + 1)  # the first row has no proposal
-    lookup = LookupFeature(embedding, lengths, outside=(lengths > 0) & (torch.arange(num_rows) % 2 == 0))
+    final, *aux = torch.randn(3, num_tokens, SIZE).to(dtype)
+    hidden, embedding = torch.randn(2, num_tokens, SIZE).to(dtype)
+    lengths = torch.arange(num_tokens) % (MAX_FEATURE_LENGTH + 1)  # the first row has no proposal
+    lookup = LookupFeature(embedding, lengths, outside=(lengths > 0) & (torch.arange(num_tokens) % 2 == 0))
     with torch.inference_mode():
         state, quantised_state = head.enter(final, aux), quantised.enter(final, aux)
         assert relative_error(quantised_state, state) < 0.4 * error

@@ -247,6 +247,7 @@ RETIRED = (
     r"\bknobs?\b",  # option
     r"\bcompletion pass",  # verification pass
     r"\bcopy feature\b|\bcopy_(agreement|lengths)\b|\bcopies\(",  # lookup feature
+    r"\bnum_(decode_)?rows(: int\b(?! \|)|, (ms|vocab)\b)",  # num_tokens, of a batch
     r"[\"`.]copied\b|\bcopied *=(?!=)|\bexit_?\.match\b|\bmatch=\d|\bLONG(EST)?_MATCH\b",  # prompt lookup
     r"\binner states?\b",  # auxiliary hidden states
     r"\brequest class(es)?\b",  # tenant

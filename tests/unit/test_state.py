@@ -77,7 +77,7 @@ def test_what_is_no_number_is_neither_learned_nor_saved(tmp_path):
     policy = policy_with(20)
     before = policy.state()
     exit_ = Exit(0, 0, 0, 0, float("nan"))
-    policy.decide(exit_, joint_acceptance=1.0, may_release=True, num_rows=1)
+    policy.decide(exit_, joint_acceptance=1.0, may_release=True, num_tokens=1)
     policy.on_verdict(exit_, False)
     assert policy.state()["calibrations"] == before["calibrations"]
     policy.calibrations[0, 0, True].scale = float("nan")
@@ -122,7 +122,7 @@ def test_without_a_home_nothing_is_kept(homeless):
 
 
 class Took:
-    num_requests, num_rows, verify_ms = 1, 3, 20.12345
+    num_requests, num_tokens, verify_ms = 1, 3, 20.12345
 
 
 class Verdict:

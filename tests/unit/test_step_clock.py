@@ -17,7 +17,7 @@ def step(monkeypatch):
 
     def run(seconds: float, cpu_s: float) -> StepClock:
         clock.start()
-        clock.scheduled(num_requests=4, num_rows=6, num_decode_rows=6)
+        clock.scheduled(num_requests=4, num_tokens=6, num_decode_tokens=6)
         now["monotonic"] += seconds
         now["process_time"] += cpu_s
         clock.completed()
