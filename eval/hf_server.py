@@ -143,10 +143,10 @@ class Generator:
             raise ValueError(f"temperature: got {body.temperature}, allowed: 0 (this server decodes greedily)")
         messages = body.model_dump()["messages"]
         prompt_ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        room = self.max_model_len - len(prompt_ids)
-        max_tokens = body.max_completion_tokens or body.max_tokens or max(room, 1)
-        if max_tokens > room:
-            raise ValueError(f"max_tokens: got {max_tokens}, allowed: {max(room, 0)} after this prompt")
+        free_tokens = self.max_model_len - len(prompt_ids)
+        max_tokens = body.max_completion_tokens or body.max_tokens or max(free_tokens, 1)
+        if max_tokens > free_tokens:
+            raise ValueError(f"max_tokens: got {max_tokens}, allowed: {max(free_tokens, 0)} after this prompt")
         return Answer(prompt_ids, max_tokens=max_tokens, eos_ids=[] if body.ignore_eos else self.eos_ids)
 
     def generate(self, answer: Answer) -> None:

@@ -27,17 +27,20 @@ def step_ms(policy: Policy, budget: AccuracyBudget, buckets: list[Bucket], rng: 
     proposed = [[Exit(0, 0, 0, number, rng.random() ** 0.3) for _ in buckets] for number in range(DRAFT_STEPS)]
     began = perf_counter()
     policy.start(batch)
-    reaches, num_tokens, held = [1.0] * batch, batch, []
+    joint_acceptances, num_tokens, held = [1.0] * batch, batch, []
     for number, exits in enumerate(proposed):
         for i, exit_ in enumerate(exits):
             decision = policy.decide(
-                exit_, joint_acceptance=reaches[i], may_release=budget.may_release(buckets[i]), num_tokens=num_tokens
+                exit_,
+                joint_acceptance=joint_acceptances[i],
+                may_release=budget.may_release(buckets[i]),
+                num_tokens=num_tokens,
             )
             num_tokens += decision is not Decision.STOP
-            reaches[i] *= exit_.probability
+            joint_acceptances[i] *= exit_.probability
             held.append((i, exit_))
         policy.on_draft_step(0, batch, 1.0)
-        policy.wants_another_step(number + 1, reaches, num_tokens)
+        policy.wants_another_step(number + 1, joint_acceptances, num_tokens)
     policy.on_decode_step(batch, num_tokens, 20.0 + 0.1 * num_tokens)
     for i, exit_ in held:
         agrees = exit_.confidence > 0.3

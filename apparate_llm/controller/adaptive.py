@@ -138,14 +138,14 @@ class AdaptivePolicy(Policy):
         plain_ms = self.costs.verify_ms(num_requests)
         best, best_value = (num_requests / plain_ms, 0), float(num_requests)
         tokens = rows = float(num_requests)
-        going, reach, drafting_ms = float(num_requests), 1.0, 0.0
+        going, joint_acceptance, drafting_ms = float(num_requests), 1.0, 0.0
         for number in range(self.max_exits):
             statistics = self._statistics(number)
             drafting_ms += self.costs.draft_step_ms(depth, max(going, 1.0))
             going *= statistics.taken_frac
-            reach *= self.depth_choice.relative(depth, statistics.agreement)
+            joint_acceptance *= self.depth_choice.relative(depth, statistics.agreement)
             rows += going
-            tokens += going * reach
+            tokens += going * joint_acceptance
             step_ms = self.costs.verify_ms(rows) + drafting_ms
             value = tokens * (plain_ms / step_ms) ** weight
             if value > best_value:
@@ -191,10 +191,10 @@ class AdaptivePolicy(Policy):
     def accepts(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
         """Worth it if it costs little against the tokens it saves: itself and what may follow. The fuller the budget,
         the more a token may cost, so that spending settles where the budget is earned."""
-        gain, reach = 1.0, 1.0
+        gain, joint_acceptance = 1.0, 1.0
         for exit_ in later:
-            reach *= exit_.probability
-            gain += reach
+            joint_acceptance *= exit_.probability
+            gain += joint_acceptance
         return regret_nats <= self.max_regret_nats * min(1.0, 4.0 * fill_frac) * gain
 
     # ---- feedback

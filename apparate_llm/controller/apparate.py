@@ -106,7 +106,7 @@ class ApparatePolicy(Policy):
     _records: deque[Record] = field(init=False)
     _to_search: tuple[Record, ...] = ()  # the window of a search that is due
     _num_verdicts: int = 0
-    _num_offered: int = 0
+    _num_proposed: int = 0
     _num_exits: int = 0
     _draft_step_ms: float = 0.0
     _pass_ms: float = 0.0
@@ -127,7 +127,7 @@ class ApparatePolicy(Policy):
 
     def decide(self, exit_: Exit, *, joint_acceptance: float, may_release: bool, num_tokens: int) -> Decision:
         exit_.probability = exit_.confidence
-        self._num_offered += 1
+        self._num_proposed += 1
         if may_release and 1.0 - exit_.confidence < self.threshold:
             self._num_exits += 1
             return Decision.RELEASE
@@ -140,11 +140,11 @@ class ApparatePolicy(Policy):
         if self._num_verdicts % self.window == 0:
             self._to_search = tuple(self._records)
         # A second period that ends within one step has proposed nothing since the first.
-        if self._num_verdicts % self.adjust_every == 0 and self._num_offered:
-            exit_frac = self._num_exits / self._num_offered
+        if self._num_verdicts % self.adjust_every == 0 and self._num_proposed:
+            exit_frac = self._num_exits / self._num_proposed
             (utility,) = utilities([exit_frac], [0.0, self._pass_ms], [self._draft_step_ms])
             self.depth = adjust_ramps(self.depth, utility, self.depths)
-            self._num_offered = self._num_exits = 0
+            self._num_proposed = self._num_exits = 0
 
     def num_verdicts(self, exit_: Exit) -> int:
         return self._verdicts[kind_of(exit_)]

@@ -118,13 +118,13 @@ class ExitStep:
                 is_turn = True
                 self.ledger.ended(request_id)
             elif drafter is not None and exits.takes_exits:
-                room = min(num_left, batch.max_model_len - end, drafter.free_slots(index, end - 1))
-                if room > 0:
+                free_slots = min(num_left, batch.max_model_len - end, drafter.free_slots(index, end - 1))
+                if free_slots > 0:
                     num_rejected = num_drafts[index] - (len(checked) - 1)
                     state_row = int(batch.first_rows[index + 1]) - 1 - num_rejected
-                    most_held = min(room, num_left - 1, batch.max_model_len - end - 1)
+                    most_held = min(free_slots, num_left - 1, batch.max_model_len - end - 1)
                     self.requests.append(
-                        self._request_of(exits, index, (checked[-1], end - 1), state_row, room, most_held)
+                        self._request_of(exits, index, (checked[-1], end - 1), state_row, free_slots, most_held)
                     )
         return is_turn
 
@@ -137,15 +137,15 @@ class ExitStep:
         return 0 if num_emitted < len(checked) or checked[-1] in stops else num_left
 
     def _request_of(
-        self, exits: RequestExits, index: int, newest: tuple[int, int], state_row: int, room: int, most_held: int
+        self, exits: RequestExits, index: int, newest: tuple[int, int], state_row: int, free_slots: int, most_held: int
     ) -> DraftRequest:
-        """newest: the last token and its position; room: exits that fit."""
+        """newest: the last token and its position; free_slots: exits that fit."""
         return DraftRequest(
             request_index=index,
             newest_token=newest[0],
             newest_position=newest[1],
             state_row=state_row,
-            max_released=room,
+            max_released=free_slots,
             max_held=most_held,
             may_release=exits.releasable and exits.may_diverge(self.clock.now_s),
             greedy=exits.greedy,

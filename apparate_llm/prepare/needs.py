@@ -33,7 +33,7 @@ SPARE_DISK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class SynthesisLimits:
     """What the synthesis may take."""
 
     slots: int
@@ -143,7 +143,7 @@ def disk_bytes(plan: Plan, base: BaseModelInfo, tokens: float) -> int:
     return int(rows * bytes_per_row(sizes.hidden, len(plan.states), ELEMENT_SIZE) + text + checkpoints)
 
 
-def room_for_synthesis(run: Run) -> Room:
+def synthesis_limits(run: Run) -> SynthesisLimits:
     """As many conversations at once as memory is free for; raises ValueError if there is not enough for a few."""
     sizes, free = Sizes.of(run.plan.model, run.base), available_memory_bytes() * (1 - SPARE_FRAC)
     slots = MOST_SLOTS
@@ -151,7 +151,7 @@ def room_for_synthesis(run: Run) -> Room:
         slots //= 2
     _check_memory(synthesis_bytes(run.plan, sizes, slots))
     context = context_length(run.plan.model)
-    return Room(slots, kv_cache_bytes(sizes, slots, context), lambda: disk_left(run) <= 0)
+    return SynthesisLimits(slots, kv_cache_bytes(sizes, slots, context), lambda: disk_left(run) <= 0)
 
 
 def disk_left(run: Run) -> int:
@@ -164,8 +164,8 @@ def disk_left(run: Run) -> int:
 def say_needs(run: Run) -> None:
     """Raises ValueError if memory or disk cannot do."""
     plan, sizes = run.plan, Sizes.of(run.plan.model, run.base)
-    room = room_for_synthesis(run)
-    peak = max(synthesis_bytes(plan, sizes, room.slots), training_bytes(plan, sizes), profile_bytes(sizes))
+    limits = synthesis_limits(run)
+    peak = max(synthesis_bytes(plan, sizes, limits.slots), training_bytes(plan, sizes), profile_bytes(sizes))
     _check_memory(peak)
     run.say(f"peak memory about {gib(peak)}; {gib(available_memory_bytes())} are free")
     if plan.tokens is not None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from apparate_llm.prepare.chat import ChatFormat
 from apparate_llm.prepare.engine import generation_engine
-from apparate_llm.prepare.needs import Room, answer_limit, give_back_memory, room_for_synthesis
+from apparate_llm.prepare.needs import SynthesisLimits, answer_limit, give_back_memory, synthesis_limits
 from apparate_llm.prepare.plan import Run
 from apparate_llm.prepare.prompts import PromptSource
 from apparate_llm.prepare.rows import SPLIT_NAMES
@@ -25,14 +25,14 @@ def synthesise_lap(run: Run, lap: Lap) -> dict[str, Any]:
     is_time = run.clock.spent_s < lap.synthesise_until_s or not store.counts["rows"]
     is_short = store.counts["answer_tokens"] < lap.tokens or len(store.splits()) < len(SPLIT_NAMES)
     if is_time and is_short:
-        _synthesise(run, lap, room_for_synthesis(run))
+        _synthesise(run, lap, synthesis_limits(run))
         give_back_memory()
     counts = store.counts
     result = {"rows": counts["rows"], "tokens": counts["answer_tokens"], "seconds": round(run.clock.spent_s)}
     return workspace.write(stage, wanted, result)
 
 
-def _synthesise(run: Run, lap: Lap, room: Room) -> None:
+def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> None:
     plan, clock = run.plan, run.clock
     timed, began_s = plan.tokens is None, clock.spent_s
     with (
@@ -45,12 +45,12 @@ def _synthesise(run: Run, lap: Lap, room: Room) -> None:
         generation_engine(
             plan.model,
             seed=plan.seed,
-            max_num_seqs=room.slots,
-            kv_cache_memory_bytes=room.kv_cache_bytes,
+            max_num_seqs=limits.slots,
+            kv_cache_memory_bytes=limits.kv_cache_bytes,
             enable_prefix_caching=True,
         ) as llm,
     ):
-        synthesiser = _synthesiser(run, llm, room)
+        synthesiser = _synthesiser(run, llm, limits)
 
         def on_step() -> None:
             tokens = synthesiser.answer_tokens
@@ -60,7 +60,7 @@ def _synthesise(run: Run, lap: Lap, room: Room) -> None:
 
         def enough() -> bool:
             late = clock.spent_s >= lap.synthesise_until_s and synthesiser.answer_tokens > 0
-            return late or room.disk_is_full()
+            return late or limits.disk_is_full()
 
         synthesiser.run(
             tokens=lap.tokens,
@@ -73,7 +73,7 @@ def _synthesise(run: Run, lap: Lap, room: Room) -> None:
             synthesiser.cut()
 
 
-def _synthesiser(run: Run, llm: Any, room: Room) -> Synthesiser:
+def _synthesiser(run: Run, llm: Any, limits: SynthesisLimits) -> Synthesiser:
     plan = run.plan
     length = llm.llm_engine.model_config.max_model_len
     chat = ChatFormat(llm.get_tokenizer(), max_model_len=length, max_answer_tokens=answer_limit(length), say=run.say)
@@ -84,6 +84,6 @@ def _synthesiser(run: Run, llm: Any, room: Room) -> Synthesiser:
         depths=plan.states,
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         max_answer_tokens=answer_limit(length),
-        slots=room.slots,
+        slots=limits.slots,
         seed=plan.seed,
     )

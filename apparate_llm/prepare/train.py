@@ -240,10 +240,10 @@ def measure_head(
 def accepted_per_step(by_position: list[Measured]) -> float:
     """Expected accepted tokens per engine step, the mean acceptance length less one, if draft steps go on for as long
     as the ramp agrees."""
-    expected, reach = 0.0, 1.0
+    expected, joint_acceptance = 0.0, 1.0
     for measured in by_position:
-        reach *= float(measured.agrees.float().mean()) if len(measured.agrees) else 0.0
-        expected += reach
+        joint_acceptance *= float(measured.agrees.float().mean()) if len(measured.agrees) else 0.0
+        expected += joint_acceptance
     return expected
 
 

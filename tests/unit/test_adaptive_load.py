@@ -75,7 +75,7 @@ class Server:
                 self.policy.on_request()
             return held, 0.0
         num_steps = min(self.policy.start(num_requests), 6)
-        reach, rows, spent_ms = [1.0] * num_requests, num_requests, 0.0
+        joint_acceptances, rows, spent_ms = [1.0] * num_requests, num_requests, 0.0
         for i in range(num_requests):
             if self.policy.looks_up and self.rng.random() < self.looked_up:
                 exit_ = Exit(0, 0, 0, 0, 0.9, lookup_length=12)
@@ -84,7 +84,7 @@ class Server:
                     rows += 1
         live = [i for i in range(num_requests) if not held[i]]
         for number in range(num_steps):
-            if number and not self.policy.wants_another_step(number, [reach[i] for i in live], rows):
+            if number and not self.policy.wants_another_step(number, [joint_acceptances[i] for i in live], rows):
                 break
             ms = (1.9 + 0.25 * (len(live) - 1)) * self.slowdown * self.noise()
             spent_ms += ms
@@ -92,11 +92,11 @@ class Server:
             for i in live:
                 exit_ = Exit(0, 0, 0, number, self.rng.choice(self.confidences))
                 if (
-                    self.policy.decide(exit_, joint_acceptance=reach[i], may_release=False, num_tokens=rows)
+                    self.policy.decide(exit_, joint_acceptance=joint_acceptances[i], may_release=False, num_tokens=rows)
                     is Decision.HOLD
                 ):
                     held[i].append(exit_)
-                    reach[i] *= exit_.probability
+                    joint_acceptances[i] *= exit_.probability
                     rows += 1
                     going.append(i)
             self.policy.on_draft_step(0, len(live), ms)

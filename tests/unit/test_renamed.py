@@ -248,6 +248,8 @@ RETIRED = (
     r"\bcompletion pass",  # verification pass
     r"\bcopy feature\b|\bcopy_(agreement|lengths)\b|\bcopies\(",  # lookup feature
     r"\bnum_(decode_)?rows(: int\b(?! \|)|, (ms|vocab)\b)",  # num_tokens, of a batch
+    r"\b(room|reach|reaches)\b(, \w+)* *[*+]?=(?!=)|\bclass Room\b|\broom_for_\w+",  # free_slots, joint_acceptance
+    r"_num_offered\b|\bwas offered\b",  # proposed; not_taken
     r"[\"`.]copied\b|\bcopied *=(?!=)|\bexit_?\.match\b|\bmatch=\d|\bLONG(EST)?_MATCH\b",  # prompt lookup
     r"\binner states?\b",  # auxiliary hidden states
     r"\brequest class(es)?\b",  # tenant
