@@ -46,8 +46,8 @@ def step_ms(policy: Policy, budget: AccuracyBudget, buckets: list[Bucket], rng: 
         agrees = exit_.confidence > 0.3
         if (
             not agrees
-            and budget.may_accept(buckets[i], 0.5)
-            and policy.accepts(0.5, [], budget.fill_frac_of(buckets[i]))
+            and budget.verify_divergence(buckets[i], 0.5)
+            and policy.verify_divergence(0.5, [], budget.fill_frac_of(buckets[i]))
         ):
             budget.accept(buckets[i], 0.5)
         policy.on_verdict(exit_, agrees)

@@ -188,7 +188,7 @@ class AdaptivePolicy(Policy):
 
     # ---- divergences
 
-    def accepts(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
+    def verify_divergence(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
         """Worth it if it costs little against the tokens it saves: itself and what may follow. The fuller the budget,
         the more a token may cost, so that spending settles where the budget is earned."""
         gain, joint_acceptance = 1.0, 1.0

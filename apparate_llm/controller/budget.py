@@ -218,12 +218,12 @@ class AccuracyBudget:
         for bucket in (request, *self._shared(request)):
             bucket.take_back(NANO)
 
-    def may_accept(self, request: Bucket, regret_nats: float) -> bool:
+    def verify_divergence(self, request: Bucket, regret_nats: float) -> bool:
         """Whether a held exit that its verdict differs from may be emitted."""
         return self._all_afford(request, self._price_nano(regret_nats))
 
     def accept(self, request: Bucket, regret_nats: float) -> None:
-        assert self.may_accept(request, regret_nats), "accepted a divergence that the budget does not allow"
+        assert self.verify_divergence(request, regret_nats), "accepted a divergence that the budget does not allow"
         self._pay(request, self._price_nano(regret_nats))
 
     def _price_nano(self, regret_nats: float) -> int:

@@ -38,8 +38,8 @@ class Policy(ABC):
     """Base of the policies; deterministic given the same questions and feedback.
 
     One engine step: `start`, then for each draft step `decide` once per request that takes part and
-    `wants_another_step`; later, when the verification pass has run, `accepts` for held exits that their verdict differs
-    from, `on_verdict` for each exit that got one and `on_decode_step` with what it cost.
+    `wants_another_step`; later, when the verification pass has run, `verify_divergence` for held exits that their
+    verdict differs from, `on_verdict` for each exit that got one and `on_decode_step` with what it cost.
     """
 
     depth: int  # of the ramp it wants; read before each step's drafting
@@ -77,7 +77,7 @@ class Policy(ABC):
         """Heard so far on exits like this one."""
         return 0
 
-    def accepts(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
+    def verify_divergence(self, regret_nats: float, later: Sequence[Exit], fill_frac: float) -> bool:
         """Whether a held exit that differs is worth its cost. later: the request's held exits after it; fill_frac:
         share of the budget's capacity that is there."""
         return False

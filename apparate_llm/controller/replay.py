@@ -201,8 +201,8 @@ def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: R
             result.held += 1
             if not logged.agrees:
                 later = answer.taken[number + 1 :]
-                may = logged.regret_nats is not None and budget.may_accept(answer.bucket, regret)
-                if not (may and policy.accepts(regret, later, budget.fill_frac_of(answer.bucket))):
+                may = logged.regret_nats is not None and budget.verify_divergence(answer.bucket, regret)
+                if not (may and policy.verify_divergence(regret, later, budget.fill_frac_of(answer.bucket))):
                     break
                 budget.accept(answer.bucket, regret)
             result.accepted += 1

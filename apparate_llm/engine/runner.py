@@ -190,7 +190,7 @@ class EarlyExitRunner(FallbackRunner):
                 self.execute_model_state = state._replace(logits=logits)
 
     def _drafts_to_verify(self, state: ExecuteModelState) -> SpecDecodeMetadata | None:
-        """Held exits whose verdicts take scores; else what is accepted tells them, see `verdicts_of_sampling`."""
+        """Held exits whose verdicts take scores; else what is accepted tells them, see `verify_sampled`."""
         metadata, config = state.spec_decode_metadata, self.exit_config
         lossless = config.accuracy_bound == 0 and not config.allow_looser_requests and config.feedback_log is None
         if self.exit_drafter is None or metadata is None or metadata.max_spec_len == 0 or lossless:

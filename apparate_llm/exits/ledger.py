@@ -259,7 +259,7 @@ class VerdictLedger:
                 due.append(PendingVerdict(request_id, exit_, first_row + offset))
         return due
 
-    def record_verdicts(
+    def verify_released(
         self, pending: list[PendingVerdict], best: list[int], regrets_nats: list[float]
     ) -> list[Verdict]:
         """Verdicts on released exits: the full model's best token for each, and how much better it is."""

@@ -23,7 +23,7 @@ from apparate_llm.exits.draft import Drafter, DraftModel, DraftRequest
 from apparate_llm.exits.ledger import PendingVerdict, RequestExits, Verdict, VerdictLedger
 from apparate_llm.exits.memory import Memory
 from apparate_llm.exits.step_clock import StepClock
-from apparate_llm.exits.verify import Drafts, best_and_regret, verdicts_of_sampling, verify_held
+from apparate_llm.exits.verify import Drafts, best_and_regret, verify_held, verify_sampled
 
 
 class ExitStep:
@@ -80,7 +80,7 @@ class ExitStep:
     def verify_released(self, pending: list[PendingVerdict], logits: torch.Tensor) -> None:
         """logits [num_pending, vocab]."""
         token_ids = torch.tensor([item.exit.token_id for item in pending])
-        self.verdicts = self.ledger.record_verdicts(pending, *best_and_regret(logits, token_ids))
+        self.verdicts = self.ledger.verify_released(pending, *best_and_regret(logits, token_ids))
 
     def verify_held(self, drafts: Drafts, logits: torch.Tensor, request_ids: list[str], policy: Policy) -> None:
         """logits [num_tokens, vocab] are changed in place where a divergence is let through."""
@@ -112,7 +112,7 @@ class ExitStep:
             self.ledger.count_held(exits, num_drafts[index], len(checked) - 1)
             num_unverified = 0 if request_id in verified else num_drafts[index]
             end = int(batch.num_tokens[index])
-            self.verdicts += verdicts_of_sampling(request_id, exits, checked, end, num_unverified)
+            self.verdicts += verify_sampled(request_id, exits, checked, end, num_unverified)
             num_left = self._count(request_id, exits, checked, num_output)
             if num_left <= 0 or end >= batch.max_model_len:
                 is_turn = True

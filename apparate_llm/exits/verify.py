@@ -65,26 +65,26 @@ def verify_held(
             verdicts.append(Verdict(request_id, exit_, False, agrees, regret, follows_text=passes))
             if agrees or not passes:
                 continue
-            passes = diverging and _may_pass(exit_, regret, held[i + 1 :], request, ledger, policy)
+            passes = diverging and _verify_divergence(exit_, regret, held[i + 1 :], request, ledger, policy)
             if passes:
                 ledger.accept_divergence(request_id, exit_, regret)
                 logits[rows[row], exit_.token_id] += regret + 1.0  # one above the best
     return verdicts
 
 
-def _may_pass(
+def _verify_divergence(
     exit_: Exit, regret: float, later: list[Exit], request: RequestExits, ledger: VerdictLedger, policy: Policy
 ) -> bool:
     """Whether a held exit that differs may be let through, and `later` ones with it."""
     return (
         exit_.token_id not in request.stop_token_ids  # a divergence there would cut the answer off
         and policy.may_diverge(exit_)
-        and ledger.budget.may_accept(request.bucket, regret)
-        and policy.accepts(regret, later, ledger.budget.fill_frac_of(request.bucket))
+        and ledger.budget.verify_divergence(request.bucket, regret)
+        and policy.verify_divergence(regret, later, ledger.budget.fill_frac_of(request.bucket))
     )
 
 
-def verdicts_of_sampling(
+def verify_sampled(
     request_id: str, exits: RequestExits, checked: list[int], end: int, num_drafts: int
 ) -> list[Verdict]:
     """Verdicts that the sampled tokens show, of which the last is at `end` - 1: on `num_drafts` held exits, and on the

@@ -23,7 +23,7 @@ KEEP_EVERY_S = 30.0
 LONG_ANSWER_S = 45.0  # an answer that takes longer is kept unfinished
 STEP_TARGET_S = 0.5  # of a step with all slots in use: more requests at once would only make each take longer
 FEWEST_SLOTS = 16
-STEPS_JUDGED = 20
+STEPS_TIMED = 20
 MOST_FAILURES = 500  # prompts in a row that lead to nothing
 PRIOR_ANSWERS = 32
 CUT_ANSWER_TOKENS = 16  # an unfinished answer is used from there on
@@ -108,7 +108,7 @@ class Synthesiser:
             self._fill(most_tokens)
             began = time.monotonic()
             outputs = self.engine.step()
-            self._judge_step(time.monotonic() - began)
+            self._adapt_slots(time.monotonic() - began)
             for output in outputs:
                 self._take(output)
             on_step()
@@ -211,10 +211,10 @@ class Synthesiser:
         if self.failures >= MOST_FAILURES:
             raise RuntimeError(f"the last {self.failures} prompts were empty, too long, known or without an answer")
 
-    def _judge_step(self, step_s: float) -> None:
+    def _adapt_slots(self, step_s: float) -> None:
         """Fewer slots where a step takes long; the fastest of several steps counts, as others may use the machine."""
         self.step_s.append(step_s)
-        if len(self.step_s) >= STEPS_JUDGED:
+        if len(self.step_s) >= STEPS_TIMED:
             fastest = min(self.step_s)
             if len(self.work) >= self.slots and fastest > STEP_TARGET_S:
                 self.slots = max(FEWEST_SLOTS, int(self.slots * STEP_TARGET_S / fastest))

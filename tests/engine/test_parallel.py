@@ -14,7 +14,7 @@ LOSSLESS = {"accuracy_bound": 0.0}
 FAULTS = [
     ("runner", "_requests_change"),
     ("runner", "_with_verdict_rows"),
-    ("ledger", "record_verdicts"),
+    ("ledger", "verify_released"),
     ("runner", "_verify_held"),
     ("clock", "completed"),
     ("step", "emit"),

@@ -89,7 +89,7 @@ def test_verdicts_are_the_full_models_choice_after_what_was_emitted(depth, tiny_
     options = {"ramps": str(lens_ramps(depth=depth)), **RELEASE_ALL, "accuracy_bound": 0.9}
     with Engine(tiny_llama, options) as engine:
         seen = []
-        original = engine.runner.ledger.record_verdicts
+        original = engine.runner.ledger.verify_released
 
         def record(pending, verdicts, regrets):
             for item, verdict, regret in zip(pending, verdicts, regrets, strict=True):
@@ -97,7 +97,7 @@ def test_verdicts_are_the_full_models_choice_after_what_was_emitted(depth, tiny_
                 assert (regret > 0) == (item.exit.token_id != verdict)
             return original(pending, verdicts, regrets)
 
-        engine.runner.ledger.record_verdicts = record
+        engine.runner.ledger.verify_released = record
         (answer,) = engine.tokens(PROMPTS[:1], greedy(40))
         counts = engine.counts()
     prompt = PROMPTS[0]["prompt_token_ids"]

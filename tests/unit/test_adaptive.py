@@ -110,9 +110,9 @@ def test_a_cheap_divergence_that_saves_much_is_taken_when_the_budget_is_full():
     later = [proposed(0.9, 1), proposed(0.9, 2)]
     for exit_ in later:
         exit_.probability = 0.9
-    assert policy.accepts(0.3, [], fill_frac=0.5)
-    assert not policy.accepts(0.3, [], fill_frac=0.01)
-    assert not policy.accepts(2.0, [], fill_frac=1.0) and policy.accepts(2.0, later, fill_frac=1.0)
+    assert policy.verify_divergence(0.3, [], fill_frac=0.5)
+    assert not policy.verify_divergence(0.3, [], fill_frac=0.01)
+    assert not policy.verify_divergence(2.0, [], fill_frac=1.0) and policy.verify_divergence(2.0, later, fill_frac=1.0)
 
 
 def test_a_deeper_ramp_that_agrees_more_takes_over_and_gives_way_when_it_costs_too_much():

@@ -10,7 +10,7 @@ def test_a_bound_of_zero_allows_nothing():
     budget, request = AccuracyBudget(0.0), Bucket.of_request(0.0)
     budget.emit(request, 10**9)
     assert not budget.may_release(request)
-    assert not budget.may_accept(request, 0.0)
+    assert not budget.verify_divergence(request, 0.0)
 
 
 def test_unverified_exits_count_as_wrong_until_proven_right():
@@ -39,7 +39,7 @@ def test_a_calm_server_saves_up_only_so_much():
     budget, request = AccuracyBudget(0.05), Bucket.of_request(0.05)
     budget.emit(request, 1_000_000)
     spent = 0
-    while budget.may_accept(request, 1.0):
+    while budget.verify_divergence(request, 1.0):
         budget.accept(request, 1.0)
         spent += 1
     assert spent == HORIZON_TOKENS * 0.05
@@ -56,18 +56,18 @@ def test_by_regret_only_what_is_known_is_paid_for():
     budget, request = AccuracyBudget(0.01, "regret"), Bucket.of_request(0.01)
     budget.emit(request, 100)
     assert not budget.may_release(request)
-    assert budget.may_accept(request, 0.7)
+    assert budget.verify_divergence(request, 0.7)
     budget.accept(request, 0.7)
-    assert not budget.may_accept(request, 0.7)
-    assert budget.may_accept(request, 0.2)
+    assert not budget.verify_divergence(request, 0.7)
+    assert budget.verify_divergence(request, 0.2)
 
 
 @pytest.mark.parametrize("regret_nats", [float("inf"), float("nan")])
 def test_a_regret_that_is_no_number_cannot_be_paid(regret_nats):
     budget, request = AccuracyBudget(0.9, "regret"), Bucket.of_request(0.9)
     budget.emit(request, 10**6)
-    assert budget.may_accept(request, 1.0)
-    assert not budget.may_accept(request, regret_nats)
+    assert budget.verify_divergence(request, 1.0)
+    assert not budget.verify_divergence(request, regret_nats)
 
 
 @pytest.mark.parametrize("bound", [0.01, 0.05, 0.07, 0.29, 0.5])
@@ -80,7 +80,7 @@ def test_no_course_of_events_breaks_a_bound(bound):
     for _ in range(20_000):
         i = rng.randrange(4)
         request = requests[i]
-        if budget.may_accept(request, 0.3) and rng.random() < 0.3:
+        if budget.verify_divergence(request, 0.3) and rng.random() < 0.3:
             budget.accept(request, 0.3)
             at_worst[i] += 1
         emitted[i] += 1
@@ -108,7 +108,7 @@ def test_no_course_of_events_breaks_a_bound(bound):
 def test_just_so_many_tokens_earn_a_divergence(percent):
     """By sums of floats it would be one more or less for some bounds."""
     budget, request, emitted = AccuracyBudget(percent / 100), Bucket.of_request(percent / 100), 0
-    while not budget.may_accept(request, 0.0):
+    while not budget.verify_divergence(request, 0.0):
         budget.emit(request, 1)
         emitted += 1
     assert emitted == -(-100 // percent)

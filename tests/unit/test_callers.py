@@ -45,7 +45,7 @@ class Caller:
         budget.emit(bucket, 1)
         self.emitted, self.left = self.emitted + 1, self.left - 1
         may = self.diverges and self.request.releasable and self.request.takes_exits and self.left > 0
-        if may and rng.random() < 0.5 and budget.may_accept(bucket, 1.0):
+        if may and rng.random() < 0.5 and budget.verify_divergence(bucket, 1.0):
             budget.accept(bucket, 1.0)
             budget.emit(bucket, 1)
             self.count(1)

@@ -39,7 +39,7 @@ def test_a_verdict_is_due_where_the_position_before_it_is_computed():
 
 def test_verdicts_settle_exits():
     ledger = ledger_with(exit_at(10, 5), exit_at(11, 6))
-    ledger.record_verdicts(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
+    ledger.verify_released(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
     assert (ledger.counts.verified, ledger.counts.divergences, ledger.counts.outstanding) == (2, 1, 0)
     assert ledger.counts.regret_nats == 0.4
     assert ledger.budget.server.spent_nano == NANO
@@ -48,7 +48,7 @@ def test_verdicts_settle_exits():
 
 def test_an_ended_request_leaves_its_open_exits_unverified():
     ledger = ledger_with(exit_at(10, 5), exit_at(11, 6))
-    ledger.record_verdicts(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [5], [0.0])
+    ledger.verify_released(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [5], [0.0])
     ledger.end_request("a")
     ledger.end_request("a")  # told twice, counted once
     assert (ledger.counts.verified, ledger.counts.unverified, ledger.counts.outstanding) == (1, 1, 0)
@@ -59,7 +59,7 @@ def test_exits_that_end_without_a_verdict_count_against_the_bound():
     share = TenantShare(Bucket.for_tenant(0.5, 1))
     ledger = ledger_with(exit_at(10, 5), exit_at(11, 6), exit_at(12, 7))
     ledger.requests["a"].share = share
-    ledger.record_verdicts(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [6], [0.3])
+    ledger.verify_released(ledger.due("a", first_position=9, num_scheduled=1, first_row=0), [6], [0.3])
     ledger.counts.emitted = SETTLED_TOKENS + 1
     ledger.end_request("a")
     counts = ledger.counts.as_dict()

@@ -41,7 +41,7 @@ def status():
     for _ in released:
         ledger.budget.release(request.bucket)
     ledger.release("a", released)
-    ledger.record_verdicts(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
+    ledger.verify_released(ledger.due("a", first_position=9, num_scheduled=3, first_row=0), [5, 7], [0.0, 0.4])
     request.held = [Exit(12 + i, 3, depth=0, draft_step=i, confidence=0.5) for i in range(3)]
     ledger.accept_divergence("a", request.held[1], 0.25)
     ledger.count_held(request, num_held=3, num_accepted=2)

@@ -253,7 +253,7 @@ RETIRED = (
     r"[\"`.]copied\b|\bcopied *=(?!=)|\bexit_?\.match\b|\bmatch=\d|\bLONG(EST)?_MATCH\b",  # prompt lookup
     r"\binner states?\b",  # auxiliary hidden states
     r"\brequest class(es)?\b",  # tenant
-    r"\bjudge_\w+",  # verify
+    r"\b_?judge_\w+|\bmay_accept\b|\.accepts\(|\baccepts=|def accepts\b|\brecord_verdicts\b",  # verify_*
     r"\bcompletion_(ms|pass|passes|seconds)\b",  # verify_ms, verification pass
     r"\brounds?_(?!robin)\w+|\w+_rounds?\b",  # draft step
     rf"(?<!way )\brounds?\b(?!\(|-| {VERB})",  # draft step; position, of an exit in its engine step

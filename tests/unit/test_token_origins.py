@@ -19,7 +19,7 @@ def test_every_emitted_token_has_its_origin_and_verdicts_come_late():
     ledger.emit("a", 1, now_s=0.0)
     released = [exit_at(11, 5), exit_at(12, 6, depth=0)]
     ledger.release("a", released)
-    ledger.record_verdicts(
+    ledger.verify_released(
         ledger.due("a", first_position=10, num_scheduled=1, first_row=0), [5], [0.0]
     )  # the second comes later
     ledger.emit("a", 1, now_s=0.1)
@@ -27,7 +27,7 @@ def test_every_emitted_token_has_its_origin_and_verdicts_come_late():
     request.held[1].is_divergence = True
     ledger.count_held(request, num_held=3, num_accepted=2)
     ledger.emit("a", 3, now_s=0.2)
-    ledger.record_verdicts(ledger.due("a", first_position=11, num_scheduled=1, first_row=0), [9], [0.3])
+    ledger.verify_released(ledger.due("a", first_position=11, num_scheduled=1, first_row=0), [9], [0.3])
     ledger.release("a", [exit_at(18)])
     ledger.end_request("a")
     report = ledger.report("key")["a"]

@@ -12,7 +12,7 @@ from apparate_llm.exits.verify import verify_held
 VOCAB, STOP = 10, 7
 
 
-def judged(
+def verified(
     *drafts: int, best: list[int], stops: frozenset[int] = frozenset({STOP}), may_diverge: bool = True
 ) -> tuple[VerdictLedger, list[int]]:
     """The ledger after a pass over one request's drafts, and the best tokens that vLLM's sampler then sees."""
@@ -29,28 +29,28 @@ def judged(
         target_logits_indices=torch.arange(len(drafts)),
         draft_token_ids=torch.tensor(drafts),
     )
-    policy = SimpleNamespace(accepts=lambda *args: True, may_diverge=lambda exit_: may_diverge)
+    policy = SimpleNamespace(verify_divergence=lambda *args: True, may_diverge=lambda exit_: may_diverge)
     verify_held(logits, metadata, ["a"], ledger=ledger, policy=policy, may_diverge=lambda request_id: True)
     return ledger, logits.argmax(1).tolist()
 
 
 def test_a_wrong_token_is_let_through_where_the_budget_allows_it():
-    ledger, seen = judged(3, 4, best=[2, 4, 5])
+    ledger, seen = verified(3, 4, best=[2, 4, 5])
     assert seen == [3, 4, 5] and ledger.counts.accepted_divergences == 1
 
 
 def test_a_wrong_end_is_not():
-    ledger, seen = judged(STOP, 4, best=[2, 4, 5])
+    ledger, seen = verified(STOP, 4, best=[2, 4, 5])
     assert seen == [2, 4, 5] and ledger.counts.accepted_divergences == 0
-    ledger, seen = judged(STOP, 4, best=[2, 4, 5], stops=frozenset())
+    ledger, seen = verified(STOP, 4, best=[2, 4, 5], stops=frozenset())
     assert seen == [STOP, 4, 5] and ledger.counts.accepted_divergences == 1
 
 
 def test_a_wrong_token_in_place_of_an_end_is():
-    ledger, seen = judged(3, best=[STOP, 5])
+    ledger, seen = verified(3, best=[STOP, 5])
     assert seen == [3, 5] and ledger.counts.accepted_divergences == 1
 
 
 def test_no_wrong_token_is_where_the_policy_has_not_heard_enough():
-    ledger, seen = judged(3, 4, best=[2, 4, 5], may_diverge=False)
+    ledger, seen = verified(3, 4, best=[2, 4, 5], may_diverge=False)
     assert seen == [2, 4, 5] and ledger.counts.accepted_divergences == 0
