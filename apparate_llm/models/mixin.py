@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from apparate_llm.config import config_from_vllm
-from apparate_llm.models.quantised_heads import for_serving
+from apparate_llm.models.quantised_heads import quantised_head
 from apparate_llm.ramps.base_weights import BaseWeights
 from apparate_llm.ramps.checkpoint import choose_depth
 from apparate_llm.ramps.fitting import Sibling, fitting_ramps
@@ -82,7 +82,7 @@ class EarlyExitMixin(_Base):
             base_weights = {"norm": base.norm, "head": base.head()}
             for depth in manifest.depths if config.depth == "auto" else [self.default_depth]:
                 ramps = load_ramps(folder, manifest, depth=depth, base_weights=base_weights, dtype=self._dtype)
-                ramps.head = for_serving(ramps.head, self._dtype)
+                ramps.head = quantised_head(ramps.head, self._dtype)
                 self.ramps[str(depth)] = ramps
             loaded |= {f"ramps.{name}" for name, _ in self.ramps.named_parameters()}
         return loaded

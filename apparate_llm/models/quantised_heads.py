@@ -20,7 +20,7 @@ LARGEST = 127
 MULTIPLE = 32  # the kernels want the number of output channels to be one of this
 
 
-def for_serving(head: Head, dtype: torch.dtype) -> Head:
+def quantised_head(head: Head, dtype: torch.dtype) -> Head:
     """A trained ramp's faster head, where there is one, else itself."""
     if not isinstance(head, FusedHead) or not current_platform.is_cpu():
         return head

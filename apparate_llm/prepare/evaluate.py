@@ -166,11 +166,11 @@ def with_progress(progress: Progress, depths: Iterable[int]) -> Iterator[int]:
 
 def served_ramps(folder: Path, manifest: RampManifest, answered: Answered, depth: int) -> RampSet:
     """The ramp as a server on this machine runs it."""
-    from apparate_llm.models.quantised_heads import for_serving
+    from apparate_llm.models.quantised_heads import quantised_head
 
     weights = {"norm": answered.base.norm, "head": answered.base.lm_head}
     ramps = load_ramps(folder, manifest, depth=depth, base_weights=weights, dtype=answered.dtype)
-    ramps.head = for_serving(ramps.head, answered.dtype)
+    ramps.head = quantised_head(ramps.head, answered.dtype)
     return ramps
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from apparate_llm.files import replacing
-from apparate_llm.models.quantised_heads import for_serving
+from apparate_llm.models.quantised_heads import quantised_head
 from apparate_llm.prepare.evaluate import ceiling
 from apparate_llm.prepare.plan import Plan, Run
 from apparate_llm.prepare.recorded import measured_tensors
@@ -124,7 +124,7 @@ def measure_depth(run: Run, rows_record: dict[str, Any], depth: int, trained: di
     base, kinds = BaseParts.of(plan.model), run.store.kinds()
     data = DraftData(rows, base, depth=depth, aux_layers=plan.aux_layers, vocabulary=vocabulary.long())
     dtype = rows.final.dtype
-    served = for_serving(_restored(head, base, vocabulary.long(), plan, dtype), dtype)
+    served = quantised_head(_restored(head, base, vocabulary.long(), plan, dtype), dtype)
     for name, split in (("validation", VALIDATION), ("measured", TEST)):
         index = thinned(starts(rows, split=split), MOST_MEASURED_ROWS)
         measured = measure_head(served, data, index)

@@ -13,9 +13,9 @@ from apparate_llm.models.quantised_heads import (
     Int8Linear,
     PlainLinear,
     QuantisedHead,
-    for_serving,
     has_fast_int8,
     has_fbgemm,
+    quantised_head,
 )
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.heads import FusedHead, LookupFeature
@@ -54,19 +54,19 @@ def test_a_quantised_linear_is_the_linear_within_two_percent(shape, num_tokens):
 
 @needs_fbgemm
 def test_only_bfloat16_is_quantised_to_int8_and_only_where_the_cpu_is_fast_at_it(head):
-    quantised = for_serving(head, torch.bfloat16)
+    quantised = quantised_head(head, torch.bfloat16)
     assert isinstance(quantised.head, Int8Linear if has_fast_int8() else HalfLinear)
-    assert isinstance(for_serving(head.float(), torch.float32).head, HalfLinear)
+    assert isinstance(quantised_head(head.float(), torch.float32).head, HalfLinear)
 
 
 ALONE = """
 import torch
-from apparate_llm.models.quantised_heads import for_serving
+from apparate_llm.models.quantised_heads import quantised_head
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.heads import FusedHead
 
 shape = HeadShape(hidden_size=64, ramp_vocab=120, eps=1e-5, intermediate_size=96, num_aux_layers=2)
-head = for_serving(FusedHead(shape).eval(), torch.float32)
+head = quantised_head(FusedHead(shape).eval(), torch.float32)
 assert head.enter(torch.ones(1, 64), [torch.ones(1, 64)] * 2).shape == (1, 64)
 """
 
@@ -79,7 +79,7 @@ def test_a_quantised_head_needs_no_engine_in_its_process():
 
 def test_without_its_kernels_a_ramp_runs_as_the_models_own_layers(head, monkeypatch):
     monkeypatch.setattr(quantised_heads, "has_fbgemm", lambda: False)
-    assert isinstance(for_serving(head.float(), torch.float32).head, PlainLinear)
+    assert isinstance(quantised_head(head.float(), torch.float32).head, PlainLinear)
 
 
 @pytest.mark.parametrize(

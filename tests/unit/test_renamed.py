@@ -264,6 +264,7 @@ RETIRED = (
     r"\b(found|told|said)\b *(:[^=\n]*)?[-+|:]?=(?!=)",  # by content: paths, matches, records
     r"\bfor (\w+, )?(found|told|said) in\b|\b(found|told|said)\[|\bdef _?(found|told|said)\b|\((found|told|said)[,:)]",
     r"\bspreads? *=(?!=)|\bspread_frac\b",  # histogram, error_frac
+    r"\bfor_serving\b|\bPackedHead\b",  # quantised_head
     r"\bstock_\w+",  # original
     r"\bpaces?\b",  # slowdown
     r"(?<!\.)\bprices?\b(?!: float)",  # cost; not of the product in an answer
