@@ -8,17 +8,18 @@ from typing import Any
 from apparate_llm.files import write_atomically
 
 FOLDER = "batch_invariance"  # in the cache folder
-STOCK = "stock"  # vLLM's own kernels
+VLLM_KERNELS = "stock"  # what `--kernels` calls vLLM's own
 
 
 def keep(
-    cache: Path, model: str, dtype: str, num_threads: int, sentence: str, holds: bool, kernels: str = STOCK
+    cache: Path, model: str, dtype: str, num_threads: int, sentence: str, holds: bool, kernels: str = VLLM_KERNELS
 ) -> None:
     """Raises OSError where it cannot be written."""
     folder = cache / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     record = {"model": model, "dtype": dtype, "threads": num_threads, "sentence": sentence, "holds": holds}
-    name = "-".join([model.replace("/", "--"), dtype, str(num_threads), *([] if kernels == STOCK else [kernels])])
+    others = [] if kernels == VLLM_KERNELS else [kernels]
+    name = "-".join([model.replace("/", "--"), dtype, str(num_threads), *others])
     write_atomically(folder / f"{name}.json", json.dumps(record | {"kernels": kernels}).encode())
 
 
@@ -27,7 +28,7 @@ def kept(cache: Path) -> list[dict[str, Any]]:
     records = []
     for path in sorted((cache / FOLDER).glob("*.json")):
         try:
-            one = {"kernels": STOCK} | json.loads(path.read_text())
+            one = {"kernels": VLLM_KERNELS} | json.loads(path.read_text())
             records.append({name: one[name] for name in ("model", "dtype", "threads", "sentence", "holds", "kernels")})
         except (OSError, ValueError, KeyError, TypeError):
             continue

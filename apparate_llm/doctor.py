@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from apparate_llm.config import ConfigError
-from apparate_llm.coverage import STOCK, kept
+from apparate_llm.coverage import VLLM_KERNELS, kept
 from apparate_llm.default_model import PACKAGE as MODEL_PACKAGE
 from apparate_llm.default_model import PACKAGE_VERSION as MODEL_VERSION
 from apparate_llm.flags import Commands
@@ -226,7 +226,7 @@ def check_kernels() -> list[Finding]:
     if not takes_zentorch():
         return []
     if (version := installed(ZENTORCH)) is None:
-        return [Finding("note", f"{ZENTORCH} is missing: AMD's kernels, often faster than vLLM's stock ones", FIX)]
+        return [Finding("note", f"{ZENTORCH} is missing: AMD's kernels, often faster than vLLM's own", FIX)]
     return [Finding("ok", f"{ZENTORCH} {version}; `apparate-llm tune` says whether it pays")]
 
 
@@ -271,7 +271,7 @@ def check_batch_invariance() -> list[Finding]:
         Finding(
             "ok" if one["holds"] else "note",
             f"batch invariance of {one['model']}, {one['dtype']}, {one['threads']} threads"
-            + (f", {one['kernels']}" if one["kernels"] != STOCK else "")
+            + (f", {one['kernels']}" if one["kernels"] != VLLM_KERNELS else "")
             + f": {one['sentence']}",
         )
         for one in records

@@ -9,7 +9,7 @@ logger = logging.getLogger("vllm.apparate")
 
 
 def platform() -> str | None:
-    """Of `vllm.platform_plugins`: vLLM's stock one for a CPU, where it would take zentorch's. None: as vLLM does."""
+    """Of `vllm.platform_plugins`: vLLM's own for a CPU, where it would take zentorch's. None: as vLLM does."""
     return "vllm.platforms.cpu.CpuPlatform" if os.environ.get(KERNELS) == "stock" else None
 
 

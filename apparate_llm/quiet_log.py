@@ -54,8 +54,8 @@ def log_of_engines(
         if watch is not None:
             watch.stop()
         if failed:
-            errors_told = watch is not None and watch.num_errors > 0
-            _say(console, *([f"all of it: {log}"] if errors_told else end_of(log, began)))
+            has_errors = watch is not None and watch.num_errors > 0
+            _say(console, *([f"all of it: {log}"] if has_errors else end_of(log, began)))
         for name, stream in users.items():
             with suppress(OSError, ValueError):
                 getattr(sys, name).flush()

@@ -44,10 +44,10 @@ class Overrides:
 
 def check_target(patch: Patch, target: Target) -> None:
     """Raise PatchMismatchError unless vLLM's version and the target's source are those the patch was made for."""
-    from vllm import __version__ as found_version
+    from vllm import __version__ as installed_version
 
-    if found_version.split("+")[0] != VLLM_VERSION:
-        raise PatchMismatchError(f"patch of {patch.target} is for vLLM {VLLM_VERSION}, found {found_version}")
+    if installed_version.split("+")[0] != VLLM_VERSION:
+        raise PatchMismatchError(f"patch of {patch.target} is for vLLM {VLLM_VERSION}, found {installed_version}")
     _check_source(f"patch of {patch.target}", patch.source_sha256, source_sha256(target))
 
 

@@ -8,8 +8,8 @@ import pytest
 if TYPE_CHECKING:
     from tests.fake_hub import Hub
 
-# Before vLLM is imported: engines live in the test's own process, nothing is looked up outside, kernels are the stock
-# ones, and servers use this machine as vLLM does by itself, unless a test asks for something else.
+# Before vLLM is imported: engines live in the test's own process, nothing is looked up outside, kernels are vLLM's
+# own, and servers use this machine as vLLM does by itself, unless a test asks for something else.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",

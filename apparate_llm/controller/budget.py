@@ -220,13 +220,13 @@ class AccuracyBudget:
 
     def verify_divergence(self, request: Bucket, regret_nats: float) -> bool:
         """Whether a held exit that its verdict differs from may be emitted."""
-        return self._all_afford(request, self._price_nano(regret_nats))
+        return self._all_afford(request, self._cost_nano(regret_nats))
 
     def accept(self, request: Bucket, regret_nats: float) -> None:
         assert self.verify_divergence(request, regret_nats), "accepted a divergence that the budget does not allow"
-        self._pay(request, self._price_nano(regret_nats))
+        self._pay(request, self._cost_nano(regret_nats))
 
-    def _price_nano(self, regret_nats: float) -> int:
+    def _cost_nano(self, regret_nats: float) -> int:
         # What is no number costs the most, too.
         return NANO if self.kind == "agreement" else math.ceil(min(MOST_NATS, regret_nats) * NANO)
 

@@ -10,7 +10,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from apparate_llm.config import config_from_vllm
-from apparate_llm.coverage import STOCK, keep
+from apparate_llm.coverage import VLLM_KERNELS, keep
 from apparate_llm.engine.batch import attention_groups
 from apparate_llm.engine.batch_invariance import Coverage, before_loading, before_serving, cover
 from apparate_llm.engine.compared_passes import different_passes
@@ -74,4 +74,4 @@ class BatchInvariantWorker(CPUWorker):
 
 
 def kernels_in_use() -> str:
-    return ZENTORCH if current_platform.is_zen_cpu() else STOCK
+    return ZENTORCH if current_platform.is_zen_cpu() else VLLM_KERNELS

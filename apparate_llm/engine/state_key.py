@@ -16,7 +16,7 @@ from apparate_llm.naming import model_name
 def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
     """What the controller's experience is worth nothing without: model, ramps at `depths`, machine and how it is
     used."""
-    kernels = {ZENTORCH: True} if current_platform.is_zen_cpu() else {}  # by themselves vLLM's stock ones
+    kernels = {ZENTORCH: True} if current_platform.is_zen_cpu() else {}  # by themselves vLLM's own
     model = runner.get_model()
     # Siblings that share ramps, and maybe a name, have different weights.
     weights = {} if model.sibling is None else {"weights": model.weights_fingerprint}

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.coverage import STOCK, kept
+from apparate_llm.coverage import VLLM_KERNELS, kept
 from apparate_llm.eval.plan import SteadyPlan
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.schema import SteadyRun
@@ -152,7 +152,7 @@ def times_of(run: SteadyRun) -> Times:
 def variance(plan: TunePlan, choice: Choice) -> str | None:
     """Why this choice's texts would depend on the load, by what the server has found at its start; None: they do
     not."""
-    kernels = choice.kernels or (ZENTORCH if has_zentorch() else STOCK)
+    kernels = choice.kernels or (ZENTORCH if has_zentorch() else VLLM_KERNELS)
     number = num_threads(choice, plan.limits)
     records = [
         one

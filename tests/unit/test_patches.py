@@ -406,7 +406,7 @@ def test_weights_go_to_huge_pages_where_no_runner_of_ours_moves_them(monkeypatch
     assert Worker.load_model is once is not original
 
 
-def test_vllms_stock_platform_is_taken_where_stock_kernels_are_wanted(monkeypatch):
+def test_vllms_own_platform_is_taken_where_its_kernels_are_wanted(monkeypatch):
     from vllm.platforms.cpu import CpuPlatform
 
     from apparate_llm.plugin import platform

@@ -265,7 +265,7 @@ RETIRED = (
     r"\bfor (\w+, )?(found|told|said) in\b|\b(found|told|said)\[|\bdef _?(found|told|said)\b|\((found|told|said)[,:)]",
     r"\bspreads? *=(?!=)|\bspread_frac\b",  # histogram, error_frac
     r"\bfor_serving\b|\bPackedHead\b",  # quantised_head
-    r"\bstock_\w+",  # original
+    r"\bstock_\w+|\bstock (one|ones|platform)\b|\b(errors_told|found_version|_price_nano)\b",  # original, own
     r"\bpaces?\b",  # slowdown
     r"(?<!\.)\bprices?\b(?!: float)",  # cost; not of the product in an answer
     r"\bnever stop",  # closed loop

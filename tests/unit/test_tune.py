@@ -60,9 +60,9 @@ def test_kernels_and_pages_are_tried_with_the_best_so_far(zentorch):
     best = Choice(threads="all", worker="engine", huge_pages=True)
     assert of_kernels(best, OLD, TWO, zentorch=False) == []
     zentorch(True)
-    (stock,) = of_kernels(best, OLD, TWO, zentorch=True)  # where it is installed, vLLM takes it by itself
-    assert stock == best.model_copy(update={"kernels": "stock"})
-    (back,) = of_kernels(stock, OLD, TWO, zentorch=True)
+    (of_vllm,) = of_kernels(best, OLD, TWO, zentorch=True)  # where it is installed, vLLM takes it by itself
+    assert of_vllm == best.model_copy(update={"kernels": "stock"})
+    (back,) = of_kernels(of_vllm, OLD, TWO, zentorch=True)
     assert back.kernels == "zentorch"
     (small,) = of_pages(best, OLD, TWO, given="madvise")
     assert small == best.model_copy(update={"huge_pages": False})
