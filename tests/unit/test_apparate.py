@@ -14,7 +14,7 @@ def test_replaying_a_window_by_hand():
     records = [(Seen(0.1, RIGHT),), (Seen(0.3, WRONG),), (Seen(0.6, RIGHT),), (None,)]
     assert replay_window(records, [0.0], [10.0]) == (1.0, 0.0)
     assert replay_window(records, [0.2], [10.0]) == (1.0, 2.5)  # one of four exits, rightly
-    assert replay_window(records, [0.5], [10.0]) == (0.75, 5.0)  # two exit, one wrongly
+    assert replay_window(records, [0.5], [10.0]) == (0.75, 5.0)  # two exit, one of them a divergence
     two = [(Seen(0.5, WRONG), Seen(0.1, RIGHT))]
     assert replay_window(two, [0.2, 0.2], [10.0, 4.0]) == (1.0, 4.0)  # not at the first ramp, rightly at the second
     assert replay_window(two, [0.6, 0.2], [10.0, 4.0]) == (0.0, 10.0)

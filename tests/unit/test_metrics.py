@@ -30,7 +30,7 @@ FOLDER = Path(api.__path__[0])
 
 @pytest.fixture(scope="module")
 def status():
-    """Of a server that has seen one request: two exits released, one wrong; three held, one of them let through."""
+    """Of a server that has seen one request: two exits released, one a divergence; three held, one let through."""
     ledger = VerdictLedger(AccuracyBudget(0.5), shares_of(CONFIG))
     share = ledger.tenants["fast"]
     request = RequestExits(releasable=True, bucket=Bucket.of_request(0.5), tpt_target_ms=30.0, share=share)
