@@ -25,7 +25,7 @@ KINDS = ("open", "code", "passage", "user")  # of a prompt; the last are the use
 NEXT_TURN_SHARE = 0.4  # of the prompts go on after an answer: they cost least, as all before them was computed
 MOST_TURNS_TOKENS = 640  # of what is gone on with
 MOST_ANSWERS = 64  # of each split that can be gone on with: the newest, whose keys and values are still there
-PASSAGE_SHARE = 0.3  # of the others ask about a text that the model wrote earlier
+PASSAGE_SHARE = 0.3  # of the others ask about a text that the model wrote earlier; fewer the more it writes code
 # So much of the rest opens like a programmer's, until the model shows what it is made for: an empty opening gives what
 # its training data asked (Xu et al., Magpie, ICLR 2025), and these answers hold code or not.
 CODE_SHARE, CODE_PRIOR = 0.3, 20  # answers that this first guess counts for
@@ -127,7 +127,7 @@ class PromptSource:
         split = next_split(self._counts)
         if self._answers[split] and rng.random() < NEXT_TURN_SHARE:
             return self._next_turn(split, rng)
-        if self._passages[split] and rng.random() < PASSAGE_SHARE:
+        if self._passages[split] and rng.random() < PASSAGE_SHARE * (1 - self.code_share):
             passage = self.chat.tokenizer.decode(rng.choice(self._passages[split]), skip_special_tokens=True).strip()
             before, after = self._affixes(rng)
             ids = self._encode(before + rng.choice(PASSAGE_TASKS).replace("{}", passage) + after)

@@ -14,7 +14,6 @@ from apparate_llm.prepare.workspace import Workspace
 
 RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.06, 60.0, 0.4  # of the budget, for measuring and the report
 ENOUGH_S, ENOUGH_TOKENS = 900.0, 200_000  # for more than one lap
-LONG_S, LONG_TOKENS = 7200.0, 1_000_000  # for three of them: a short run has no time for another training
 MOST_EPOCHS, FEWEST_EPOCHS = 3.0, 1.5  # of the first depth; the others start from it and take half as many
 ENOUGH_ROWS = 1_280_000  # seen by then, more epochs overfit few rows and only cost time with many
 SHIFT = 0.12  # of the time left, to what is short
@@ -36,7 +35,6 @@ class Course:
 
 
 ONE_LAP = Course((1.0,), (1.0,), 0.6)
-TWO_LAPS = Course((0.5, 1.0), (0.3, 0.7), 0.66)
 THREE_LAPS = Course((0.25, 0.5, 1.0), (0.2, 0.3, 0.5), 0.6)
 
 
@@ -83,9 +81,8 @@ class Schedule:
     @property
     def course(self) -> Course:
         tokens, seconds = self.tokens, self.time_budget_s
-        size = tokens / ENOUGH_TOKENS if tokens is not None else (seconds or 0.0) / ENOUGH_S
-        long = LONG_TOKENS / ENOUGH_TOKENS if tokens is not None else LONG_S / ENOUGH_S
-        return ONE_LAP if size < 1 else TWO_LAPS if size < long else THREE_LAPS
+        is_enough = tokens >= ENOUGH_TOKENS if tokens is not None else (seconds or 0.0) >= ENOUGH_S
+        return THREE_LAPS if is_enough else ONE_LAP
 
     @property
     def work_s(self) -> float:
