@@ -41,7 +41,7 @@ class Choice(BaseModel):
 
 
 AS_VLLM = Choice()  # with --tuning off
-DEFAULT = AS_VLLM  # where nothing was measured
+DEFAULT = Choice(threads="all", huge_pages=True, worker="engine")  # where nothing was measured
 ALL_CORES = Choice(threads="all")
 
 

@@ -1,4 +1,4 @@
-"""What is in force for one server: what was measured, else as vLLM does, and what its user says by hand."""
+"""What is in force for one server: what was measured, else all cores, and what its user says by hand."""
 
 import os
 from collections.abc import Mapping, Sequence

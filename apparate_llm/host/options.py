@@ -42,8 +42,9 @@ class Tuning(BaseModel):
 
     tuning: Literal["auto", "off", "again"] = Field(
         "auto",
-        description="how this machine is used: auto: as `apparate-llm tune` has found best for it and the model, or as "
-        "vLLM does by itself where nothing was measured; off: as vLLM does; again: measure first, for minutes",
+        description="how this machine is used: auto: as `apparate-llm tune` has found best for it and the model; where "
+        "it was not measured, all cores, huge pages and the worker in the engine's process; off: as vLLM does; again: "
+        "measure first, for minutes",
     )
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="how many threads compute, or auto"

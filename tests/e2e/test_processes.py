@@ -161,6 +161,7 @@ def test_engine_and_worker_are_forks_and_only_the_worker_is_bound_to_its_cores(s
 
 IN_ENGINE = ("--worker", "engine")
 BLOCKING = ("--queues", "block")
+BY_DEFAULT = ("--tuning", "auto")
 
 
 @pytest.mark.long
@@ -209,8 +210,9 @@ def errors_of_ours(log: str) -> list[str]:
 @pytest.mark.long
 def test_however_its_processes_are_a_server_answers_alike_and_ends_in_order(started, answer_of, tiny_llama):
     texts = []
-    for flags in ((), BLOCKING, IN_ENGINE):
+    for flags in ((), BLOCKING, IN_ENGINE, BY_DEFAULT):
         with started(*flags) as server:
+            assert ("not measured here" in server.log.read_text()) == (flags == BY_DEFAULT)
             texts.append(answer_of(server))
             time.sleep(6)  # until readers have heard of their first notices: longer waits from here on
             assert answer_of(server) == texts[0]
@@ -218,7 +220,7 @@ def test_however_its_processes_are_a_server_answers_alike_and_ends_in_order(star
             server.process.send_signal(signal.SIGTERM)
             assert server.wait_until_gone() == 0
         assert not errors_of_ours(server.log.read_text()), "vLLM itself may log that its streams broke off"
-    assert texts[0] and texts == [texts[0]] * 3
+    assert texts[0] and texts == [texts[0]] * 4
 
 
 def test_waiting_engines_and_workers_that_block_take_no_processor(started, answer_of):

@@ -103,8 +103,14 @@ def test_the_line_says_what_is_in_force(zentorch):
     assert "queues" not in line(Choice(worker="engine"), FOUR, {}, ""), "there are none"
 
 
-def test_the_default_is_as_vllm_does(zentorch):
-    assert DEFAULT == AS_VLLM and variables(DEFAULT, SHARED) == {}
+def test_the_default_has_all_cores_and_no_queues(zentorch):
+    assert variables(DEFAULT, FOUR) == {
+        BIND: ",".join(map(str, FOUR.cores)),
+        HUGE_PAGES: "1",
+        WORKER: "engine",
+        OWN_PROCESS: "0",
+    }
+    assert variables(AS_VLLM, SHARED) == {}
 
 
 def test_all_cores_are_never_more_than_there_is_time_for(zentorch):
