@@ -112,6 +112,11 @@ class EarlyExitConfig(BaseModel):
     huge_pages: bool = Field(
         True, description="keep the weights in pages of 2 MB, where Linux gives them, which makes each pass faster"
     )
+    screened_head: bool = Field(
+        True,
+        description="find the best token of greedy requests by int8 scores and a few exact ones, where that is faster: "
+        "it is the same; takes a byte for each weight of the head",
+    )
     batch_invariant: bool = Field(
         True,
         description="compute each token to the same bits whatever else is in its batch, so that a text does not depend "

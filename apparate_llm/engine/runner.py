@@ -27,6 +27,7 @@ from apparate_llm.engine.greedy import first_rows, is_plain_greedy, verify_greed
 from apparate_llm.engine.huge_pages import use_huge_pages
 from apparate_llm.engine.output import EarlyExitOutput
 from apparate_llm.engine.runtime_config import PolicySwitch, admit_request, max_tokens_of
+from apparate_llm.engine.screening import screened_head
 from apparate_llm.engine.seeds import kept
 from apparate_llm.engine.shallow_pass import ShallowPass
 from apparate_llm.engine.state_key import state_key_of
@@ -36,6 +37,7 @@ from apparate_llm.exits.ledger import PendingVerdict, RequestExits
 from apparate_llm.exits.memory import Memory
 from apparate_llm.exits.shadow import Shadow
 from apparate_llm.models.mixin import ramps_of
+from apparate_llm.models.screened_head import ScreenedHead
 
 logger = init_logger("vllm.apparate")
 
@@ -45,6 +47,7 @@ class EarlyExitRunner(FallbackRunner):
         super().__init__(vllm_config, device)
         self.custom_processors = custom_processors(self.input_batch.logitsprocs)
         self.memory = Memory()
+        self.screened_head: ScreenedHead | None = None
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights)
@@ -77,6 +80,8 @@ class EarlyExitRunner(FallbackRunner):
         learned = self.peers.share_object(policy.state())
         if learned and not self.peers.is_first:  # another rank may have another file, or none
             policy.restore(learned)
+        if config.screened_head and self.peers.alone:
+            self.screened_head = self._attempt("screening", lambda: screened_head(self.get_model()), None)
         if config.huge_pages:
             use_huge_pages()
         if self.custom_processors:
@@ -131,6 +136,8 @@ class EarlyExitRunner(FallbackRunner):
             lambda: self._with_verdict_rows(scheduler_output, num_scheduled_tokens, plain_indices, spec_metadata),
             plain_indices,
         )
+        if self.screened_head is not None:
+            self._screen_next(self.screened_head, scheduler_output, spec_metadata, num_plain=len(plain_indices))
         return logits_indices, spec_metadata, max_sampled
 
     def _with_verdict_rows(
@@ -147,6 +154,29 @@ class EarlyExitRunner(FallbackRunner):
             num_drafts=sum(spec_metadata.num_draft_tokens) if spec_metadata is not None else 0,
         )
         return torch.cat([logits_indices, logits_indices.new_tensor(rows)]) if rows else logits_indices
+
+    def _screen_next(
+        self,
+        head: ScreenedHead,
+        scheduler_output: SchedulerOutput,
+        spec_metadata: SpecDecodeMetadata | None,
+        *,
+        num_plain: int,
+    ) -> None:
+        """Let the head be screened in this pass, where nothing but best tokens and the scores of exits is read."""
+        self.get_model().next_scores = None
+        is_plain = is_plain_greedy(self.input_batch.sampling_metadata) and not self.custom_processors
+        if self.exit_drafter is None or not is_plain or scheduler_output.has_structured_output_requests:
+            return
+        asked = [(num_plain + number, item.exit.token_id) for number, item in enumerate(self.step.pending)]
+        if spec_metadata is not None:
+            tokens = spec_metadata.draft_token_ids.tolist()
+            asked += zip(spec_metadata.target_logits_indices[: len(tokens)].tolist(), tokens, strict=True)
+
+        def scores(hidden: torch.Tensor) -> torch.Tensor | None:
+            return self._attempt("screening", lambda: head.scores(hidden, asked), None)
+
+        self.get_model().next_scores = scores
 
     @torch.inference_mode()
     def sample_tokens(  # type: ignore[override]  # vLLM's decorator has torch's class for its type

@@ -35,6 +35,8 @@ class EarlyExitMixin(_Base):
         self.ramps_sha256: str | None = None
         self.weights_fingerprint: str | None = None
         self.sibling: Sibling | None = None  # where the ramps were made for another model
+        # Answers the next call for scores, once, where it can: see engine/screening.py.
+        self.next_scores: Callable[[torch.Tensor], torch.Tensor | None] | None = None
         self._compiled_shallow: dict[int, Callable[..., torch.Tensor]] = {}
         self._dtype = vllm_config.model_config.dtype
         self._folder = Path(vllm_config.model_config.model)
@@ -62,6 +64,11 @@ class EarlyExitMixin(_Base):
             hidden, residual = layer(positions, hidden, residual)
         states: torch.Tensor = hidden if residual is None else hidden + residual
         return states
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        screened, self.next_scores = self.next_scores, None
+        scores = None if screened is None else screened(hidden_states)
+        return super().compute_logits(hidden_states) if scores is None else scores
 
     def set_aux_state_depths(self, depths: tuple[int, ...]) -> None:
         """Make the full pass return (final states, [residual stream after d blocks for d in depths])."""

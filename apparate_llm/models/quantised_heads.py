@@ -17,6 +17,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from apparate_llm.ramps.heads import FusedHead, Head, LookupFeature
 
 LARGEST = 127
+AT_ONCE = 1 << 14  # rows that are in float32 at a time
 MULTIPLE = 32  # the kernels want the number of output channels to be one of this
 
 
@@ -71,19 +72,19 @@ class PlainLinear(nn.Module):
 class Int8Linear(nn.Module):
     """[num_tokens, in] bfloat16 -> [num_tokens, out], for a weight [out, in] of any floating dtype."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, quantised: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """quantised: what `int8_codes` gives, where it is known."""
         from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 
         super().__init__()
         self.size = len(weight)
-        weight = F.pad(weight, (0, 0, 0, -self.size % MULTIPLE))
-        self.weight_bytes = weight.numel()
-        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
+        codes, scale = (F.pad(part, (0, 0, 0, -self.size % MULTIPLE)) for part in quantised or int8_codes(weight))
+        self.weight_bytes = codes.numel()
         # Named as vLLM's kernels read them.
-        self.weight = nn.Parameter((weight.float() / scale).round().to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.input_scale = self.input_zero_point = self.azp_adj = self.bias = None
-        self.logical_widths = [len(weight)]
+        self.logical_widths = [len(codes)]
         self.kernel = init_int8_linear_kernel(
             is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="ramps"
         )
@@ -92,6 +93,17 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.kernel.apply_weights(self, x)[:, : self.size]
+
+
+def int8_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[out, in] int8, and its scales [out, 1] float32, one for each output channel."""
+    codes, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
+    for first in range(0, len(weight), AT_ONCE):
+        part = slice(first, first + AT_ONCE)
+        rows = weight[part].float()
+        scale[part] = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
+        codes[part] = (rows / scale[part]).round().to(torch.int8)
+    return codes, scale
 
 
 class QuantisedHead(nn.Module):

@@ -3,6 +3,8 @@
 import pytest
 
 from apparate_llm.default_model import default_model
+from apparate_llm.models.quantised_heads import has_fast_int8
+from apparate_llm.models.screened_head import ScreenedHead
 from tests.harness import Engine, greedy, token_prompts
 from tests.logged import logged
 
@@ -25,9 +27,25 @@ def prompts_of(engine):
     ]
 
 
-def test_in_bfloat16_exits_change_no_token_at_any_load():
+def watch_screening(monkeypatch):
+    """Whether there was an answer, each time a head was screened; it is, whether it is faster here or not."""
+    answered = []
+
+    def scores(head, hidden, asked=()):
+        given = original(head, hidden, asked)
+        answered.append(given is not None)
+        return given
+
+    original = ScreenedHead.scores
+    monkeypatch.setattr(ScreenedHead, "try_here", lambda head: head.most_rows)
+    monkeypatch.setattr(ScreenedHead, "scores", scores)
+    return answered
+
+
+def test_in_bfloat16_exits_change_no_token_at_any_load(monkeypatch):
     """Plain vLLM's steps all have four rows, as its answers begin and end together: rows from two on are alike there
     too, so every step can be compared. Its steps of a single row cannot, as they round in another order."""
+    screened = watch_screening(monkeypatch)
     model = default_model()
     with Engine(model, **REAL) as plain:
         prompts = prompts_of(plain)
@@ -42,6 +60,8 @@ def test_in_bfloat16_exits_change_no_token_at_any_load():
             assert engine.tokens(prompts, greedy(NUM_TOKENS), one_by_one=one_by_one) == expected, "lossless"
         counts = engine.counts()
     assert counts["accepted"] > 0 and counts["held"] > counts["accepted"] and counts["fallbacks"] == 0
+    if has_fast_int8():
+        assert len(screened) > 100 and sum(screened) > 0.9 * len(screened), "heads were screened, few left to the whole"
 
 
 @pytest.mark.parametrize("options", [{"policy": "off"}, {"hold_threshold": 0.0}])
