@@ -16,7 +16,7 @@ from apparate_llm.config import parse_config
 from apparate_llm.controller.policies import POLICIES
 from apparate_llm.eval.client import Fields
 from apparate_llm.flags import config_of
-from apparate_llm.host.choice import ALL_CORES, AS_VLLM, RESERVED, Choice, environment
+from apparate_llm.host.choice import AS_VLLM, RESERVED, Choice, Worker, environment
 from apparate_llm.host.chosen import choose
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.options import Tuning, check_kept_only, num_ranks, parse_tuning
@@ -38,7 +38,7 @@ SPECULATION = ("ngram", "suffix", f"ngram{TUNED}", f"suffix{TUNED}")  # vLLM's o
 LONGEST_NGRAM, SHORTEST_NGRAM = 4, 2  # tokens that n-gram speculation looks for
 SUFFIX_PACKAGE = "arctic_inference"
 GREEDY_ONLY = ("hf", "hf-early-exit")
-SHARES = (BASELINE, "+threads", "+pages", "+exits")  # each has all that those before it have
+SHARES = (BASELINE, "+threads", "+worker", "+pages", "+head", "+exits")  # each has all that those before it have
 NAMES = {
     "vllm": "plain vLLM as it starts, the baseline",
     "lossless": "early exits, accuracy bound 0",
@@ -48,9 +48,11 @@ NAMES = {
     "ngram": "vLLM's n-gram speculation, with as many drafts as --max-exits",
     "suffix": "vLLM's suffix decoding; needs the extra `suffix`",
     **{f"{name}{TUNED}": f"{name} with --tuning as ours, or on all cores" for name in ("vllm", "ngram", "suffix")},
-    "shares": "vllm and the three that follow, each with one more part of our gain: what each part brings",
+    "shares": "vllm and those that follow, each with one more part of our gain: what each part brings",
     "+threads": "plain vLLM that computes on all cores",
-    "+pages": "our server on all cores, weights in huge pages, no exit ever tried",
+    "+worker": "the same in the engine's process",
+    "+pages": "our server so, weights in huge pages, no exit ever tried",
+    "+head": "the same, the head screened",
     "+exits": "the same with lossless exits",
     "hf": "Hugging Face generate",
     "hf-early-exit": "Hugging Face generate with assistant_early_exit",
@@ -194,13 +196,13 @@ def baselines_of(given: Sequence[str], systems: Sequence[System], default: str) 
     return baselines
 
 
-def on_all_cores(choice: ModelChoice) -> dict[str, str]:
-    """Variables with which a server computes on all cores of this machine."""
+def on_all_cores(choice: ModelChoice, worker: Worker = "process") -> dict[str, str]:
+    """Variables with which a server computes on all cores of this machine, and where."""
     if not is_cpu_build():
         return {}
     if num_ranks(normalised([*choice.vllm_flags])) > 1:  # vLLM binds the threads of several workers itself
         return {RESERVED: "0"}
-    return environment(ALL_CORES, cpu_limits(), os.environ)
+    return environment(Choice(threads="all", worker=worker), cpu_limits(), os.environ)
 
 
 def _named(name: str, choice: ModelChoice) -> list[System]:
@@ -233,14 +235,16 @@ def _named(name: str, choice: ModelChoice) -> list[System]:
 def _with_parts(name: str, choice: ModelChoice) -> System:
     """Pages are those of a server with exits; one whose batches may hold a single token tries none."""
     choice = replace(choice, tuning=("--tuning", "off"))
-    if name == "+threads":
+    lossless, none = ("--accuracy-bound", "0", "--huge-pages", "true"), ("--policy", "static", "--max-batch-tokens", "1")
+    if name in ("+threads", "+worker"):
         system = plain_vllm(choice, name)
     elif name == "+pages":
-        none = ("--policy", "static", "--max-batch-tokens", "1")
-        system = early_exits(name, choice, "--accuracy-bound", "0", "--huge-pages", "true", *none)
+        system = early_exits(name, choice, *lossless, *none, "--screened-head", "false")
+    elif name == "+head":
+        system = early_exits(name, choice, *lossless, *none)
     else:
-        system = early_exits(name, choice, "--accuracy-bound", "0", "--huge-pages", "true")
-    return replace(system, variables=on_all_cores(choice))
+        system = early_exits(name, choice, *lossless)
+    return replace(system, variables=on_all_cores(choice, "process" if name == "+threads" else "engine"))
 
 
 def _speculation(name: str, choice: ModelChoice) -> System:

@@ -169,21 +169,26 @@ def test_arrivals_are_measured_slice_by_slice_in_turns(base_url, tmp_path, monke
     assert any(block.uncounted for block in blocks) and all(block.wall_s < 1.0 for block in blocks)
 
 
-def test_the_parts_of_a_gain_are_switched_on_one_by_one(tiny_llama, lens_ramps):
+def test_the_parts_of_a_gain_are_switched_on_one_by_one(tiny_llama, lens_ramps, monkeypatch):
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
     choice = ModelChoice(tiny_llama, options=("--ramps", str(lens_ramps(depth=3)), "--huge-pages", "false"))
-    names = ["vllm", "+threads", "+pages", "+exits"]
+    names = ["vllm", "+threads", "+worker", "+pages", "+head", "+exits"]
     assert spelt_out(["hf", "shares"]) == ["hf", *names]
     systems = systems_of(["shares", "vllm"], [], choice)
     assert [system.name for system in systems] == names and not any(system.problem for system in systems)
-    plain, threads, pages, exits = systems
-    assert plain.variables == {} and plain.command == threads.command
+    plain, threads, worker, *ours = systems
+    assert plain.variables == {} and plain.command == threads.command == worker.command
     cores = ",".join(map(str, cpu_limits().cores))
-    assert all(system.variables == {"VLLM_CPU_OMP_THREADS_BIND": cores} for system in systems[1:])
+    assert threads.variables == {"VLLM_CPU_OMP_THREADS_BIND": cores}
+    in_engine = {"APPARATE_WORKER": "engine", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    assert all(system.variables == threads.variables | in_engine for system in (worker, *ours))
     assert threads.started_by.startswith(f"VLLM_CPU_OMP_THREADS_BIND={cores} python -m vllm")
-    assert all(dict(pairwise(system.command))["--tuning"] == "off" for system in (pages, exits))
-    options = [dict(pairwise(system.command)) for system in (pages, exits)]
-    assert [(given["--huge-pages"], given["--accuracy-bound"]) for given in options] == [("true", "0")] * 2
-    config = parse_config({"policy": options[0]["--policy"], "max_batch_tokens": options[0]["--max-batch-tokens"]})
-    policy = make_policy(config, depth=3, depths=(3,), num_layers=6)
-    assert [policy.start(requests) for requests in (1, 2, 16)] == [0, 0, 0]  # no draft step is ever tried
-    assert "--policy" not in options[1]
+    assert all(dict(pairwise(system.command))["--tuning"] == "off" for system in ours)
+    options = [dict(pairwise(system.command)) for system in ours]
+    assert [(given["--huge-pages"], given["--accuracy-bound"]) for given in options] == [("true", "0")] * 3
+    assert [given.get("--screened-head") for given in options] == ["false", None, None]
+    for given in options[:2]:
+        config = parse_config({"policy": given["--policy"], "max_batch_tokens": given["--max-batch-tokens"]})
+        policy = make_policy(config, depth=3, depths=(3,), num_layers=6)
+        assert [policy.start(requests) for requests in (1, 2, 16)] == [0, 0, 0]  # no draft step is ever tried
+    assert "--policy" not in options[2]

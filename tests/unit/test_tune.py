@@ -369,7 +369,7 @@ def test_a_servers_start_sets_variables_and_says_what_is_in_force(tmp_path, monk
     monkeypatch.setattr(os, "environ", {"APPARATE_CACHE": str(tmp_path)})
     wanted = {"speculative_config": {}, "additional_config": {ADDITIONAL_CONFIG_KEY: {}}}
     config = parse_config({"huge_pages": False})
-    (line,) = serve.use_machine(parse_tuning({"worker": "engine"}), tmp_path, [], config, wanted)
+    (line,) = serve.use_machine(parse_tuning({"tuning": "off", "worker": "engine"}), tmp_path, [], config, wanted)
     assert BIND not in os.environ and (os.environ[WORKER], os.environ[OWN_PROCESS]) == ("engine", "0")
     assert wanted["additional_config"][ADDITIONAL_CONFIG_KEY] == {"huge_pages": False}
     assert line.startswith("Tuned: threads as vLLM gives them, stock kernels, small pages")
