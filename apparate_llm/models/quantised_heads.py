@@ -74,17 +74,26 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, quantised: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
         """quantised: what `int8_codes` gives, where it is known."""
-        from vllm.model_executor.kernels.linear import init_int8_linear_kernel
-
         super().__init__()
         self.size = len(weight)
-        codes, scale = (F.pad(part, (0, 0, 0, -self.size % MULTIPLE)) for part in quantised or int8_codes(weight))
+        codes, scale = quantised or int8_codes(weight)
+        if missing := -self.size % MULTIPLE:
+            codes, scale = (F.pad(part, (0, 0, 0, missing)) for part in (codes, scale))
         self.weight_bytes = codes.numel()
+        self.fused = has_fused_int8(codes.shape[1])
         # Named as vLLM's kernels read them.
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.input_scale = self.input_zero_point = self.azp_adj = self.bias = None
         self.logical_widths = [len(codes)]
+        if self.fused:
+            self.weight = nn.Parameter(torch.ops._C.convert_weight_packed(codes), requires_grad=False)
+        else:
+            self._choose_kernel()
+
+    def _choose_kernel(self) -> None:
+        from vllm.model_executor.kernels.linear import init_int8_linear_kernel
+
         self.kernel = init_int8_linear_kernel(
             is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="ramps"
         )
@@ -92,7 +101,23 @@ class Int8Linear(nn.Module):
             self.kernel.process_weights_after_loading(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernel.apply_weights(self, x)[:, : self.size]
+        if not self.fused:
+            return self.kernel.apply_weights(self, x)[:, : self.size]
+        product: torch.Tensor = torch.ops._C.int8_scaled_mm_with_quant(
+            x, self.weight, self.weight_scale, None, x.dtype, True
+        )
+        return product[:, : self.size]
+
+
+def has_fused_int8(size_in: int) -> bool:
+    """vLLM's kernel that quantises rows, multiplies and scales in one call. vLLM takes it with AMX alone; with AVX-512
+    a row took 0.085 ms of 0.127 for 8,192 x 896, eight took 0.16 of 0.21."""
+    names = ("int8_scaled_mm_with_quant", "convert_weight_packed")
+    return size_in % 32 == 0 and all(hasattr(torch.ops._C, name) for name in names) and has_avx512_int8()
+
+
+def has_avx512_int8() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_vnni_supported()
 
 
 def int8_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
