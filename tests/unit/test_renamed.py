@@ -1,4 +1,4 @@
-"""Names of version 0.1: still taken, with a warning, and used by nothing of ours."""
+"""Names of earlier versions: still taken, with a warning, and used by nothing of ours."""
 
 import json
 import logging
