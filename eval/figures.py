@@ -148,16 +148,16 @@ def divergence(
     ax: Axes, timelines: dict[str, list[TimelinePoint]], colors: dict[str, str], bounds: dict[str, float]
 ) -> None:
     """Share of all tokens so far, shaded up to what it is at worst; a dashed line where the bound is."""
-    for system, moments in timelines.items():
-        known = [moment for moment in moments if moment.divergence_frac is not None]
-        shares = [100 * (moment.divergence_frac or 0.0) for moment in known]
+    for system, points in timelines.items():
+        known = [point for point in points if point.divergence_frac is not None]
+        shares = [100 * (point.divergence_frac or 0.0) for point in known]
         ax.plot(
-            [moment.output_tokens for moment in known], shares, "o-", markersize=3, color=colors[system], label=system
+            [point.output_tokens for point in known], shares, "o-", markersize=3, color=colors[system], label=system
         )
-        worst = [100 * (moment.divergences_at_worst_frac or 0.0) for moment in known]
+        worst = [100 * (point.divergences_at_worst_frac or 0.0) for point in known]
         if any(high > share for high, share in zip(worst, shares, strict=True)):  # exits without a verdict
             ax.fill_between(
-                [moment.output_tokens for moment in known], shares, worst, color=colors[system], alpha=0.25, linewidth=0
+                [point.output_tokens for point in known], shares, worst, color=colors[system], alpha=0.25, linewidth=0
             )
         if bounds.get(system):
             ax.axhline(100 * bounds[system], linestyle="--", linewidth=1, color=colors[system])
@@ -221,14 +221,14 @@ def _cdf(ax: Axes, values: dict[str, list[float]], colors: dict[str, str]) -> No
     ax.set_ylim(0, 102)
 
 
-def _phases(moments: list[TimelinePoint]) -> list[tuple[str, int, int]]:
+def _phases(points: list[TimelinePoint]) -> list[tuple[str, int, int]]:
     """(name, first, last token) of each."""
     spans: list[tuple[str, int, int]] = []
-    for moment in moments:
-        if spans and spans[-1][0] == moment.phase:
-            spans[-1] = (moment.phase, spans[-1][1], moment.output_tokens)
+    for point in points:
+        if spans and spans[-1][0] == point.phase:
+            spans[-1] = (point.phase, spans[-1][1], point.output_tokens)
         else:
-            spans.append((moment.phase, spans[-1][2] if spans else 0, moment.output_tokens))
+            spans.append((point.phase, spans[-1][2] if spans else 0, point.output_tokens))
     return spans
 
 

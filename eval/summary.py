@@ -222,7 +222,7 @@ def _blocks_per_token(cell: SystemUnderLoad, num_layers: int) -> float | None:
 
 def _timeline(cell: SystemUnderLoad, summary: Summary) -> list[TimelinePoint]:
     """Block after block. Closed loops only keep the order of the prompts, so only they show phases."""
-    moments = []
+    timeline = []
     tokens = divergences = at_worst = 0
     for block in cell.blocks:
         block_tokens = block.served_tokens
@@ -232,7 +232,7 @@ def _timeline(cell: SystemUnderLoad, summary: Summary) -> list[TimelinePoint]:
         at_worst += (in_block or 0) + (block.counts or {}).get("unverified", 0)
         first = min((done.prompt_index for done in block.completions), default=0)
         phase = next((name for name, start in reversed(summary.phases) if first >= start), "")
-        moments.append(
+        timeline.append(
             TimelinePoint(
                 phase=phase,
                 output_tokens=tokens,
@@ -242,7 +242,7 @@ def _timeline(cell: SystemUnderLoad, summary: Summary) -> list[TimelinePoint]:
                 tpt_ms=distribution([done.tpt_ms for done in block.completions]).mean,
             )
         )
-    return moments
+    return timeline
 
 
 def quality_of(ours: list[Completion], baseline: list[Completion], prompts: list[Prompt]) -> Quality:

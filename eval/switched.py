@@ -19,6 +19,7 @@ from apparate_llm.eval.schema import SteadyLevel, SteadyRatio, SteadyRun
 from apparate_llm.eval.servers import Server
 from apparate_llm.eval.steady import clients_text
 from apparate_llm.progress import Stage
+from apparate_llm.renamed import counts_of_any_version
 
 OFF = "off"
 SWITCH_TIMEOUT_S = 30.0
@@ -45,17 +46,21 @@ def switch_level(plan: SteadyPlan, server: Server, number: int, stage: Stage) ->
             for policy in (on, OFF) if pair % 2 else (OFF, on):
                 switch(server, policy)
                 wait(plan.settle_s, policy)
-                before, began = server.status()["counts"], time.monotonic()
+                before, began = _counts(server), time.monotonic()
                 wait(plan.turn_s, policy)
                 turns[policy].append((began, time.monotonic()))
                 if policy == on:
-                    after = server.status()["counts"]
+                    after = _counts(server)
                     exits = {name: exits[name] + after[name] - before[name] for name in EXITS}
         switch(server, on)
     finally:
         clients.end()
     clients.join()
     return _level_of(clients, turns, exits)
+
+
+def _counts(server: Server) -> dict[str, int]:
+    return counts_of_any_version(server.status()["counts"])
 
 
 def _level_of(clients: Clients, turns: dict[str, list[tuple[float, float]]], exits: dict[str, int]) -> SteadyLevel:

@@ -48,7 +48,7 @@ class LoggedStep(NamedTuple):
     num_requests: int
     num_tokens: int
     verify_ms: float  # of the verification pass
-    draft_steps: list[tuple[int, float]]  # rows, ms
+    draft_steps: list[tuple[int, float]]  # num_tokens, ms
     exits: list[LoggedExit]
 
 
@@ -66,7 +66,7 @@ class FeedbackLog:
         self._resume_s = 0.0  # nothing is written before
 
     def drafted(self, spent: list[tuple[int, float]]) -> None:
-        """spent: rows and ms of each draft step."""
+        """spent: num_tokens and ms of each draft step."""
         self._drafted = spent
 
     def completed(self, took: Any, verdicts: Iterable[Any]) -> None:
@@ -137,7 +137,7 @@ def record_of(took: Any, spent: list[tuple[int, float]], verdicts: Iterable[Any]
         for verdict, regret in ((verdict, verdict.regret_nats) for verdict in verdicts)
         if verdict.exit.greedy and not verdict.exit.lookup_length
     ]
-    draft_steps = [[rows, round(ms, 3)] for rows, ms in spent]
+    draft_steps = [[num_tokens, round(ms, 3)] for num_tokens, ms in spent]
     return [took.num_requests, took.num_tokens, round(took.verify_ms, 3), draft_steps, exits]
 
 
@@ -169,8 +169,8 @@ def read_steps(path: Path) -> Iterator[LoggedStep]:
             if not line.endswith("\n"):
                 return
             try:
-                requests, rows, ms, draft_steps, exits = json.loads(line)
+                requests, num_tokens, ms, draft_steps, exits = json.loads(line)
                 proposed = [LoggedExit(a, d, n, c, taken, bool(ok), regret) for a, d, n, c, taken, ok, regret in exits]
-                yield LoggedStep(requests, rows, ms, [(r, t) for r, t in draft_steps], proposed)
+                yield LoggedStep(requests, num_tokens, ms, [(n, t) for n, t in draft_steps], proposed)
             except (ValueError, TypeError):
                 raise FeedbackError(f"{path}:{number}: not an engine step") from None

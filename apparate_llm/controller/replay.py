@@ -149,7 +149,7 @@ def _draft(
     budget: AccuracyBudget,
     result: Replayed,
 ) -> tuple[int, float]:
-    """Rows of the verification pass that follows, and ms of the draft steps."""
+    """Tokens of the verification pass that follows, and ms of the draft steps."""
     num_tokens, ms, live = step.num_requests, 0.0, [answer for answer in answers if answer.proposed]
     for number in range(policy.start(step.num_requests)):
         live = [answer for answer in live if number < len(answer.proposed)]
@@ -230,12 +230,12 @@ def oracle(steps: Iterable[LoggedStep], costs: LogCosts, *, depth: int) -> Repla
             costs.draft_steps[depth](sum(length > number for length in lengths))
             for number in range(max(lengths, default=0))
         )
-        rows = step.num_requests + sum(lengths)
+        num_tokens = step.num_requests + sum(lengths)
         result.steps += 1
         result.accepted += sum(lengths)
         result.held += sum(lengths)
-        result.emitted += rows
-        result.request_ms += (ms + costs.verify_ms(rows)) * step.num_requests
+        result.emitted += num_tokens
+        result.request_ms += (ms + costs.verify_ms(num_tokens)) * step.num_requests
         result.plain_request_ms += costs.verify_ms(step.num_requests) * step.num_requests
         result.plain_emitted += step.num_requests
     return result

@@ -111,10 +111,10 @@ class Drafter:
         return num_steps if num_steps or self.policy.looks_up else None
 
     def run(
-        self, rows: list[DraftRequest], num_steps: int, final_states: torch.Tensor, aux_states: list[torch.Tensor]
+        self, requests: list[DraftRequest], num_steps: int, final_states: torch.Tensor, aux_states: list[torch.Tensor]
     ) -> list[tuple[int, float]]:
-        """Fill in `released`, `held` and `not_taken` of the rows in up to `num_steps`; returns (rows, ms) of each
-        draft step. Rows whose text repeats itself at length take what prompt lookup finds, without a draft step.
+        """Fill in `released`, `held` and `not_taken` of the requests in up to `num_steps`; returns (num_tokens, ms) of
+        each draft step. Requests whose text repeats itself at length take what prompt lookup finds, without one.
 
         final_states [num_tokens, hidden_size] are the verification pass's, after the final norm; aux_states, of the
         same shape each, its residual streams at the ramp's auxiliary depths.
@@ -122,21 +122,21 @@ class Drafter:
         began = perf_counter()
         batch = self.model.batch()
         self._texts, self._num_tokens = batch.text, batch.num_requests
-        live = [row for row in rows if not self._takes_lookup(row)]
+        live = [request for request in requests if not self._takes_lookup(request)]
         if not live or not num_steps:
             return []
-        tokens = torch.tensor([row.newest_token for row in live])
-        state_rows = [row.state_row for row in live]
+        tokens = torch.tensor([request.newest_token for request in live])
+        state_rows = [request.state_row for request in live]
         state = self.ramps.head.enter(final_states[state_rows], [aux[state_rows] for aux in aux_states])
         spent: list[tuple[int, float]] = []
         for number in range(num_steps):
             prediction = self.peers.share_prediction(self.predict(live, tokens, state, number))
             going: list[int] = []
             predicted = perf_counter()
-            for i, (row, token, confidence) in enumerate(
+            for i, (request, token, confidence) in enumerate(
                 zip(live, prediction.token_ids.tolist(), prediction.confidences, strict=True)
             ):
-                if self._decide(row, token, confidence) and token not in row.stop_token_ids:
+                if self._decide(request, token, confidence) and token not in request.stop_token_ids:
                     going.append(i)
             now = perf_counter()
             self._deciding_ms += (now - predicted) * 1e3
@@ -154,74 +154,74 @@ class Drafter:
             tokens, state = prediction.token_ids[going], prediction.state[going]
         return spent
 
-    def _takes_lookup(self, row: DraftRequest) -> bool:
-        """Whether the row's text repeats itself at length, so that what followed is taken without asking a ramp."""
+    def _takes_lookup(self, request: DraftRequest) -> bool:
+        """Whether a request's text repeats itself at length, so that what followed is taken without asking a ramp."""
         if not self.policy.looks_up and not self.ramps.head.reads_lookup:
             return False
-        text = self._text(row)
-        row.lookup = look_up(text)
-        start, length = row.lookup.start, row.lookup.length
-        if not length or not self.policy.looks_up or not self.policy.wants_lookup(length, row.greedy):
+        text = self._text(request)
+        request.lookup = look_up(text)
+        start, length = request.lookup.start, request.lookup.length
+        if not length or not self.policy.looks_up or not self.policy.wants_lookup(length, request.greedy):
             return False
         tokens = text.tolist()
-        while row.num_exits < self.max_exits:
+        while request.num_exits < self.max_exits:
             token = tokens[start]
-            takes = self._decide(row, token, lookup_confidence(length), lookup_length=length)
-            if not takes or token in row.stop_token_ids:
+            takes = self._decide(request, token, lookup_confidence(length), lookup_length=length)
+            if not takes or token in request.stop_token_ids:
                 break
             tokens.append(token)
             start, length = start + 1, length + 1
         return True
 
-    def _text(self, row: DraftRequest) -> TokenIds:
-        """Tokens of a row's request, its exits included."""
-        text = self._texts(row.request_index, row.newest_position + 1)
-        exits = [exit_.token_id for exit_ in (*row.released, *row.held)]
+    def _text(self, request: DraftRequest) -> TokenIds:
+        """Tokens of a request, its exits included."""
+        text = self._texts(request.request_index, request.newest_position + 1)
+        exits = [exit_.token_id for exit_ in (*request.released, *request.held)]
         return np.append(text, exits) if exits else text
 
-    def _decide(self, row: DraftRequest, token: int, confidence: float, *, lookup_length: int = 0) -> bool:
-        """Whether the row takes this exit; lookup_length: of one from prompt lookup."""
+    def _decide(self, request: DraftRequest, token: int, confidence: float, *, lookup_length: int = 0) -> bool:
+        """Whether the request takes this exit; lookup_length: of one from prompt lookup."""
         if math.isnan(confidence):  # of scores that are no numbers: no exit, and nothing to learn from
             return False
-        number = row.num_exits  # each draft step before has left one
+        number = request.num_exits  # each draft step before has left one
         depth = 0 if lookup_length else self.ramps.depth
-        position = row.newest_position + 1 + number
-        exit_ = Exit(position, token, depth, number, confidence, row.greedy, lookup_length=lookup_length)
+        position = request.newest_position + 1 + number
+        exit_ = Exit(position, token, depth, number, confidence, request.greedy, lookup_length=lookup_length)
         may_release = (
-            row.may_release
-            and token not in row.stop_token_ids  # a divergence there would cut the answer off
-            and not row.held  # a held exit blocks later releases
-            and row.num_exits < row.max_released
-            and self.budget.may_release(row.bucket)
+            request.may_release
+            and token not in request.stop_token_ids  # a divergence there would cut the answer off
+            and not request.held  # a held exit blocks later releases
+            and request.num_exits < request.max_released
+            and self.budget.may_release(request.bucket)
             and self.policy.may_diverge(exit_)
         )
         decision = self.policy.decide(
-            exit_, joint_acceptance=row.joint_acceptance, may_release=may_release, num_tokens=self._num_tokens
+            exit_, joint_acceptance=request.joint_acceptance, may_release=may_release, num_tokens=self._num_tokens
         )
         if decision is Decision.RELEASE:
             assert may_release, "the policy released an exit that it may not"
-            self.budget.release(row.bucket)
-            row.released.append(exit_)
-        elif decision is Decision.HOLD and row.num_exits < row.max_held:
-            row.held.append(exit_)
-            row.joint_acceptance *= exit_.probability
+            self.budget.release(request.bucket)
+            request.released.append(exit_)
+        elif decision is Decision.HOLD and request.num_exits < request.max_held:
+            request.held.append(exit_)
+            request.joint_acceptance *= exit_.probability
         else:
-            row.not_taken = exit_
+            request.not_taken = exit_
             return False
         exit_.decision = decision
         self._num_tokens += 1
         return True
 
     def predict(self, live: list[DraftRequest], tokens: torch.Tensor, state: torch.Tensor, number: int) -> Prediction:
-        """One draft step: `tokens` [num_tokens] are the rows' newest, `state` [num_tokens, hidden_size] the ramp's."""
-        positions = torch.tensor([row.newest_position + number for row in live])
-        hidden = self.model.states(self.ramps.depth, [row.request_index for row in live], tokens, positions)
+        """One draft step: `tokens` [num_tokens] are the newest, `state` [num_tokens, hidden_size] is the ramp's."""
+        positions = torch.tensor([request.newest_position + number for request in live])
+        hidden = self.model.states(self.ramps.depth, [request.request_index for request in live], tokens, positions)
         proposals = self._proposals(live) if self.ramps.head.reads_lookup else None
         return self.ramps.predict(hidden, state, proposals, draft_step=number)
 
     def _proposals(self, live: list[DraftRequest]) -> Proposals:
-        """What the lookup feature makes of each row's text, its exits included."""
-        tokens, lengths = torch.tensor([row.lookup[:2] for row in live]).unbind(1)
+        """What the lookup feature makes of each request's text, its exits included."""
+        tokens, lengths = torch.tensor([request.lookup[:2] for request in live]).unbind(1)
         return Proposals(tokens, lengths, self.model.embed(tokens))
 
     def free_slots(self, request_index: int, newest_position: int) -> int:

@@ -168,7 +168,7 @@ class ExitStep:
     # ---- drafted
 
     def count_drafting(self, spent: list[tuple[int, float]], policy: Policy, memory: Memory) -> None:
-        """spent: rows and ms of each draft step."""
+        """spent: num_tokens and ms of each draft step."""
         counts = self.ledger.counts
         counts.draft_steps += len(spent)
         counts.shallow_blocks += policy.depth * sum(num_tokens for num_tokens, _ in spent)

@@ -165,17 +165,19 @@ class Simulation:
 
     # ---- as exits/draft.py does
 
-    def _draft(self, rows: list[Request], num_requests: int) -> None:
+    def _draft(self, requests: list[Request], num_requests: int) -> None:
         policy = self.policy
         assert policy is not None
-        if not rows:
+        if not requests:
             return
         num_steps = min(policy.start(num_requests), policy.max_exits)
         if not num_steps and not policy.looks_up:
             return
         self._num_tokens = num_requests
         live = [
-            request for request in rows if request.emitted + 1 < request.max_tokens and not self._takes_lookup(request)
+            request
+            for request in requests
+            if request.emitted + 1 < request.max_tokens and not self._takes_lookup(request)
         ]
         for number in range(num_steps if live else 0):
             took_ms = self.costs.draft_step_ms(len(live))

@@ -3,7 +3,7 @@
 In a verification pass `enter` makes the state that the first draft step starts from; each of them then calls the head:
     hidden  [num_tokens, hidden_size]  residual stream of the newest token after `depth` blocks (depth 0: its embedding)
     state   [num_tokens, hidden_size]  from `enter`, or the head's own output state of the draft step before
-    lookup                           what the lookup feature proposes for each row, see `LookupFeature`
+    lookup                             what the lookup feature proposes for each row, see `LookupFeature`
 -> (scores [num_tokens, ramp_vocab], and where the head reads the lookup feature one more column for the proposed token;
     output state [num_tokens, hidden_size]).
 """

@@ -174,14 +174,14 @@ def test_a_lone_request_keeps_nobody_waiting():
             if policy is short_answers:
                 policy.on_request()
             policy.start(1)
-    verbs = [
+    decisions = [
         [
             policy.decide(proposed(confidence / 100), joint_acceptance=1.0, may_release=False, num_tokens=1)
             for confidence in range(1, 100)
         ]
         for policy in (alone, short_answers)
     ]
-    assert verbs[0] == verbs[1] and set(verbs[0]) == {Decision.HOLD, Decision.STOP}
+    assert decisions[0] == decisions[1] and set(decisions[0]) == {Decision.HOLD, Decision.STOP}
 
 
 def test_prompts_that_a_server_begins_with_do_not_keep_exits_away():

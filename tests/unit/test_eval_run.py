@@ -237,11 +237,11 @@ def test_exits_are_counted_per_block_and_make_the_timeline(tmp_path):
         evaluation.store.add(Block(key, [done], 1.0, counts, 0.5, None, 1.5, 5.0, 0.0))
     (run,), ratios, _ = results_of(evaluation, (("x", 0), ("y", 4)))
     assert ratios == [] and run.divergences == 4 and run.exits.by_depth == {"0": 8, "2": 2}
-    assert [(moment.phase, moment.output_tokens) for moment in run.timeline] == [("x", 20), ("y", 40)]
-    assert [moment.divergence_frac for moment in run.timeline] == [1 / 20, 4 / 40]
-    assert [moment.divergences_at_worst_frac for moment in run.timeline] == [5 / 20, 12 / 40]
+    assert [(point.phase, point.output_tokens) for point in run.timeline] == [("x", 20), ("y", 40)]
+    assert [point.divergence_frac for point in run.timeline] == [1 / 20, 4 / 40]
+    assert [point.divergences_at_worst_frac for point in run.timeline] == [5 / 20, 12 / 40]
     assert run.divergences_at_worst == 12  # 8 exits ended without a verdict
-    assert [moment.block_divergence_frac for moment in run.timeline] == [1 / 20, 3 / 20]
+    assert [point.block_divergence_frac for point in run.timeline] == [1 / 20, 3 / 20]
     assert run.regret_nats_per_token == pytest.approx(1 / 40)
     assert run.cpu_s_per_token == pytest.approx(1 / 40) and run.energy_j_per_token is None
     assert run.blocks_per_token == pytest.approx(((40 + 8 - 8) * 4 + 8) / 40) and run.peak_memory_gib == 1.5

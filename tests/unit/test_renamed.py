@@ -1,4 +1,4 @@
-"""Names of version 0.1: still taken, with a warning, and used by nothing of ours."""
+"""Names of earlier versions: still taken, with a warning, and used by nothing of ours."""
 
 import json
 import logging
@@ -246,14 +246,18 @@ VERB = r"(?:a lone|another way|differently|in another|in bfloat16|its own way|of
 RETIRED = (
     r"\bknobs?\b",  # option
     r"\bcompletion pass",  # verification pass
-    r"\bcopy feature\b|\bcopy_(agreement|lengths)\b|\bcopies\(",  # lookup feature
-    r"\bnum_(decode_)?rows(: int\b(?! \|)|, (ms|vocab)\b)",  # num_tokens, of a batch
+    r"\bcopy feature\b|\bcopy_(agreement|lengths)\b|\bcopies(\(|_of\b)",  # lookup feature
+    r"\bnum_rows(: int\b(?! \|)|, (ms|vocab)\b|=(\d|self\b|(num_)?rows\b))",  # num_tokens, of a batch
+    r"\._?num_rows\b|\bnum_decode_rows\b",
     r"\b(room|reach|reaches)\b(, \w+)* *[*+]?=(?!=)|\bclass Room\b|\broom_for_\w+",  # free_slots, joint_acceptance
-    r"_num_offered\b|\bwas offered\b",  # proposed; not_taken
-    r"[\"`.]copied\b|\bcopied *=(?!=)|\bexit_?\.match\b|\bmatch=\d|\bLONG(EST)?_MATCH\b",  # prompt lookup
+    r"\bVerb\.(RELEASE|HOLD|STOP)\b|\bclass Verb\b|\bverbs *=|\.offered\b|_num_offered\b|\bwas offered\b",  # decision
+    r"[\"`.]copied\b|\bcopied *=(?!=)|\bexits? (is|are|was|were|may be) copied\b",  # prompt lookup
+    r"\bexit_?\.match\b|\bmatch=\d|\bLONG(EST)?_MATCH\b|\blong(est)?( \w+)? match(es)?\b|\bMOST_COUNTED\b",  # n-gram
+    r"\btexts? (is|are) followed\b(?! by)|\b_not_followed\b|\bFOLLOWED_EVERY\b|\b_follows\(",
     r"\binner states?\b",  # auxiliary hidden states
     r"\brequest class(es)?\b",  # tenant
-    r"\b_?judge_\w+|\bmay_accept\b|\.accepts\(|\baccepts=|def accepts\b|\brecord_verdicts\b",  # verify_*
+    r"\b_?judge_\w+|\w+_JUDGED\b|\bmay_accept\b|\.accepts\(|\baccepts=|def accepts\b|\brecord_verdicts\b",  # verify_*
+    r"\bverdicts_of_sampling\b|\b_may_pass\b|\bledger\.(checked|record)\b|\bgreedy\.check\(",
     r"\bcompletion_(ms|pass|passes|seconds)\b",  # verify_ms, verification pass
     r"\brounds?_(?!robin)\w+|\w+_rounds?\b",  # draft step
     rf"(?<!way )\brounds?\b(?!\(|-| {VERB})",  # draft step; position, of an exit in its engine step

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from apparate_llm.eval.steady_tables import steady_tables
 from apparate_llm.eval.switched import switch_level
 from apparate_llm.eval.systems import ModelChoice, System
 from apparate_llm.progress import SECONDS, Progress
+from apparate_llm.renamed import STATUS
 from tests.fake_server import bodies, fake_server
 
 
@@ -150,14 +150,20 @@ def test_servers_are_asked_before_they_are_frozen(base_url, tmp_path):
 
 class WithExits(Server):
     emitted = 0
+    divergences = "divergences"  # what it calls them
 
     def status(self):
         self.emitted += 10
-        return {"counts": Counter(emitted=self.emitted), "config": {"policy": "static"}}
+        counts = dict.fromkeys(switched.EXITS, 0)
+        del counts["divergences"]
+        counts |= {"emitted": self.emitted, self.divergences: self.emitted // 10}
+        return {"counts": counts, "config": {"policy": "static"}}
 
 
-def test_one_server_s_policy_is_switched(base_url, tmp_path, monkeypatch):
+@pytest.mark.parametrize("divergences", ["divergences", STATUS["counts"]["divergences"]], ids=["new", "old"])
+def test_one_server_s_policy_is_switched(base_url, tmp_path, monkeypatch, divergences):
     asked = []
+    monkeypatch.setattr(WithExits, "divergences", divergences)
     monkeypatch.setattr(switched, "switch", lambda server, policy: asked.append(policy))
     system = System("lossless", base_url=base_url, has_exits=True)
     level = level_of(
@@ -172,7 +178,7 @@ def test_one_server_s_policy_is_switched(base_url, tmp_path, monkeypatch):
     ]  # pairs, each the other way round; then as it was
     off, on = level.runs
     assert (off.system, off.exits) == ("off", None)
-    assert (on.system, on.exits["emitted"], on.exits["held"]) == ("static", 20, 0)
+    assert (on.system, on.exits) == ("static", dict.fromkeys(switched.EXITS, 0) | {"emitted": 20, "divergences": 2})
     (ratio,) = level.ratios
     assert (ratio.system, ratio.baseline, ratio.tpt_mean) == ("static", "off", None) and 0.6 < ratio.tpt < 1.6
 
