@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apparate_llm.eval.command import positive_list
-from apparate_llm.flags import OneLineParser, Paragraphs, positive
+from apparate_llm.flags import Commands, OneLineParser, Paragraphs, positive
 from apparate_llm.host.options import check_kept_only, tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, folder_here, model_of
@@ -21,6 +21,8 @@ from apparate_llm.redact import redacted
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from apparate_llm.prepare.plan import Plan
+    from apparate_llm.prepare.prompts import Messages
     from apparate_llm.ramps.checkpoint import RampManifest
 
 DEFAULT_TIME_BUDGET = "60m"
@@ -45,8 +47,8 @@ EVALUATION_COSTS = """\
 The model loads and answers all prompts, many at once; measuring takes seconds. The rate is shown meanwhile."""
 
 
-def add_prepare(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
+def add_prepare(subparsers: Commands) -> None:
+    parser: OneLineParser = subparsers.add_parser(
         "prepare",
         help="make ramps for a model",
         description="Makes ramps for a model without any data. The model writes and answers its own prompts; ramps are "
@@ -78,15 +80,25 @@ def add_prepare(subparsers: Any) -> None:
     parser.set_defaults(run=run_prepare, goes_on=True)
 
 
-def add_ramps(subparsers: Any) -> None:
-    parser = subparsers.add_parser("ramps", help="look at ramps, measure and calibrate them")
+def add_ramps(subparsers: Commands) -> None:
+    parser: OneLineParser = subparsers.add_parser("ramps", help="look at ramps, measure and calibrate them")
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=OneLineParser)
-    show = kinds.add_parser(
+    _add_show(kinds)
+    _add_evaluate(kinds)
+    _add_calibrate(kinds)
+    _add_verify(kinds)
+
+
+def _add_show(kinds: Commands) -> None:
+    show: OneLineParser = kinds.add_parser(
         "show", help="what a ramp folder holds", description="Reads the folder and loads no model.", allow_abbrev=False
     )
     show.add_argument("folder", type=Path, help="ramp folder")
     show.set_defaults(run=run_show)
-    evaluate = kinds.add_parser(
+
+
+def _add_evaluate(kinds: Commands) -> None:
+    evaluate: OneLineParser = kinds.add_parser(
         "evaluate",
         help="acceptance rates on your prompts",
         description="Lets the model answer the prompts greedily and measures how often each ramp agrees with it: the "
@@ -98,7 +110,10 @@ def add_ramps(subparsers: Any) -> None:
     add_answering(evaluate, several=False)
     evaluate.add_argument("--json", type=Path, help="file to write the results to")
     evaluate.set_defaults(run=run_evaluate)
-    calibrate = kinds.add_parser(
+
+
+def _add_calibrate(kinds: Commands) -> None:
+    calibrate: OneLineParser = kinds.add_parser(
         "calibrate",
         help="fit the confidence of ramps to your prompts",
         description="Lets the model answer the prompts greedily and moves each ramp's calibration half-way to what "
@@ -109,7 +124,10 @@ def add_ramps(subparsers: Any) -> None:
     )
     add_answering(calibrate, several=True)
     calibrate.set_defaults(run=run_calibrate)
-    verify = kinds.add_parser(
+
+
+def _add_verify(kinds: Commands) -> None:
+    verify: OneLineParser = kinds.add_parser(
         "verify",
         help="predicted gain of ramps against measured",
         description="Predicts TPT with lossless exits / plain vLLM, from acceptance rates on the prompts and "
@@ -166,7 +184,6 @@ def run_prepare(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.launch import check_build, reexec_with_libraries
     from apparate_llm.prepare.engine import environment
-    from apparate_llm.ramps.checkpoint import BaseModelInfo
 
     check_kept_only(tuning_from())
     user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
@@ -177,13 +194,26 @@ def run_prepare(args: argparse.Namespace) -> int:
     check_build()
     reexec_with_libraries(environment())
 
-    from apparate_llm.prepare.plan import Plan, automatic_aux_layers, automatic_intermediate_size
     from apparate_llm.prepare.workspace import Workspace
 
     exit_on_sigterm()
-    model = model_of(args, check_architecture)
+    plan = plan_of(args, model_of(args, check_architecture), user_prompts)
+    with log_of_engines(Workspace(args.out).path("vllm.log")) as console:
+        from apparate_llm.prepare.pipeline import prepare
+
+        prepare(plan, console)
+        for line in what_next(args.model, args.out, args.revision):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def plan_of(args: argparse.Namespace, model: Path, user_prompts: "list[Messages]") -> "Plan":
+    """What the flags leave open is chosen by the model."""
+    from apparate_llm.prepare.plan import Plan, automatic_aux_layers, automatic_intermediate_size
+    from apparate_llm.ramps.checkpoint import BaseModelInfo
+
     info = BaseModelInfo.of(model)
-    plan = Plan(
+    return Plan(
         model=model,
         out=args.out,
         depths=parse_depths(args.depths, info.num_hidden_layers),
@@ -197,13 +227,6 @@ def run_prepare(args: argparse.Namespace) -> int:
         enforce_eager=args.enforce_eager,
         verify=args.verify,
     )
-    with log_of_engines(Workspace(args.out).path("vllm.log")) as console:
-        from apparate_llm.prepare.pipeline import prepare
-
-        prepare(plan, console)
-        for line in what_next(args.model, args.out, args.revision):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
 
 
 def check_architecture(folder: Path) -> None:

@@ -69,26 +69,29 @@ def profile(
     limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. Raises
     RuntimeError if it fails.
     """
-    chosen = used_by_servers(model)
-    environment = {**chosen.given, **chosen.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", __name__, str(model), str(ramps), ",".join(map(str, depths)), str(limit_s)]
-    command += ["--eager"] if enforce_eager else []
+    arguments = [str(model), str(ramps), ",".join(map(str, depths)), str(limit_s)]
+    arguments += ["--eager"] if enforce_eager else []
     with open(log or os.devnull, "a+") as file:
         began = file.tell()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # its end tells the child that this process has died
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-            env=environment,
-        )
-        result, code = _result_of(process, on_progress)
+        result, code = _result_of(_started(model, arguments, file), on_progress)
         if result is None:
             file.seek(began)
             output = file.read()[-2000:].strip() if log else ""
             raise RuntimeError(f"profile failed with exit code {code}" + (f", see {log}: {output}" if output else ""))
     return result
+
+
+def _started(model: Path, arguments: list[str], log: IO[str]) -> "subprocess.Popen[str]":
+    """The process that measures, with a server's threads and libraries."""
+    chosen = used_by_servers(model)
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, *arguments],
+        stdin=subprocess.PIPE,  # its end tells the child that this process has died
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env={**chosen.given, **chosen.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"},
+    )
 
 
 def _result_of(

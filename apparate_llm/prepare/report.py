@@ -18,36 +18,11 @@ KIND_NAMES = {"open": "open chat", "code": "code", "passage": "texts to work on"
 
 
 def write_report(
-    out: Path,
-    base: BaseModelInfo,
-    model_name: str,
-    made: Made,
-    profiled: dict[str, Any],
+    out: Path, base: BaseModelInfo, model_name: str, made: Made, profiled: dict[str, Any]
 ) -> dict[str, Any]:
     """Write both files into `out`; returns what report.json holds. The figures are of the conversations that are there
     to report from, which nothing was trained on or chosen by."""
-    depths = []
-    for depth, record in made.trained.items():
-        item = made.calibration[depth]
-        depths.append(
-            {
-                "depth": depth,
-                "positions": [
-                    {"position": number, "acceptance_rate": rate, "rows": rows}
-                    for number, (rate, rows) in enumerate(zip(item["acceptance_rates"], item["rows"], strict=True))
-                ],
-                "accepted_per_step": record["held_out_accepted_per_step"],
-                "calibration_error": item["calibration_error"],
-                "reliability": item["reliability"],
-                "coverage": item["coverage"],
-                "by_kind": item["by_kind"],
-                "vocabulary_coverage": record["vocabulary_coverage"],
-                "training": {key: record[key] for key in ("rows", "steps", "seconds", "settings")},
-                "predicted": predict_both(
-                    made.conversations[depth], profiled, depth=depth, num_layers=base.num_hidden_layers
-                ),
-            }
-        )
+    depths = [of_depth(made, depth, profiled, base.num_hidden_layers) for depth in made.trained]
     report = {
         "schema_version": 4,
         "model": model_name,
@@ -61,6 +36,26 @@ def write_report(
     }
     write_pages(out, report)
     return report
+
+
+def of_depth(made: Made, depth: int, profiled: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """What one depth's ramp agrees to, and what it will bring."""
+    record, calibrated = made.trained[depth], made.calibration[depth]
+    rates = zip(calibrated["acceptance_rates"], calibrated["rows"], strict=True)
+    return {
+        "depth": depth,
+        "positions": [
+            {"position": number, "acceptance_rate": rate, "rows": rows} for number, (rate, rows) in enumerate(rates)
+        ],
+        "accepted_per_step": record["held_out_accepted_per_step"],
+        "calibration_error": calibrated["calibration_error"],
+        "reliability": calibrated["reliability"],
+        "coverage": calibrated["coverage"],
+        "by_kind": calibrated["by_kind"],
+        "vocabulary_coverage": record["vocabulary_coverage"],
+        "training": {name: record[name] for name in ("rows", "steps", "seconds", "settings")},
+        "predicted": predict_both(made.conversations[depth], profiled, depth=depth, num_layers=num_layers),
+    }
 
 
 def write_pages(out: Path, report: dict[str, Any]) -> None:

@@ -72,6 +72,15 @@ def train_depth(
         run.say(f"train depth {depth}: done")
         return done
     settings = replace(settings, time_budget_s=_budget_s(run, stage, inputs, depth, until_s))
+    record = _train(run, rows_record, settings, after)
+    run.store.release()
+    run.clock.keep()
+    return workspace.write(stage, inputs, record)
+
+
+def _train(run: Run, rows_record: dict[str, Any], settings: TrainSettings, after: int | None) -> dict[str, Any]:
+    """Leaves the head; returns what its training was, with its score on rows that it was trained on."""
+    plan, workspace, depth = run.plan, run.workspace, settings.depth
     with run.progress.stage(f"train depth {depth}", total=1.0) as bar:
         rows = run.store.rows(depths=_depths(depth, plan.aux_layers), num_rows=rows_record["rows"])
         base, vocabulary = BaseParts.of(plan.model), ramp_vocabulary(rows, plan.ramp_vocab)
@@ -89,10 +98,7 @@ def train_depth(
     _save_tensors(workspace.path(f"head-{depth}.safetensors"), tensors | {VOCABULARY: vocabulary.int()})
     data = DraftData(rows, base, depth=depth, aux_layers=plan.aux_layers, vocabulary=vocabulary)
     known = measure_head(head, data, thinned(starts(rows, split=TRAIN), MAX_EVALUATED_ROWS))
-    record |= {"train_accepted_per_step": round(accepted_per_step(known), 4), "settings": repr(settings)}
-    run.store.release()
-    run.clock.keep()
-    return workspace.write(stage, inputs, record)
+    return record | {"train_accepted_per_step": round(accepted_per_step(known), 4), "settings": repr(settings)}
 
 
 def _budget_s(run: Run, stage: str, inputs: dict[str, Any], depth: int, until_s: float) -> float:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.store import Block, Store
-from apparate_llm.eval.systems import BASELINE
+from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits, plain_alike, tuned
 from apparate_llm.naming import model_name
 from apparate_llm.prepare.engine import context_length
 from apparate_llm.prepare.predict import MAX_TOKENS, predict
@@ -23,6 +23,9 @@ from apparate_llm.prepare.report import write_pages
 from apparate_llm.prepare.servers import servers_environment
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
+
+if TYPE_CHECKING:
+    from apparate_llm.eval.summary import SystemUnderLoad
 
 CLIENTS = (1, 4, 16)
 MOST_PROMPTS = 24
@@ -136,20 +139,12 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """By number of clients: the ratio of mean times per output token, lossless exits / plain vLLM, and its interval.
     Raises RuntimeError where a server does not run."""
-    from apparate_llm.engine.vllm_settings import memory_flags
     from apparate_llm.eval.evaluate import Evaluation, evaluate
-    from apparate_llm.eval.intervals import ratio_interval, sums_of
-    from apparate_llm.eval.statistics import ratio_of
     from apparate_llm.eval.summary import cells_of
-    from apparate_llm.eval.systems import ModelChoice, early_exits, plain_alike, tuned
     from apparate_llm.eval.workloads import closed
-    from apparate_llm.host.options import tuning_from
 
     with servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
-        flags = ["--max-model-len", str(context_length(model))]
-        choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), tuning_from())
-        options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
-        systems = [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
+        systems = systems_with(model, ramps)
         loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
         store = Store(Path(folder))
         store.open({"loads": [[load.name, load.fixed_length] for load in loads]}, fresh=True)
@@ -166,21 +161,36 @@ def measure(
         evaluate(evaluation, progress)
         if SYSTEM in evaluation.dead:
             raise RuntimeError(f"nothing measured: {evaluation.dead[SYSTEM]}")
-        by_clients = {}
         cells = {
             (cell.system.name, cell.load.concurrency): cell for cell in cells_of(list(store.blocks()), systems, loads)
         }
-        for number in clients:
-            ours, plain = cells[SYSTEM, number], cells[BASELINE, number]
-            means = [_mean(cell.values("tpt_ms")) for cell in (ours, plain)]
-            by_clients[str(number)] = {
-                "tpt_ratio": ratio_of(*means),
-                "ci95": ratio_interval(*(sums_of(cell.by_unit("tpt_ms")) for cell in (ours, plain))),
-                "ours_ms": means[0],
-                "plain_ms": means[1],
-                "by_repeat": ratios_of_repeats(ours.blocks + plain.blocks),
-            }
-    return by_clients
+    return {str(number): measured_ratio(cells[SYSTEM, number], cells[BASELINE, number]) for number in clients}
+
+
+def systems_with(model: Path, ramps: Path) -> list[System]:
+    """Plain vLLM, and lossless exits with these ramps, both on this machine as it is served on."""
+    from apparate_llm.engine.vllm_settings import memory_flags
+    from apparate_llm.host.options import tuning_from
+
+    flags = ["--max-model-len", str(context_length(model))]
+    choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), tuning_from())
+    options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
+    return [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
+
+
+def measured_ratio(ours: "SystemUnderLoad", plain: "SystemUnderLoad") -> dict[str, Any]:
+    """Under one load."""
+    from apparate_llm.eval.intervals import ratio_interval, sums_of
+    from apparate_llm.eval.statistics import ratio_of
+
+    ours_ms, plain_ms = (_mean(cell.values("tpt_ms")) for cell in (ours, plain))
+    return {
+        "tpt_ratio": ratio_of(ours_ms, plain_ms),
+        "ci95": ratio_interval(*(sums_of(cell.by_unit("tpt_ms")) for cell in (ours, plain))),
+        "ours_ms": ours_ms,
+        "plain_ms": plain_ms,
+        "by_repeat": ratios_of_repeats(ours.blocks + plain.blocks),
+    }
 
 
 def enough(blocks: Sequence[Block]) -> bool:
