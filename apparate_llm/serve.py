@@ -50,14 +50,7 @@ def add_serve(subparsers: Commands) -> None:
         allow_abbrev=False,
         add_help=False,
     )
-    parser.add_argument("-h", action="help", help="show this help and exit")
-    parser.add_argument(
-        "--help",
-        nargs="?",
-        action=Help,
-        metavar="SECTION",
-        help="the same; with =all or a section's name: vLLM's flags",
-    )
+    _add_help(parser)
     parser.add_argument("--model", metavar="MODEL", help=f"may stand first without --model: {HELP}")
     parser.add_argument(
         "--weights",
@@ -86,6 +79,18 @@ def add_serve(subparsers: Commands) -> None:
     add_options(parser)
     add_tuning(parser)
     parser.set_defaults(run=run_serve)
+
+
+def _add_help(parser: OneLineParser) -> None:
+    """-h has our own flags, --help can tell of vLLM's as well."""
+    parser.add_argument("-h", action="help", help="show this help and exit")
+    parser.add_argument(
+        "--help",
+        nargs="?",
+        action=Help,
+        metavar="SECTION",
+        help="the same; with =all or a section's name: vLLM's flags",
+    )
 
 
 class Help(argparse.Action):
