@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum, StrEnum
-from typing import Any
 
 
 class Decision(Enum):
@@ -95,7 +94,7 @@ class ExitCounts:
         that still wait for one are not in it, so it never falls."""
         return self.divergences + self.unverified
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         derived = {name: getattr(self, name) for name in ("outstanding", "divergences", "divergences_at_worst")}
         outcomes = {outcome.value: dict(by_depth) for outcome, by_depth in self.outcomes.items()}
         return {**asdict(self), **derived, **shares_of(derived, self.emitted), "outcomes": outcomes}

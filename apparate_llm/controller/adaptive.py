@@ -1,6 +1,6 @@
 """Policy `adaptive`: as many exits as pay at the measured costs, divergences where they bring most."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -254,7 +254,7 @@ class AdaptivePolicy(Policy):
 
     # ---- outside
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, object]:
         slowdown = self.costs.slowdown
         return {
             "verify_ms": {str(rows): round(ms * slowdown, 3) for rows, ms in self.costs.verify_ms.measured().items()},
@@ -275,7 +275,7 @@ class AdaptivePolicy(Policy):
             },
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         return {
             "depth": self.depth,
             "calibrations": [[*key, asdict(item)] for key, item in self.calibrations.items()],
@@ -284,7 +284,7 @@ class AdaptivePolicy(Policy):
             "draft_steps": [[depth, curve.state()] for depth, curve in self.costs.draft_steps.items()],
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         state = {CONTROLLER_STATE.get(name, name): value for name, value in state.items()}
         if state["depth"] not in self.depths:
             raise ValueError(f"no ramp at depth {state['depth']}")

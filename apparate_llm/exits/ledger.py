@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from apparate_llm.config import RequestOptions
 from apparate_llm.controller.budget import NANO, AccuracyBudget, Bucket
@@ -14,7 +14,7 @@ from apparate_llm.core import Exit, ExitCounts, Outcome
 from apparate_llm.exits.histograms import Distributions, Histogram
 from apparate_llm.exits.safety import Asides
 from apparate_llm.exits.tenants import TenantShare
-from apparate_llm.exits.token_origins import Reports, Trace
+from apparate_llm.exits.token_origins import Reports, TokenReport, Trace
 
 logger = logging.getLogger("vllm.apparate")
 LEAST_TOKENS = 16  # a request must have for its time per token to count
@@ -159,7 +159,7 @@ class VerdictLedger:
                 self.counts.targets_met,
             )
 
-    def report(self, key: str) -> dict[str, dict[str, Any]]:
+    def report(self, key: str) -> dict[str, TokenReport]:
         """Request id -> where the tokens of the answer came from; once for each."""
         for request_id, request in self.requests.items():  # its last token is out, the scheduler has not said so yet
             if request.trace is not None and request.trace.key == key:
