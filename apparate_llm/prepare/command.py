@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apparate_llm.eval.command import positive_list
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, positive
@@ -21,8 +21,10 @@ from apparate_llm.redact import redacted
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from apparate_llm.prepare.evaluate import Evaluation
     from apparate_llm.prepare.plan import Plan
     from apparate_llm.prepare.prompts import Messages
+    from apparate_llm.prepare.records import TptRatio, Verified
     from apparate_llm.ramps.checkpoint import RampManifest
 
 DEFAULT_TIME_BUDGET = "60m"
@@ -353,7 +355,7 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_verified(verified: dict[str, Any]) -> None:
+def print_verified(verified: "Verified") -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -361,7 +363,7 @@ def print_verified(verified: dict[str, Any]) -> None:
     for column in ("clients", "predicted", "measured", "measured / predicted", "within the prediction"):
         table.add_column(column, justify="right")
 
-    def cell(item: dict[str, Any]) -> str:
+    def cell(item: "TptRatio") -> str:
         if item["tpt_ratio"] is None:
             return "-"
         interval = "" if item["ci95"] is None else f" ({item['ci95'][0]:.2f} to {item['ci95'][1]:.2f})"
@@ -376,7 +378,7 @@ def print_verified(verified: dict[str, Any]) -> None:
     console.print(verified["sentence"], soft_wrap=True)
 
 
-def print_evaluation(result: Any) -> None:
+def print_evaluation(result: "Evaluation") -> None:
     from rich.console import Console
     from rich.table import Table
 

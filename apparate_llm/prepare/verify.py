@@ -5,11 +5,11 @@
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.store import Block, Store
@@ -18,7 +18,17 @@ from apparate_llm.naming import model_name
 from apparate_llm.prepare.engine import context_length
 from apparate_llm.prepare.predict import MAX_TOKENS, predict
 from apparate_llm.prepare.profile import LIMIT_S, profile
-from apparate_llm.prepare.recorded import measured_tensors, recorded
+from apparate_llm.prepare.recorded import Recorded, measured_tensors, recorded
+from apparate_llm.prepare.records import (
+    ComparedRatio,
+    Comparison,
+    FolderVerified,
+    MeasuredRatio,
+    Profiled,
+    Report,
+    TptRatio,
+    Verified,
+)
 from apparate_llm.prepare.report import write_pages
 from apparate_llm.prepare.servers import servers_environment
 from apparate_llm.progress import Progress
@@ -39,13 +49,13 @@ LOAD_S = 240.0  # no further repeat of a load that took so long
 def verify(
     out: Path,
     model: Path,
-    report: dict[str, Any],
+    report: Report,
     *,
     prompts: Sequence[Prompt] = (),
     progress: Progress,
     clients: Sequence[int] = CLIENTS,
     max_tokens: int = MAX_TOKENS,
-) -> dict[str, Any]:
+) -> Report:
     """Measure what `report` predicts for users' prompts, with the ramps in `out`; the report with `verified`, also
     written to `out`. prompts: the user's; without, those that come with `eval`."""
     depth = report["advice"]["depth"]
@@ -53,7 +63,7 @@ def verify(
     asked = chosen(prompts or load_prompts(None))
     measured = measure(model, out, asked, clients, progress=progress, max_tokens=max_tokens)
     expected = {number: predicted[number]["users"] for number in measured if number in predicted}
-    report = report | {"verified": compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)}
+    report = {**report, "verified": compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)}
     write_pages(out, report)
     return report
 
@@ -67,20 +77,11 @@ def verify_folder(
     progress: Progress,
     clients: Sequence[int] = CLIENTS,
     max_tokens: int = MAX_TOKENS,
-) -> dict[str, Any]:
+) -> FolderVerified:
     """Acceptance rates on the prompts, costs on this machine, the prediction from both, and the measurement."""
     asked, depth = chosen(prompts), manifest.default_depth
     conversations, rates = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
-    with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
-        profiled = profile(
-            model,
-            folder,
-            (depth,),
-            enforce_eager=False,
-            limit_s=LIMIT_S,
-            log=Path(logs, "log"),
-            on_progress=stage.update,
-        )
+    profiled = _profiled(model, folder, depth, progress)
     expected = predict(
         conversations,
         profiled,
@@ -97,7 +98,22 @@ def verify_folder(
         "depth": depth,
         "acceptance_rates": rates,  # by position
         "profile": profiled,
-    } | comparison
+        **comparison,
+    }
+
+
+def _profiled(model: Path, folder: Path, depth: int, progress: Progress) -> Profiled:
+    with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
+        profiled = profile(
+            model,
+            folder,
+            (depth,),
+            enforce_eager=False,
+            limit_s=LIMIT_S,
+            log=Path(logs, "log"),
+            on_progress=stage.update,
+        )
+    return profiled
 
 
 def _answered(
@@ -108,7 +124,7 @@ def _answered(
     *,
     max_tokens: int,
     progress: Progress,
-) -> tuple[list[Any], list[float | None]]:
+) -> tuple[list[Recorded], list[float | None]]:
     import torch
 
     from apparate_llm.prepare.evaluate import answer, mean, served_ramps
@@ -136,7 +152,7 @@ def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def measure(
     model: Path, ramps: Path, prompts: Sequence[Prompt], clients: Sequence[int], *, progress: Progress, max_tokens: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, MeasuredRatio]:
     """By number of clients: the ratio of mean times per output token, lossless exits / plain vLLM, and its interval.
     Raises RuntimeError where a server does not run."""
     from apparate_llm.eval.evaluate import Evaluation, evaluate
@@ -178,7 +194,7 @@ def systems_with(model: Path, ramps: Path) -> list[System]:
     return [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
 
 
-def measured_ratio(ours: "SystemUnderLoad", plain: "SystemUnderLoad") -> dict[str, Any]:
+def measured_ratio(ours: "SystemUnderLoad", plain: "SystemUnderLoad") -> MeasuredRatio:
     """Under one load."""
     from apparate_llm.eval.intervals import ratio_interval, sums_of
     from apparate_llm.eval.statistics import ratio_of
@@ -220,39 +236,42 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def compared(
-    predicted: dict[str, Any], measured: dict[str, Any], *, num_prompts: int, max_tokens: int
-) -> dict[str, Any]:
+    predicted: Mapping[str, TptRatio], measured: Mapping[str, TptRatio], *, num_prompts: int, max_tokens: int
+) -> Verified:
     """By number of clients `predicted`, `measured`, `within`: whether the one's interval holds the other's ratio; and
     `off_frac`, by how much of the prediction the measurement differs from it."""
-    clients = {}
-    for number in measured.keys() & predicted.keys():
-        expected, actual = predicted[number], measured[number]
-        ratio, guess = actual["tpt_ratio"], expected["tpt_ratio"]
-        known = ratio is not None and guess is not None
-        clients[number] = {
-            "predicted": {name: expected[name] for name in ("tpt_ratio", "ci95")},
-            "measured": actual,
-            "within": expected["ci95"][0] <= ratio <= expected["ci95"][1] if known else None,
-            "off_frac": round(ratio / guess - 1.0, 4) if known else None,
-        }
-    ordered = {number: clients[number] for number in sorted(clients, key=int)}
-    comparison = {"num_prompts": num_prompts, "max_tokens": max_tokens, "clients": ordered}
-    return comparison | {"sentence": sentence(comparison)}
+    both = sorted(measured.keys() & predicted.keys(), key=int)
+    clients = {number: _compared(predicted[number], measured[number]) for number in both}
+    comparison: Comparison = {"num_prompts": num_prompts, "max_tokens": max_tokens, "clients": clients}
+    return {**comparison, "sentence": sentence(comparison)}
 
 
-def sentence(verified: dict[str, Any]) -> str:
+def _compared(predicted: TptRatio, measured: TptRatio) -> ComparedRatio:
+    within = off_frac = None
+    expected, interval, ratio = predicted["tpt_ratio"], predicted["ci95"], measured["tpt_ratio"]
+    if expected is not None and interval is not None and ratio is not None:
+        within = interval[0] <= ratio <= interval[1]
+        off_frac = round(ratio / expected - 1.0, 4)
+    return {
+        "predicted": {"tpt_ratio": expected, "ci95": interval},
+        "measured": measured,
+        "within": within,
+        "off_frac": off_frac,
+    }
+
+
+def sentence(verified: Comparison) -> str:
     """One line for whoever waits for it."""
     parts, outside = [], []
     for number, item in verified["clients"].items():
         clients = f"{number} client{'s' * (number != '1')}"
-        if item["within"] is None:
+        expected, interval = item["predicted"]["tpt_ratio"], item["predicted"]["ci95"]
+        ratio = item["measured"]["tpt_ratio"]
+        if expected is None or interval is None or ratio is None:
             parts.append(f"{clients}: nothing measured")
             continue
-        low, high = item["predicted"]["ci95"]
-        ratio = item["measured"]["tpt_ratio"]
-        parts.append(
-            f"{clients}: {ratio:.2f} (predicted {item['predicted']['tpt_ratio']:.2f}, {low:.2f} to {high:.2f})"
-        )
+        low, high = interval
+        parts.append(f"{clients}: {ratio:.2f} (predicted {expected:.2f}, {low:.2f} to {high:.2f})")
         if not item["within"]:
             outside.append(clients)
     text = f"Measured TPT with exits / plain vLLM on {verified['num_prompts']} prompts: {'; '.join(parts)}."
