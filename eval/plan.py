@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.engine.vllm_settings import memory_flags
@@ -54,7 +53,7 @@ class EvalPlan:
     baselines: tuple[str, ...] = (BASELINE,)  # what ratios are to; answers are compared with the first one's
     prompts: list[Prompt]
     loads: list[Load]
-    settings: dict[str, Any]  # shown, and equal in a run that goes on
+    settings: dict[str, object]  # shown, and equal in a run that goes on
     folder: Path
     repeat: int
     start_timeout_s: float
@@ -80,7 +79,7 @@ class SteadyPlan:
     max_tokens: int
     switch: bool  # whether one server's policy is switched
     limit: float | None  # of TPT / the first baseline's; above it the exit code is 1
-    settings: dict[str, Any]
+    settings: dict[str, object]
     folder: Path
     start_timeout_s: float
     sampling: Sampling = GREEDY
@@ -313,12 +312,12 @@ def _llama_cpp(
     return llama_cpp_systems(args.llama_cpp, find_server(args.llama_server), demand, _sampling(args).temperature)
 
 
-def _llama_cpp_settings(args: argparse.Namespace) -> dict[str, Any]:
+def _llama_cpp_settings(args: argparse.Namespace) -> dict[str, object]:
     given = getattr(args, "llama_cpp", [])
     return {"llama_cpp": given, "llama_server": version_of(find_server(args.llama_server))} if given else {}
 
 
-def _request_fields(systems: list[System]) -> dict[str, Any]:
+def _request_fields(systems: list[System]) -> dict[str, object]:
     """What requests to some systems say besides."""
     fields = {system.name: dict(system.fields) for system in systems if system.fields}
     return {"request_fields": fields} if fields else {}
@@ -326,7 +325,7 @@ def _request_fields(systems: list[System]) -> dict[str, Any]:
 
 def _settings(
     args: argparse.Namespace, choice: ModelChoice, systems: list[System], prompts: list[Prompt], loads: list[Load]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What a run that goes on must share with the one that began."""
     asked = json.dumps([prompt.messages for prompt in prompts]).encode()
     return {
@@ -348,7 +347,7 @@ def _settings(
     }
 
 
-def _labels(sets: list[PromptSet]) -> dict[str, Any]:
+def _labels(sets: list[PromptSet]) -> dict[str, object]:
     """Which prompts they are, for all that shows results."""
     return {"prompts": {each.name: each.described() for each in sets}}
 
