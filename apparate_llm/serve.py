@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +187,7 @@ def start(
     return start_vllm(flags, wanted)
 
 
-def start_quietly(lines: list[str], flags: list[str], wanted: dict[str, Any], shown: ServeLines) -> int:
+def start_quietly(lines: list[str], flags: list[str], wanted: Mapping[str, object], shown: ServeLines) -> int:
     """The same with vLLM's log in a file, `lines` at its beginning."""
     print(*shown.first(), sep="\n", file=sys.stderr, flush=True)
     with log_of_engines(log_file(shown.port), note=NOTE, beat=shown.beat) as console:
@@ -287,7 +287,7 @@ def check_files(config: EarlyExitConfig) -> None:
             raise ConfigError(f"{flag}: cannot write {name}: it must be a file in a folder that exists")
 
 
-def keep_state(options: dict[str, Any]) -> None:
+def keep_state(options: dict[str, object]) -> None:
     """Without a place for what the controller learns, the server runs as well and begins anew at each start."""
     if options.get("controller_state") is None:
         try:
