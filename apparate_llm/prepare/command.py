@@ -19,13 +19,8 @@ from apparate_llm.quiet_log import log_of_engines
 from apparate_llm.redact import redacted
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from apparate_llm.prepare.evaluate import Evaluation
     from apparate_llm.prepare.plan import Plan
     from apparate_llm.prepare.prompts import Messages
-    from apparate_llm.prepare.records import TptRatio, Verified
-    from apparate_llm.ramps.checkpoint import RampManifest
 
 DEFAULT_TIME_BUDGET = "60m"
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -251,6 +246,7 @@ def what_next(model: str | None, out: Path, revision: str | None = None) -> list
 def run_show(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from apparate_llm.prepare.shown import held_out_table
     from apparate_llm.ramps.checkpoint import WEIGHTS, read_manifest
 
     manifest = read_manifest(args.folder)
@@ -270,27 +266,10 @@ def run_show(args: argparse.Namespace) -> int:
     return 0
 
 
-def held_out_table(manifest: "RampManifest") -> "Table":
-    """Of conversations that the ramps were not trained on; a calibration has an entry for each position."""
-    from rich.table import Table
-
-    from apparate_llm.renamed import of_any_preparation
-
-    positions = range(max(map(len, manifest.calibration.values())))
-    columns = [f"position {position}" for position in positions]
-    table = Table("depth", *columns, "calibration error", title="Held-out acceptance rate")
-    for depth in manifest.depths:
-        record = of_any_preparation(manifest.training.get("depths", {}).get(str(depth), {}))
-        rates = dict(enumerate(record.get("held_out_acceptance_rates", [])))
-        name = f"{depth} (default)" if depth == manifest.default_depth else str(depth)
-        figures = [*map(rates.get, positions), record.get("held_out_calibration_error")]
-        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in figures))
-    return table
-
-
 def run_evaluate(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.files import write_atomically
+    from apparate_llm.prepare.shown import print_evaluation
 
     asked = load_prompts(args.prompts)
     prompts, categories = [prompt.messages for prompt in asked], [prompt.category for prompt in asked]
@@ -333,6 +312,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.files import write_atomically
+    from apparate_llm.prepare.shown import print_verified
 
     check_kept_only(tuning_from())
     prompts = load_prompts(args.prompts)
@@ -353,57 +333,3 @@ def run_verify(args: argparse.Namespace) -> int:
         write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
         print(f"written: {args.json}", file=sys.stderr)
     return 0
-
-
-def print_verified(verified: "Verified") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="TPT with exits / plain vLLM, with 95 % intervals")
-    for column in ("clients", "predicted", "measured", "measured / predicted", "within the prediction"):
-        table.add_column(column, justify="right")
-
-    def cell(item: "TptRatio") -> str:
-        if item["tpt_ratio"] is None:
-            return "-"
-        interval = "" if item["ci95"] is None else f" ({item['ci95'][0]:.2f} to {item['ci95'][1]:.2f})"
-        return f"{item['tpt_ratio']:.2f}{interval}"
-
-    for number, item in verified["clients"].items():
-        off = "-" if item["off_frac"] is None else f"{1 + item['off_frac']:.2f}"
-        within = {True: "yes", False: "NO", None: "-"}[item["within"]]
-        table.add_row(number, cell(item["predicted"]), cell(item["measured"]), off, within)
-    console = Console()
-    console.print(table)
-    console.print(verified["sentence"], soft_wrap=True)
-
-
-def print_evaluation(result: "Evaluation") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    numbers = range(len(result.depths[0].positions))
-    table = Table("depth", "category", *(f"position {number}" for number in numbers), title="Acceptance rate")
-
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    for item in result.depths:
-        for name, rates in item.by_category.items():
-            table.add_row(str(item.depth), name, *(cell(rates.get(str(number))) for number in numbers))
-        name = "mean over categories" if item.by_category else "all"
-        table.add_row(
-            str(item.depth),
-            name,
-            *(cell(part.acceptance_rate) for part in item.positions),
-            style="bold",
-            end_section=True,
-        )
-    console = Console()
-    console.print(table)
-    for item in result.depths:
-        gain = f"{item.accepted_per_step:.2f} accepted tokens per step"
-        line = f"depth {item.depth}: {gain}, calibration error {item.calibration_error:.3f}"
-        console.print(line, soft_wrap=True)
-    ceiling = ", ".join(f"{name} {value:.2f}" for name, value in result.ceiling.items())
-    console.print(f"{result.prompts} prompts, {result.answer_tokens} answer tokens; ceiling: {ceiling}", soft_wrap=True)
