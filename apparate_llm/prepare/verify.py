@@ -247,7 +247,8 @@ def compared(
 
 
 def _compared(predicted: TptRatio, measured: TptRatio) -> ComparedRatio:
-    within = off_frac = None
+    within: bool | None = None
+    off_frac: float | None = None
     expected, interval, ratio = predicted["tpt_ratio"], predicted["ci95"], measured["tpt_ratio"]
     if expected is not None and interval is not None and ratio is not None:
         within = interval[0] <= ratio <= interval[1]
