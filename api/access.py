@@ -17,7 +17,6 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
@@ -186,7 +185,7 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-async def read_object(request: Request) -> dict[str, Any]:
+async def read_object(request: Request) -> dict[str, object]:
     """The request's body, a JSON object; raises HTTPException 413, 408 or 400."""
     reading = asyncio.ensure_future(_read(request))
     try:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,17 +31,33 @@ ENDINGS = {
 NAMES = ("id", "object", "created", "model", "request_id")  # of an answer, in every chunk of its stream
 
 
+class ExitReport(TypedDict):
+    """Of one choice of an answer, by its tokens."""
+
+    tokens: dict[str, int]  # by origin
+    divergences: int
+    divergences_at_worst: int  # released exits without a verdict are among them
+    exits_by_depth: dict[int, int]
+    tpt_ms: float | None
+    origins: list[str]  # of each token
+    texts: list[str]  # what each adds to the choice's text
+
+
+class ChoiceReport(ExitReport):
+    index: int  # of the choice in its answer
+
+
 @dataclass(slots=True)
 class Caller:
     """One HTTP request."""
 
     key_tenant: str | None = None  # of its API key
-    options: dict[str, Any] = field(default_factory=dict)  # ours, out of its body; not all routes pass them on
+    options: dict[str, object] = field(default_factory=dict)  # ours, out of its body; not all routes pass them on
     wants_report: bool = False
     num_prompts: int = 0  # given to the engine with a wish for a report
-    reports: list[dict[str, Any]] = field(default_factory=list)  # one for each of its choices, once they ended
+    reports: list[ChoiceReport] = field(default_factory=list)  # one for each of its choices, once they ended
 
-    def ordered_reports(self) -> list[dict[str, Any]]:
+    def ordered_reports(self) -> list[ChoiceReport]:
         """The reports, in the order of the choices."""
         return sorted(self.reports, key=lambda report: report["index"])
 
@@ -115,7 +131,7 @@ class Answer:
         await self._send({"type": "http.response.body", "body": body})
 
 
-def with_field(body: bytes, reports: list[dict[str, Any]]) -> bytes:
+def with_field(body: bytes, reports: list[ChoiceReport]) -> bytes:
     """A JSON object with one field more; the rest of it stays as the route wrote it, byte for byte."""
     front, brace, _ = body.rpartition(b"}")
     assert brace, f"not a JSON object: {body[:100]!r}"
@@ -156,10 +172,11 @@ class ReportedStream:
         elif data.startswith("{"):
             self._last = data
             if any(f'"{ending}"' in data for ending in ENDINGS):
-                return self._ending(event, json.loads(data))
+                return self._ending(event, data)
         return event.raw
 
-    def _ending(self, event: Event, ending: dict[str, Any]) -> bytes:
+    def _ending(self, event: Event, data: str) -> bytes:
+        ending = json.loads(data)
         if ending.get("type") not in ENDINGS or not (reports := self._caller.ordered_reports()):
             return event.raw
         self._is_reported = True
@@ -169,7 +186,7 @@ class ReportedStream:
         return f"{name}data: {as_json(ending)}\n\n".encode()
 
 
-def report_event(last: str, reports: list[dict[str, Any]]) -> bytes:
+def report_event(last: str, reports: list[ChoiceReport]) -> bytes:
     """The event before the end of a stream, in the form of a chunk without choices, as vLLM's usage is. last: data of
     the chunk before it."""
     chunk = json.loads(last) if last else {}

@@ -1,20 +1,21 @@
 """Options changed while serving: on all ranks of all engines, or on none."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from fastapi import HTTPException
 from vllm.logger import init_logger
 
 from apparate_llm.api.engines import num_engines
+from apparate_llm.api.exit_server import ExitServer
 from apparate_llm.config import ConfigError, EarlyExitConfig, parse_live
 
 logger = init_logger("vllm.apparate")
 CONFIGURE = "early_exit_configure"
 
 
-async def change_all(server: Any, changes: dict[str, Any]) -> EarlyExitConfig:
-    """The options before. server: the `ExitServer`, which takes those in force up before and after. Raises
-    HTTPException: 400 where they are not allowed, 503 where an engine failed at them. Nothing has changed then."""
+async def change_all(server: ExitServer, changes: Mapping[str, object]) -> EarlyExitConfig:
+    """The options before; the server takes those in force up before and after. Raises HTTPException: 400 where they are
+    not allowed, 503 where an engine failed at them. Nothing has changed then."""
     try:
         parse_live(changes, server.config)  # what makes no sense costs the engine nothing
     except ConfigError as error:
@@ -24,7 +25,7 @@ async def change_all(server: Any, changes: dict[str, Any]) -> EarlyExitConfig:
     is_one = num_engines(server.engine) == 1  # its own refusal leaves everything as it is
     if not is_one and (refusal := _first(await server.ask(CONFIGURE, changes, True))):
         raise HTTPException(400, refusal)
-    before: EarlyExitConfig = server.config
+    before = server.config
     try:
         failure = _first(await server.ask(CONFIGURE, changes))
     except Exception as error:
@@ -36,7 +37,7 @@ async def change_all(server: Any, changes: dict[str, Any]) -> EarlyExitConfig:
     return before
 
 
-async def _take_back(server: Any, values: dict[str, Any]) -> None:
+async def _take_back(server: ExitServer, values: Mapping[str, object]) -> None:
     try:
         failure = _first(await server.ask(CONFIGURE, values))
         await server.take_up()

@@ -1,6 +1,6 @@
 """The engines behind one API server: one, or several with data parallelism."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -69,7 +69,7 @@ def merged(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _uncut(histogram: dict[str, Any]) -> dict[str, Any]:
+def _uncut(histogram: Mapping[str, object]) -> dict[str, object]:
     return {"counts": histogram["counts"], "total": histogram["total"]}
 
 

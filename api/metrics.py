@@ -150,7 +150,7 @@ def present_metrics(status: dict[str, Any]) -> Iterable[Metric]:
         yield HistogramMetricFamily(PREFIX + name, help_text, buckets=buckets, sum_value=histogram["total"] / unit)
 
 
-def gauges_of(status: dict[str, Any]) -> dict[str, Any]:
+def gauges_of(status: dict[str, Any]) -> dict[str, float | None]:
     """Name -> value; None for what there is not."""
     config, counts = status["config"], status["counts"]
     return {
@@ -197,15 +197,6 @@ def is_waited_for(engine: EngineClient) -> bool:
     return processor is not None and bool(processor.has_unfinished_requests())
 
 
-async def freshen(server: Any) -> None:
-    """Have a status that is at most a second old published, if the engine answers in time."""
-    try:
-        status = await asyncio.wait_for(server.status(max_age_s=POLL_INTERVAL_S), PAGE_WAIT_S)
-        server.collector.publish(status)
-    except Exception as error:
-        server.collector.fail(error)
-
-
 class MetricsMiddleware:
     """Before vLLM's /metrics: the figures are made new. With several API server processes that page gathers from files
     what each of them wrote, and asks no collector: ours is added. Every process knows all engines."""
@@ -217,11 +208,11 @@ class MetricsMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
         server = getattr(scope["app"].state, "early_exit", None) if path.rstrip("/") == "/metrics" else None
         if server is not None:
-            await freshen(server)
+            await server.freshen()
         if server is None or "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             await self.app(scope, receive, send)
             return
-        start: dict[str, Any] = {}
+        start: Message = {}
 
         async def add(message: Message) -> None:
             if message["type"] == "http.response.start":

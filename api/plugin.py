@@ -4,11 +4,9 @@ import asyncio
 import json
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
@@ -16,23 +14,21 @@ from prometheus_client.core import REGISTRY
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
 
 from apparate_llm.admin import admin_digests, digest_of
-from apparate_llm.api import metrics
 from apparate_llm.api.access import Access, Visitor, read_object
 from apparate_llm.api.answers import CALLER, AnswerMiddleware, tenants_by_key
 from apparate_llm.api.changes import change_all
-from apparate_llm.api.ending import Ending, wait_for_end
-from apparate_llm.api.engines import ask_all, merged
-from apparate_llm.api.metrics import ExitCollector, MetricsMiddleware, freshen, poll
-from apparate_llm.api.neighbours import FOLDER, Neighbours, follow
+from apparate_llm.api.exit_server import ExitServer
+from apparate_llm.api.metrics import MetricsMiddleware
+from apparate_llm.api.neighbours import FOLDER, Neighbours
 from apparate_llm.api.reports import reporting
 from apparate_llm.api.requests import check_requests
-from apparate_llm.api.turns import Turns
-from apparate_llm.api.views import config_view, status_view, tenant_seen
+from apparate_llm.api.views import status_view, tenant_seen
 from apparate_llm.config import (
     KEY_TENANT_PROOF,
-    LIVE_OPTIONS,
     ConfigError,
     EarlyExitConfig,
     config_from_vllm,
@@ -40,9 +36,7 @@ from apparate_llm.config import (
     new_options,
     new_request_fields,
     parse_request_options,
-    public_config,
 )
-from apparate_llm.renamed import beside_old_names
 
 logger = init_logger("vllm.apparate")
 MAX_STREAMS = 256
@@ -54,77 +48,6 @@ PAGE_HEADERS = {  # nothing from, and nothing to, another host
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-
-
-@dataclass
-class ExitServer:
-    """What the routes know of the engine behind them."""
-
-    engine: EngineClient
-    config: EarlyExitConfig  # in force
-    collector: ExitCollector = field(default_factory=ExitCollector)
-    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    num_streams: int = 0
-    neighbours: Neighbours = field(default_factory=Neighbours)
-    ending: Ending = field(default_factory=Ending)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)  # kept: an unreferenced task may be collected
-    tenants_by_key: dict[str, str] = field(default_factory=dict)
-
-    last_request_s: float = float("-inf")  # when one came in, on the monotonic clock
-
-    def __post_init__(self) -> None:
-        self._statuses = Turns(self._status, lambda: metrics.POLL_INTERVAL_S)
-
-    async def ask(self, method: str, *args: object) -> list[Any]:
-        """One answer from each engine. Raises EngineGoneError where it ends before."""
-        return await self.ending.or_answer(ask_all(self.engine, method, *args))
-
-    async def status(self, *, max_age_s: float = 0.0) -> dict[str, Any]:
-        """At most one question a second to the engine, whoever asks. The last answer does where nothing can have
-        changed: when it was given no request ran, and none had come for a while."""
-        turns = self._statuses
-        was_idle = turns.answer is not None and not turns.answer["running"]
-        if was_idle and self.last_request_s < turns.asked_s - metrics.POLL_INTERVAL_S:
-            max_age_s = metrics.POLL_INTERVAL_S
-        return await turns.get(max_age_s=max_age_s)
-
-    async def polled_status(self) -> dict[str, Any]:
-        """For the polling: what somebody else was just told will do."""
-        return await self.status(max_age_s=metrics.POLL_INTERVAL_S / 2)
-
-    async def changed_status(self) -> dict[str, Any]:
-        """After a change, at once."""
-        return await self._statuses.now()
-
-    async def _status(self) -> dict[str, Any]:
-        """Also takes up the options in force: another API process may have changed them."""
-        status = merged([beside_old_names(status) for status in await self.ask("early_exit_status")])
-        self.config = self.config.model_copy(update={name: status["config"][name] for name in LIVE_OPTIONS})
-        return status
-
-    def run(self, state: State) -> None:
-        """Begin what goes on beside the requests. state: the application's."""
-        work = [poll(self.collector, self.engine, self.polled_status), self.end_with(state)]
-        if self.neighbours.exist:
-            work.append(follow(self.neighbours, self.collector.work, self.take_up))
-        self.tasks = [asyncio.create_task(one) for one in work]
-
-    async def take_up(self) -> None:
-        """The options in force, whoever has changed them."""
-        self.collector.publish(await self.changed_status())
-
-    async def end_with(self, state: State) -> None:
-        """Let go of all who wait, when the server stops or its engine is gone."""
-        await wait_for_end(self.engine, state)
-        self.ending.come()
-        self.collector.end()
-        for task in self.tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
-
-    def config_in_force(self, tenant_name: str | None = None) -> dict[str, Any]:
-        """tenant_name: the one tenant whose options are wanted."""
-        return {"config": config_view(public_config(self.config), tenant_name), "live": LIVE_OPTIONS}
 
 
 async def authorised(request: Request) -> None:
@@ -172,14 +95,14 @@ async def dashboard(request: Request) -> HTMLResponse:
 
 
 @router.get("/status")
-async def status(request: Request) -> dict[str, Any]:
+async def status(request: Request) -> dict[str, object]:
     """Options, depth in use and running totals; 503 where the server runs without early exits."""
     server = server_of(request)
     return status_view(await server.status(), tenant_seen_by(request, server))
 
 
 @router.get("/config")
-async def config(request: Request) -> dict[str, Any]:
+async def config(request: Request) -> dict[str, object]:
     """The options in force and those that may change."""
     server = server_of(request)
     await server.status()
@@ -190,7 +113,7 @@ async def config(request: Request) -> dict[str, Any]:
 
 
 @router.patch("/config", dependencies=[Depends(may_change)])
-async def change_config(request: Request) -> dict[str, Any]:
+async def change_config(request: Request) -> dict[str, object]:
     """Options to change, as a JSON object: in force from the next engine step on, for requests under way as well.
     400 says what is not allowed, and changes nothing."""
     server = server_of(request)
@@ -211,7 +134,7 @@ def log_change(visitor: Visitor, before: EarlyExitConfig, after: EarlyExitConfig
 
 
 @router.post("/reset", dependencies=[Depends(may_change)])
-async def reset(request: Request) -> dict[str, Any]:
+async def reset(request: Request) -> dict[str, bool]:
     """Forget what the controller has learned; totals go on. 409 where that failed."""
     if not all(await server_of(request).ask("early_exit_forget")):
         raise HTTPException(409, "nothing was forgotten: it failed on an engine, the server's log says why")
@@ -225,7 +148,7 @@ async def events(request: Request) -> StreamingResponse:
     server = server_of(request)
     if server.num_streams >= MAX_STREAMS:
         raise HTTPException(503, f"{MAX_STREAMS} clients listen already", {"Retry-After": "10"})
-    await freshen(server)
+    await server.freshen()
     return StreamingResponse(
         stream(server, tenant_seen_by(request, server)),
         media_type="text/event-stream",
@@ -259,9 +182,11 @@ async def stream(server: ExitServer, tenant_name: str | None = None) -> AsyncIte
 def watch_requests(server: ExitServer) -> None:
     """Wake the polling, refuse bad early-exit options that came past the check at the door (vLLM answers a ValueError
     raised here with HTTP 400), give a request its tenant, and report where one asks for it."""
-    generate = server.engine.generate
+    generate: Callable[..., AsyncGenerator[RequestOutput]] = server.engine.generate
 
-    def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+    def checked(
+        prompt: object, sampling_params: SamplingParams, *args: object, **kwargs: object
+    ) -> AsyncGenerator[RequestOutput]:
         caller = CALLER.get()
         passed = getattr(sampling_params, "extra_args", None)
         given = new_request_fields({**(caller.options if caller else {}), **(passed or {})})

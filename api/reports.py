@@ -14,13 +14,13 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 
-from apparate_llm.api.answers import Caller
-from apparate_llm.exits.token_origins import REPORT_KEY, Origin
+from apparate_llm.api.answers import Caller, ExitReport
+from apparate_llm.exits.token_origins import REPORT_KEY, Origin, TokenReport
 
 logger = init_logger("vllm.apparate")
 DIVERGENCES = (Origin.HELD_DIVERGENCE, Origin.RELEASED_DIVERGENCE)
 TOKENS_AT_ONCE = 256  # made into text before other requests have their turn: a millisecond
-Ask = Callable[..., Awaitable[list[dict[str, dict[str, Any]]]]]
+Ask = Callable[..., Awaitable[list[dict[str, TokenReport]]]]
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ def choice_of(request_id: str, n: int) -> int:
     return int(request_id.partition("_")[0]) if n > 1 else 0
 
 
-def report_of(record: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+def report_of(record: TokenReport, texts: list[str]) -> ExitReport:
     """What the client gets of one choice. record: the engine's; a stop string can have cut off tokens it counted."""
     origins, depths = record["origins"][: len(texts)], record["depths"][: len(texts)]
     assert len(origins) == len(texts), f"{len(texts)} tokens sent, {len(origins)} on record"

@@ -5,7 +5,7 @@ function in its place. There the body is parsed already, and nothing is sent yet
 that streams as well, and on one whose request never reaches the engine as it came (beam search).
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 from fastapi import FastAPI, HTTPException, Request
 from pydantic import TypeAdapter, ValidationError
@@ -52,7 +52,7 @@ async def checked_request(raw_request: Request) -> None:
     caller.wants_report = bool(options.early_exit_report)
 
 
-def options_given(body: object, path: str) -> dict[str, Any]:
+def options_given(body: object, path: str) -> Mapping[str, object]:
     """What `vllm_xargs` holds; vLLM says what is wrong where that is no object."""
     if not isinstance(body, dict):
         return {}
@@ -63,7 +63,7 @@ def options_given(body: object, path: str) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def why_no_report(body: dict[str, Any], path: str) -> str | None:
+def why_no_report(body: Mapping[str, object], path: str) -> str | None:
     """None where there will be one."""
     if path in NO_TEXT:
         return f"on {path}: it generates no text"
@@ -76,7 +76,7 @@ def why_no_report(body: dict[str, Any], path: str) -> str | None:
     return None
 
 
-def is_true(body: dict[str, Any], name: str) -> bool:
+def is_true(body: Mapping[str, object], name: str) -> bool:
     """As vLLM will read it."""
     try:
         return BOOL.validate_python(body.get(name))
@@ -84,7 +84,7 @@ def is_true(body: dict[str, Any], name: str) -> bool:
         return False
 
 
-def is_zero(body: dict[str, Any], name: str) -> bool:
+def is_zero(body: Mapping[str, object], name: str) -> bool:
     try:
         return INT.validate_python(body.get(name)) == 0
     except ValidationError:

@@ -3,12 +3,13 @@
 import hashlib
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apparate_llm.renamed import OPTIONS, REQUEST_FIELDS, with_new_names
 
+T = TypeVar("T")
 ADDITIONAL_CONFIG_KEY = "early_exit"
 DEFAULT_TENANT = "default"  # of requests that name none
 KEY_TENANT_PROOF = "apparate_tenant_proof"  # field of vLLM's `extra_args`: that the API has seen a key of the tenant
@@ -180,7 +181,7 @@ def parse_config(raw: object) -> EarlyExitConfig:
         raise ConfigError(f"early_exit: {_problems(error, EarlyExitConfig)}") from None
 
 
-def new_options(given: Mapping[str, Any]) -> dict[str, Any]:
+def new_options(given: Mapping[str, T]) -> dict[str, T]:
     """The options by the names they have now; raises ConfigError."""
     try:
         return with_new_names(given, OPTIONS)
@@ -188,7 +189,7 @@ def new_options(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"early_exit: {error}") from None
 
 
-def new_request_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+def new_request_fields(given: Mapping[str, T]) -> dict[str, T]:
     """What a request asks for by the names it has now; raises ConfigError."""
     try:
         return with_new_names(given, REQUEST_FIELDS)
@@ -261,7 +262,7 @@ def parse_request_options(
         raise ConfigError(f"vllm_xargs: accuracy_bound: at most {whose} {bound:g}, got {options.accuracy_bound:g}")
     if own.early_exit < options.early_exit and "early_exit" in options.model_fields_set:
         raise ConfigError(f"vllm_xargs: early_exit: requests of tenant {name} take no exits, got 1")
-    completed: dict[str, Any] = {"early_exit_tenant": name, "early_exit": min(own.early_exit, options.early_exit)}
+    completed: dict[str, object] = {"early_exit_tenant": name, "early_exit": min(own.early_exit, options.early_exit)}
     if options.accuracy_bound is None and own.accuracy_bound is not None:
         completed["accuracy_bound"] = bound
     if options.tpt_target_ms is None:

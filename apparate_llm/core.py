@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum, StrEnum
-from typing import Any
 
 
 class Decision(Enum):
@@ -95,7 +94,21 @@ class ExitCounts:
         that still wait for one are not in it, so it never falls."""
         return self.divergences + self.unverified
 
-    def as_dict(self) -> dict[str, Any]:
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless they add up."""
+        assert 0 <= self.accepted <= self.held, f"accepted {self.accepted} of {self.held} held exits"
+        assert 0 <= self.accepted_divergences <= self.accepted, f"accepted more divergences than exits: {self}"
+        assert 0 <= self.released_divergences <= self.verified, f"more divergences than verdicts: {self}"
+        by_depth = sum(self.exits_by_depth.values())
+        assert self.released + self.accepted == by_depth, f"{by_depth} exits by depth: {self}"
+        assert 0 <= self.lookup_exits <= by_depth, f"{self.lookup_exits} of {by_depth} exits looked up"
+        assert self.settled(Outcome.RELEASED_RIGHT, Outcome.RELEASED_DIVERGENCE) == self.verified, f"{self}"
+        assert self.settled(Outcome.RELEASED_UNVERIFIED) == self.unverified, f"{self}"
+        held = self.settled(Outcome.HELD_ACCEPTED, Outcome.HELD_ACCEPTED_DIVERGENCE, Outcome.HELD_REJECTED)
+        assert held == self.held, f"{held} held exits have an outcome: {self}"
+        assert self.released + self.accepted <= self.emitted, f"more exits than tokens: {self}"
+
+    def as_dict(self) -> dict[str, object]:
         derived = {name: getattr(self, name) for name in ("outstanding", "divergences", "divergences_at_worst")}
         outcomes = {outcome.value: dict(by_depth) for outcome, by_depth in self.outcomes.items()}
         return {**asdict(self), **derived, **shares_of(derived, self.emitted), "outcomes": outcomes}

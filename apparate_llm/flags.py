@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, get_args, get_origin
 
@@ -67,7 +67,7 @@ def config_of(flags: Sequence[str]) -> EarlyExitConfig:
     return parse_config({flag.removeprefix("--").replace("-", "_"): value for flag, value in pairs})
 
 
-def options_from(args: argparse.Namespace, others: dict[str, Any] | None = None) -> EarlyExitConfig:
+def options_from(args: argparse.Namespace, others: Mapping[str, object] | None = None) -> EarlyExitConfig:
     """The options the user gave; ConfigError names the flag, what was got and what is allowed. others: options that
     came another way, which flags may add to and must not contradict."""
     named = {name: getattr(args, name, None) for name in (*EarlyExitConfig.model_fields, *OPTIONS)}
@@ -85,7 +85,7 @@ def options_from(args: argparse.Namespace, others: dict[str, Any] | None = None)
         raise ConfigError(str(error).removeprefix("early_exit: ")) from None
 
 
-def check_each(given: dict[str, Any]) -> None:
+def check_each(given: Mapping[str, object]) -> None:
     """Raises ConfigError that names the flag, what is allowed and what was got. Tenants are a file's."""
     for name, value in given.items():
         try:
@@ -112,7 +112,7 @@ def _in_words(kind: dict[str, Any]) -> str:
     return ", ".join([KINDS[kind["type"]], " and ".join(bounds)]).removesuffix(", ")
 
 
-def check_agreement(given: dict[str, Any], others: dict[str, Any]) -> None:
+def check_agreement(given: Mapping[str, object], others: Mapping[str, object]) -> None:
     for name in given.keys() & others.keys():
         mine, theirs = (getattr(parse_config({name: value}), name) for value in (given[name], others[name]))
         if mine != theirs:
@@ -121,7 +121,7 @@ def check_agreement(given: dict[str, Any], others: dict[str, Any]) -> None:
             )
 
 
-def read_tenants(name: str) -> dict[str, Any]:
+def read_tenants(name: str) -> dict[str, object]:
     """Tenants out of a TOML file, one table each; of their `api_keys` only digests are kept. Raises
     ConfigError."""
     if "{" in name or "\n" in name:  # it may hold keys: not repeated

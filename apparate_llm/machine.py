@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from apparate_llm.config import ConfigError
 
@@ -117,7 +116,7 @@ def _cached(stat: Path, prefix: str) -> int:
         return 0
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """What a measurement says of where it was made."""
     packages = {}
     for name in PACKAGES:

@@ -6,8 +6,9 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -105,7 +106,7 @@ def write(model: Path, out: Path, console: Console) -> float:
     return time.monotonic() - began
 
 
-def keep(file: Path, results: dict[str, Any]) -> None:
+def keep(file: Path, results: Mapping[str, object]) -> None:
     from apparate_llm.eval.run import commit
 
     command = shlex.join(["apparate-llm", *sys.argv[1:]])

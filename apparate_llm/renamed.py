@@ -4,8 +4,9 @@ wrote ourselves are read without."""
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 WARNED_VARIABLE = "APPARATE_OLD_NAMES_WARNED"
 OPTIONS = {  # old -> new
     "waiting_weight": "ttft_weight",
@@ -73,7 +74,7 @@ OLD_SETTINGS = "knobs"  # what an evaluation's settings had for its options
 SYSTEMS = {"bounded": "early-exit", "idle": "ramps-only"}  # of the evaluation, old -> new
 
 
-def with_new_names(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def with_new_names(given: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
     """`given` with its old names replaced; ValueError where old and new say different things."""
     renamed = dict(given)
     for old, new in names.items():
@@ -98,11 +99,11 @@ def beside_old_names(status: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _with_old_names(figures: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _with_old_names(figures: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
     return {**figures, **{old: figures[new] for new, old in names.items() if new in figures}}
 
 
-def counts_of_any_version(status_counts: dict[str, Any]) -> dict[str, Any]:
+def counts_of_any_version(status_counts: Mapping[str, T]) -> dict[str, T]:
     """Of a status, or of a stored block of an evaluation: by the new names only."""
     old = {old: new for new, old in STATUS["counts"].items()}
     return {old.get(name, name): value for name, value in status_counts.items()}

@@ -5,8 +5,9 @@ import itertools
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from apparate_llm.config import EarlyExitConfig, parse_config
 from apparate_llm.drawing import Axes
@@ -20,7 +21,25 @@ if TYPE_CHECKING:
     from apparate_llm.controller.replay import LogCosts, Replayed
 
 LOGS = Path(__file__).parent / "assets" / "logs"
-Row = dict[str, Any]
+
+
+class Row(TypedDict):
+    """What a policy would have done, with one combination of parameters."""
+
+    policy: str
+    parameters: str
+    accuracy_bound: float
+    tpt_ratio: float  # to plain vLLM
+    tpt_ms: float
+    tokens_per_pass: float
+    divergence_frac: float
+    worst_divergence_frac: float  # over all prefixes of what it emitted
+    regret_nats_per_token: float
+    emitted: int
+    held: int
+    accepted: int
+    released: int
+    divergences: int
 
 
 def add_replay(subparsers: Commands) -> None:
@@ -76,7 +95,7 @@ def run_replay(args: argparse.Namespace) -> int:
         with progress.stage("replay", total=len(combinations), unit="combinations", often_brief=True) as stage:
             for done, parameters in enumerate(combinations):
                 stage.update(done)
-                rows.append(one_row(config, parameters, header, steps, costs))
+                rows.append(one_row(config, parameters, header["num_layers"], steps, costs))
             stage.update(len(combinations))
     rows.append(oracle_row(config, steps, costs))
     print_rows(
@@ -99,7 +118,7 @@ def find_log(name: str | None) -> Path:
     return shipped[name] if name in shipped else Path(name)
 
 
-def parameter_grid(given: list[str]) -> list[dict[str, Any]]:
+def parameter_grid(given: list[str]) -> list[dict[str, object]]:
     """All combinations of `name=v1,v2`; raises ValueError for what is not of this form."""
     axes = []
     for text in given:
@@ -113,7 +132,13 @@ def parameter_grid(given: list[str]) -> list[dict[str, Any]]:
     return [dict(combination) for combination in itertools.product(*axes)]
 
 
-def one_row(config: EarlyExitConfig, parameters: Row, header: Row, steps: "list[LoggedStep]", costs: "LogCosts") -> Row:
+def one_row(
+    config: EarlyExitConfig,
+    parameters: Mapping[str, object],
+    num_layers: int,
+    steps: "list[LoggedStep]",
+    costs: "LogCosts",
+) -> Row:
     from apparate_llm.controller.policies import make_policy
     from apparate_llm.controller.replay import replay
 
@@ -125,7 +150,7 @@ def one_row(config: EarlyExitConfig, parameters: Row, header: Row, steps: "list[
         config,
         depth=depths[0] if config.depth == "auto" else config.depth,
         depths=depths if config.depth == "auto" else (config.depth,),
-        num_layers=header["num_layers"],
+        num_layers=num_layers,
         **rest,
     )
     result = replay(steps, costs, policy, accuracy_bound=config.accuracy_bound, kind=config.bound_kind)
@@ -178,7 +203,7 @@ def print_rows(rows: list[Row], title: str) -> None:
             f"{row['tokens_per_pass']:.2f}",
             f"{row['divergence_frac']:.4f}",
             f"{row['regret_nats_per_token']:.4f}",
-            *(str(row[name]) for name in ("held", "accepted", "released")),
+            *map(str, (row["held"], row["accepted"], row["released"])),
         )
     Console(width=max(Console().width, 120)).print(table)
 

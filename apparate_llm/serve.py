@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,14 +50,7 @@ def add_serve(subparsers: Commands) -> None:
         allow_abbrev=False,
         add_help=False,
     )
-    parser.add_argument("-h", action="help", help="show this help and exit")
-    parser.add_argument(
-        "--help",
-        nargs="?",
-        action=Help,
-        metavar="SECTION",
-        help="the same; with =all or a section's name: vLLM's flags",
-    )
+    _add_help(parser)
     parser.add_argument("--model", metavar="MODEL", help=f"may stand first without --model: {HELP}")
     parser.add_argument(
         "--weights",
@@ -86,6 +79,18 @@ def add_serve(subparsers: Commands) -> None:
     add_options(parser)
     add_tuning(parser)
     parser.set_defaults(run=run_serve)
+
+
+def _add_help(parser: OneLineParser) -> None:
+    """-h has our own flags, --help can tell of vLLM's as well."""
+    parser.add_argument("-h", action="help", help="show this help and exit")
+    parser.add_argument(
+        "--help",
+        nargs="?",
+        action=Help,
+        metavar="SECTION",
+        help="the same; with =all or a section's name: vLLM's flags",
+    )
 
 
 class Help(argparse.Action):
@@ -182,7 +187,7 @@ def start(
     return start_vllm(flags, wanted)
 
 
-def start_quietly(lines: list[str], flags: list[str], wanted: dict[str, Any], shown: ServeLines) -> int:
+def start_quietly(lines: list[str], flags: list[str], wanted: Mapping[str, object], shown: ServeLines) -> int:
     """The same with vLLM's log in a file, `lines` at its beginning."""
     print(*shown.first(), sep="\n", file=sys.stderr, flush=True)
     with log_of_engines(log_file(shown.port), note=NOTE, beat=shown.beat) as console:
@@ -282,7 +287,7 @@ def check_files(config: EarlyExitConfig) -> None:
             raise ConfigError(f"{flag}: cannot write {name}: it must be a file in a folder that exists")
 
 
-def keep_state(options: dict[str, Any]) -> None:
+def keep_state(options: dict[str, object]) -> None:
     """Without a place for what the controller learns, the server runs as well and begins anew at each start."""
     if options.get("controller_state") is None:
         try:

@@ -8,6 +8,7 @@ file of all that. See `vllm/utils/argparse_utils.py`; a test holds the tables he
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def renamed_flag(flag: str) -> str:
     return f"--{new.replace('_', '-')}" if new else flag
 
 
-def read_config_file(name: str) -> dict[str, Any]:
+def read_config_file(name: str) -> dict[str, object]:
     import yaml  # comes with vLLM
 
     path = Path(name).expanduser()
@@ -157,7 +158,7 @@ def read_config_file(name: str) -> dict[str, Any]:
     return options
 
 
-def tokens_of(key: str, value: Any) -> list[str]:
+def tokens_of(key: str, value: object) -> list[str]:
     """One entry of a YAML file as it stands on a command line."""
     if key.replace("-", "_") in (*EarlyExitConfig.model_fields, *OPTIONS):
         return [] if value is None else [f"--{key}={json.dumps(value) if isinstance(value, bool | dict) else value}"]
@@ -208,16 +209,16 @@ def _apart(flags: list[str]) -> tuple[list[str], dict[str, str], dict[str, list[
     return rest, whole, keys
 
 
-def nested(path: str, text: str) -> dict[str, Any]:
+def nested(path: str, text: str) -> dict[str, object]:
     """{"a": {"b": value}} for the path `a.b`; `a.b+` takes a list of comma-separated items."""
     *outer, last = path.removesuffix("+").split(".")
-    value: dict[str, Any] = {last: text.split(",") if path.endswith("+") else value_of(text)}
+    value: dict[str, object] = {last: text.split(",") if path.endswith("+") else value_of(text)}
     for key in reversed(outer):
         value = {key: value}
     return value
 
 
-def value_of(text: str) -> Any:
+def value_of(text: str) -> object:
     """JSON, a number as people write it (1k is 1000, 1K is 1024), or text."""
     try:
         return json.loads(text)
@@ -232,7 +233,7 @@ def value_of(text: str) -> Any:
         return text
 
 
-def merge(into: dict[str, Any], update: dict[str, Any]) -> None:
+def merge(into: dict[str, object], update: Mapping[str, object]) -> None:
     for key, value in update.items():
         old = into.get(key)
         if isinstance(value, dict) and isinstance(old, dict):

@@ -118,7 +118,7 @@ class Completion:
             before = chunk.tokens
         return before
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> dict[str, object]:
         return {**asdict(self), "chunks": [[round(at_s, 6), *rest] for at_s, *rest in self.chunks]}
 
     @classmethod
@@ -167,7 +167,7 @@ async def complete(
     return result
 
 
-def _common_fields(ask: PlannedRequest, fixed_length: bool) -> dict[str, Any]:
+def _common_fields(ask: PlannedRequest, fixed_length: bool) -> dict[str, object]:
     """That all servers get."""
     common = {
         "temperature": GREEDY.temperature,

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import httpx
 import numpy as np
@@ -168,7 +168,12 @@ def in_window(arrivals: list[list[tuple[float, int]]], began_s: float, ended_s: 
     return (seconds * 1e3 / after_first if after_first else float("nan")), tokens
 
 
-def ratio_of(values: list[float], others: list[float]) -> dict[str, Any]:
+class RatioOfTurns(TypedDict):
+    ratio: float
+    ci95: Interval | None
+
+
+def ratio_of(values: list[float], others: list[float]) -> RatioOfTurns:
     """Geometric mean of the ratios of pairs, with its 95 % interval, None of too few; a turn without tokens has none.
     Raises ValueError where no pair is left."""
     logs = np.log([values, others])

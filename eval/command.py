@@ -107,6 +107,19 @@ def _add_tpt(kinds: Commands) -> None:
         help="prompts of about these many tokens, the chat template not counted, made of the texts of --prompts: each "
         "load once for each, e.g. to see how long first tokens take",
     )
+    _add_arrivals(tpt)
+    tpt.add_argument(
+        "--length",
+        choices=("free", "fixed", "both", "varied"),
+        help="answers end by themselves or at --max-tokens (free, the default), always at --max-tokens (fixed), or by "
+        "themselves or at varied output lengths up to --max-tokens (varied), lest many clients be synchronised",
+    )
+    _add_sampling(tpt)
+    tpt.set_defaults(run=_later("run_tpt"), goes_on=True)
+
+
+def _add_arrivals(tpt: OneLineParser) -> None:
+    """When requests come: as clients have their answers, or at times of their own."""
     tpt.add_argument(
         "--concurrency",
         type=positive_list,
@@ -126,14 +139,6 @@ def _add_tpt(kinds: Commands) -> None:
     tpt.add_argument(
         "--num-requests", type=positive, help="number of requests taken from --trace (default: as many as prompts)"
     )
-    tpt.add_argument(
-        "--length",
-        choices=("free", "fixed", "both", "varied"),
-        help="answers end by themselves or at --max-tokens (free, the default), always at --max-tokens (fixed), or by "
-        "themselves or at varied output lengths up to --max-tokens (varied), lest many clients be synchronised",
-    )
-    _add_sampling(tpt)
-    tpt.set_defaults(run=_later("run_tpt"), goes_on=True)
 
 
 def _add_drift(kinds: Commands) -> None:
@@ -178,6 +183,26 @@ def _add_steady(kinds: Commands) -> None:
         help="names, see below; compared with vllm, else with the first (default: vllm,lossless)",
     )
     steady.add_argument("--switch", action="store_true", help="switch the policy of the one system named by --systems")
+    _add_turns(steady)
+    steady.add_argument(
+        "--prompts", type=Path, default=Path("chat"), help="prompts, as `eval tpt --help` says (default: chat)"
+    )
+    steady.add_argument("--num-prompts", type=positive, help="use only the first N prompts")
+    steady.add_argument(
+        "--max-tokens", type=positive, default=96, help="longest answer, in tokens; lengths vary (default: 96)"
+    )
+    steady.add_argument(
+        "--limit", type=above_zero, help="exit with 1 where TPT over the first baseline's is above it, e.g. 1.03"
+    )
+    _add_sampling(steady)
+    _add_peers(steady)
+    _add_options_of_systems(steady)
+    _add_servers(steady)
+    steady.set_defaults(run=_later("run_steady"))
+
+
+def _add_turns(steady: OneLineParser) -> None:
+    """How many clients, and how long they are measured."""
     steady.add_argument(
         "--clients",
         type=positive_list,
@@ -197,21 +222,6 @@ def _add_steady(kinds: Commands) -> None:
     steady.add_argument(
         "--learn-s", type=above_zero, default=30.0, help="with --switch: seconds before the first turn (default: 30)"
     )
-    steady.add_argument(
-        "--prompts", type=Path, default=Path("chat"), help="prompts, as `eval tpt --help` says (default: chat)"
-    )
-    steady.add_argument("--num-prompts", type=positive, help="use only the first N prompts")
-    steady.add_argument(
-        "--max-tokens", type=positive, default=96, help="longest answer, in tokens; lengths vary (default: 96)"
-    )
-    steady.add_argument(
-        "--limit", type=above_zero, help="exit with 1 where TPT over the first baseline's is above it, e.g. 1.03"
-    )
-    _add_sampling(steady)
-    _add_peers(steady)
-    _add_options_of_systems(steady)
-    _add_servers(steady)
-    steady.set_defaults(run=_later("run_steady"))
 
 
 def _add_common(parser: OneLineParser, *, repeat: int) -> None:

@@ -1,9 +1,8 @@
 """Two results side by side."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from rich.table import Table
@@ -57,7 +56,7 @@ def load_results(folder_or_file: Path) -> Results:
         raise ValueError(f"{path}: {where}: {first['msg']}{rest}") from None
 
 
-def is_old(settings: dict[str, Any]) -> bool:
+def is_old(settings: Mapping[str, object]) -> bool:
     """Whether an evaluation is of version 0.1, going by its settings."""
     return OLD_SETTINGS in settings
 

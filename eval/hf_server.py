@@ -86,7 +86,7 @@ class Answer(BaseStreamer, StoppingCriteria):
     def end(self) -> None:
         """Left to the worker, which also knows of errors."""
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> Any:
         return torch.full((input_ids.shape[0],), self.stopped.is_set())
 
     def push(self, item: list[int] | Exception | None) -> None:
@@ -203,7 +203,7 @@ async def whole(answer: Answer, steps: AsyncIterator[Step], head: Chunk) -> Resp
     return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": answer.usage(num_tokens)})
 
 
-def error_body(error: Exception, code: int) -> dict[str, Any]:
+def error_body(error: Exception, code: int) -> dict[str, object]:
     return {"error": {"message": str(error), "type": type(error).__name__, "code": code}}
 
 
@@ -215,7 +215,7 @@ def create_app(generator: Generator) -> FastAPI:
         """200: the port opens when the model is loaded."""
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         return {"object": "list", "data": [{"id": generator.name, "object": "model", "owned_by": "huggingface"}]}
 
     @app.post("/v1/chat/completions")

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, new_options
 from apparate_llm.engine.vllm_settings import memory_flags
@@ -54,7 +53,7 @@ class EvalPlan:
     baselines: tuple[str, ...] = (BASELINE,)  # what ratios are to; answers are compared with the first one's
     prompts: list[Prompt]
     loads: list[Load]
-    settings: dict[str, Any]  # shown, and equal in a run that goes on
+    settings: dict[str, object]  # shown, and equal in a run that goes on
     folder: Path
     repeat: int
     start_timeout_s: float
@@ -80,7 +79,7 @@ class SteadyPlan:
     max_tokens: int
     switch: bool  # whether one server's policy is switched
     limit: float | None  # of TPT / the first baseline's; above it the exit code is 1
-    settings: dict[str, Any]
+    settings: dict[str, object]
     folder: Path
     start_timeout_s: float
     sampling: Sampling = GREEDY
@@ -145,25 +144,12 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     names = _names(args)
-    options_from(args)  # raises for a value that is not allowed
-    flags = tuple(server_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds) + len(args.llama_cpp)))
-    bounds = tuple(args.accuracy_bounds)
-    model = model_of(args)
-    choice = ModelChoice(model, flags, tuple(option_flags(args)), bounds, api_key=args.api_key)
-    choice = tuned(choice, tuning_from(args))
+    choice = _choice(args, num_servers=len(names) + len(args.accuracy_bounds) + len(args.llama_cpp))
     asked, sampling = prompt_set(args.prompts, args.num_prompts), _sampling(args)
     systems = _that_sample(systems_of(names, [], choice), sampling)
-    systems += _llama_cpp(args, model, asked.prompts, args.clients)
-    check_names(systems)
-    if problems := [system.problem for system in systems if system.problem]:
-        raise ValueError(problems[0])
-    for system in systems:
-        if system.max_concurrency is not None and max(args.clients) > system.max_concurrency:
-            raise ValueError(
-                f"--systems: {system.name} works on {system.max_concurrency} request at a time: --clients 1 only"
-            )
+    systems += _llama_cpp(args, choice.model, asked.prompts, args.clients)
+    _check_systems(args, systems)
     _check_turns(args, systems)
-    names = [system.name for system in systems]
     given = {name: getattr(args, name) for name in ("clients", "turns", "turn_s", "settle_s", "max_tokens", "switch")}
     return SteadyPlan(
         choice=choice,
@@ -180,9 +166,9 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         limit=args.limit,
         settings=given
         | {
-            "model": model_name(model),
+            "model": model_name(choice.model),
             "num_prompts": len(asked.prompts),
-            "systems": names,
+            "systems": [system.name for system in systems],
             "options": option_flags(args),
         }
         | {"vllm_flags": redacted(args.vllm_flag), "tuning": choice.used.model_dump()}
@@ -193,6 +179,18 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         start_timeout_s=args.start_timeout_s,
         sampling=sampling,
     )
+
+
+def _check_systems(args: argparse.Namespace, systems: list[System]) -> None:
+    """Raises ValueError for one that cannot be measured with so many clients."""
+    check_names(systems)
+    if problems := [system.problem for system in systems if system.problem]:
+        raise ValueError(problems[0])
+    for system in systems:
+        if system.max_concurrency is not None and max(args.clients) > system.max_concurrency:
+            raise ValueError(
+                f"--systems: {system.name} works on {system.max_concurrency} request at a time: --clients 1 only"
+            )
 
 
 def _check_turns(args: argparse.Namespace, systems: list[System]) -> None:
@@ -230,18 +228,12 @@ def _plan(
     sets: list[PromptSet],
 ) -> EvalPlan:
     names = _names(args)
-    options = option_flags(args)
-    options_from(args)  # raises for a value that is not allowed
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds) + len(args.llama_cpp)
-    flags = tuple(server_flags(args.vllm_flag, num_servers))
-    bounds = tuple(args.accuracy_bounds)
-    model = model_of(args)
-    choice = ModelChoice(model, flags, tuple(options), bounds, args.hf_layer, args.api_key)
-    choice = tuned(choice, tuning_from(args))
+    choice = _choice(args, num_servers=num_servers)
     sampling = _sampling(args)
     systems = _that_sample(systems_of(names, args.base_url, choice), sampling)
     systems += [_own_system(text, choice) for text in args.system]
-    systems += _llama_cpp(args, model, prompts, [load.concurrency for load in loads])
+    systems += _llama_cpp(args, choice.model, prompts, [load.concurrency for load in loads])
     check_names(systems)
     if not args.baseline and BASELINE not in (system.name for system in systems):
         raise ValueError(f"--systems must name {BASELINE}, which all others are compared with, or --baseline another")
@@ -261,6 +253,21 @@ def _plan(
         sampling=sampling,
         phases=phases,
     )
+
+
+def _choice(args: argparse.Namespace, *, num_servers: int) -> ModelChoice:
+    """What all servers have in common. Raises ValueError for a value that is not allowed."""
+    options_from(args)
+    flags = tuple(server_flags(args.vllm_flag, num_servers))  # bad ones are found before a model is brought
+    choice = ModelChoice(
+        model=model_of(args),
+        vllm_flags=flags,
+        options=tuple(option_flags(args)),
+        bounds=tuple(args.accuracy_bounds),
+        hf_layer=getattr(args, "hf_layer", None),
+        api_key=args.api_key,
+    )
+    return tuned(choice, tuning_from(args))
 
 
 def _names(args: argparse.Namespace) -> list[str]:
@@ -305,12 +312,12 @@ def _llama_cpp(
     return llama_cpp_systems(args.llama_cpp, find_server(args.llama_server), demand, _sampling(args).temperature)
 
 
-def _llama_cpp_settings(args: argparse.Namespace) -> dict[str, Any]:
+def _llama_cpp_settings(args: argparse.Namespace) -> dict[str, object]:
     given = getattr(args, "llama_cpp", [])
     return {"llama_cpp": given, "llama_server": version_of(find_server(args.llama_server))} if given else {}
 
 
-def _request_fields(systems: list[System]) -> dict[str, Any]:
+def _request_fields(systems: list[System]) -> dict[str, object]:
     """What requests to some systems say besides."""
     fields = {system.name: dict(system.fields) for system in systems if system.fields}
     return {"request_fields": fields} if fields else {}
@@ -318,7 +325,7 @@ def _request_fields(systems: list[System]) -> dict[str, Any]:
 
 def _settings(
     args: argparse.Namespace, choice: ModelChoice, systems: list[System], prompts: list[Prompt], loads: list[Load]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What a run that goes on must share with the one that began."""
     asked = json.dumps([prompt.messages for prompt in prompts]).encode()
     return {
@@ -340,7 +347,7 @@ def _settings(
     }
 
 
-def _labels(sets: list[PromptSet]) -> dict[str, Any]:
+def _labels(sets: list[PromptSet]) -> dict[str, object]:
     """Which prompts they are, for all that shows results."""
     return {"prompts": {each.name: each.described() for each in sets}}
 

@@ -120,7 +120,7 @@ def _sharegpt(text: str, source: Path) -> list[Prompt]:
 
 def _of_line(line: str, where: str) -> Prompt:
     try:
-        record: Any = json.loads(line)
+        record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict):
@@ -162,7 +162,7 @@ def _messages(record: dict[str, Any], where: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def _first_text(reference: Any) -> str | None:
+def _first_text(reference: object) -> str | None:
     """Spec-Bench keeps a list with one text for each turn, or a list of right answers."""
     while isinstance(reference, list) and reference:
         reference = reference[0]

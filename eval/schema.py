@@ -175,7 +175,7 @@ class _Measured(_Strict):
     command: str
     commit: str | None  # of a source checkout
     started: str  # ISO 8601
-    machine: dict[str, Any]
+    machine: dict[str, object]
     settings: dict[str, Any]
     systems: dict[str, str]  # name -> how it was started
 

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class Store:
         self.folder = folder
         self.logs = folder / "logs"
 
-    def open(self, plan: dict[str, Any], *, fresh: bool) -> int:
+    def open(self, plan: Mapping[str, object], *, fresh: bool) -> int:
         """Returns how many blocks are there already; raises ValueError if they were measured with other settings."""
         path = self.folder / "plan.json"
         ours = path.exists()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
@@ -229,7 +228,7 @@ ANSWER_COLUMNS: Columns = {
 }
 
 
-def prompts_text(settings: Mapping[str, Any]) -> str:
+def prompts_text(settings: Mapping[str, object]) -> str:
     """`30 of the 60 prompts of code, which were in use while this was developed`; empty where it is not known."""
     sets = settings.get("prompts")
     if not isinstance(sets, Mapping):  # of old results, which may have a text
@@ -245,7 +244,7 @@ def _set_text(name: str, *, size: int, asked: int, developed_with: int) -> str:
     return text
 
 
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(mapping: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """{"packages": {"torch": "2"}} -> {"packages.torch": "2"}."""
     flattened: dict[str, str] = {}
     for name, value in mapping.items():

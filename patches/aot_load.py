@@ -17,7 +17,7 @@ def wrapped(original: Target) -> Target:
     do for them."""
 
     @wraps(original)
-    def load(model: object, aot_compilation_path: str) -> Any:
+    def load(model: object, aot_compilation_path: str) -> object:
         torch_load = torch.compiler.load_compiled_function
 
         def load_with_method(*args: Any, **kwargs: Any) -> Any:

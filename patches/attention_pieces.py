@@ -6,7 +6,7 @@ not. So longer queries become several of that length here, each with the keys up
 """
 
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,7 +23,7 @@ def wrapped(original: Target) -> Target:
     @wraps(original)
     def build(
         self: object, common_prefix_len: int, common_attn_metadata: "CommonAttentionMetadata", fast_build: bool = False
-    ) -> Any:
+    ) -> object:
         size = getattr(self, "rows_per_piece", None)
         if size is not None and common_attn_metadata.causal is True and common_attn_metadata.max_query_len > size:
             common_attn_metadata = in_pieces(common_attn_metadata, size)

@@ -7,10 +7,13 @@ sleeps until the writer's notice, which vLLM's writers send with each message.
 import os
 import time
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING
 
 from apparate_llm.host.choice import QUEUES
 from apparate_llm.patches.guard import Patch, Target, check_target
+
+if TYPE_CHECKING:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
 FIRST_S = 5.0  # in which a notice may have come before the reader heard notices
 FIRST_WAIT_MS = 20
@@ -21,7 +24,7 @@ def wrapped(original: Target) -> Target:
     """`wait(self, timeout_ms)` that never looks again before something has come, or time is up."""
 
     @wraps(original)
-    def wait(self: Any, timeout_ms: int | None = None) -> None:
+    def wait(self: "SpinCondition", timeout_ms: int | None = None) -> None:
         self.busy_loop_s = 0.0
         now_s = time.monotonic()
         if now_s - vars(self).setdefault(BEGAN, now_s) < FIRST_S:

@@ -4,16 +4,19 @@ Where they came with the step's output, the scheduler has them already.
 """
 
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING
 
 from apparate_llm.patches.guard import Patch, Target, check_target
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
 
 
 def wrapped(original: Target) -> Target:
     """`post_step(self, model_executed)` that asks only for drafts which the scheduler does not have."""
 
     @wraps(original)
-    def post_step(self: Any, model_executed: bool) -> None:
+    def post_step(self: "EngineCore", model_executed: bool) -> None:
         if not getattr(self.scheduler, "has_drafts", False):
             original(self, model_executed)
 

@@ -6,7 +6,7 @@ as without speculation.
 
 from copy import copy
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apparate_llm.patches.guard import Patch, Target, check_target, is_ours
 
@@ -18,7 +18,7 @@ def wrapped(original: Target) -> Target:
     """`build_logitsprocs(vllm_config, ...)` that builds for our server what it builds without drafts."""
 
     @wraps(original)
-    def build_logitsprocs(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Any:
+    def build_logitsprocs(vllm_config: "VllmConfig", *args: object, **kwargs: object) -> object:
         if is_ours(vllm_config.speculative_config):
             vllm_config = copy(vllm_config)
             vllm_config.speculative_config = None

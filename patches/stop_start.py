@@ -6,7 +6,6 @@ signals end the start at once. vLLM's own handlers take their place when it serv
 
 from argparse import Namespace
 from functools import wraps
-from typing import Any
 
 from apparate_llm.lifeline import end_at_once_on_signals
 from apparate_llm.patches.guard import Patch, Target, check_target
@@ -16,7 +15,7 @@ def wrapped(original: Target) -> Target:
     """`setup_server(args, *, reuse_port)` after which the start ends at once by a signal."""
 
     @wraps(original)
-    def setup_server(args: Namespace, *, reuse_port: bool) -> Any:
+    def setup_server(args: Namespace, *, reuse_port: bool) -> object:
         end_at_once_on_signals()
         return original(args, reuse_port=reuse_port)
 

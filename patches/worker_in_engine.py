@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING
 
 from apparate_llm.host.choice import WORKER
 from apparate_llm.patches.guard import Patch, Target, check_target
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 BLOCKTIME = "KMP_BLOCKTIME"
 
@@ -23,7 +26,7 @@ def started(original: Target) -> Target:
     """`CoreEngineProcManager.__init__` that gives the engine a worker's variables."""
 
     @wraps(original)
-    def start(self: object, *args: Any, **kwargs: Any) -> None:
+    def start(self: object, *args: object, **kwargs: object) -> None:
         from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
         given = signature(original).bind(self, *args, **kwargs).arguments
@@ -37,7 +40,7 @@ def started(original: Target) -> Target:
 
 
 @contextmanager
-def _variables_of_a_worker(vllm_config: Any) -> Iterator[None]:
+def _variables_of_a_worker(vllm_config: "VllmConfig") -> Iterator[None]:
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     chosen = os.environ.get(BLOCKTIME)
@@ -52,7 +55,7 @@ def on_any_core(original: Target) -> Target:
     process."""
 
     @wraps(original)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         with suppress(OSError):
             os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
         return original(*args, **kwargs)

@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.request import Request
 
     from tests.harness import Engine
 
@@ -56,6 +56,33 @@ RUNS: dict[str, tuple[bool, bool, dict[str, Any], bool, str | None]] = {
 }
 
 
+@dataclass(slots=True)
+class Scheduled:
+    """What an engine's scheduler has done."""
+
+    preemptions: int = 0
+    rows: list[int] = field(default_factory=list)  # of each step
+
+    @classmethod
+    def by(cls, engine: "Engine") -> "Scheduled":
+        """From now on."""
+        seen, scheduler = cls(), engine.scheduler
+        preempt, schedule = scheduler._preempt_request, scheduler.schedule
+
+        def preempt_and_count(*args: object, **kwargs: object) -> None:
+            seen.preemptions += 1
+            preempt(*args, **kwargs)
+
+        def schedule_and_count(*args: object, **kwargs: object) -> "SchedulerOutput":
+            scheduled: SchedulerOutput = schedule(*args, **kwargs)
+            if scheduled.total_num_scheduled_tokens:
+                seen.rows.append(scheduled.total_num_scheduled_tokens)
+            return scheduled
+
+        vars(scheduler).update(_preempt_request=preempt_and_count, schedule=schedule_and_count)
+        return seen
+
+
 def run(
     name: str,
     args: argparse.Namespace,
@@ -71,25 +98,7 @@ def run(
     own = options if exits else {"policy": "off"} if name.startswith("off") else None
     with Engine(args.model, own, **{**defaults, **compiled, **vllm}) as engine:
         token_prompts = [engine.chat_prompt(chat) for chat in prompts]
-        preempted = 0
-        original = engine.scheduler._preempt_request
-
-        def count(request: "Request", *args: Any, **kwargs: Any) -> None:
-            nonlocal preempted
-            preempted += 1
-            original(request, *args, **kwargs)
-
-        vars(engine.scheduler)["_preempt_request"] = count
-        rows: list[int] = []  # of each step
-        schedule = engine.scheduler.schedule
-
-        def counted(*args: Any, **kwargs: Any) -> "SchedulerOutput":
-            scheduled: SchedulerOutput = schedule(*args, **kwargs)
-            if scheduled.total_num_scheduled_tokens:
-                rows.append(scheduled.total_num_scheduled_tokens)
-            return scheduled
-
-        vars(engine.scheduler)["schedule"] = counted
+        seen = Scheduled.by(engine)
         cached = 0
         if aborts:
             tokens = with_aborts(engine, token_prompts, greedy(128))
@@ -102,8 +111,8 @@ def run(
             {
                 "tokens": tokens,
                 "counts": engine.counts() if exits else None,
-                "preemptions": preempted,
-                "lone_row_frac": sum(number == 1 for number in rows) / len(rows),
+                "preemptions": seen.preemptions,
+                "lone_row_frac": sum(number == 1 for number in seen.rows) / len(seen.rows),
                 "cached_tokens": cached,
             }
         )
@@ -140,9 +149,49 @@ def reference_of(name: str, dtype: str) -> str | None:
     return None if name == "off, batch 1" else "off, batch 1"
 
 
-def main() -> int:
+def wanted_runs(args: argparse.Namespace) -> dict[str, str | None]:
+    """Runs in their order, those that others are held against included -> what each is held against."""
+    wanted = set(args.only.split(",")) if args.only else set(RUNS)
+    if args.dtype == "float32":
+        wanted -= {"off, batch 1", "off, batch 8"}
+    references = {name: reference_of(name, args.dtype) for name in wanted}
+    wanted |= {reference for reference in references.values() if reference is not None}
+    return {name: references.get(name) for name in RUNS if name in wanted}
+
+
+def run_alone(name: str, args: argparse.Namespace, chats: list[Messages], options: dict[str, Any]) -> dict[str, Any]:
+    """`run` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=run, args=(name, args, chats, options, queue))
+    process.start()
+    result: dict[str, Any] = queue.get(timeout=3600)
+    process.join()
+    return result
+
+
+def line_of(name: str, result: dict[str, Any], dtype: str, reference: str | None) -> str:
+    """What is shown of a run, `identical` being in its result where it was held against another."""
+    line = f"{name}: {len(result['tokens'])} answers, {result['preemptions']} preemptions"
+    line += f", {result['cached_tokens']} prompt tokens from the prefix cache"
+    if name.startswith("plain") and dtype != "float32":
+        line += f", {result['lone_row_frac']:.0%} of the steps of a single row, which plain vLLM rounds another way"
+    if reference is not None:
+        line += f", {result['identical']} identical to '{reference}'"
+        if counts := result["counts"]:
+            line += f", {counts['accepted']} of {counts['held']} held exits accepted"
+    return line
+
+
+def chats_of(args: argparse.Namespace) -> list[Messages]:
     from apparate_llm.eval.prompts import load_prompts
 
+    chats = [prompt.messages for prompt in load_prompts(args.prompts)]
+    chats = [chat for chat in chats if sum(len(m["content"]) for m in chat) < 1200][: args.num_prompts]
+    return [[{"role": "system", "content": SYSTEM}, *chat] for chat in chats]
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--prompts", type=Path)
@@ -154,43 +203,19 @@ def main() -> int:
     parser.add_argument("--only", help="comma-separated runs besides the plain ones: " + ", ".join(RUNS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    chats = [prompt.messages for prompt in load_prompts(args.prompts)]
-    chats = [chat for chat in chats if sum(len(m["content"]) for m in chat) < 1200][: args.num_prompts]
-    chats = [[{"role": "system", "content": SYSTEM}, *chat] for chat in chats]
+    chats = chats_of(args)
     options: dict[str, Any] = {"policy": args.policy, "hold_threshold": args.hold_threshold}
     if args.depth is not None:
         options["depth"] = args.depth
-    context = multiprocessing.get_context("spawn")
     outcome: dict[str, Any] = {}
     failed = False
-    wanted = set(args.only.split(",")) if args.only else set(RUNS)
-    if args.dtype == "float32":
-        wanted -= {"off, batch 1", "off, batch 8"}
-    references = {name: reference_of(name, args.dtype) for name in wanted}
-    wanted |= {reference for reference in references.values() if reference is not None}
-    for name, (exits, *_) in RUNS.items():
-        if name not in wanted:
-            continue
-        reference = references.get(name)
-        queue = context.Queue()
-        process = context.Process(target=run, args=(name, args, chats, options, queue))
-        process.start()
-        result = queue.get(timeout=3600)
-        process.join()
-        outcome[name] = result
-        line = f"{name}: {len(result['tokens'])} answers, {result['preemptions']} preemptions"
-        line += f", {result['cached_tokens']} prompt tokens from the prefix cache"
-        if name.startswith("plain") and args.dtype != "float32":
-            line += f", {result['lone_row_frac']:.0%} of the steps of a single row, which plain vLLM rounds another way"
+    for name, reference in wanted_runs(args).items():
+        result = outcome[name] = run_alone(name, args, chats, options)
         if reference is not None:
             same = sum(a == b for a, b in zip(result["tokens"], outcome[reference]["tokens"], strict=True))
             result["identical"] = same
-            line += f", {same} identical to '{reference}'"
-            if exits:
-                counts = result["counts"]
-                line += f", {counts['accepted']} of {counts['held']} held exits accepted"
             failed |= same != len(result["tokens"]) and not name.startswith("plain")
-        print(line, flush=True)
+        print(line_of(name, result, args.dtype, reference), flush=True)
     if args.json:
         args.json.write_text(json.dumps(outcome))
     return int(failed)

@@ -200,7 +200,7 @@ def disturbed(start: Callable[[], Run], out: Path, budget_s: float, is_small: bo
     return [*rows, Row("in the end", "exit code 0 and ramps", f"exit code {code}, {made}", code == 0 and made)]
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="keeps model, ramps and logs (default: a temporary one)")
     parser.add_argument("--time-budget", type=duration, default=45 * 60.0, metavar="TIME")
@@ -210,7 +210,11 @@ def main() -> int:
     parser.add_argument("--disk-gib", type=float, default=8.0, help="of the disk that gets full; it is in memory")
     parser.add_argument("--json", type=Path)
     parser.add_argument("flags", nargs="*", help="of prepare, behind --")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the disk is given back
     folder = args.folder or Path(tempfile.mkdtemp(prefix="check-prepare-", dir="."))
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,12 @@ import random
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apparate_llm.controller.policy import Policy
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 MAX_EXITS = 4
 PROBING_STEPS = 40
@@ -44,18 +48,14 @@ def main() -> None:
     os._exit(0)  # nothing here needs vLLM's tidy end
 
 
-def record(args: argparse.Namespace, log: Path) -> None:
-    from vllm import LLM, SamplingParams
-    from vllm.renderers.chat_utils import ChatCompletionMessageParam
+def engine_with_log(model: Path, log: Path, max_num_seqs: int) -> "LLM":
+    """Holds every exit there is, whatever it costs."""
+    from vllm import LLM
 
     from apparate_llm.config import parse_config
     from apparate_llm.engine.vllm_args import vllm_args
-    from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.models.architectures import architecture_of
-    from apparate_llm.named_model import model_folder
-    from apparate_llm.prepare.engine import runner_of
 
-    model = model_folder(args.model)
     options = {
         "policy": "static",
         "accuracy_bound": 0.0,
@@ -65,15 +65,26 @@ def record(args: argparse.Namespace, log: Path) -> None:
         "controller_state": "none",
         "feedback_log": str(log),
     }
-    batches = [int(size) for size in args.batches.split(",")]
-    llm = LLM(
+    return LLM(
         str(model),
         **vllm_args(parse_config(options), architecture_of(model)),
         max_model_len=2048,
-        max_num_seqs=max(batches),
+        max_num_seqs=max_num_seqs,
         kv_cache_memory_bytes=2 << 30,
         enable_prefix_caching=False,
     )
+
+
+def record(args: argparse.Namespace, log: Path) -> None:
+    from vllm import SamplingParams
+    from vllm.renderers.chat_utils import ChatCompletionMessageParam
+
+    from apparate_llm.eval.prompts import load_prompts
+    from apparate_llm.named_model import model_folder
+    from apparate_llm.prepare.engine import runner_of
+
+    batches = [int(size) for size in args.batches.split(",")]
+    llm = engine_with_log(model_folder(args.model), log, max(batches))
     policy: Policy = runner_of(llm).exit_drafter.policy
     sets = [[prompt.messages for prompt in load_prompts(path)] for path in args.prompts or [None]]
     for prompts in sets:

@@ -18,9 +18,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apparate_llm.launch import reexec_with_libraries
 from apparate_llm.machine import machine
@@ -28,6 +29,9 @@ from apparate_llm.named_model import model_folder
 from apparate_llm.ramps.fingerprint import weight_files
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
     from tests.harness import Engine
 
 WARM_TOKENS = 64
@@ -86,11 +90,16 @@ def instrument(engine: "Engine", profile: Profile) -> None:
     }.items():
         profile.wrap(runner, name, line)
     profile.wrap(runner.model, "compute_logits", "worker: lm_head")
-    if not engine.has_exits:
-        return
+    if engine.has_exits:
+        instrument_exits(engine, profile)
+
+
+def instrument_exits(engine: "Engine", profile: Profile) -> None:
+    """Verdicts, the controller and draft steps."""
     from apparate_llm.controller.policy import Policy
     from apparate_llm.engine import shallow_pass
 
+    runner = engine.runner
     for name in ("verify_released", "verify_held"):
         profile.wrap(runner.step, name, "verdicts")
     profile.wrap(runner, "propose_draft_token_ids", DRAFTING + "requests, commit")
@@ -150,6 +159,42 @@ def bandwidth() -> float:
     return BANDWIDTH_BYTES / min(times) / 1e3
 
 
+def options_of(system: str, args: argparse.Namespace) -> dict[str, object] | None:
+    """Of early exits; None: plain vLLM."""
+    if system == "plain":
+        return None
+    if system == "off":
+        return {"policy": "off"}
+    options = {"policy": "adaptive", "accuracy_bound": 0.0 if system == "lossless" else args.bound, "max_exits": 6}
+    if args.depth is not None:
+        options |= {"policy": "static", "depth": args.depth, "threshold": THRESHOLD}
+    return options
+
+
+class Ran(NamedTuple):
+    """A batch of requests, from behind their first tokens to their last."""
+
+    steps: int
+    tokens: int
+    ms: float
+
+
+def run_batch(engine: "Engine", profile: Profile, prompts: "dict[str, TokensPrompt]", params: "SamplingParams") -> Ran:
+    """prompts: by request."""
+    for request_id, prompt in prompts.items():
+        engine.add(request_id, prompt, params)
+    answers = engine.step()  # the prompts
+    steps = 0
+    profile.running, began = True, perf_counter()
+    while engine.llm.llm_engine.has_unfinished_requests():
+        answers |= engine.step()
+        steps += 1
+    profile.running = False
+    ms = (perf_counter() - began) * 1e3
+    engine.idle()
+    return Ran(steps, sum(len(answer) - 1 for answer in answers.values()), ms)
+
+
 def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> None:
     """In a process of its own: put what was measured on the queue."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # as a server's worker is bound
@@ -157,42 +202,26 @@ def measure(system: str, batch: int, args: argparse.Namespace, queue: Any) -> No
     from tests import conftest  # noqa: F401 - sets vLLM's environment before it is imported
     from tests.harness import Engine, greedy
 
-    options: dict[str, Any] | None = None
-    if system == "off":
-        options = {"policy": "off"}
-    elif system != "plain":
-        options = {"policy": "adaptive", "accuracy_bound": 0.0 if system == "lossless" else args.bound, "max_exits": 6}
-        if args.depth is not None:
-            options |= {"policy": "static", "depth": args.depth, "threshold": THRESHOLD}
     vllm: dict[str, Any] = {"dtype": args.dtype, "enforce_eager": False, "max_model_len": 2048, "max_num_seqs": 64}
-    with Engine(args.model, options, kv_cache_memory_bytes=1 << 30, **vllm) as engine:
+    with Engine(args.model, options_of(system, args), kv_cache_memory_bytes=1 << 30, **vllm) as engine:
         texts = [engine.chat_prompt(prompt.messages) for prompt in load_prompts(args.prompts)]
         fitting = [text for text in texts if len(text["prompt_token_ids"]) < MAX_PROMPT_TOKENS]
         prompts = fitting[: args.num_prompts]
         engine.generate(prompts[:batch], greedy(WARM_TOKENS))
         profile = Profile()
         instrument(engine, profile)
-        steps = tokens = 0
-        elapsed_ms = 0.0
-        for first in range(0, len(prompts) - batch + 1, batch):
-            for index, prompt in enumerate(prompts[first : first + batch]):
-                engine.add(f"{first}-{index}", prompt, greedy(args.max_tokens))
-            answers = engine.step()  # the prompts
-            profile.running, began = True, perf_counter()
-            while engine.llm.llm_engine.has_unfinished_requests():
-                answers |= engine.step()
-                steps += 1
-            profile.running = False
-            elapsed_ms += (perf_counter() - began) * 1e3
-            tokens += sum(len(answer) - 1 for answer in answers.values())
-            engine.idle()
+        named = {f"profiled-{index}": prompt for index, prompt in enumerate(prompts)}
+        full = len(prompts) // batch * batch
+        batches = [dict(islice(named.items(), first, first + batch)) for first in range(0, full, batch)]
+        ran = [run_batch(engine, profile, one, greedy(args.max_tokens)) for one in batches]
+        steps = sum(done.steps for done in ran)
         queue.put(
             {
                 "system": system,
                 "batch": batch,
                 "steps": steps,
-                "tokens": tokens,
-                "step_ms": elapsed_ms / steps,
+                "tokens": sum(done.tokens for done in ran),
+                "step_ms": sum(done.ms for done in ran) / steps,
                 "lines": {
                     line: {"ms": ms / steps, "calls": profile.calls[line] / steps} for line, ms in profile.ms.items()
                 },

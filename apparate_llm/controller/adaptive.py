@@ -1,13 +1,13 @@
 """Policy `adaptive`: as many exits as pay at the measured costs, divergences where they bring most."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from apparate_llm.controller.calibration import MEMORY_VERDICTS, PRIOR_VERDICTS, OnlineCalibration
 from apparate_llm.controller.costs import CostCurve, CostModel
 from apparate_llm.controller.depth import DepthChoice
-from apparate_llm.controller.plan import LoadPlan, load_of
+from apparate_llm.controller.plan import LoadPlan, LookedUp, load_of
 from apparate_llm.controller.policy import (
     CALIBRATED_DRAFT_STEPS,
     LOOKED_UP,
@@ -16,14 +16,13 @@ from apparate_llm.controller.policy import (
     kind_of,
     shared_draft_step,
 )
+from apparate_llm.controller.waiting import Waiting
 from apparate_llm.core import Decision, Exit
 from apparate_llm.ramps.lookup import lookup_confidence
 from apparate_llm.renamed import CONTROLLER_STATE
 
 LOOKUP_PROBABILITY = 0.85  # of being right, from which exits are looked up instead of asked for
 LOOKUP_EVERY = 16  # times that they are less likely right, so that a change is noticed
-WAITED_STEPS = 4.0  # for a first token: two, of which the second reads prompts, so that it takes longer than the mean
-JOINED_MEMORY = 1 / 64  # of the moving average of requests that join per step
 MIN_SAVED = 0.03  # share of the engine's time that exits must save where a step has many requests
 PASS_MEMORY = 1 / 128  # of the moving average of a pass's time
 
@@ -64,13 +63,12 @@ class AdaptivePolicy(Policy):
     statistics: dict[tuple[int, int], DraftStepStatistics] = field(default_factory=dict)
     depth_choice: DepthChoice = field(init=False)
     _plans: dict[int, LoadPlan] = field(default_factory=dict)
-    _looked_up_in_step: tuple[int, float, int] = (0, 0.0, 0)  # requests, expected tokens, rows
+    _looked_up: LookedUp = field(default_factory=LookedUp)  # in the step under way
     _pass_ms: float = 0.0
     _passes: int = 0
     _warm: set[int] = field(default_factory=set)  # depths of which a draft step has run
     _min_tokens_per_ms: float = 0.0  # in the step under way
-    _joined: int = 0  # since the last step
-    _joined_per_step: float = 0.0
+    _waiting: Waiting = field(default_factory=Waiting)
     _not_looked_up: int = 0  # times
 
     def __post_init__(self) -> None:
@@ -80,8 +78,7 @@ class AdaptivePolicy(Policy):
     # ---- drafting
 
     def start(self, num_requests: int) -> int:
-        self._joined_per_step += JOINED_MEMORY * (self._joined - self._joined_per_step)
-        self._joined = 0
+        self._waiting.next_step()
         self._count_looked_up()
         plan = self._plan_of(num_requests)
         if plan.next_step():
@@ -90,7 +87,7 @@ class AdaptivePolicy(Policy):
             plan.renew(num_draft_steps, min_tokens_per_ms, pays=self._pays(plan, num_requests, rate))
         self._min_tokens_per_ms = plan.min_tokens_per_ms
         self.looks_up = plan.looks_up and not plan.is_plain_step
-        self._looked_up_in_step = (num_requests, 0.0, 0)
+        self._looked_up = LookedUp(num_requests)
         if plan.num_draft_steps == 0:
             return 1 if plan.is_probed(self._extra_frac(num_requests)) else 0
         plan.draft_steps_pay()
@@ -115,22 +112,16 @@ class AdaptivePolicy(Policy):
         return saved * generating >= MIN_SAVED * (1.0 - 1.0 / num_requests)
 
     def _count_looked_up(self) -> None:
-        num_requests, tokens, rows = self._looked_up_in_step
-        if self.looks_up and num_requests:
-            self._plan_of(num_requests).lookup.observe(tokens / num_requests, rows / num_requests)
+        if self.looks_up and self._looked_up.num_requests:
+            self._plan_of(self._looked_up.num_requests).lookup.observe(self._looked_up)
 
     def on_request(self) -> None:
-        self._joined += 1
+        self._waiting.join()
 
     def _weight_of_time(self, num_requests: int) -> float:
         """Who waits for a first token waits through all of a step, whatever it brings to others. So a ms counts once
         for the step's requests together and once for each who waits; a lone request keeps nobody waiting."""
-        return 1.0 + self.ttft_weight * self._waiting * (1.0 - 1.0 / num_requests)
-
-    @property
-    def _waiting(self) -> float:
-        """Requests that wait for their first token, on average over the last steps."""
-        return WAITED_STEPS * self._joined_per_step
+        return 1.0 + self.ttft_weight * self._waiting.num_requests * (1.0 - 1.0 / num_requests)
 
     def best_rate(self, depth: int, num_requests: int) -> tuple[float, int]:
         """(tokens per ms, number) of the best number of draft steps at this load, by what was measured."""
@@ -182,8 +173,8 @@ class AdaptivePolicy(Policy):
         if not exit_.lookup_length:
             self._statistics(exit_.draft_step).observe(decision is not Decision.STOP, p)
         elif decision is not Decision.STOP:
-            num_requests, tokens, rows = self._looked_up_in_step
-            self._looked_up_in_step = (num_requests, tokens + joint_acceptance * p, rows + 1)
+            self._looked_up.tokens += joint_acceptance * p
+            self._looked_up.rows += 1
         return decision
 
     # ---- divergences
@@ -254,7 +245,7 @@ class AdaptivePolicy(Policy):
 
     # ---- outside
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, object]:
         slowdown = self.costs.slowdown
         return {
             "verify_ms": {str(rows): round(ms * slowdown, 3) for rows, ms in self.costs.verify_ms.measured().items()},
@@ -263,7 +254,7 @@ class AdaptivePolicy(Policy):
                 for depth, curve in self.costs.draft_steps.items()
             },
             "pass_ms": round(self._pass_ms, 3),
-            "waiting_requests": round(self._waiting, 2),
+            "waiting_requests": round(self._waiting.num_requests, 2),
             "draft_steps_planned": {str(load): plan.num_draft_steps for load, plan in sorted(self._plans.items())},
             "calibration": {
                 f"{_name(depth, number)}, {'greedy' if greedy else 'sampled'}": {
@@ -275,7 +266,7 @@ class AdaptivePolicy(Policy):
             },
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         return {
             "depth": self.depth,
             "calibrations": [[*key, asdict(item)] for key, item in self.calibrations.items()],
@@ -284,7 +275,7 @@ class AdaptivePolicy(Policy):
             "draft_steps": [[depth, curve.state()] for depth, curve in self.costs.draft_steps.items()],
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         state = {CONTROLLER_STATE.get(name, name): value for name, value in state.items()}
         if state["depth"] not in self.depths:
             raise ValueError(f"no ramp at depth {state['depth']}")

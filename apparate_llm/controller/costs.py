@@ -5,6 +5,7 @@ time is divided by the slowdown of the moment before it is averaged: ms at slowd
 """
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Self
@@ -46,11 +47,11 @@ class CostCurve:
         self._settle()
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Self:
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Reads what `state` wrote, and leaves what else is in it."""
         return cls(**{item.name: state[item.name] for item in fields(cls) if item.init})
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """A copy of what was observed, to be written as JSON."""
         known = asdict(self)
         return {item.name: known[item.name] for item in fields(self) if item.init}

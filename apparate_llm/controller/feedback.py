@@ -10,14 +10,14 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
-from apparate_llm.core import Decision
+from apparate_llm.core import Decision, Exit
 
 logger = logging.getLogger("vllm.apparate")
 SCHEMA_VERSION = 1
@@ -52,10 +52,39 @@ class LoggedStep(NamedTuple):
     exits: list[LoggedExit]
 
 
+class TimedStep(Protocol):
+    """What is read of `exits.step_clock.Took`."""
+
+    @property
+    def num_requests(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def verify_ms(self) -> float: ...
+
+
+class VerifiedExit(Protocol):
+    """What is read of `exits.ledger.Verdict`."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def exit(self) -> Exit: ...
+
+    @property
+    def agrees(self) -> bool: ...
+
+    @property
+    def regret_nats(self) -> float | None: ...
+
+
 class FeedbackLog:
     """Written by the engine; two files of MAX_BYTES at most. What cannot be written is left out, with a warning."""
 
-    def __init__(self, path: Path, header: dict[str, Any], *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, path: Path, header: Mapping[str, object], *, max_bytes: int = MAX_BYTES) -> None:
         self.path = path
         self.header = {"schema_version": SCHEMA_VERSION, **header}
         self.max_bytes = max_bytes
@@ -69,9 +98,8 @@ class FeedbackLog:
         """spent: num_tokens and ms of each draft step."""
         self._drafted = spent
 
-    def completed(self, took: Any, verdicts: Iterable[Any]) -> None:
-        """took: exits.step_clock.Took, None where the step cannot be timed and is left out; verdicts:
-        exits.ledger.Verdict."""
+    def completed(self, took: TimedStep | None, verdicts: Iterable[VerifiedExit]) -> None:
+        """took: None where the step cannot be timed and is left out."""
         spent, self._drafted = self._drafted, []
         if took is None:
             return
@@ -91,7 +119,7 @@ class FeedbackLog:
                 error,
             )
 
-    def _write(self, record: Any) -> None:
+    def _write(self, record: list[object]) -> None:
         if self._file is not None and self._size > self.max_bytes:
             self._file.close()
             self._file = None
@@ -105,7 +133,7 @@ class FeedbackLog:
             os.replace(self.path, self.path.with_name(self.path.name + ".1"))
         self._file, self._size = self.path.open("wb", buffering=0), 0
 
-    def _append(self, record: Any) -> None:
+    def _append(self, record: list[object]) -> None:
         """One line, whole or not at all: neither a killed server nor a full disk leaves half of one in between."""
         assert self._file is not None
         lines = [self.header, record] if self._size == 0 else [record]
@@ -122,7 +150,7 @@ class FeedbackLog:
         self._size += len(data)
 
 
-def record_of(took: Any, spent: list[tuple[int, float]], verdicts: Iterable[Any]) -> list[Any]:
+def record_of(took: TimedStep, spent: list[tuple[int, float]], verdicts: Iterable[VerifiedExit]) -> list[object]:
     """A line of the log, as `read_steps` reads it."""
     exits = [
         [

@@ -16,6 +16,15 @@ PROBE_COST_FRAC = 0.01  # that later ones may
 
 
 @dataclass(slots=True)
+class LookedUp:
+    """What prompt lookup gave the requests of one step, all together."""
+
+    num_requests: int = 0
+    tokens: float = 0.0  # expected
+    rows: int = 0
+
+
+@dataclass(slots=True)
 class LookupStatistics:
     """Moving averages over steps in which exits may be looked up, per request; at first what makes it try."""
 
@@ -23,9 +32,9 @@ class LookupStatistics:
     rows: float = 0.3
     memory: float = 1 / 64
 
-    def observe(self, tokens: float, rows: float) -> None:
-        self.tokens += self.memory * (tokens - self.tokens)
-        self.rows += self.memory * (rows - self.rows)
+    def observe(self, looked_up: LookedUp) -> None:
+        self.tokens += self.memory * (looked_up.tokens / looked_up.num_requests - self.tokens)
+        self.rows += self.memory * (looked_up.rows / looked_up.num_requests - self.rows)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,6 @@
 """The policies by name."""
 
 from dataclasses import fields
-from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, PolicyName
 from apparate_llm.controller.adaptive import AdaptivePolicy
@@ -26,7 +25,7 @@ def make_policy(
     depths: tuple[int, ...],
     num_layers: int,
     sibling: bool = False,
-    **parameters: Any,
+    **parameters: object,
 ) -> Policy:
     """The policy of the options, beginning at `depth`. It takes those options that have a field of its own;
     `parameters` are further fields, which the replay varies. Raises ValueError for one that the policy does not

@@ -3,7 +3,7 @@
 # ruff: noqa: B027 - what a policy need not hear goes to an empty method
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from apparate_llm.core import Decision, Exit
@@ -100,15 +100,15 @@ class Policy(ABC):
     def on_decode_step(self, num_requests: int, num_tokens: int, ms: float) -> None:
         """Everything of an engine step but drafting: a verification pass of `num_tokens`, none of a prompt."""
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, object]:
         """Plain values for the status page."""
         return {}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """What it has learned, as JSON."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Take up `state()` again; raises KeyError, TypeError or ValueError if it is not one."""
 
 

@@ -161,29 +161,36 @@ def _draft(
         result.draft_steps += 1
         going = []
         for answer in live:
-            logged = answer.proposed[number]
-            exit_ = Exit(0, 0, logged.depth, number, logged.confidence)
-            may_release = not answer.holds and budget.may_release(answer.bucket)
-            decision = policy.decide(
-                exit_, joint_acceptance=answer.joint_acceptance, may_release=may_release, num_tokens=num_tokens
-            )
-            if decision is Decision.STOP:
-                answer.not_taken = exit_
-                continue
-            if decision is Decision.RELEASE:
-                budget.release(answer.bucket)
-            else:
-                answer.joint_acceptance *= exit_.probability
-            exit_.decision = decision
-            answer.taken.append(exit_)
-            num_tokens += 1
-            going.append(answer)
+            if _takes_exit(answer, number, policy, budget, num_tokens):
+                num_tokens += 1
+                going.append(answer)
         live = going
         if not live or not policy.wants_another_step(
             number + 1, [answer.joint_acceptance for answer in live], num_tokens
         ):
             break
     return num_tokens, ms
+
+
+def _takes_exit(answer: _Answer, number: int, policy: Policy, budget: AccuracyBudget, num_tokens: int) -> bool:
+    """Whether a request takes what the log proposed to it in draft step `number`. num_tokens: rows of the verification
+    pass so far."""
+    logged = answer.proposed[number]
+    exit_ = Exit(0, 0, logged.depth, number, logged.confidence)
+    may_release = not answer.holds and budget.may_release(answer.bucket)
+    decision = policy.decide(
+        exit_, joint_acceptance=answer.joint_acceptance, may_release=may_release, num_tokens=num_tokens
+    )
+    if decision is Decision.STOP:
+        answer.not_taken = exit_
+        return False
+    if decision is Decision.RELEASE:
+        budget.release(answer.bucket)
+    else:
+        answer.joint_acceptance *= exit_.probability
+    exit_.decision = decision
+    answer.taken.append(exit_)
+    return True
 
 
 def _verdicts(answer: _Answer, policy: Policy, budget: AccuracyBudget, result: Replayed) -> int:

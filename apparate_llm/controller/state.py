@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -20,7 +20,7 @@ SAVE_EVERY_S = 60.0
 NONE = "none"
 
 
-def default_path(identity: dict[str, Any], cache: Path) -> Path:
+def default_path(identity: Mapping[str, object], cache: Path) -> Path:
     """One file for each model, ramps and machine."""
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return cache / "controller" / f"{key}.json"
@@ -29,7 +29,7 @@ def default_path(identity: dict[str, Any], cache: Path) -> Path:
 class ControllerState:
     """The state file of one server. Whatever is wrong with it costs what was learned, never the serving."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, writes: bool) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, object], *, writes: bool) -> None:
         self.path = path
         self.identity = identity
         self.writes = writes
@@ -87,7 +87,7 @@ class ControllerState:
             logger.warning("Controller state not saved to %s: %s: %s", self.path, type(error).__name__, error)
 
 
-def check_numbers(state: Any) -> None:
+def check_numbers(state: object) -> None:
     """Raises ValueError unless all that a state holds, whatever its shape, are finite numbers."""
     if isinstance(state, dict | list | tuple):
         for part in state.values() if isinstance(state, dict) else state:
@@ -96,7 +96,7 @@ def check_numbers(state: Any) -> None:
         raise ValueError(f"a state is made of finite numbers, got {state!r}")
 
 
-def resolve_path(given: str | None, identity: dict[str, Any], cache: Callable[[], Path]) -> Path | None:
+def resolve_path(given: str | None, identity: Mapping[str, object], cache: Callable[[], Path]) -> Path | None:
     """From the option: a file, `none`, or the default place. None: keep nothing. cache: its folder, ConfigError if
     there is none."""
     if given == NONE:

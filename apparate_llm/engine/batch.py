@@ -4,16 +4,16 @@ With `runner.py` the only module that a new runner has to be taught to.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 
 from apparate_llm.exits.batch import Batch
 
 
-def batch_of(runner: Any) -> Batch:
+def batch_of(runner: GPUModelRunner) -> Batch:
     inside = runner.input_batch
     number = inside.num_reqs
     return Batch(
@@ -27,7 +27,7 @@ def batch_of(runner: Any) -> Batch:
     )
 
 
-def shorten(runner: Any, index: int, num_tokens: int) -> None:
+def shorten(runner: GPUModelRunner, index: int, num_tokens: int) -> None:
     """Take tokens off the end of a request's text, in the batch and in its output."""
     batch = runner.input_batch
     state = runner.requests[batch.req_ids[index]]
@@ -35,7 +35,7 @@ def shorten(runner: Any, index: int, num_tokens: int) -> None:
     batch.num_tokens_no_spec[index] = num_tokens
 
 
-def append_tokens(runner: Any, index: int, tokens: list[int]) -> None:
+def append_tokens(runner: GPUModelRunner, index: int, tokens: list[int]) -> None:
     """Put tokens at the end of a request's text, as vLLM's bookkeeping does with sampled ones."""
     batch = runner.input_batch
     start = int(batch.num_tokens_no_spec[index])
@@ -47,33 +47,33 @@ def append_tokens(runner: Any, index: int, tokens: list[int]) -> None:
     runner.requests[batch.req_ids[index]].output_token_ids.extend(tokens)
 
 
-def attention_groups(runner: Any) -> Iterator[AttentionGroup]:
+def attention_groups(runner: GPUModelRunner) -> Iterator[AttentionGroup]:
     """Layers that share attention metadata; made by vLLM when it has its KV cache."""
     for groups in runner.attn_groups:
         yield from groups
 
 
-def block_size(runner: Any) -> int:
+def block_size(runner: GPUModelRunner) -> int:
     """Tokens in a block of the KV cache, as the kernel of the first group of layers has it."""
     size: int = runner.input_batch.block_table[0].block_size
     return size
 
 
-def num_slots(runner: Any, index: int) -> int:
+def num_slots(runner: GPUModelRunner, index: int) -> int:
     """Tokens of a request that have a place in the KV cache."""
     tables = runner.input_batch.block_table.block_tables
     return min(int(table.num_blocks_per_row[index] * table.block_size) for table in tables)
 
 
 def attention_of_rows(
-    runner: Any, indices: list[int], positions: torch.Tensor
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    runner: GPUModelRunner, indices: list[int], positions: torch.Tensor
+) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """By layer: attention metadata and slots [num_tokens] of one row for each of these requests, at `positions`
     [num_tokens] of their texts."""
     num_tokens = len(indices)
     seq_lens = (positions + 1).int()
     query_start = torch.arange(num_tokens + 1, dtype=torch.int32)
-    attention: dict[str, Any] = {}
+    attention: dict[str, object] = {}
     slots: dict[str, torch.Tensor] = {}
     for group_id, groups in enumerate(runner.attn_groups):
         table = runner.input_batch.block_table[group_id]

@@ -59,7 +59,7 @@ class Coverage:
     def holds(self) -> bool:
         return not self.not_covered
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {
             "holds": self.holds,
             "linear_kinds": self.num_kinds,

@@ -1,7 +1,6 @@
 """What the runner hands to the scheduler besides vLLM's own output."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
@@ -13,5 +12,5 @@ class EarlyExitOutput(ModelRunnerOutput):
     drafts: DraftTokenIds | None = None  # held exits, checked in the next step; None: to be asked for
 
     @classmethod
-    def extending(cls, output: ModelRunnerOutput, **ours: Any) -> "EarlyExitOutput":
+    def extending(cls, output: ModelRunnerOutput, **ours: object) -> "EarlyExitOutput":
         return cls(**vars(output) | ours)

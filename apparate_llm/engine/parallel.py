@@ -11,7 +11,7 @@ ranks meet, and say whether they are still with it. Who fails says so at the nex
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
@@ -114,7 +114,7 @@ class _Meeting:
         if name not in ("all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "gather", "broadcast"):
             return attribute
 
-        def after_meeting(*args: Any, **kwargs: Any) -> Any:
+        def after_meeting(*args: object, **kwargs: object) -> object:
             self.peers.meet()
             return attribute(*args, **kwargs)
 

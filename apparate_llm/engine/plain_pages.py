@@ -2,11 +2,14 @@
 
 import os
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING
 
 from apparate_llm.host.choice import HUGE_PAGES
 from apparate_llm.patches.guard import Target, is_ours
 from apparate_llm.patches.overrides import check_those_of
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
 
 
 def move_after_loading() -> None:
@@ -24,7 +27,7 @@ def move_after_loading() -> None:
 
 def wrapped(original: Target) -> Target:
     @wraps(original)
-    def load_model(self: Any, **kwargs: Any) -> None:
+    def load_model(self: "Worker", **kwargs: object) -> None:
         from apparate_llm.engine.huge_pages import use_huge_pages
 
         original(self, **kwargs)

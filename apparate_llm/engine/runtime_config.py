@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
@@ -38,7 +37,7 @@ class PolicySwitch:
     num_layers: int
     most_exits: int  # that the server has made room for
     sibling: bool = False  # whether the ramps were made for another model than the one that is served
-    _learned: dict[str, dict[str, Any]] = field(default_factory=dict)  # by policy
+    _learned: dict[str, dict[str, object]] = field(default_factory=dict)  # by policy
 
     def make(self, config: EarlyExitConfig) -> Policy:
         depth = self.depth if config.depth == "auto" else config.depth
@@ -65,7 +64,7 @@ class PolicySwitch:
                 state = {**state, "depth": after.depth}
             drafter.policy.restore(state)
 
-    def renew(self, drafter: Drafter, config: EarlyExitConfig, learned: dict[str, Any]) -> None:
+    def renew(self, drafter: Drafter, config: EarlyExitConfig, learned: dict[str, object]) -> None:
         """Begin anew with no more than what was `learned`."""
         self._learned.clear()
         drafter.policy = self.make(config)
@@ -73,7 +72,7 @@ class PolicySwitch:
             drafter.policy.restore(learned)
 
 
-def learned_of(policy: Policy) -> dict[str, Any]:
+def learned_of(policy: Policy) -> dict[str, object]:
     """What a policy has learned, if it is sound."""
     try:
         state = policy.state()

@@ -87,8 +87,8 @@ class EarlyExitScheduler(Scheduler):
                 logger.exception("Early exits failed in the scheduler, in this step it goes on without")
             return default
 
-    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         if request.num_output_tokens and request.num_computed_tokens < request.num_tokens - 1:
             # Exits are outstanding: their verdict rows must be computed, not found in the prefix cache.
             request.skip_reading_prefix_cache = True
-        super()._preempt_request(request, *args, **kwargs)
+        super()._preempt_request(request, timestamp, drop_stale_output)

@@ -1,7 +1,6 @@
 """Whose experience a controller's is."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
@@ -13,7 +12,7 @@ from apparate_llm.machine import cpu_name
 from apparate_llm.naming import model_name
 
 
-def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, Any]:
+def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, object]:
     """What the controller's experience is worth nothing without: model, ramps at `depths`, machine and how it is
     used."""
     kernels = {ZENTORCH: True} if current_platform.is_zen_cpu() else {}  # by themselves vLLM's own

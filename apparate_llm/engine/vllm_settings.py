@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitConfig
@@ -25,7 +26,7 @@ def settings_of(config: EarlyExitConfig, architecture: str, vllm_flags: list[str
     return merge_settings(settings, vllm_flags)
 
 
-def own_options(flags: list[str]) -> dict[str, Any]:
+def own_options(flags: list[str]) -> dict[str, object]:
     """Early exits' part of the user's `--additional-config`; raises ConfigError."""
     text = given_value(flags, "additional-config")
     options = {} if text is None else parse_object("additional-config", text).get(ADDITIONAL_CONFIG_KEY, {})
@@ -62,7 +63,7 @@ def merge_settings(settings: dict[str, Any], flags: list[str]) -> tuple[dict[str
     return merged, rest
 
 
-def as_flags(settings: dict[str, Any]) -> list[str]:
+def as_flags(settings: Mapping[str, object]) -> list[str]:
     flags: list[str] = []
     for name, value in settings.items():
         flags += ["--" + name.replace("_", "-"), json.dumps(value) if isinstance(value, dict) else str(value)]

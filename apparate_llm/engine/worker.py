@@ -1,8 +1,8 @@
 """The worker class named in `--worker-cls`: vLLM's own, with the early-exit runner."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from time import monotonic
-from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -16,6 +16,7 @@ from apparate_llm.config import ConfigError, public_config
 from apparate_llm.engine.background import run_in_background
 from apparate_llm.engine.invariant_worker import BatchInvariantWorker
 from apparate_llm.engine.runner import EarlyExitRunner
+from apparate_llm.exits.token_origins import TokenReport
 from apparate_llm.patches.overrides import check_those_of
 
 logger = init_logger("vllm.apparate")
@@ -66,7 +67,7 @@ class EarlyExitWorker(BatchInvariantWorker):
 
     # Reached with `collective_rpc`.
 
-    def early_exit_status(self) -> dict[str, Any]:
+    def early_exit_status(self) -> dict[str, object]:
         """Options, depth in use and running totals, as plain values."""
         runner = self.model_runner
         policy = runner.exit_drafter.policy if runner.exit_drafter else None
@@ -87,7 +88,7 @@ class EarlyExitWorker(BatchInvariantWorker):
             "batch_invariance": self.coverage.as_dict() if self.coverage is not None else None,
         }
 
-    def early_exit_configure(self, changes: dict[str, Any], is_trial: bool = False) -> str | None:
+    def early_exit_configure(self, changes: Mapping[str, object], is_trial: bool = False) -> str | None:
         """Change options from the next step on; one line on why not, where they are not allowed. is_trial: change
         nothing."""
         try:
@@ -103,7 +104,7 @@ class EarlyExitWorker(BatchInvariantWorker):
         """Drop what the controller has learned; totals go on. False where it was not done."""
         return self.model_runner.forget()
 
-    def early_exit_report(self, key: str) -> dict[str, dict[str, Any]]:
+    def early_exit_report(self, key: str) -> dict[str, TokenReport]:
         """Of the answers asked for with this key, by request id: where their tokens came from."""
         return self.model_runner.ledger.report(key)
 

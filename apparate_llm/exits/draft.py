@@ -131,15 +131,8 @@ class Drafter:
         spent: list[tuple[int, float]] = []
         for number in range(num_steps):
             prediction = self.peers.share_prediction(self.predict(live, tokens, state, number))
-            going: list[int] = []
-            predicted = perf_counter()
-            for i, (request, token, confidence) in enumerate(
-                zip(live, prediction.token_ids.tolist(), prediction.confidences, strict=True)
-            ):
-                if self._decide(request, token, confidence) and token not in request.stop_token_ids:
-                    going.append(i)
+            going = self._take_predicted(live, prediction)
             now = perf_counter()
-            self._deciding_ms += (now - predicted) * 1e3
             spent.append((len(live), (now - began) * 1e3))
             began = now
             going = [i for i in going if not self._takes_lookup(live[i])]
@@ -153,6 +146,18 @@ class Drafter:
             live = [live[i] for i in going]
             tokens, state = prediction.token_ids[going], prediction.state[going]
         return spent
+
+    def _take_predicted(self, live: list[DraftRequest], prediction: Prediction) -> list[int]:
+        """Have each request take or leave what the ramp predicted for it; those that took it and may go on."""
+        began = perf_counter()
+        predicted = zip(live, prediction.token_ids.tolist(), prediction.confidences, strict=True)
+        going = [
+            i
+            for i, (request, token, confidence) in enumerate(predicted)
+            if self._decide(request, token, confidence) and token not in request.stop_token_ids
+        ]
+        self._deciding_ms += (perf_counter() - began) * 1e3
+        return going
 
     def _takes_lookup(self, request: DraftRequest) -> bool:
         """Whether a request's text repeats itself at length, so that what followed is taken without asking a ramp."""

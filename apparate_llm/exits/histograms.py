@@ -3,7 +3,6 @@
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 MS = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0, 75.0, 100.0, 150.0, 250.0, 500.0, 1000.0)
 SHORT_MS = (0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
@@ -36,6 +35,6 @@ class Distributions:
     controller_ms: Histogram = field(default_factory=lambda: Histogram(SHORT_MS))  # its decisions, per engine step
     regret_nats: Histogram = field(default_factory=lambda: Histogram(NATS))  # of divergences
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         histograms = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: {"bounds": h.bounds, "counts": h.counts, "total": h.total} for name, h in histograms.items()}

@@ -1,9 +1,9 @@
 """What outlives the steps of an engine: histograms, the feedback log, the controller's state. No exit depends on it:
 what fails here is a warning."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.feedback import FeedbackLog
@@ -24,7 +24,9 @@ class Memory:
         self.feedback: FeedbackLog | None = None
         self.asides = Asides()
 
-    def begin(self, config: EarlyExitConfig, identity: dict[str, Any], policy: Policy, *, num_layers: int) -> None:
+    def begin(
+        self, config: EarlyExitConfig, identity: Mapping[str, object], policy: Policy, *, num_layers: int
+    ) -> None:
         """Give `policy` what an earlier start has learned."""
         path = resolve_path(config.controller_state, identity, cache_folder)
         if path is not None:

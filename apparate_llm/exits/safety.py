@@ -4,7 +4,6 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 logger = logging.getLogger("vllm.apparate")
 FIRST_PAUSE_S = 30.0  # twice as long after each further failure within an hour
@@ -63,7 +62,7 @@ class Safety:
         """Whether what the policy had learned may be taken up again: a second failure may be its fault."""
         return len(self._failed_s) <= 1
 
-    def status(self, now_s: float) -> dict[str, Any] | None:
+    def status(self, now_s: float) -> dict[str, object] | None:
         """What is wrong; None while exits are on."""
         if self.returns_s is None:
             return None

@@ -1,7 +1,6 @@
 """Tenants: what each may spend, and what it got."""
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from apparate_llm.config import EarlyExitConfig, effective_bound
 from apparate_llm.controller.budget import Bucket
@@ -20,7 +19,7 @@ class TenantShare:
     targets_met: int = 0
     targets_missed: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, float]:
         counts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "bucket"}
         return {**counts, "divergences_at_worst": self.divergences_at_worst, "budget_left": self.bucket.balance}
 

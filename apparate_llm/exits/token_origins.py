@@ -1,9 +1,10 @@
 """Where each token of one answer came from, for a request that asks to be told."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TypedDict
 
 from apparate_llm.core import Exit
 
@@ -62,7 +63,15 @@ class Trace:
         self.depths.append(depth)
 
 
-def trace_of(extra_args: dict[str, Any] | None) -> Trace | None:
+class TokenReport(TypedDict):
+    """Of one request that ended."""
+
+    origins: list[str]  # of each token, as `Origin` has them
+    depths: list[int | None]
+    tpt_ms: float | None
+
+
+def trace_of(extra_args: Mapping[str, object] | None) -> Trace | None:
     """For a request that asks for a report; None where its key is none that the API gave, so that nobody will ask."""
     key = (extra_args or {}).get(REPORT_KEY)
     return Trace(key) if isinstance(key, str) and key else None
@@ -72,7 +81,7 @@ def trace_of(extra_args: dict[str, Any] | None) -> Trace | None:
 class Reports:
     """Of answers that ended, until they are asked for."""
 
-    _ended: OrderedDict[str, dict[str, dict[str, Any]]] = field(default_factory=OrderedDict)  # by key, by request id
+    _ended: OrderedDict[str, dict[str, TokenReport]] = field(default_factory=OrderedDict)  # by key, by request id
     _num_kept: int = 0
 
     def keep(self, request_id: str, trace: Trace, tpt_ms: float | None) -> None:
@@ -86,7 +95,7 @@ class Reports:
         while self._num_kept > MAX_UNCLAIMED:
             self._num_kept -= len(self._ended.popitem(last=False)[1])
 
-    def take(self, key: str) -> dict[str, dict[str, Any]]:
+    def take(self, key: str) -> dict[str, TokenReport]:
         """Request id -> report, of all answers that this key was given for."""
         reports = self._ended.pop(key, {})
         self._num_kept -= len(reports)

@@ -2,7 +2,7 @@
 from the tokens it took."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -42,17 +42,12 @@ def verify_held(
     Where the budget and the policy allow it, a held exit that differs is let through: its logit is raised above all
     others, so that vLLM's sampler accepts it. logits [num_tokens, vocab] are changed in place.
     """
-    spans = []
-    first = 0
-    for request_id, num_drafts in zip(request_ids, metadata.num_draft_tokens, strict=True):
-        request = ledger.requests.get(request_id)
-        if num_drafts and request is not None and request.releasable and request.held:
-            spans.append((request_id, request, first, num_drafts))
-        first += num_drafts
+    spans = _held_spans(metadata.num_draft_tokens, request_ids, ledger)
     if not spans:
         return []
-    rows = metadata.target_logits_indices[:first].long()
-    best, regrets = best_and_regret(logits[rows], metadata.draft_token_ids[:first])
+    num_drafts = sum(metadata.num_draft_tokens)
+    rows = metadata.target_logits_indices[:num_drafts].long()
+    best, regrets = best_and_regret(logits[rows], metadata.draft_token_ids[:num_drafts])
     verdicts: list[Verdict] = []
     for request_id, request, start, count in spans:
         held = request.held[:count]
@@ -70,6 +65,27 @@ def verify_held(
                 ledger.accept_divergence(request_id, exit_, regret)
                 logits[rows[row], exit_.token_id] += regret + 1.0  # one above the best
     return verdicts
+
+
+class _HeldSpan(NamedTuple):
+    """The drafts of one request, among those of all."""
+
+    request_id: str
+    request: RequestExits
+    start: int
+    count: int
+
+
+def _held_spans(num_draft_tokens: list[int], request_ids: list[str], ledger: VerdictLedger) -> list[_HeldSpan]:
+    """Of requests whose drafts are held exits that the full model's best tokens are to be compared with."""
+    spans = []
+    start = 0
+    for request_id, count in zip(request_ids, num_draft_tokens, strict=True):
+        request = ledger.requests.get(request_id)
+        if count and request is not None and request.releasable and request.held:
+            spans.append(_HeldSpan(request_id, request, start, count))
+        start += count
+    return spans
 
 
 def _verify_divergence(

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -60,7 +60,7 @@ class Tuning(BaseModel):
     )
 
     @property
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, object]:
         """Those given by hand."""
         named = self.model_dump(exclude={"tuning"})
         return {name: value for name, value in named.items() if value != "auto"}
@@ -84,7 +84,7 @@ def tuning_from(args: argparse.Namespace | None = None) -> Tuning:
     return parse_tuning(given)
 
 
-def parse_tuning(given: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> Tuning:
+def parse_tuning(given: Mapping[str, object], names: Mapping[str, str] = MappingProxyType({})) -> Tuning:
     """names: what they are called, if not by their flags."""
     try:
         return Tuning.model_validate(given)
@@ -110,7 +110,7 @@ def num_ranks(flags: Sequence[str]) -> int:
     return ranks
 
 
-def parts_by_hand(tuning: Tuning, config: EarlyExitConfig) -> dict[str, Any]:
+def parts_by_hand(tuning: Tuning, config: EarlyExitConfig) -> dict[str, object]:
     """Pages, an option of exits, among them."""
     pages = {"huge_pages": config.huge_pages} if "huge_pages" in config.model_fields_set else {}
     return tuning.parts | pages
@@ -143,7 +143,7 @@ def check_tuning(
             raise ConfigError(f"--worker engine contradicts --{EXECUTOR} {backend}")
 
 
-def _check_ours(parts: Mapping[str, Any], given: Mapping[str, str]) -> None:
+def _check_ours(parts: Mapping[str, object], given: Mapping[str, str]) -> None:
     """Raises ConfigError for a variable of ours with a wrong value, or with another than the flag for the same part."""
     for part, (name, values) in VARIABLES.items():
         if name not in given:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,7 +34,7 @@ SHAPES = (  # of a model, in its config.json: what makes its passes take the tim
     "quantization_config",
 )
 
-Key = dict[str, Any]
+Key = dict[str, object]
 
 
 class Kept(BaseModel):
@@ -44,7 +44,7 @@ class Kept(BaseModel):
     key: Key
     choice: Choice
     measured: str  # when, ISO 8601
-    table: list[dict[str, Any]]  # the candidates, as `tune --json` has them
+    table: list[dict[str, object]]  # the candidates, as `tune --json` has them
 
 
 def key_of(model: Path, flags: Sequence[str], limits: CpuLimits, config: EarlyExitConfig) -> Key:

@@ -4,12 +4,13 @@ Stage calibrate fits on validation conversations and reports what it gives on te
 `ramps calibrate` then moves them towards what given prompts say.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from apparate_llm.prepare.chat import Chat
 from apparate_llm.prepare.evaluate import (
     answer,
     calibration_error,
@@ -21,6 +22,7 @@ from apparate_llm.prepare.evaluate import (
 )
 from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.recorded import num_positions
+from apparate_llm.prepare.records import CalibrationRecord
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import calibrated_all
@@ -80,7 +82,7 @@ def reliability(probability: torch.Tensor, agrees: torch.Tensor) -> list[tuple[f
     return points
 
 
-def calibrate_positions(fitted_on: dict[str, torch.Tensor], measured: dict[str, torch.Tensor]) -> dict[str, Any]:
+def calibrate_positions(fitted_on: dict[str, torch.Tensor], measured: dict[str, torch.Tensor]) -> CalibrationRecord:
     """Calibration fitted on validation conversations; everything else is measured on test conversations.
 
     Both: per position N, `N.confidence`, `N.agrees`, `N.conversation` and `N.kind`, each [rows].
@@ -111,7 +113,7 @@ def recalibrate(
     folder: Path,
     manifest: RampManifest,
     model: Path,
-    prompts: list[Any],
+    prompts: Sequence[Chat],
     *,
     max_tokens: int,
     progress: Progress,

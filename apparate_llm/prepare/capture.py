@@ -4,10 +4,12 @@ Tokens that are not greedy are drawn here as well, among the best ones that are 
 vLLM, which else draws over the whole vocabulary for every request of a batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from apparate_llm.prepare.engine import CACHE_BLOCK, runner_of
 from apparate_llm.prepare.rows import TOP, Conversation
@@ -64,17 +66,17 @@ class Capture:
         self._watched.pop(request_id, None)
         self._temperatures.pop(request_id, None)
 
-    def _layer_hook(self, depth: int) -> Any:
-        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+    def _layer_hook(self, depth: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             _positions, hidden, residual = args[:3]
             self._seen[depth] = hidden if residual is None else hidden + residual
 
         return hook
 
-    def _watched_forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _watched_forward(self, *args: object, **kwargs: object) -> torch.Tensor:
         from apparate_llm.engine.batch import batch_of  # vLLM is imported with it
 
-        out = self._forward(*args, **kwargs)
+        out: torch.Tensor = self._forward(*args, **kwargs)
         if len(self._steps) >= MOST_STEPS:
             self._hand_out()
         batch = batch_of(self.runner)

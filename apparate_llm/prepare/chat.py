@@ -7,13 +7,14 @@ as `/v1/completions` takes it: a paragraph for each message, whoever said it, an
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-Message = dict[str, Any]
+Message = Mapping[str, object]  # `role`, and a content of any kind
+Chat = Sequence[Message]
 
 MIN_PROMPT_TOKENS = 2
 BREAK = "\n\n"  # between paragraphs
@@ -65,6 +66,13 @@ class LeftOuts:
             say(str(self))
 
 
+class Ends(TypedDict, total=False):
+    """Sampling parameters of vLLM's."""
+
+    stop_token_ids: list[int]
+    stop: list[str]
+
+
 class ChatFormat:
     """`say` gets one line where prompts are plain text. Raises ValueError where answers of `max_answer_tokens` leave no
     room for a prompt; what a tokenizer says of its longest text does not count, the engine's context does."""
@@ -95,7 +103,7 @@ class ChatFormat:
             what = "has no chat template" if self.template is None else "has a chat template that takes no user's words"
             say(f"the model {what}: prompts are plain text, a paragraph for each message")
 
-    def render(self, messages: list[Message]) -> list[int]:
+    def render(self, messages: Chat) -> list[int]:
         """Token ids up to where the answer starts; raises LeftOut."""
         messages = [self._with_content(message) for message in messages]
         if self.is_plain:
@@ -110,7 +118,7 @@ class ChatFormat:
             raise LeftOut(f"shorter than {MIN_PROMPT_TOKENS} tokens")
         return ids
 
-    def render_all(self, prompts: list[list[Message]]) -> tuple[list[tuple[int, list[int]]], LeftOuts]:
+    def render_all(self, prompts: Sequence[Chat]) -> tuple[list[tuple[int, list[int]]], LeftOuts]:
         """Those that can be asked, each with its number, and how many cannot, which is said. Raises ValueError if none
         can."""
         asked, left_out = [], LeftOuts(len(prompts))
@@ -167,7 +175,7 @@ class ChatFormat:
         given = (getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
         return self.encode(text) or [next((token for token in given if token is not None), 0)]
 
-    def stops(self, after: str) -> dict[str, Any]:
+    def stops(self, after: str) -> Ends:
         """Sampling parameters that end the user's words where `after` begins."""
         ids = self.encode(after)
         if ids and ids[0] in {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}:
@@ -215,7 +223,7 @@ class ChatFormat:
         start, end = f"{before}{WORDS[0]}{after}{REPLY}", WORDS[1] + after
         return text[len(start) : -len(end)] if text.startswith(start) and text.endswith(end) else None
 
-    def _apply(self, messages: list[Message], *, tokenize: bool = False) -> Any:
+    def _apply(self, messages: Chat, *, tokenize: bool = False) -> Any:
         own = {} if self.is_mistral else {"chat_template": self.template}
         try:
             return self.tokenizer.apply_chat_template(
@@ -255,14 +263,14 @@ def text_of(message: Message) -> str:
     return "\n".join(part for part in _parts(message) if isinstance(part, str))
 
 
-def _parts(message: Message) -> list[Any]:
+def _parts(message: Message) -> list[object]:
     """The texts of a content, which is a text, a list of parts or nothing; as it is what has no text."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [] if content is None else [content]
     return [part.get("text") if isinstance(part, dict) else part for part in parts]
 
 
-def template_of(tokenizer: Any) -> str | None:
+def template_of(tokenizer: object) -> str | None:
     """The chat template, of several the default one; None where there is none. `chat_template.json`, which the
     tokenizer's loader leaves to multimodal models, counts as well."""
     template = _one_of(getattr(tokenizer, "chat_template", None))
@@ -275,7 +283,7 @@ def template_of(tokenizer: Any) -> str | None:
     return template
 
 
-def _one_of(template: Any) -> str | None:
+def _one_of(template: object) -> str | None:
     if isinstance(template, list):
         template = {item["name"]: item["template"] for item in template}
     if isinstance(template, dict):
@@ -283,9 +291,9 @@ def _one_of(template: Any) -> str | None:
     return None if template is None else str(template)
 
 
-def _paragraphs(messages: list[Message]) -> str:
+def _paragraphs(messages: Chat) -> str:
     """One that ends its last line itself says where the answer starts."""
-    text = BREAK.join(message["content"] for message in messages if message["content"])
+    text = BREAK.join(filter(None, map(text_of, messages)))
     return text if text.endswith("\n") or not text else text + BREAK
 
 

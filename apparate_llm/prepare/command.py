@@ -6,10 +6,10 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apparate_llm.eval.command import positive_list
-from apparate_llm.flags import OneLineParser, Paragraphs, positive
+from apparate_llm.flags import Commands, OneLineParser, Paragraphs, positive
 from apparate_llm.host.options import check_kept_only, tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, folder_here, model_of
@@ -19,9 +19,8 @@ from apparate_llm.quiet_log import log_of_engines
 from apparate_llm.redact import redacted
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from apparate_llm.ramps.checkpoint import RampManifest
+    from apparate_llm.prepare.plan import Plan
+    from apparate_llm.prepare.prompts import Messages
 
 DEFAULT_TIME_BUDGET = "60m"
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -45,8 +44,8 @@ EVALUATION_COSTS = """\
 The model loads and answers all prompts, many at once; measuring takes seconds. The rate is shown meanwhile."""
 
 
-def add_prepare(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
+def add_prepare(subparsers: Commands) -> None:
+    parser: OneLineParser = subparsers.add_parser(
         "prepare",
         help="make ramps for a model",
         description="Makes ramps for a model without any data. The model writes and answers its own prompts; ramps are "
@@ -78,15 +77,25 @@ def add_prepare(subparsers: Any) -> None:
     parser.set_defaults(run=run_prepare, goes_on=True)
 
 
-def add_ramps(subparsers: Any) -> None:
-    parser = subparsers.add_parser("ramps", help="look at ramps, measure and calibrate them")
+def add_ramps(subparsers: Commands) -> None:
+    parser: OneLineParser = subparsers.add_parser("ramps", help="look at ramps, measure and calibrate them")
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=OneLineParser)
-    show = kinds.add_parser(
+    _add_show(kinds)
+    _add_evaluate(kinds)
+    _add_calibrate(kinds)
+    _add_verify(kinds)
+
+
+def _add_show(kinds: Commands) -> None:
+    show: OneLineParser = kinds.add_parser(
         "show", help="what a ramp folder holds", description="Reads the folder and loads no model.", allow_abbrev=False
     )
     show.add_argument("folder", type=Path, help="ramp folder")
     show.set_defaults(run=run_show)
-    evaluate = kinds.add_parser(
+
+
+def _add_evaluate(kinds: Commands) -> None:
+    evaluate: OneLineParser = kinds.add_parser(
         "evaluate",
         help="acceptance rates on your prompts",
         description="Lets the model answer the prompts greedily and measures how often each ramp agrees with it: the "
@@ -98,7 +107,10 @@ def add_ramps(subparsers: Any) -> None:
     add_answering(evaluate, several=False)
     evaluate.add_argument("--json", type=Path, help="file to write the results to")
     evaluate.set_defaults(run=run_evaluate)
-    calibrate = kinds.add_parser(
+
+
+def _add_calibrate(kinds: Commands) -> None:
+    calibrate: OneLineParser = kinds.add_parser(
         "calibrate",
         help="fit the confidence of ramps to your prompts",
         description="Lets the model answer the prompts greedily and moves each ramp's calibration half-way to what "
@@ -109,7 +121,10 @@ def add_ramps(subparsers: Any) -> None:
     )
     add_answering(calibrate, several=True)
     calibrate.set_defaults(run=run_calibrate)
-    verify = kinds.add_parser(
+
+
+def _add_verify(kinds: Commands) -> None:
+    verify: OneLineParser = kinds.add_parser(
         "verify",
         help="predicted gain of ramps against measured",
         description="Predicts TPT with lossless exits / plain vLLM, from acceptance rates on the prompts and "
@@ -166,7 +181,6 @@ def run_prepare(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.launch import check_build, reexec_with_libraries
     from apparate_llm.prepare.engine import environment
-    from apparate_llm.ramps.checkpoint import BaseModelInfo
 
     check_kept_only(tuning_from())
     user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
@@ -177,13 +191,26 @@ def run_prepare(args: argparse.Namespace) -> int:
     check_build()
     reexec_with_libraries(environment())
 
-    from apparate_llm.prepare.plan import Plan, automatic_aux_layers, automatic_intermediate_size
     from apparate_llm.prepare.workspace import Workspace
 
     exit_on_sigterm()
-    model = model_of(args, check_architecture)
+    plan = plan_of(args, model_of(args, check_architecture), user_prompts)
+    with log_of_engines(Workspace(args.out).path("vllm.log")) as console:
+        from apparate_llm.prepare.pipeline import prepare
+
+        prepare(plan, console)
+        for line in what_next(args.model, args.out, args.revision):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def plan_of(args: argparse.Namespace, model: Path, user_prompts: "list[Messages]") -> "Plan":
+    """What the flags leave open is chosen by the model."""
+    from apparate_llm.prepare.plan import Plan, automatic_aux_layers, automatic_intermediate_size
+    from apparate_llm.ramps.checkpoint import BaseModelInfo
+
     info = BaseModelInfo.of(model)
-    plan = Plan(
+    return Plan(
         model=model,
         out=args.out,
         depths=parse_depths(args.depths, info.num_hidden_layers),
@@ -197,13 +224,6 @@ def run_prepare(args: argparse.Namespace) -> int:
         enforce_eager=args.enforce_eager,
         verify=args.verify,
     )
-    with log_of_engines(Workspace(args.out).path("vllm.log")) as console:
-        from apparate_llm.prepare.pipeline import prepare
-
-        prepare(plan, console)
-        for line in what_next(args.model, args.out, args.revision):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
 
 
 def check_architecture(folder: Path) -> None:
@@ -226,6 +246,7 @@ def what_next(model: str | None, out: Path, revision: str | None = None) -> list
 def run_show(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from apparate_llm.prepare.shown import held_out_table
     from apparate_llm.ramps.checkpoint import WEIGHTS, read_manifest
 
     manifest = read_manifest(args.folder)
@@ -245,27 +266,10 @@ def run_show(args: argparse.Namespace) -> int:
     return 0
 
 
-def held_out_table(manifest: "RampManifest") -> "Table":
-    """Of conversations that the ramps were not trained on; a calibration has an entry for each position."""
-    from rich.table import Table
-
-    from apparate_llm.renamed import of_any_preparation
-
-    positions = range(max(map(len, manifest.calibration.values())))
-    columns = [f"position {position}" for position in positions]
-    table = Table("depth", *columns, "calibration error", title="Held-out acceptance rate")
-    for depth in manifest.depths:
-        record = of_any_preparation(manifest.training.get("depths", {}).get(str(depth), {}))
-        rates = dict(enumerate(record.get("held_out_acceptance_rates", [])))
-        name = f"{depth} (default)" if depth == manifest.default_depth else str(depth)
-        figures = [*map(rates.get, positions), record.get("held_out_calibration_error")]
-        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in figures))
-    return table
-
-
 def run_evaluate(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.files import write_atomically
+    from apparate_llm.prepare.shown import print_evaluation
 
     asked = load_prompts(args.prompts)
     prompts, categories = [prompt.messages for prompt in asked], [prompt.category for prompt in asked]
@@ -308,6 +312,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.files import write_atomically
+    from apparate_llm.prepare.shown import print_verified
 
     check_kept_only(tuning_from())
     prompts = load_prompts(args.prompts)
@@ -328,57 +333,3 @@ def run_verify(args: argparse.Namespace) -> int:
         write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
         print(f"written: {args.json}", file=sys.stderr)
     return 0
-
-
-def print_verified(verified: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="TPT with exits / plain vLLM, with 95 % intervals")
-    for column in ("clients", "predicted", "measured", "measured / predicted", "within the prediction"):
-        table.add_column(column, justify="right")
-
-    def cell(item: dict[str, Any]) -> str:
-        if item["tpt_ratio"] is None:
-            return "-"
-        interval = "" if item["ci95"] is None else f" ({item['ci95'][0]:.2f} to {item['ci95'][1]:.2f})"
-        return f"{item['tpt_ratio']:.2f}{interval}"
-
-    for number, item in verified["clients"].items():
-        off = "-" if item["off_frac"] is None else f"{1 + item['off_frac']:.2f}"
-        within = {True: "yes", False: "NO", None: "-"}[item["within"]]
-        table.add_row(number, cell(item["predicted"]), cell(item["measured"]), off, within)
-    console = Console()
-    console.print(table)
-    console.print(verified["sentence"], soft_wrap=True)
-
-
-def print_evaluation(result: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    numbers = range(len(result.depths[0].positions))
-    table = Table("depth", "category", *(f"position {number}" for number in numbers), title="Acceptance rate")
-
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    for item in result.depths:
-        for name, rates in item.by_category.items():
-            table.add_row(str(item.depth), name, *(cell(rates.get(str(number))) for number in numbers))
-        name = "mean over categories" if item.by_category else "all"
-        table.add_row(
-            str(item.depth),
-            name,
-            *(cell(part.acceptance_rate) for part in item.positions),
-            style="bold",
-            end_section=True,
-        )
-    console = Console()
-    console.print(table)
-    for item in result.depths:
-        gain = f"{item.accepted_per_step:.2f} accepted tokens per step"
-        line = f"depth {item.depth}: {gain}, calibration error {item.calibration_error:.3f}"
-        console.print(line, soft_wrap=True)
-    ceiling = ", ".join(f"{name} {value:.2f}" for name, value in result.ceiling.items())
-    console.print(f"{result.prompts} prompts, {result.answer_tokens} answer tokens; ceiling: {ceiling}", soft_wrap=True)

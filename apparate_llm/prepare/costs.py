@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+
+from apparate_llm.prepare.records import Profiled
 
 Curve = tuple[np.ndarray, np.ndarray]  # places, ms
 
@@ -42,7 +43,7 @@ class ProfiledCosts:
     _passes: dict[tuple[int, int], float]
 
     @classmethod
-    def of(cls, profiled: Mapping[str, Any], depth: int, rng: np.random.Generator | None = None) -> "ProfiledCosts":
+    def of(cls, profiled: Profiled, depth: int, rng: np.random.Generator | None = None) -> "ProfiledCosts":
         """rng: each median is drawn from where it may as well lie."""
         error_frac = profiled.get("error_frac", {})
 

@@ -1,15 +1,16 @@
 """`ramps evaluate`: how often ramps agree with the full model on text that it generates greedily."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from apparate_llm.naming import model_name
+from apparate_llm.prepare.chat import Chat
 from apparate_llm.prepare.rows import LEAD, Rows
 from apparate_llm.prepare.train import BaseParts, DraftData, Measured, accepted_per_step, measure_head
 from apparate_llm.progress import Progress
@@ -50,7 +51,7 @@ class Evaluation(BaseModel):
     left_out: dict[str, int] = {}  # reason -> prompts that could not be asked or got no answer
     answer_tokens: int
     depths: list[DepthResult]
-    ceiling: dict[str, Any]
+    ceiling: dict[str, float]
     calibration_error: float  # of the default depth
 
 
@@ -107,7 +108,9 @@ class Answered(NamedTuple):
     texts: list[tuple[list[int], list[int]]]  # prompt and answer of each
 
 
-def answer(model: Path, manifest: RampManifest, prompts: list[Any], *, max_tokens: int, progress: Progress) -> Answered:
+def answer(
+    model: Path, manifest: RampManifest, prompts: Sequence[Chat], *, max_tokens: int, progress: Progress
+) -> Answered:
     """Generate greedily with the model, in this process, at most `max_tokens` tokens for each prompt. `progress` says
     which prompts are left out; raises ValueError if these are all."""
     from apparate_llm.prepare.capture import Capture
@@ -204,7 +207,7 @@ def evaluate(
     folder: Path,
     manifest: RampManifest,
     model: Path,
-    prompts: list[Any],
+    prompts: Sequence[Chat],
     categories: list[str | None],
     *,
     max_tokens: int,

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,6 +19,7 @@ from apparate_llm.prepare.plan import Made, Plan, Run
 from apparate_llm.prepare.profile import LIMIT_S, profile
 from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.recorded import Recorded, recorded
+from apparate_llm.prepare.records import CalibrationRecord, Profiled, Report, SynthesisRecord, TrainingRecord
 from apparate_llm.prepare.report import write_report
 from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import (
@@ -46,7 +46,7 @@ from apparate_llm.ramps.sketch import Sketch
 LEAST_PROFILE_S = 30.0
 
 
-def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
+def prepare(plan: Plan, console: Console | None = None) -> Report:
     """Leaves a ramp folder with its report in `plan.out`, and returns the report; raises ValueError for bad input,
     RuntimeError otherwise."""
     workspace = Workspace(plan.out)
@@ -57,12 +57,12 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
         made = _laps(run)
         _other_depths(run, made)
         for depth in plan.depths:
-            made.trained[depth] |= measure_depth(run, made.rows, depth, made.trained[depth])
+            made.measured[depth] = measure_depth(run, made.rows, depth, made.trained[depth])
             made.calibration[depth] = _calibrate(run, depth)
             made.conversations[depth] = _conversations(run, depth, made.calibration[depth])
         draft = workspace.path("ramps")
         _write_ramps(run, draft, made, default_depth=plan.depths[0])
-        profiled = _profile(run, draft, made.trained)
+        profiled = _profile(run, draft, made)
         report = write_report(plan.out, run.base, model_name(plan.model), made, profiled)
         _write_ramps(run, plan.out, made, default_depth=report["advice"]["depth"])
         run.clock.keep()
@@ -127,9 +127,8 @@ def _laps(run: Run) -> Made:
     plan, schedule = run.plan, run.plan.schedule
     first = plan.depths[0]
     laps = schedule.laps()
-    records: list[dict[str, Any]] = []
+    records: list[TrainingRecord] = []
     short = "neither"
-    rows: dict[str, Any] = {}
     for lap in laps:
         if lap.last:
             lap = shifted(lap, run.clock.spent_s, schedule.work_s, short)
@@ -160,7 +159,7 @@ def _laps(run: Run) -> Made:
     return Made(rows, trained={first: record}, outlook=text)
 
 
-def _splits_without_rows(run: Run, rows: dict[str, Any]) -> list[str]:
+def _splits_without_rows(run: Run, rows: SynthesisRecord) -> list[str]:
     present = set(run.store.column("split", rows["rows"]).unique().tolist())
     return [name for split, name in enumerate(SPLIT_NAMES) if split not in present]
 
@@ -170,7 +169,7 @@ def _is_enough(scores: list[float]) -> bool:
     return added is not None and tpt_saved(scores[-1], added) < STOP_BELOW
 
 
-def _say_lap(run: Run, lap: Lap, num_laps: int, rows: dict[str, Any], record: dict[str, Any], short: str) -> None:
+def _say_lap(run: Run, lap: Lap, num_laps: int, rows: SynthesisRecord, record: TrainingRecord, short: str) -> None:
     shortage = "" if short == "neither" else f"; {short} are short" if short == "tokens" else f"; {short} is short"
     run.say(
         f"lap {lap.number + 1} of {num_laps}: {rows['tokens']:,} answer tokens, {record['steps']} steps, "
@@ -194,7 +193,7 @@ def _other_depths(run: Run, made: Made) -> None:
         )
 
 
-def _calibrate(run: Run, depth: int) -> dict[str, Any]:
+def _calibrate(run: Run, depth: int) -> CalibrationRecord:
     """Stage calibrate: confidence -> probability of agreement."""
     from safetensors.torch import load_file
 
@@ -211,7 +210,7 @@ def _calibrate(run: Run, depth: int) -> dict[str, Any]:
     return result
 
 
-def _conversations(run: Run, depth: int, calibrated: dict[str, Any]) -> list[Recorded]:
+def _conversations(run: Run, depth: int, calibrated: CalibrationRecord) -> list[Recorded]:
     """The test conversations, with what the ramp said in them."""
     from safetensors.torch import load_file
 
@@ -245,7 +244,7 @@ def _write_ramps(run: Run, folder: Path, made: Made, *, default_depth: int) -> N
     )
 
 
-def _training_facts(run: Run, made: Made) -> dict[str, Any]:
+def _training_facts(run: Run, made: Made) -> dict[str, object]:
     return {
         "data": "prompts and answers written by the model itself"
         + (", and the user's prompts" if run.plan.user_prompts else ""),
@@ -255,7 +254,7 @@ def _training_facts(run: Run, made: Made) -> dict[str, Any]:
             str(depth): {
                 "rows": record["rows"],
                 "steps": record["steps"],
-                "vocabulary_coverage": record["vocabulary_coverage"],
+                "vocabulary_coverage": made.measured[depth]["vocabulary_coverage"],
                 "held_out_acceptance_rates": made.calibration[depth]["acceptance_rates"],
                 "held_out_calibration_error": made.calibration[depth]["calibration_error"],
             }
@@ -264,21 +263,23 @@ def _training_facts(run: Run, made: Made) -> dict[str, Any]:
     }
 
 
-def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
+def _profile(run: Run, folder: Path, made: Made) -> Profiled:
     """Stage profile: what a verification pass and each depth's draft step cost on this machine."""
     from apparate_llm.machine import machine
 
     plan, workspace = run.plan, run.workspace
     here = {key: value for key, value in machine().items() if key in ("cpu", "cores", "packages")}
     used = used_by_servers(plan.model).choice.model_dump()
-    inputs = {"machine": here, "tuning": used, "heads": trained, "enforce_eager": plan.enforce_eager}
-    if (done := workspace.read("profile", inputs)) is not None:
+    heads = {depth: {**record, **made.measured[depth]} for depth, record in made.trained.items()}
+    inputs = {"machine": here, "tuning": used, "heads": heads, "enforce_eager": plan.enforce_eager}
+    done: Profiled | None = workspace.read("profile", inputs)
+    if done is not None:
         run.say("profile: done")
         return done
     left_s = math.inf if plan.time_budget_s is None else plan.time_budget_s - run.clock.spent_s
     give_back_memory()
     with run.progress.stage("profile", total=1.0, facts="starting the model as it is served") as bar:
-        result = profile(
+        profiled = profile(
             plan.model,
             folder,
             plan.depths,
@@ -287,4 +288,5 @@ def _profile(run: Run, folder: Path, trained: dict[int, Any]) -> dict[str, Any]:
             log=workspace.path("vllm.log"),
             on_progress=lambda done, text: bar.update(done, text),
         )
-    return workspace.write("profile", inputs, {**result, "machine": here})
+    profiled["machine"] = here
+    return workspace.write("profile", inputs, profiled)

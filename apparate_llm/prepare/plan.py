@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from apparate_llm.prepare.prompts import Messages
 from apparate_llm.prepare.recorded import Recorded
+from apparate_llm.prepare.records import CalibrationRecord, MeasuredRecord, SynthesisRecord, TrainingRecord
 from apparate_llm.prepare.schedule import Schedule, WorkClock
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.workspace import Workspace
@@ -71,8 +71,9 @@ class Run:
 class Made:
     """Results of the stages so far."""
 
-    rows: dict[str, Any]
-    trained: dict[int, dict[str, Any]] = field(default_factory=dict)  # by depth
-    calibration: dict[int, dict[str, Any]] = field(default_factory=dict)
+    rows: SynthesisRecord
+    trained: dict[int, TrainingRecord] = field(default_factory=dict)  # by depth, as all others
+    measured: dict[int, MeasuredRecord] = field(default_factory=dict)
+    calibration: dict[int, CalibrationRecord] = field(default_factory=dict)
     conversations: dict[int, list[Recorded]] = field(default_factory=dict)  # of the test split, to predict from
     outlook: str = ""

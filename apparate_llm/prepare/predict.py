@@ -12,7 +12,6 @@ is of the model's conversations, the harder ones drawn more often, until they ag
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from apparate_llm.controller.adaptive import AdaptivePolicy
 from apparate_llm.eval.workloads import block_size
 from apparate_llm.prepare.costs import ProfiledCosts
 from apparate_llm.prepare.recorded import Recorded
+from apparate_llm.prepare.records import Predicted, Profiled, TptRatio
 from apparate_llm.prepare.simulate import Simulation
 
 CLIENTS = (1, 4, 16)
@@ -52,14 +52,14 @@ class Asked:
 
 def predict(
     conversations: Sequence[Recorded],
-    profiled: dict[str, Any],
+    profiled: Profiled,
     *,
     depth: int,
     num_layers: int,
     clients: Sequence[int] | None = None,
     max_tokens: int = MAX_TOKENS,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, Predicted]:
     """By number of clients: `tpt_ratio`, its interval `ci95`, the ms of both and `by_kind` of prompt. Number of clients
     that were not profiled are predicted between those that were."""
     if clients is None:
@@ -68,7 +68,7 @@ def predict(
     # The first are the costs as measured.
     costs = [ProfiledCosts.of(profiled, depth, None if draw == 0 else rng) for draw in range(1 + DRAWS)]
     served = [_serve(conversations, cost, depth, num_layers, clients, max_tokens) for cost in costs]
-    results: dict[str, Any] = {}
+    results: dict[str, Predicted] = {}
     for number in clients:
         asked = [by_clients[number] for by_clients in served]
         kinds = np.array([conversations[index].kind for index in asked[0].indices])
@@ -86,14 +86,14 @@ def _mean_ms(values: np.ndarray) -> float | None:
 
 
 def predict_both(
-    conversations: Sequence[Recorded], profiled: dict[str, Any], *, depth: int, num_layers: int, seed: int = 0
-) -> dict[str, Any]:
+    conversations: Sequence[Recorded], profiled: Profiled, *, depth: int, num_layers: int, seed: int = 0
+) -> dict[str, Predicted]:
     """`predict` on prompts like the model's own, each with `users`: what is expected on users' prompts."""
     few = thinned(conversations, MOST_CONVERSATIONS, seed=seed)
     by_clients = predict(few, profiled, depth=depth, num_layers=num_layers, seed=seed)
     users = predict(as_users_ask(few, seed=seed), profiled, depth=depth, num_layers=num_layers, seed=seed)
     for number, item in by_clients.items():
-        item["users"] = {name: users[number][name] for name in ("tpt_ratio", "ci95")}
+        item["users"] = {"tpt_ratio": users[number]["tpt_ratio"], "ci95": users[number]["ci95"]}
     return by_clients
 
 
@@ -145,7 +145,7 @@ def _blocks(num_conversations: int, clients: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _with_interval(asked: Sequence[Asked], chosen: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+def _with_interval(asked: Sequence[Asked], chosen: np.ndarray, rng: np.random.Generator) -> TptRatio:
     plain, ours = (np.array([getattr(part, name)[chosen] for part in asked]) for name in ("plain_ms", "ours_ms"))
     if not plain.size:
         return {"tpt_ratio": None, "ci95": None}

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 from apparate_llm.host.choice import HUGE_PAGES
+from apparate_llm.prepare.records import Profiled
 from apparate_llm.prepare.servers import used_by_servers
 
 BATCH_SIZES = (1, 4, 16, 2, 8, 32)  # the first ones always, the others while there is time
@@ -36,6 +37,7 @@ KV_CACHE_BYTES = 1 << 30
 LIMIT_S = 300.0
 UNKNOWN_ERROR_FRAC = 0.1  # where there was one turn only
 START_S = 70.0  # of an engine, its libraries and compilation, on a slow day
+Key = tuple[str, *tuple[int, ...]]  # what was timed, and with what numbers
 THREADS_SET = "APPARATE_PROFILE_THREADS"
 READ_BYTES_PER_S = 8e9  # of weights, per pass
 
@@ -57,7 +59,7 @@ def profile(
     limit_s: float = LIMIT_S,
     log: Path | None = None,
     on_progress: Callable[[float, str], None] = lambda done, text: None,
-) -> dict[str, Any]:
+) -> Profiled:
     """What a server pays in ms, medians of the quietest of TURNS turns:
 
     `verify_ms`: requests -> an engine step without draft steps, one row per request; `pass_ms`: requests -> rows ->
@@ -69,21 +71,11 @@ def profile(
     limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. Raises
     RuntimeError if it fails.
     """
-    chosen = used_by_servers(model)
-    environment = {**chosen.given, **chosen.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", __name__, str(model), str(ramps), ",".join(map(str, depths)), str(limit_s)]
-    command += ["--eager"] if enforce_eager else []
+    arguments = [str(model), str(ramps), ",".join(map(str, depths)), str(limit_s)]
+    arguments += ["--eager"] if enforce_eager else []
     with open(log or os.devnull, "a+") as file:
         began = file.tell()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # its end tells the child that this process has died
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-            env=environment,
-        )
-        result, code = _result_of(process, on_progress)
+        result, code = _result_of(_started(model, arguments, file), on_progress)
         if result is None:
             file.seek(began)
             output = file.read()[-2000:].strip() if log else ""
@@ -91,12 +83,25 @@ def profile(
     return result
 
 
+def _started(model: Path, arguments: list[str], log: IO[str]) -> "subprocess.Popen[str]":
+    """The process that measures, with a server's threads and libraries."""
+    chosen = used_by_servers(model)
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, *arguments],
+        stdin=subprocess.PIPE,  # its end tells the child that this process has died
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env={**chosen.given, **chosen.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"},
+    )
+
+
 def _result_of(
     process: "subprocess.Popen[str]", on_progress: Callable[[float, str], None]
-) -> tuple[dict[str, Any] | None, int]:
+) -> tuple[Profiled | None, int]:
     stdout: IO[str] | None = process.stdout
     assert stdout is not None
-    result = None
+    result: Profiled | None = None
     try:
         for line in stdout:
             if line.startswith("{"):
@@ -128,7 +133,8 @@ def main() -> None:
     measured = Measurements(until_s)
     profiler = Profiler(args.model, args.ramps, depths, eager=args.eager)
     profiler.run(measured)
-    print(json.dumps({"result": measured.result(depths) | {"threads": torch.get_num_threads()}}), flush=True)
+    result: Profiled = {**measured.result(depths), "threads": torch.get_num_threads()}
+    print(json.dumps({"result": result}), flush=True)
     os._exit(0)  # nothing here needs vLLM's tidy end
 
 
@@ -157,9 +163,9 @@ class Measurements:
 
     def __init__(self, until_s: float) -> None:
         self.until_s = until_s
-        self.turns: dict[tuple[Any, ...], list[list[float]]] = {}
+        self.turns: dict[Key, list[list[float]]] = {}
 
-    def add(self, key: tuple[Any, ...], spent_ms: list[float]) -> None:
+    def add(self, key: Key, spent_ms: list[float]) -> None:
         if spent_ms:
             self.turns.setdefault(key, []).append(spent_ms)
 
@@ -167,12 +173,12 @@ class Measurements:
     def left_s(self) -> float:
         return self.until_s - time.monotonic()
 
-    def of(self, *key: Any) -> float:
+    def of(self, *key: *Key) -> float:
         """The median of the quietest turn: what else runs on a machine makes all of a turn slower, and comes and
         goes."""
         return round(min(map(median, self.turns[key])), 4)
 
-    def result(self, depths: list[int]) -> dict[str, Any]:
+    def result(self, depths: list[int]) -> Profiled:
         sizes = sorted(key[1] for key in self.turns if key[0] == "verify")
         passes: dict[str, dict[str, float]] = {str(size): {} for size in sizes}
         for key in sorted(key for key in self.turns if key[0] == "pass"):
@@ -228,7 +234,7 @@ class Profiler:
             enable_prefix_caching=False,
             enforce_eager=eager,
         )
-        self.engine: Any = self.llm.llm_engine
+        self.engine = self.llm.llm_engine
         self.runner = runner_of(self.llm)
         self.drafter = self.runner.exit_drafter
         self.vocab = self.runner.model_config.get_vocab_size()
@@ -311,7 +317,7 @@ class Profiler:
         spent: list[tuple[int, float]] = []
         original, self.drafter.max_exits = self.drafter.run, held
 
-        def run(*args: Any) -> list[tuple[int, float]]:
+        def run(*args: object) -> list[tuple[int, float]]:
             spent.extend(original(*args))
             return spent
 
@@ -379,7 +385,7 @@ def _held(size: int) -> list[int]:
     return [held for held in HELD if size * (1 + held) <= MOST_ROWS]
 
 
-def _times_ms(work: Callable[[], Any], times: int) -> list[float]:
+def _times_ms(work: Callable[[], object], times: int) -> list[float]:
     """Of `times` calls, after some that are not counted: the first at a batch size makes its kernels."""
     spent = []
     for _ in range(WARM_UP + times):

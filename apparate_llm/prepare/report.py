@@ -2,59 +2,34 @@
 
 import json
 import math
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
 from apparate_llm.files import write_atomically
 from apparate_llm.prepare.plan import Made
 from apparate_llm.prepare.predict import predict_both
+from apparate_llm.prepare.records import Advice, DepthReport, Predicted, Profiled, Report, TptRatio
 from apparate_llm.ramps.checkpoint import BaseModelInfo
 
 PAYS = 0.98  # of plain TPT
 SEVERAL = ("4", "16")  # clients that the advice names
+Line = Sequence[tuple[str | float, float | None]]  # of points
 KIND_NAMES = {"open": "open chat", "code": "code", "passage": "texts to work on", "user": "your prompts"}
 
 
-def write_report(
-    out: Path,
-    base: BaseModelInfo,
-    model_name: str,
-    made: Made,
-    profiled: dict[str, Any],
-) -> dict[str, Any]:
+def write_report(out: Path, base: BaseModelInfo, model_name: str, made: Made, profiled: Profiled) -> Report:
     """Write both files into `out`; returns what report.json holds. The figures are of the conversations that are there
     to report from, which nothing was trained on or chosen by."""
-    depths = []
-    for depth, record in made.trained.items():
-        item = made.calibration[depth]
-        depths.append(
-            {
-                "depth": depth,
-                "positions": [
-                    {"position": number, "acceptance_rate": rate, "rows": rows}
-                    for number, (rate, rows) in enumerate(zip(item["acceptance_rates"], item["rows"], strict=True))
-                ],
-                "accepted_per_step": record["held_out_accepted_per_step"],
-                "calibration_error": item["calibration_error"],
-                "reliability": item["reliability"],
-                "coverage": item["coverage"],
-                "by_kind": item["by_kind"],
-                "vocabulary_coverage": record["vocabulary_coverage"],
-                "training": {key: record[key] for key in ("rows", "steps", "seconds", "settings")},
-                "predicted": predict_both(
-                    made.conversations[depth], profiled, depth=depth, num_layers=base.num_hidden_layers
-                ),
-            }
-        )
-    report = {
+    depths = [of_depth(made, depth, profiled, base.num_hidden_layers) for depth in made.trained]
+    report: Report = {
         "schema_version": 4,
         "model": model_name,
         "base_model": base.model_dump(),
         "answer_tokens": made.rows["tokens"],
         "synthesis_seconds": made.rows["seconds"],
-        "ceiling": next(iter(made.trained.values()))["ceiling"],
+        "ceiling": next(iter(made.measured.values()))["ceiling"],
         "profile": profiled,
         "depths": depths,
         "advice": advice(depths),
@@ -63,24 +38,47 @@ def write_report(
     return report
 
 
-def write_pages(out: Path, report: dict[str, Any]) -> None:
+def of_depth(made: Made, depth: int, profiled: Profiled, num_layers: int) -> DepthReport:
+    """What one depth's ramp agrees to, and what it will bring."""
+    trained, measured, calibrated = made.trained[depth], made.measured[depth], made.calibration[depth]
+    rates = zip(calibrated["acceptance_rates"], calibrated["rows"], strict=True)
+    return {
+        "depth": depth,
+        "positions": [
+            {"position": number, "acceptance_rate": rate, "rows": rows} for number, (rate, rows) in enumerate(rates)
+        ],
+        "accepted_per_step": measured["held_out_accepted_per_step"],
+        "calibration_error": calibrated["calibration_error"],
+        "reliability": calibrated["reliability"],
+        "coverage": calibrated["coverage"],
+        "by_kind": calibrated["by_kind"],
+        "vocabulary_coverage": measured["vocabulary_coverage"],
+        "training": {
+            "rows": trained["rows"],
+            "steps": trained["steps"],
+            "seconds": trained["seconds"],
+            "settings": trained["settings"],
+        },
+        "predicted": predict_both(made.conversations[depth], profiled, depth=depth, num_layers=num_layers),
+    }
+
+
+def write_pages(out: Path, report: Report) -> None:
     write_atomically(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     write_atomically(out / "report.html", render(report).encode())
 
 
-def advice(depths: list[dict[str, Any]]) -> dict[str, Any]:
+def advice(depths: list[DepthReport]) -> Advice:
     """The depth with the lowest TPT expected with one client on users' prompts, in one sentence."""
-    known = [
-        item for item in depths if all(part["users"]["tpt_ratio"] is not None for part in item["predicted"].values())
-    ]
+    known = [item for item in depths if not any(math.isnan(_users_ratio(part)) for part in item["predicted"].values())]
     if not known:
         return {
             "depth": depths[0]["depth"],
             "sentence": "Too few test conversations to predict the gain: prepare with more tokens or time.",
         }
-    best = min(known, key=lambda item: (item["predicted"]["1"]["users"]["tpt_ratio"], item["depth"]))
+    best = min(known, key=lambda item: (_users_ratio(item["predicted"]["1"]), item["depth"]))
     predicted = best["predicted"]
-    paying = [number for number, item in predicted.items() if item["users"]["tpt_ratio"] < PAYS]
+    paying = [number for number, item in predicted.items() if _users_ratio(item) < PAYS]
     if not paying:
         return {
             "depth": best["depth"],
@@ -100,17 +98,25 @@ def advice(depths: list[dict[str, Any]]) -> dict[str, Any]:
     return {"depth": best["depth"], "sentence": sentence + "."}
 
 
-def _lower_tpt(predicted: dict[str, Any]) -> str:
+def _users_ratio(predicted: Predicted) -> float:
+    """Expected on users' prompts; no number where it is not known."""
+    ratio = predicted["users"]["tpt_ratio"]
+    return math.nan if ratio is None else ratio
+
+
+def _lower_tpt(predicted: TptRatio) -> str:
     """`41 % (35 to 46)`."""
-    high, low = predicted["ci95"]
-    return f"{_saved(predicted['tpt_ratio'])} % ({_saved(low)} to {_saved(high)})"
+    ratio, interval = predicted["tpt_ratio"], predicted["ci95"]
+    assert ratio is not None and interval is not None, f"nothing is known of {predicted}"
+    high, low = interval
+    return f"{_saved(ratio)} % ({_saved(low)} to {_saved(high)})"
 
 
 def _saved(ratio: float) -> int:
     return round(100 * (1 - ratio))
 
 
-def render(report: dict[str, Any]) -> str:
+def render(report: Report) -> str:
     """A page that needs nothing from elsewhere."""
     from jinja2 import Environment, FileSystemLoader
 
@@ -124,7 +130,7 @@ def render(report: dict[str, Any]) -> str:
     )
 
 
-def figures(report: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(report: Report) -> list[tuple[str, str]]:
     """(caption, data URI of an SVG) each."""
     depths = report["depths"]
     names = [f"depth {item['depth']}" for item in depths]
@@ -164,9 +170,9 @@ def _figure(
     caption: str,
     axes: tuple[str, str],
     labels: list[str],
-    lines: list[Any],
+    lines: Sequence[Line],
     *,
-    guide: list[Any] | None = None,
+    guide: Line | None = None,
     marker: str = "o",
 ) -> tuple[str, str]:
     """One line of points (x, y) for each label, a dashed `guide` behind them."""

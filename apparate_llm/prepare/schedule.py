@@ -8,8 +8,8 @@ import math
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
+from apparate_llm.prepare.records import HeadRecord
 from apparate_llm.prepare.workspace import Workspace
 
 RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.06, 60.0, 0.4  # of the budget, for measuring and the report
@@ -163,6 +163,6 @@ def outlook(scores: list[float], spent_s: float, short: str) -> str:
     return f"Another hour would bring about {100 * saved:.0f} % TPT{more}.".replace("about 0 %", "less than 1 %")
 
 
-def point(record: dict[str, Any]) -> float:
+def point(record: HeadRecord) -> float:
     """Score of a lap's training record."""
-    return float(record["validation_accepted_per_step"])
+    return record["validation_accepted_per_step"]

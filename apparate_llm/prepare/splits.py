@@ -6,10 +6,9 @@ the user that share a passage are in one split.
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from apparate_llm.prepare.chat import text_of
+from apparate_llm.prepare.chat import Chat, text_of
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
 
 SHARES = {TRAIN: 14 / 16, VALIDATION: 1 / 16, TEST: 1 / 16}
@@ -58,7 +57,7 @@ def sources(texts: list[str]) -> list[int]:
     return [names.setdefault(first_of(number), len(names)) for number in range(len(texts))]
 
 
-def splits_of_prompts(prompts: list[list[dict[str, Any]]], seed: str) -> list[int]:
+def splits_of_prompts(prompts: Sequence[Chat], seed: str) -> list[int]:
     """Split of each of the user's prompts; what a system prompt says does not make two of them alike."""
     texts = ["\n".join(text_of(turn) for turn in prompt if turn["role"] != "system") for prompt in prompts]
     return [split_of(source, f"{seed}/user") for source in sources(texts)]

@@ -8,7 +8,7 @@ import json
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -29,6 +29,14 @@ class Text(NamedTuple):
     kind: int
 
 
+class Column(TypedDict):
+    """What its file holds."""
+
+    count: str  # which of COUNTS it is as long as
+    dtype: str
+    width: int  # of an element; 0: a single number
+
+
 class RowStore:
     """One file per column of `folder`; every column is as long as one of COUNTS says."""
 
@@ -37,14 +45,14 @@ class RowStore:
         private_folder(folder)
         self._maps: list[mmap.mmap] = []
         self.counts = dict.fromkeys(COUNTS, 0)
-        self.columns: dict[str, dict[str, Any]] = {}  # name -> count, dtype, width of an element
-        self.facts: dict[str, Any] = {}  # what the writer wants to find again
+        self.columns: dict[str, Column] = {}  # by name
+        self.facts: dict[str, int] = {}  # what the writer wants to find again
         if (path := folder / INDEX).is_file():
             index = json.loads(path.read_bytes())
             self.counts, self.facts = index["counts"], index["facts"]
             self.columns = {ROW_COLUMNS.get(name, name): made for name, made in index["columns"].items()}
 
-    def append(self, conversations: list[Conversation], **facts: Any) -> None:
+    def append(self, conversations: list[Conversation], **facts: int) -> None:
         """All of it counts at once, or nothing: OSError where there is no room."""
         self.facts |= facts
         if conversations:
@@ -58,7 +66,7 @@ class RowStore:
 
     def _write(self, name: str, count: str, tensor: torch.Tensor) -> None:
         width = tensor.shape[1] if tensor.dim() > 1 else 0
-        made = {"count": count, "dtype": str(tensor.dtype).removeprefix("torch."), "width": width}
+        made: Column = {"count": count, "dtype": str(tensor.dtype).removeprefix("torch."), "width": width}
         assert self.columns.setdefault(name, made) == made, f"column {name} changed"
         data = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
         path = self._path(name)

@@ -7,6 +7,7 @@ from apparate_llm.prepare.engine import generation_engine
 from apparate_llm.prepare.needs import SynthesisLimits, answer_limit, give_back_memory, synthesis_limits
 from apparate_llm.prepare.plan import Run
 from apparate_llm.prepare.prompts import PromptSource
+from apparate_llm.prepare.records import SynthesisRecord
 from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import Lap
 from apparate_llm.prepare.synthesise import Synthesiser
@@ -15,11 +16,12 @@ from apparate_llm.progress import SECONDS, number
 MAX_PROMPT_TOKENS = 96  # of one that the model writes
 
 
-def synthesise_lap(run: Run, lap: Lap) -> dict[str, Any]:
+def synthesise_lap(run: Run, lap: Lap) -> SynthesisRecord:
     """`rows` and `tokens` (of answers) that there are at the end of the lap."""
     plan, workspace, store = run.plan, run.workspace, run.store
     stage, wanted = f"lap-{lap.number}", {"tokens": plan.tokens, "time_budget_s": plan.time_budget_s}
-    if (done := workspace.read(stage, wanted)) is not None:
+    done: SynthesisRecord | None = workspace.read(stage, wanted)
+    if done is not None:
         run.say(f"synthesise: done, {done['tokens']:,} answer tokens")
         return done
     is_time = run.clock.spent_s < lap.synthesise_until_s or not store.counts["rows"]
@@ -28,8 +30,10 @@ def synthesise_lap(run: Run, lap: Lap) -> dict[str, Any]:
         _synthesise(run, lap, synthesis_limits(run))
         give_back_memory()
     counts = store.counts
-    result = {"rows": counts["rows"], "tokens": counts["answer_tokens"], "seconds": round(run.clock.spent_s)}
-    return workspace.write(stage, wanted, result)
+    seconds = round(run.clock.spent_s)
+    return workspace.write(
+        stage, wanted, SynthesisRecord(rows=counts["rows"], tokens=counts["answer_tokens"], seconds=seconds)
+    )
 
 
 def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> None:

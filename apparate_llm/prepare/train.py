@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from apparate_llm.files import replacing
+from apparate_llm.prepare.records import HeadRecord
 from apparate_llm.prepare.rows import LEAD, TRAIN, VALIDATION, Rows
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.heads import FusedHead, Head, LookupFeature
@@ -264,7 +265,7 @@ def train_head(
     checkpoint: Path | None = None,
     on_progress: Callable[[float, dict[str, float]], None] = lambda done, facts: None,
     release: Callable[[], None] = lambda: None,
-) -> tuple[FusedHead, dict[str, Any]]:
+) -> tuple[FusedHead, HeadRecord]:
     """Train until `epochs` or the time budget is used up; the learning rate follows whichever ends first.
 
     Returns the state that was best on validation rows, and the training record. `initial` weights, of another depth's
@@ -361,7 +362,7 @@ class _Training:
         self.head.load_state_dict(self.best, strict=False)
         return working_copy(self.head, self.dtype)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> HeadRecord:
         return {
             "rows": len(self.index),
             "steps": self.steps,

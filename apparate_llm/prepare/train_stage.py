@@ -1,10 +1,10 @@
 """Stage train, as part of a preparation: from the rows on disk to a head with its measurements on disk."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +13,7 @@ from apparate_llm.models.quantised_heads import quantised_head
 from apparate_llm.prepare.evaluate import ceiling
 from apparate_llm.prepare.plan import Plan, Run
 from apparate_llm.prepare.recorded import measured_tensors
+from apparate_llm.prepare.records import MeasuredRecord, SynthesisRecord, TrainingRecord
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, Rows
 from apparate_llm.prepare.schedule import epochs_for
 from apparate_llm.prepare.train import (
@@ -39,14 +40,14 @@ MOST_MEASURED_ROWS = 24_000  # of each split
 
 def train_depth(
     run: Run,
-    rows_record: dict[str, Any],
+    rows_record: SynthesisRecord,
     depth: int,
     *,
     lap: int = 0,
     after: int | None,
     epochs: float,
     until_s: float = math.inf,
-) -> dict[str, Any]:
+) -> TrainingRecord:
     """Leaves head-DEPTH.safetensors and the training record, which it returns; all depths train on the same rows.
 
     Starts from the head of depth `after`, if given, and ends after `epochs` of these rows or at `until_s` of the work
@@ -68,10 +69,20 @@ def train_depth(
         "after": after,
         "lap": lap,
     }
-    if (done := workspace.read(stage, inputs)) is not None:
+    done: TrainingRecord | None = workspace.read(stage, inputs)
+    if done is not None:
         run.say(f"train depth {depth}: done")
         return done
     settings = replace(settings, time_budget_s=_budget_s(run, stage, inputs, depth, until_s))
+    record = _train(run, rows_record, settings, after)
+    run.store.release()
+    run.clock.keep()
+    return workspace.write(stage, inputs, record)
+
+
+def _train(run: Run, rows_record: SynthesisRecord, settings: TrainSettings, after: int | None) -> TrainingRecord:
+    """Leaves the head; returns what its training was, with its score on rows that it was trained on."""
+    plan, workspace, depth = run.plan, run.workspace, settings.depth
     with run.progress.stage(f"train depth {depth}", total=1.0) as bar:
         rows = run.store.rows(depths=_depths(depth, plan.aux_layers), num_rows=rows_record["rows"])
         base, vocabulary = BaseParts.of(plan.model), ramp_vocabulary(rows, plan.ramp_vocab)
@@ -89,13 +100,10 @@ def train_depth(
     _save_tensors(workspace.path(f"head-{depth}.safetensors"), tensors | {VOCABULARY: vocabulary.int()})
     data = DraftData(rows, base, depth=depth, aux_layers=plan.aux_layers, vocabulary=vocabulary)
     known = measure_head(head, data, thinned(starts(rows, split=TRAIN), MAX_EVALUATED_ROWS))
-    record |= {"train_accepted_per_step": round(accepted_per_step(known), 4), "settings": repr(settings)}
-    run.store.release()
-    run.clock.keep()
-    return workspace.write(stage, inputs, record)
+    return {**record, "train_accepted_per_step": round(accepted_per_step(known), 4), "settings": repr(settings)}
 
 
-def _budget_s(run: Run, stage: str, inputs: dict[str, Any], depth: int, until_s: float) -> float:
+def _budget_s(run: Run, stage: str, inputs: Mapping[str, object], depth: int, until_s: float) -> float:
     """Of a training: as it was when it began, also if it goes on after an interruption."""
     begun = run.workspace.read(f"{stage}-begun", inputs)
     if begun is None:
@@ -112,12 +120,13 @@ def _tell(run: Run, bar: Stage, done_frac: float, facts: dict[str, float]) -> No
     run.clock.keep_now_and_then()
 
 
-def measure_depth(run: Run, rows_record: dict[str, Any], depth: int, trained: dict[str, Any]) -> dict[str, Any]:
+def measure_depth(run: Run, rows_record: SynthesisRecord, depth: int, trained: TrainingRecord) -> MeasuredRecord:
     """Leaves what calibration (validation-DEPTH.safetensors) and the report (measured-DEPTH.safetensors) are made
     from; returns the report's facts."""
     plan, workspace = run.plan, run.workspace
     inputs = {"trained": trained, "rows": rows_record["rows"]}
-    if (done := workspace.read(f"measure-{depth}", inputs)) is not None:
+    done: MeasuredRecord | None = workspace.read(f"measure-{depth}", inputs)
+    if done is not None:
         return done
     head, vocabulary = head_tensors(workspace, depth)
     rows = run.store.rows(depths=_depths(depth, plan.aux_layers), num_rows=rows_record["rows"])
@@ -130,7 +139,7 @@ def measure_depth(run: Run, rows_record: dict[str, Any], depth: int, trained: di
         measured = measure_head(served, data, index)
         _save_tensors(workspace.path(f"{name}-{depth}.safetensors"), measured_tensors(measured, rows, kinds))
     covered = torch.isin(rows.top_ids[index, 0].long(), vocabulary.long()).float()
-    result = {
+    result: MeasuredRecord = {
         "held_out_accepted_per_step": round(accepted_per_step(measured), 4),
         "acceptance_rates": [float(part.agrees.float().mean()) if len(part.agrees) else 0.0 for part in measured],
         "vocabulary_coverage": round(float(covered.mean()), 4) if len(covered) else 0.0,

@@ -5,24 +5,37 @@
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING
 
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.store import Block, Store
-from apparate_llm.eval.systems import BASELINE
+from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits, plain_alike, tuned
 from apparate_llm.naming import model_name
 from apparate_llm.prepare.engine import context_length
 from apparate_llm.prepare.predict import MAX_TOKENS, predict
 from apparate_llm.prepare.profile import LIMIT_S, profile
-from apparate_llm.prepare.recorded import measured_tensors, recorded
+from apparate_llm.prepare.recorded import Recorded, measured_tensors, recorded
+from apparate_llm.prepare.records import (
+    ComparedRatio,
+    Comparison,
+    FolderVerified,
+    MeasuredRatio,
+    Profiled,
+    Report,
+    TptRatio,
+    Verified,
+)
 from apparate_llm.prepare.report import write_pages
 from apparate_llm.prepare.servers import servers_environment
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
+
+if TYPE_CHECKING:
+    from apparate_llm.eval.summary import SystemUnderLoad
 
 CLIENTS = (1, 4, 16)
 MOST_PROMPTS = 24
@@ -36,13 +49,13 @@ LOAD_S = 240.0  # no further repeat of a load that took so long
 def verify(
     out: Path,
     model: Path,
-    report: dict[str, Any],
+    report: Report,
     *,
     prompts: Sequence[Prompt] = (),
     progress: Progress,
     clients: Sequence[int] = CLIENTS,
     max_tokens: int = MAX_TOKENS,
-) -> dict[str, Any]:
+) -> Report:
     """Measure what `report` predicts for users' prompts, with the ramps in `out`; the report with `verified`, also
     written to `out`. prompts: the user's; without, those that come with `eval`."""
     depth = report["advice"]["depth"]
@@ -50,7 +63,7 @@ def verify(
     asked = chosen(prompts or load_prompts(None))
     measured = measure(model, out, asked, clients, progress=progress, max_tokens=max_tokens)
     expected = {number: predicted[number]["users"] for number in measured if number in predicted}
-    report = report | {"verified": compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)}
+    report = {**report, "verified": compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)}
     write_pages(out, report)
     return report
 
@@ -64,20 +77,11 @@ def verify_folder(
     progress: Progress,
     clients: Sequence[int] = CLIENTS,
     max_tokens: int = MAX_TOKENS,
-) -> dict[str, Any]:
+) -> FolderVerified:
     """Acceptance rates on the prompts, costs on this machine, the prediction from both, and the measurement."""
     asked, depth = chosen(prompts), manifest.default_depth
     conversations, rates = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
-    with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
-        profiled = profile(
-            model,
-            folder,
-            (depth,),
-            enforce_eager=False,
-            limit_s=LIMIT_S,
-            log=Path(logs, "log"),
-            on_progress=stage.update,
-        )
+    profiled = _profiled(model, folder, depth, progress)
     expected = predict(
         conversations,
         profiled,
@@ -94,7 +98,22 @@ def verify_folder(
         "depth": depth,
         "acceptance_rates": rates,  # by position
         "profile": profiled,
-    } | comparison
+        **comparison,
+    }
+
+
+def _profiled(model: Path, folder: Path, depth: int, progress: Progress) -> Profiled:
+    with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
+        profiled = profile(
+            model,
+            folder,
+            (depth,),
+            enforce_eager=False,
+            limit_s=LIMIT_S,
+            log=Path(logs, "log"),
+            on_progress=stage.update,
+        )
+    return profiled
 
 
 def _answered(
@@ -105,7 +124,7 @@ def _answered(
     *,
     max_tokens: int,
     progress: Progress,
-) -> tuple[list[Any], list[float | None]]:
+) -> tuple[list[Recorded], list[float | None]]:
     import torch
 
     from apparate_llm.prepare.evaluate import answer, mean, served_ramps
@@ -133,23 +152,15 @@ def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def measure(
     model: Path, ramps: Path, prompts: Sequence[Prompt], clients: Sequence[int], *, progress: Progress, max_tokens: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, MeasuredRatio]:
     """By number of clients: the ratio of mean times per output token, lossless exits / plain vLLM, and its interval.
     Raises RuntimeError where a server does not run."""
-    from apparate_llm.engine.vllm_settings import memory_flags
     from apparate_llm.eval.evaluate import Evaluation, evaluate
-    from apparate_llm.eval.intervals import ratio_interval, sums_of
-    from apparate_llm.eval.statistics import ratio_of
     from apparate_llm.eval.summary import cells_of
-    from apparate_llm.eval.systems import ModelChoice, early_exits, plain_alike, tuned
     from apparate_llm.eval.workloads import closed
-    from apparate_llm.host.options import tuning_from
 
     with servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
-        flags = ["--max-model-len", str(context_length(model))]
-        choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), tuning_from())
-        options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
-        systems = [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
+        systems = systems_with(model, ramps)
         loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
         store = Store(Path(folder))
         store.open({"loads": [[load.name, load.fixed_length] for load in loads]}, fresh=True)
@@ -166,21 +177,36 @@ def measure(
         evaluate(evaluation, progress)
         if SYSTEM in evaluation.dead:
             raise RuntimeError(f"nothing measured: {evaluation.dead[SYSTEM]}")
-        by_clients = {}
         cells = {
             (cell.system.name, cell.load.concurrency): cell for cell in cells_of(list(store.blocks()), systems, loads)
         }
-        for number in clients:
-            ours, plain = cells[SYSTEM, number], cells[BASELINE, number]
-            means = [_mean(cell.values("tpt_ms")) for cell in (ours, plain)]
-            by_clients[str(number)] = {
-                "tpt_ratio": ratio_of(*means),
-                "ci95": ratio_interval(*(sums_of(cell.by_unit("tpt_ms")) for cell in (ours, plain))),
-                "ours_ms": means[0],
-                "plain_ms": means[1],
-                "by_repeat": ratios_of_repeats(ours.blocks + plain.blocks),
-            }
-    return by_clients
+    return {str(number): measured_ratio(cells[SYSTEM, number], cells[BASELINE, number]) for number in clients}
+
+
+def systems_with(model: Path, ramps: Path) -> list[System]:
+    """Plain vLLM, and lossless exits with these ramps, both on this machine as it is served on."""
+    from apparate_llm.engine.vllm_settings import memory_flags
+    from apparate_llm.host.options import tuning_from
+
+    flags = ["--max-model-len", str(context_length(model))]
+    choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), tuning_from())
+    options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
+    return [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
+
+
+def measured_ratio(ours: "SystemUnderLoad", plain: "SystemUnderLoad") -> MeasuredRatio:
+    """Under one load."""
+    from apparate_llm.eval.intervals import ratio_interval, sums_of
+    from apparate_llm.eval.statistics import ratio_of
+
+    ours_ms, plain_ms = (_mean(cell.values("tpt_ms")) for cell in (ours, plain))
+    return {
+        "tpt_ratio": ratio_of(ours_ms, plain_ms),
+        "ci95": ratio_interval(*(sums_of(cell.by_unit("tpt_ms")) for cell in (ours, plain))),
+        "ours_ms": ours_ms,
+        "plain_ms": plain_ms,
+        "by_repeat": ratios_of_repeats(ours.blocks + plain.blocks),
+    }
 
 
 def enough(blocks: Sequence[Block]) -> bool:
@@ -210,39 +236,43 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def compared(
-    predicted: dict[str, Any], measured: dict[str, Any], *, num_prompts: int, max_tokens: int
-) -> dict[str, Any]:
+    predicted: Mapping[str, TptRatio], measured: Mapping[str, TptRatio], *, num_prompts: int, max_tokens: int
+) -> Verified:
     """By number of clients `predicted`, `measured`, `within`: whether the one's interval holds the other's ratio; and
     `off_frac`, by how much of the prediction the measurement differs from it."""
-    clients = {}
-    for number in measured.keys() & predicted.keys():
-        expected, actual = predicted[number], measured[number]
-        ratio, guess = actual["tpt_ratio"], expected["tpt_ratio"]
-        known = ratio is not None and guess is not None
-        clients[number] = {
-            "predicted": {name: expected[name] for name in ("tpt_ratio", "ci95")},
-            "measured": actual,
-            "within": expected["ci95"][0] <= ratio <= expected["ci95"][1] if known else None,
-            "off_frac": round(ratio / guess - 1.0, 4) if known else None,
-        }
-    ordered = {number: clients[number] for number in sorted(clients, key=int)}
-    comparison = {"num_prompts": num_prompts, "max_tokens": max_tokens, "clients": ordered}
-    return comparison | {"sentence": sentence(comparison)}
+    both = sorted(measured.keys() & predicted.keys(), key=int)
+    clients = {number: _compared(predicted[number], measured[number]) for number in both}
+    comparison: Comparison = {"num_prompts": num_prompts, "max_tokens": max_tokens, "clients": clients}
+    return {**comparison, "sentence": sentence(comparison)}
 
 
-def sentence(verified: dict[str, Any]) -> str:
+def _compared(predicted: TptRatio, measured: TptRatio) -> ComparedRatio:
+    within: bool | None = None
+    off_frac: float | None = None
+    expected, interval, ratio = predicted["tpt_ratio"], predicted["ci95"], measured["tpt_ratio"]
+    if expected is not None and interval is not None and ratio is not None:
+        within = interval[0] <= ratio <= interval[1]
+        off_frac = round(ratio / expected - 1.0, 4)
+    return {
+        "predicted": {"tpt_ratio": expected, "ci95": interval},
+        "measured": measured,
+        "within": within,
+        "off_frac": off_frac,
+    }
+
+
+def sentence(verified: Comparison) -> str:
     """One line for whoever waits for it."""
     parts, outside = [], []
     for number, item in verified["clients"].items():
         clients = f"{number} client{'s' * (number != '1')}"
-        if item["within"] is None:
+        expected, interval = item["predicted"]["tpt_ratio"], item["predicted"]["ci95"]
+        ratio = item["measured"]["tpt_ratio"]
+        if expected is None or interval is None or ratio is None:
             parts.append(f"{clients}: nothing measured")
             continue
-        low, high = item["predicted"]["ci95"]
-        ratio = item["measured"]["tpt_ratio"]
-        parts.append(
-            f"{clients}: {ratio:.2f} (predicted {item['predicted']['tpt_ratio']:.2f}, {low:.2f} to {high:.2f})"
-        )
+        low, high = interval
+        parts.append(f"{clients}: {ratio:.2f} (predicted {expected:.2f}, {low:.2f} to {high:.2f})")
         if not item["within"]:
             outside.append(clients)
     text = f"Measured TPT with exits / plain vLLM on {verified['num_prompts']} prompts: {'; '.join(parts)}."

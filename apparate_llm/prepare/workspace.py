@@ -2,13 +2,15 @@
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from apparate_llm.files import PART, private_folder, write_atomically
 from apparate_llm.renamed import of_any_preparation
+
+Result = TypeVar("Result", bound=Mapping[str, object])
 
 
 class Workspace:
@@ -23,21 +25,21 @@ class Workspace:
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    def read(self, stage: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """The stage's result, None if it is still to be made (again)."""
+    def read(self, stage: str, inputs: Mapping[str, object]) -> Any:
+        """The stage's result, as `write` was given it; None if it is still to be made (again)."""
         record = self._record(stage)
         return record["result"] if record is not None and self.made_from(stage, inputs) else None
 
-    def made_from(self, stage: str, inputs: dict[str, Any]) -> bool:
+    def made_from(self, stage: str, inputs: Mapping[str, object]) -> bool:
         """Whether the result on disk was made from just these."""
         return bool(self.inputs(stage) == json.loads(json.dumps(inputs)))
 
-    def inputs(self, stage: str) -> dict[str, Any] | None:
+    def inputs(self, stage: str) -> dict[str, object] | None:
         """What the result on disk was made from."""
         record = self._record(stage)
         return None if record is None else record["inputs"]
 
-    def write(self, stage: str, inputs: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    def write(self, stage: str, inputs: Mapping[str, object], result: Result) -> Result:
         write_atomically(
             self.path(f"{stage}.json"), json.dumps({"inputs": inputs, "result": result}).encode(), private=True
         )

@@ -5,12 +5,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from apparate_llm.files import write_atomically
 from apparate_llm.renamed import OLD_AUX_LAYERS
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "ramps.json"
 WEIGHTS = "ramps.safetensors"
@@ -160,7 +163,7 @@ def choose_depth(manifest: RampManifest, depth: int | Literal["auto"]) -> int:
     return depth
 
 
-def load_tensors(folder: Path) -> dict[str, Any]:
+def load_tensors(folder: Path) -> "dict[str, torch.Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -170,7 +173,7 @@ def load_tensors(folder: Path) -> dict[str, Any]:
         raise RampError(f"damaged {folder / WEIGHTS}: {error}") from None
 
 
-def save_ramps(folder: Path, tensors: dict[str, Any], **manifest_fields: Any) -> RampManifest:
+def save_ramps(folder: Path, tensors: "dict[str, torch.Tensor]", **manifest_fields: Any) -> RampManifest:
     """Write a ramp folder; either both files are complete or the old folder stays valid or unreadable, never wrong:
     the manifest, written last, carries the weights' hash."""
     from safetensors.torch import save

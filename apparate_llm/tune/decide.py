@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from apparate_llm.eval.closed_loop import ratio_of
 from apparate_llm.eval.intervals import Interval
@@ -59,7 +58,7 @@ class Trial:
             return TOO_FEW
         return None if edges[1] < BETTER else "not faster by more than noise"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For a file."""
         ratio, ci95 = self.ratio() if self.times else (None, None)
         levels = [

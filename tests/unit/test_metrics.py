@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -212,7 +213,7 @@ def test_the_page_of_several_api_processes_has_our_metrics_too(status, monkeypat
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
     app, collector = FastAPI(), ExitCollector()
     app.add_middleware(MetricsMiddleware)
-    app.state.early_exit = SimpleNamespace(collector=collector)
+    app.state.early_exit = SimpleNamespace(collector=collector, freshen=AsyncMock())
     collector.publish(json.loads(json.dumps(status)))
     app.get("/metrics", response_class=PlainTextResponse)(lambda: "vllm:other 1.0\n")
 
