@@ -68,6 +68,14 @@ def test_a_command_is_understood_as_it_stands(command):
         assert rest == []
 
 
+def test_the_command_of_the_systemd_service_is_understood():
+    unit = (ROOT / "deploy" / "apparate-llm.service").read_text()
+    (command,) = re.findall(r"^ExecStart=/\S+/apparate-llm (.+)$", unit, re.M)
+    args, _ = build_parser().parse_known_args(spelt_out(shlex.split(command)))
+    assert args.command == "serve" and args.host == "127.0.0.1"
+    options_from(args)
+
+
 def test_there_are_commands_of_every_guide():
     assert {command.split()[1] for command in commands()} >= {"serve", "doctor", "prepare", "ramps", "eval", "replay"}
 
