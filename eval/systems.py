@@ -235,7 +235,8 @@ def _named(name: str, choice: ModelChoice) -> list[System]:
 def _with_parts(name: str, choice: ModelChoice) -> System:
     """Pages are those of a server with exits; one whose batches may hold a single token tries none."""
     choice = replace(choice, tuning=("--tuning", "off"))
-    lossless, none = ("--accuracy-bound", "0", "--huge-pages", "true"), ("--policy", "static", "--max-batch-tokens", "1")
+    lossless = ("--accuracy-bound", "0", "--huge-pages", "true")
+    none = ("--policy", "static", "--max-batch-tokens", "1")
     if name in ("+threads", "+worker"):
         system = plain_vllm(choice, name)
     elif name == "+pages":
