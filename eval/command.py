@@ -7,7 +7,7 @@ from pathlib import Path
 from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
-from apparate_llm.host.options import add_tuning
+from apparate_llm.host.options import KeptTuning, add_tuning
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model
 
@@ -239,7 +239,7 @@ def _add_servers(parser: OneLineParser) -> None:
         help="vLLM flag for all vLLM servers; repeatable",
     )
     add_api_key(parser)
-    add_tuning(parser)
+    add_tuning(parser, KeptTuning)
 
 
 def _add_sampling(parser: OneLineParser) -> None:

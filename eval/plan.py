@@ -32,7 +32,7 @@ from apparate_llm.eval.systems import (
 )
 from apparate_llm.eval.workloads import Load, closed
 from apparate_llm.flags import options_from
-from apparate_llm.host.options import tuning_from
+from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
 from apparate_llm.named_model import model_of
@@ -103,7 +103,7 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
     flags = tuple(server_flags(args.vllm_flag, num_servers=2))
     model = model_of(args)
     preflight_ramps(config, model, architecture_of(model))
-    choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), tuning_from(args))
+    choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), kept_tuning_from(args))
     systems = [plain_alike(choice), early_exits(name_of(config), choice)]
     loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
     return EvalPlan(
@@ -150,7 +150,7 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     bounds = tuple(args.accuracy_bounds)
     model = model_of(args)
     choice = ModelChoice(model, flags, tuple(option_flags(args)), bounds, api_key=args.api_key)
-    choice = tuned(choice, tuning_from(args))
+    choice = tuned(choice, kept_tuning_from(args))
     asked, sampling = prompt_set(args.prompts, args.num_prompts), _sampling(args)
     systems = _that_sample(systems_of(names, [], choice), sampling)
     systems += _llama_cpp(args, model, asked.prompts, args.clients)
@@ -237,7 +237,7 @@ def _plan(
     bounds = tuple(args.accuracy_bounds)
     model = model_of(args)
     choice = ModelChoice(model, flags, tuple(options), bounds, args.hf_layer, args.api_key)
-    choice = tuned(choice, tuning_from(args))
+    choice = tuned(choice, kept_tuning_from(args))
     sampling = _sampling(args)
     systems = _that_sample(systems_of(names, args.base_url, choice), sampling)
     systems += [_own_system(text, choice) for text in args.system]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from apparate_llm.eval.command import positive_list
 from apparate_llm.flags import OneLineParser, Paragraphs, positive
-from apparate_llm.host.options import check_kept_only, tuning_from
+from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, folder_here, model_of
 from apparate_llm.prepare.given import ramps_and_model
@@ -168,7 +168,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     from apparate_llm.prepare.engine import environment
     from apparate_llm.ramps.checkpoint import BaseModelInfo
 
-    check_kept_only(tuning_from())
+    kept_tuning_from()  # raises for a variable that its servers cannot go by
     user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
     if args.model is not None and (here := folder_here(args.model)) is not None:
         check_architecture(here)
@@ -309,7 +309,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from apparate_llm.eval.prompts import load_prompts
     from apparate_llm.files import write_atomically
 
-    check_kept_only(tuning_from())
+    kept_tuning_from()  # raises for a variable that its servers cannot go by
     prompts = load_prompts(args.prompts)
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"folder of --json not found: {args.json.parent}")

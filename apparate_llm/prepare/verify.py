@@ -143,11 +143,11 @@ def measure(
     from apparate_llm.eval.summary import cells_of
     from apparate_llm.eval.systems import ModelChoice, early_exits, plain_alike, tuned
     from apparate_llm.eval.workloads import closed
-    from apparate_llm.host.options import tuning_from
+    from apparate_llm.host.options import kept_tuning_from
 
     with servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
         flags = ["--max-model-len", str(context_length(model))]
-        choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), tuning_from())
+        choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), kept_tuning_from())
         options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
         systems = [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
         loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
