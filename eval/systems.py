@@ -47,7 +47,10 @@ NAMES = {
     "ramps-only": "ramps run, and no exit is ever taken: what a ramp costs",
     "ngram": "vLLM's n-gram speculation, with as many drafts as --max-exits",
     "suffix": "vLLM's suffix decoding; needs the extra `suffix`",
-    **{f"{name}{TUNED}": f"{name} with --tuning as ours, or on all cores" for name in ("vllm", "ngram", "suffix")},
+    **{
+        f"{name}{TUNED}": f"{name} that uses this machine as our servers do; on all cores where they are not tuned"
+        for name in ("vllm", "ngram", "suffix")
+    },
     "shares": "vllm and the three that follow, each with one more part of our gain: what each part brings",
     "+threads": "plain vLLM that computes on all cores",
     "+pages": "our server on all cores, weights in huge pages, no exit ever tried",

@@ -42,7 +42,7 @@ what it costs, and what that brings:
                  most on text like what they were trained on.
 What memory and disk a run takes is said before it begins."""
 EVALUATION_COSTS = """\
-The model loads and answers all prompts, many at once; measuring takes seconds. The rate is shown meanwhile."""
+The model loads and answers all prompts, many at once; measuring takes seconds. Progress is shown meanwhile."""
 
 
 def add_prepare(subparsers: Any) -> None:
@@ -64,9 +64,16 @@ def add_prepare(subparsers: Any) -> None:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--tokens", type=positive, help="number of answer tokens to train on; more are better")
     amount.add_argument(
-        "--time-budget", type=duration, metavar="TIME", help=f"e.g. 45m, 2h (default: {DEFAULT_TIME_BUDGET})"
+        "--time-budget",
+        type=duration,
+        metavar="TIME",
+        help=f"of the whole preparation, e.g. 45m, 2h (default: {DEFAULT_TIME_BUDGET})",
     )
-    parser.add_argument("--depths", default="auto", help="blocks before each ramp, e.g. 0,2,4 (default: auto)")
+    parser.add_argument(
+        "--depths",
+        default="auto",
+        help="blocks before each ramp, e.g. 0,2,4 (default: auto: 0, and a twelfth of the model's)",
+    )
     parser.add_argument("--ramp-vocab", type=positive, default=8192, help="tokens a ramp can predict (default: 8192)")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and training (default: 0)")
     parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
