@@ -7,7 +7,7 @@ from pathlib import Path
 from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
-from apparate_llm.host.options import add_tuning
+from apparate_llm.host.options import KeptTuning, add_tuning
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model
 
@@ -32,9 +32,9 @@ what it costs:
 STEADY_COSTS = """
 
 what it costs:
-  A level takes --turns times --turn-s seconds for each system: with the defaults 105 s each. With --switch it takes
-  --learn-s and, for each turn, twice --settle-s and --turn-s: with the defaults 430 s. Four times as many turns make
-  intervals half as wide."""
+  A level, one number of clients, takes --settle-s and --turns times --turn-s for each system: with the defaults 105 s.
+  With --switch it takes --learn-s and, for each turn, twice --settle-s and --turn-s: with the defaults 430 s. Four
+  times as many turns make intervals half as wide."""
 
 
 def add_eval(subparsers: Commands) -> None:
@@ -47,7 +47,8 @@ def add_eval(subparsers: Commands) -> None:
     report: OneLineParser = kinds.add_parser(
         "report",
         help="draw the report of an evaluation again",
-        description="Draws report.html of an evaluation again, from what was measured. No server is needed.",
+        description="Draws report.html of `eval tpt` or `drift` again, from what was measured, and prints the tables. "
+        "No server is needed.",
         allow_abbrev=False,
     )
     report.add_argument("folder", type=Path, help="folder that was --out of the evaluation")
@@ -55,7 +56,8 @@ def add_eval(subparsers: Commands) -> None:
     compare: OneLineParser = kinds.add_parser(
         "compare",
         help="two evaluations side by side",
-        description="Prints the figures of two evaluations side by side.",
+        description="Prints the figures of two evaluations side by side, after a warning of what was not measured "
+        "alike. Not for `eval steady`.",
         allow_abbrev=False,
     )
     compare.add_argument("a", type=Path, help="an evaluation: its folder or results.json")
@@ -133,7 +135,9 @@ def _add_arrivals(tpt: OneLineParser) -> None:
     )
     tpt.add_argument("--seed", type=int, default=0, help="seed of arrivals and varied lengths (default: 0)")
     tpt.add_argument(
-        "--trace", type=Path, help="requests arrive as in this CSV file with TIMESTAMP,ContextTokens,GeneratedTokens"
+        "--trace",
+        type=Path,
+        help="requests arrive as in this CSV file with TIMESTAMP,ContextTokens,GeneratedTokens, as Azure's traces are",
     )
     tpt.add_argument("--trace-scale", type=above_zero, help="the times of --trace are multiplied by it (default: 1)")
     tpt.add_argument(
@@ -249,7 +253,7 @@ def _add_servers(parser: OneLineParser) -> None:
         help="vLLM flag for all vLLM servers; repeatable",
     )
     add_api_key(parser)
-    add_tuning(parser)
+    add_tuning(parser, KeptTuning)
 
 
 def _add_sampling(parser: OneLineParser) -> None:
@@ -273,14 +277,18 @@ def _add_systems(parser: OneLineParser, default: str) -> None:
     parser.add_argument("--systems", default=default, help=f"names, see below (default: {default})")
     _add_options_of_systems(parser)
     parser.add_argument(
-        "--system", action="append", default=[], metavar='"NAME=--option value"', help="early exits with these options"
+        "--system",
+        action="append",
+        default=[],
+        metavar='"NAME=--option value"',
+        help="early exits with these options; repeatable",
     )
     parser.add_argument(
         "--base-url",
         action="append",
         default=[],
         metavar="NAME=URL",
-        help="a server that is running, any OpenAI-compatible; URL with or without /v1",
+        help="a server that is running, any OpenAI-compatible; URL with or without /v1; repeatable",
     )
     _add_peers(parser)
     parser.add_argument(

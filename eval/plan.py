@@ -31,7 +31,7 @@ from apparate_llm.eval.systems import (
 )
 from apparate_llm.eval.workloads import Load, closed
 from apparate_llm.flags import options_from
-from apparate_llm.host.options import tuning_from
+from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of
 from apparate_llm.named_model import model_of
@@ -102,7 +102,7 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
     flags = tuple(server_flags(args.vllm_flag, num_servers=2))
     model = model_of(args)
     preflight_ramps(config, model, architecture_of(model))
-    choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), tuning_from(args))
+    choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), kept_tuning_from(args))
     systems = [plain_alike(choice), early_exits(name_of(config), choice)]
     loads = [closed(len(prompts), n, max_tokens=args.max_tokens, length="free") for n in args.concurrency]
     return EvalPlan(
@@ -267,7 +267,7 @@ def _choice(args: argparse.Namespace, *, num_servers: int) -> ModelChoice:
         hf_layer=getattr(args, "hf_layer", None),
         api_key=args.api_key,
     )
-    return tuned(choice, tuning_from(args))
+    return tuned(choice, kept_tuning_from(args))
 
 
 def _names(args: argparse.Namespace) -> list[str]:

@@ -19,7 +19,7 @@ from apparate_llm.flags import config_of
 from apparate_llm.host.choice import AS_VLLM, RESERVED, Choice, Worker, environment
 from apparate_llm.host.chosen import choose
 from apparate_llm.host.limits import cpu_limits
-from apparate_llm.host.options import Tuning, check_kept_only, num_ranks, parse_tuning
+from apparate_llm.host.options import KeptTuning, num_ranks, parse_kept_tuning
 from apparate_llm.launch import clean_environment, is_cpu_build, server_environment
 from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.preflight import preflight_ramps
@@ -47,7 +47,10 @@ NAMES = {
     "ramps-only": "ramps run, and no exit is ever taken: what a ramp costs",
     "ngram": "vLLM's n-gram speculation, with as many drafts as --max-exits",
     "suffix": "vLLM's suffix decoding; needs the extra `suffix`",
-    **{f"{name}{TUNED}": f"{name} with --tuning as ours, or on all cores" for name in ("vllm", "ngram", "suffix")},
+    **{
+        f"{name}{TUNED}": f"{name} that uses this machine as our servers do; with --tuning off, on all cores"
+        for name in ("vllm", "ngram", "suffix")
+    },
     "shares": "vllm and those that follow, each with one more part of our gain: what each part brings",
     "+threads": "plain vLLM that computes on all cores",
     "+worker": "the same in the engine's process",
@@ -118,9 +121,8 @@ class ModelChoice:
         return asked or self.api_key
 
 
-def tuned(choice: ModelChoice, tuning: Tuning) -> ModelChoice:
+def tuned(choice: ModelChoice, tuning: KeptTuning) -> ModelChoice:
     """For servers that all use this machine as `serve` does; raises ConfigError."""
-    check_kept_only(tuning)
     flags, config = normalised([*choice.vllm_flags]), config_of(choice.options)
     without_pages = parse_config(config.model_dump(exclude_unset=True, exclude={"huge_pages"}))
     chosen = choose(tuning, choice.model, flags, without_pages)
@@ -286,7 +288,7 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
     flags = [*choice.tuning, *choice.options, *options]
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
         old = flag[2:].replace("-", "_")
-        if old in Tuning.model_fields:
+        if old in KeptTuning.model_fields:
             tuning[flag] = value
             continue
         if new := OLD_OPTIONS.get(old):
@@ -295,7 +297,7 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
     command = (sys.executable, "-m", "apparate_llm.cli", "serve", str(choice.model))
     own = [part for pair in given.items() for part in pair]
     config = config_of(own)
-    parse_tuning({key[2:]: value for key, value in tuning.items()})  # raises for a value that is not allowed
+    parse_kept_tuning({key[2:]: value for key, value in tuning.items()})  # raises for a value that is not allowed
     has_exits = config.policy != "off"
     problem = None
     if has_exits:

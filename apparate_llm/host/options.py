@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -37,14 +37,17 @@ VARIABLES: dict[str, tuple[str, dict[str, str | bool]]] = {
 }
 
 
+HOW_USED = (
+    "how this machine is used: auto: as `apparate-llm tune` has found best for it and the model; where nothing was "
+    "measured, all cores, huge pages and the worker in the engine's process; off: as vLLM does"
+)
+
+
 class Tuning(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tuning: Literal["auto", "off", "again"] = Field(
-        "auto",
-        description="how this machine is used: auto: as `apparate-llm tune` has found best for it and the model; where "
-        "it was not measured, all cores, huge pages and the worker in the engine's process; off: as vLLM does; again: "
-        "measure first, for minutes",
+        "auto", description=f"{HOW_USED}; again: measure first, for minutes"
     )
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="how many threads compute, or auto"
@@ -71,30 +74,60 @@ class Tuning(BaseModel):
         return tuple(part for name, value in given.items() for part in (f"--{name}", str(value)))
 
 
-def add_tuning(parser: argparse.ArgumentParser) -> None:
-    add_fields(parser.add_argument_group("this machine"), Tuning)
+class KeptTuning(Tuning):
+    """Of a command that measures something else: it goes by what is kept."""
+
+    tuning: Literal["auto", "off"] = Field("auto", description=HOW_USED)
+
+
+Schema = TypeVar("Schema", bound=Tuning)
+
+
+def add_tuning(parser: argparse.ArgumentParser, schema: type[Tuning] = Tuning) -> None:
+    add_fields(parser.add_argument_group("this machine"), schema)
 
 
 def tuning_from(args: argparse.Namespace | None = None) -> Tuning:
     """What the flags say, and the variable where they say nothing; raises ConfigError that names the flag, what was
     got and what is allowed."""
-    given = {name: value for name in Tuning.model_fields if (value := getattr(args, name, None)) is not None}
+    return _given(args, Tuning)
+
+
+def kept_tuning_from(args: argparse.Namespace | None = None) -> KeptTuning:
+    """The same for a command that measures something else."""
+    return _given(args, KeptTuning)
+
+
+def _given(args: argparse.Namespace | None, schema: type[Schema]) -> Schema:
+    given = {name: value for name in schema.model_fields if (value := getattr(args, name, None)) is not None}
     if "tuning" not in given and (value := os.environ.get(TUNING_VARIABLE)):
-        return parse_tuning(given | {"tuning": value}, {"tuning": TUNING_VARIABLE})
-    return parse_tuning(given)
+        return _parsed(given | {"tuning": value}, schema, {"tuning": TUNING_VARIABLE})
+    return _parsed(given, schema)
 
 
-def parse_tuning(given: Mapping[str, object], names: Mapping[str, str] = MappingProxyType({})) -> Tuning:
+def parse_tuning(given: Mapping[str, object]) -> Tuning:
+    """By the names of fields; raises ConfigError as `tuning_from`."""
+    return _parsed(given, Tuning)
+
+
+def parse_kept_tuning(given: Mapping[str, object]) -> KeptTuning:
+    return _parsed(given, KeptTuning)
+
+
+def _parsed(
+    given: Mapping[str, object], schema: type[Schema], names: Mapping[str, str] = MappingProxyType({})
+) -> Schema:
     """names: what they are called, if not by their flags."""
     try:
-        return Tuning.model_validate(given)
+        return schema.model_validate(given)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        raise ConfigError(f"{names.get(name, f'--{name}')}: must be {_allowed(name)}, got {given[name]!r}") from None
+        allowed = _allowed(schema, name)
+        raise ConfigError(f"{names.get(name, f'--{name}')}: must be {allowed}, got {given[name]!r}") from None
 
 
-def _allowed(name: str) -> str:
-    annotation = Tuning.model_fields[name].annotation
+def _allowed(schema: type[Tuning], name: str) -> str:
+    annotation = schema.model_fields[name].annotation
     if get_origin(annotation) is not Literal:
         return "auto or a whole number of at least 1"
     *others, last = get_args(annotation)
@@ -153,14 +186,6 @@ def _check_ours(parts: Mapping[str, object], given: Mapping[str, str]) -> None:
         if part in parts and parts[part] != values[given[name]]:
             flag = f"--{part.replace('_', '-')} {str(parts[part]).lower()}"
             raise ConfigError(f"{flag} contradicts {name}={given[name]}: give one of them")
-
-
-def check_kept_only(tuning: Tuning) -> None:
-    """Raises ConfigError where a command that measures something else is told to tune first."""
-    if tuning.tuning == "again":
-        raise ConfigError(
-            f"--tuning and {TUNING_VARIABLE}: must be auto or off here (`apparate-llm tune` measures), got 'again'"
-        )
 
 
 def _check_not_both(flag: str, names: tuple[str, ...], given: Mapping[str, str]) -> None:

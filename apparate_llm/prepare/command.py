@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from apparate_llm.eval.command import positive_list
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, positive
-from apparate_llm.host.options import check_kept_only, tuning_from
+from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, folder_here, model_of
 from apparate_llm.prepare.given import ramps_and_model
@@ -41,7 +41,7 @@ what it costs, and what that brings:
                  most on text like what they were trained on.
 What memory and disk a run takes is said before it begins."""
 EVALUATION_COSTS = """\
-The model loads and answers all prompts, many at once; measuring takes seconds. The rate is shown meanwhile."""
+The model loads and answers all prompts, many at once; measuring takes seconds. Progress is shown meanwhile."""
 
 
 def add_prepare(subparsers: Commands) -> None:
@@ -63,9 +63,16 @@ def add_prepare(subparsers: Commands) -> None:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--tokens", type=positive, help="number of answer tokens to train on; more are better")
     amount.add_argument(
-        "--time-budget", type=duration, metavar="TIME", help=f"e.g. 45m, 2h (default: {DEFAULT_TIME_BUDGET})"
+        "--time-budget",
+        type=duration,
+        metavar="TIME",
+        help=f"of the whole preparation, e.g. 45m, 2h (default: {DEFAULT_TIME_BUDGET})",
     )
-    parser.add_argument("--depths", default="auto", help="blocks before each ramp, e.g. 0,2,4 (default: auto)")
+    parser.add_argument(
+        "--depths",
+        default="auto",
+        help="blocks before each ramp, e.g. 0,2,4 (default: auto: 0, and a twelfth of the model's)",
+    )
     parser.add_argument("--ramp-vocab", type=positive, default=8192, help="tokens a ramp can predict (default: 8192)")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and training (default: 0)")
     parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
@@ -182,7 +189,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     from apparate_llm.launch import check_build, reexec_with_libraries
     from apparate_llm.prepare.engine import environment
 
-    check_kept_only(tuning_from())
+    kept_tuning_from()  # raises for a variable that its servers cannot go by
     user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
     if args.model is not None and (here := folder_here(args.model)) is not None:
         check_architecture(here)
@@ -314,7 +321,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from apparate_llm.files import write_atomically
     from apparate_llm.prepare.shown import print_verified
 
-    check_kept_only(tuning_from())
+    kept_tuning_from()  # raises for a variable that its servers cannot go by
     prompts = load_prompts(args.prompts)
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"folder of --json not found: {args.json.parent}")

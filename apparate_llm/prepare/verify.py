@@ -186,10 +186,10 @@ def measure(
 def systems_with(model: Path, ramps: Path) -> list[System]:
     """Plain vLLM, and lossless exits with these ramps, both on this machine as it is served on."""
     from apparate_llm.engine.vllm_settings import memory_flags
-    from apparate_llm.host.options import tuning_from
+    from apparate_llm.host.options import kept_tuning_from
 
     flags = ["--max-model-len", str(context_length(model))]
-    choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), tuning_from())
+    choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), kept_tuning_from())
     options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
     return [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
 

@@ -166,16 +166,13 @@ def test_a_wrong_variable_is_named(monkeypatch):
         tuning_from(parsed())
 
 
-@pytest.mark.parametrize(
-    ("value", "says"),
-    [("on", "must be auto, off or again, got 'on'"), ("again", "must be auto or off here")],
-)
+@pytest.mark.parametrize("value", ["on", "again"])
 @pytest.mark.parametrize("command", [["prepare", "--out"], ["ramps", "verify"]], ids=" ".join)
-def test_prepare_says_at_its_start_what_its_servers_cannot_do(value, says, command, monkeypatch, tmp_path, capsys):
+def test_prepare_says_at_its_start_what_its_servers_cannot_do(value, command, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(TUNING_VARIABLE, value)
     assert main([*command, str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert TUNING_VARIABLE in err and says in err and err.count("\n") == 1
+    assert err == f"apparate-llm: error: {TUNING_VARIABLE}: must be auto or off, got '{value}'\n"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from apparate_llm.host import chosen, store
 from apparate_llm.host.choice import AS_VLLM, BIND, HUGE_PAGES, KERNELS, OWN_PROCESS, QUEUES, RESERVED, WORKER, Choice
 from apparate_llm.host.chosen import WITH_EXITS, choose
 from apparate_llm.host.limits import CpuLimits
-from apparate_llm.host.options import TUNING_VARIABLE, Tuning, parse_tuning, tuning_from
+from apparate_llm.host.options import TUNING_VARIABLE, Tuning, kept_tuning_from, parse_tuning
 from apparate_llm.host.store import FOLDER, Kept, huge_pages_given, key_of, load, save
 
 FOUR = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=None)
@@ -216,7 +216,7 @@ def choice_of(model, monkeypatch):
 
     def parsed(*flags: str) -> systems.ModelChoice:
         args = build_parser().parse_args(spelt_out(["eval", "quick", str(model), *flags]))
-        return systems.tuned(systems.ModelChoice(model, options=tuple(option_flags(args))), tuning_from(args))
+        return systems.tuned(systems.ModelChoice(model, options=tuple(option_flags(args))), kept_tuning_from(args))
 
     return parsed
 
@@ -285,5 +285,16 @@ def test_a_system_may_have_parts_of_its_own(model, cache, four_cores):
 
 
 def test_an_evaluation_does_not_measure_first(choice_of, cache, four_cores):
-    with pytest.raises(ConfigError, match=r"--tuning and .*: must be auto or off here .* got 'again'"):
-        choice_of("--tuning", "again")
+    for value in ("again", "yes"):
+        with pytest.raises(ConfigError, match=f"--tuning: must be auto or off, got '{value}'"):
+            choice_of("--tuning", value)
+    with pytest.raises(ConfigError, match="--tuning: must be auto or off, got 'again'"):
+        early_exits("mine", choice_of(), "--policy", "off", "--tuning", "again")
+
+
+@pytest.mark.parametrize("kind", ["quick", "tpt", "drift", "steady"])
+def test_the_help_of_an_evaluation_has_the_values_that_it_takes(kind, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["eval", kind, "--help"])
+    shown = capsys.readouterr().out
+    assert "--tuning {auto,off}" in shown and "again: measure" not in " ".join(shown.split())
