@@ -250,6 +250,20 @@ def test_what_cannot_be_done_is_refused_with_a_reason(client, change, status, me
     assert refused.status_code == status and message in refused.text
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", "the chat template refuses (Roles must alternate)"),
+        ("{{ messages[0].content + 1 }}", "the chat template refuses (can only concatenate str"),
+        (None, "the chat template refuses (Cannot use chat template"),
+    ],
+)
+def test_messages_that_the_template_refuses_are_a_callers_fault(generator, client, monkeypatch, template, reason):
+    monkeypatch.setattr(generator.tokenizer, "chat_template", template)
+    refused = client.post("/v1/chat/completions", json=body())
+    assert refused.status_code == 400 and reason in refused.json()["error"]["message"]
+
+
 def test_only_messages_are_needed_and_unknown_keys_do_no_harm(client):
     bare = {"messages": MESSAGES, "ignore_eos": True, "stream_options": None, "cat": 1}
     assert client.post("/v1/chat/completions", json=bare).json()["usage"]["total_tokens"] == 512
