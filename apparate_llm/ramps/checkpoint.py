@@ -187,10 +187,3 @@ def shipped_folders() -> list[Path]:
     """Ramp folders that come with the package."""
     assets = Path(__file__).resolve().parent.parent / "assets"
     return sorted(path.parent for path in assets.glob(f"*/{MANIFEST}"))
-
-
-def find_shipped(fingerprint: str) -> Path | None:
-    for folder in shipped_folders():
-        if read_manifest(folder).base_model.fingerprint == fingerprint:
-            return folder
-    return None
