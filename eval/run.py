@@ -161,7 +161,7 @@ def _run(plan: EvalPlan) -> Results:
         sampling=plan.sampling,
         baseline=plan.baselines[0],
     )
-    with Progress(console) as progress:
+    with Progress(console, before_s=store.measured_s) as progress:
         evaluate(evaluation, progress)
         with progress.stage("report", total=math.inf, facts="texts compared, figures drawn"):
             results = summarise(plan, list(store.blocks()), evaluation.dead, started)

@@ -114,6 +114,11 @@ class Store:
             blocks.append(Block(key=key, **record))
         return iter(sorted(blocks, key=lambda block: block.key))
 
+    @property
+    def measured_s(self) -> float:
+        """How long its blocks took."""
+        return sum(block.wall_s for block in self.blocks())
+
     def _path(self, key: BlockKey) -> Path:
         system = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in key.system)
         return self.folder / "blocks" / f"{key.load:02}-{key.repeat:02}-{key.block:04}-{system}.json"

@@ -50,8 +50,13 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
     """Leaves a ramp folder with its report in `plan.out`, and returns the report; raises ValueError for bad input,
     RuntimeError otherwise."""
     workspace = Workspace(plan.out)
-    running = _run(plan, workspace, console or Console(stderr=True))
-    with workspace.locked(), disk_errors(plan.out), PeakMemory() as memory, running as run:
+    console = console or Console(stderr=True)
+    with (
+        workspace.locked(),
+        disk_errors(plan.out),
+        PeakMemory() as memory,
+        running(plan, workspace, console) as run,
+    ):
         check_settings(run)
         say_needs(run)
         made = _laps(run)
@@ -92,13 +97,14 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _run(plan: Plan, workspace: Workspace, console: Console) -> Iterator[Run]:
+def running(plan: Plan, workspace: Workspace, console: Console) -> Iterator[Run]:
+    """It goes on in its budget of time, and in what it says, where an earlier start was stopped."""
     clock = WorkClock(workspace)
 
     def left_s() -> float | None:
         return None if plan.time_budget_s is None else max(0.0, plan.time_budget_s - clock.spent_s)
 
-    with Progress(console, left_s=left_s) as progress:
+    with Progress(console, left_s=left_s, before_s=clock.before_s) as progress:
         yield Run(plan, workspace, RowStore(workspace.path("rows")), BaseModelInfo.of(plan.model), clock, progress)
 
 

@@ -192,6 +192,34 @@ def test_a_log_tells_what_an_evaluation_does(base_url, tmp_path, monkeypatch):
     assert any(line.startswith("measure  5/8 requests") for line in under_way)  # within a block, too
 
 
+def test_an_evaluation_that_goes_on_fills_its_log_no_faster_than_before(base_url, tmp_path, monkeypatch):
+    from apparate_llm.eval import run as module
+
+    evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url)], prompts("steady", "single"))
+    evaluate(evaluation, Progress(Console(quiet=True)))
+    plan = plans.EvalPlan(
+        choice=ModelChoice(Path("fake")),
+        systems=evaluation.systems,
+        prompts=evaluation.prompts,
+        loads=evaluation.loads,
+        settings=evaluation.store.plan(),
+        folder=tmp_path / "out",
+        repeat=2,
+        start_timeout_s=5.0,
+        fresh=False,
+        slo_ms={},
+    )
+
+    def stopped(evaluation, progress):
+        raise RuntimeError(progress.before_s)
+
+    monkeypatch.setattr(module, "evaluate", stopped)
+    with pytest.raises(RuntimeError) as error:
+        module._run(plan)
+    (before_s,) = error.value.args
+    assert before_s == sum(block.wall_s for block in evaluation.store.blocks()) > 0.1
+
+
 def test_requests_of_a_system_that_stopped_answering_are_not_waited_for(base_url, tmp_path, monkeypatch):
     from apparate_llm.eval import evaluate as module
 

@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
+from rich.console import Console
 
 from apparate_llm.prepare.calibrate import calibrate_positions, coverage_curve, fit
 from apparate_llm.prepare.capture import top_tokens
 from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
-from apparate_llm.prepare.pipeline import disk_errors
-from apparate_llm.prepare.plan import automatic_aux_layers, automatic_depths
+from apparate_llm.prepare.pipeline import disk_errors, running
+from apparate_llm.prepare.plan import Plan, automatic_aux_layers, automatic_depths
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
 from apparate_llm.prepare.splits import BLOCK, next_split, sources, split_of, splits_of_prompts
 from apparate_llm.prepare.store import INDEX, RowStore
@@ -431,3 +432,12 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(error, tmp_path):
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(ValueError, match="other"), disk_errors(tmp_path):
         raise ValueError("other")
+
+
+def test_a_preparation_that_goes_on_knows_how_long_it_has_worked(tiny_llama, tmp_path):
+    workspace = Workspace(tmp_path / "out")
+    workspace.write("clock", {}, {"seconds": 1000.0})
+    plan = Plan(tiny_llama, tmp_path / "out", (0,), (1,), None, 2700.0, 0, 8192, 64)
+    with running(plan, workspace, Console(quiet=True)) as run:
+        assert run.progress.before_s == 1000.0 <= run.clock.spent_s < 1100.0
+        assert 1600.0 < run.progress.left_s() <= 1700.0
