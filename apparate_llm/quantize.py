@@ -13,7 +13,7 @@ from rich.console import Console
 
 from apparate_llm.config import ConfigError
 from apparate_llm.files import write_atomically
-from apparate_llm.flags import Commands
+from apparate_llm.flags import Commands, check_new_file
 from apparate_llm.machine import machine
 from apparate_llm.named_model import add_model, model_of
 from apparate_llm.naming import model_name
@@ -83,9 +83,8 @@ def check_places(out: Path, json_file: Path | None) -> None:
     """Raises ConfigError where nothing new can be written."""
     if out.exists():
         raise ConfigError(f"--out: {out} is there already: name a new folder")
-    for flag, path in (("--out", out), ("--json", json_file)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{flag}: folder not found: {path.absolute().parent}")
+    check_new_file("--out", out)
+    check_new_file("--json", json_file)
 
 
 def write(model: Path, out: Path, console: Console) -> float:

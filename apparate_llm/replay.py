@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apparate_llm.config import EarlyExitConfig, parse_config
+from apparate_llm.config import ConfigError, EarlyExitConfig, parse_config
 from apparate_llm.drawing import Axes
 from apparate_llm.files import replacing, write_atomically
-from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
+from apparate_llm.flags import Commands, OneLineParser, add_options, check_new_file, options_from
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apparate_llm.controller.feedback import LoggedStep
     from apparate_llm.controller.replay import LogCosts, Replayed
 
+FIGURES = (".png", ".svg", ".pdf")
 LOGS = Path(__file__).parent / "assets" / "logs"
 Row = dict[str, Any]
 
@@ -61,9 +62,8 @@ def run_replay(args: argparse.Namespace) -> int:
 
     config = options_from(args)
     path = find_log(args.log)
-    for out in (args.figure, args.json):
-        if out is not None and not out.parent.is_dir():
-            raise ValueError(f"folder not found: {out.parent}")
+    check_new_file("--json", args.json)
+    check_figure(args.figure)
     header, steps = read_header(path), list(read_steps(path))
     costs = LogCosts(steps)
     if config.depth not in ("auto", *costs.draft_steps):
@@ -88,6 +88,13 @@ def run_replay(args: argparse.Namespace) -> int:
     if args.figure:
         save_figure(args.figure, rows)
     return 0
+
+
+def check_figure(path: Path | None) -> None:
+    """Raises ConfigError where it could not be drawn or written."""
+    check_new_file("--figure", path)
+    if path is not None and path.suffix.lower() not in FIGURES:
+        raise ConfigError(f"--figure: must end in {', '.join(FIGURES)}, got {path}")
 
 
 def find_log(name: str | None) -> Path:
@@ -184,7 +191,6 @@ def print_rows(rows: list[Row], title: str) -> None:
 
 
 def save_figure(path: Path, rows: list[Row]) -> None:
-    """Raises ValueError for a kind of file that cannot be drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,7 +199,7 @@ def save_figure(path: Path, rows: list[Row]) -> None:
     figure, ax = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     draw_tradeoff(ax, rows)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or None, dpi=150)
+        figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=150)
     pyplot.close(figure)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
+from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive, seed
 from apparate_llm.host.options import add_tuning
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model
@@ -118,7 +118,7 @@ def _add_tpt(kinds: Commands) -> None:
         type=above_zero,
         help="seconds of arrivals (--rate, --trace) after which the next system has its turn (default: 20)",
     )
-    tpt.add_argument("--seed", type=int, default=0, help="seed of arrivals and varied lengths (default: 0)")
+    tpt.add_argument("--seed", type=seed, default=0, help="seed of arrivals and varied lengths (default: 0)")
     tpt.add_argument(
         "--trace", type=Path, help="requests arrive as in this CSV file with TIMESTAMP,ContextTokens,GeneratedTokens"
     )
@@ -251,7 +251,7 @@ def _add_sampling(parser: OneLineParser) -> None:
     )
     parser.add_argument(
         "--sampling-seed",
-        type=int,
+        type=seed,
         help="with --temperature: a seed for each request, so that answers are the same again; such requests take no "
         "exits",
     )

@@ -36,6 +36,7 @@ from apparate_llm.eval.switched import switch_level
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.tables import tables
 from apparate_llm.files import private_folder, write_atomically
+from apparate_llm.flags import check_new_file
 from apparate_llm.machine import machine
 from apparate_llm.models.architectures import layers_of
 from apparate_llm.progress import SECONDS, Progress
@@ -49,8 +50,7 @@ TABLE_WIDTH = 120
 
 
 def run_quick(args: argparse.Namespace) -> int:
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    check_new_file("--json", args.json)
     plan = quick_plan(args)
     results = _run(plan)
     if args.json:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apparate_llm.eval.command import positive_list
-from apparate_llm.flags import OneLineParser, Paragraphs, positive
+from apparate_llm.flags import OneLineParser, Paragraphs, check_new_file, positive, seed
 from apparate_llm.host.options import check_kept_only, tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, folder_here, model_of
@@ -68,7 +68,7 @@ def add_prepare(subparsers: Any) -> None:
     )
     parser.add_argument("--depths", default="auto", help="blocks before each ramp, e.g. 0,2,4 (default: auto)")
     parser.add_argument("--ramp-vocab", type=positive, default=8192, help="tokens a ramp can predict (default: 8192)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and training (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of prompts and training (default: 0)")
     parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
     parser.add_argument(
         "--verify",
@@ -144,7 +144,7 @@ def add_answering(parser: argparse.ArgumentParser, *, several: bool, required: b
 
 def duration(text: str) -> float:
     """Seconds of `90s`, `45m`, `1.5h`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smh])", text)
     if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"must be a time such as 90s, 45m or 1.5h, got {text!r}")
     return float(match[1]) * UNITS[match[2]]
@@ -156,9 +156,10 @@ def parse_depths(text: str, num_layers: int) -> tuple[int, ...]:
     if text == "auto":
         return automatic_depths(num_layers)
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) < num_layers for part in parts) or len(set(parts)) < len(parts):
+    depths = {int(part) for part in parts if part.strip().isdecimal()}
+    if len(depths) < len(parts) or max(depths) >= num_layers:
         raise ValueError(f"--depths must be auto or different numbers from 0 to {num_layers - 1}, got {text!r}")
-    return tuple(sorted(int(part) for part in parts))
+    return tuple(sorted(depths))
 
 
 def run_prepare(args: argparse.Namespace) -> int:
@@ -269,8 +270,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     asked = load_prompts(args.prompts)
     prompts, categories = [prompt.messages for prompt in asked], [prompt.category for prompt in asked]
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    check_new_file("--json", args.json)
     manifest, model = ramps_and_model(args)
 
     with log_of_engines() as console, Progress(console) as progress:
@@ -293,6 +293,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
     prompts = [prompt.messages for file in args.prompts for prompt in load_prompts(file)]
     manifest, model = ramps_and_model(args, siblings=False)  # what it writes is of the model that the ramps are for
+    check_new_file("ramp folder", args.folder / MANIFEST)
 
     with log_of_engines() as console, Progress(console) as progress:
         from apparate_llm.prepare.calibrate import recalibrate
@@ -311,8 +312,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
     check_kept_only(tuning_from())
     prompts = load_prompts(args.prompts)
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    check_new_file("--json", args.json)
     manifest, model = ramps_and_model(args)
 
     with log_of_engines() as console, Progress(console) as progress:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apparate_llm.eval.command import NOT_SHARED, above_zero, positive_list
-from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, config_of, positive
+from apparate_llm.flags import (
+    Commands,
+    OneLineParser,
+    Paragraphs,
+    add_options,
+    check_new_file,
+    config_of,
+    positive,
+)
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, model_of
 
@@ -82,8 +90,7 @@ def run_tune(args: argparse.Namespace) -> int:
     from apparate_llm.vllm_flags import normalised, split_flag
 
     exit_on_sigterm()
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    check_new_file("--json", args.json)
     if args.max_tokens < 2:
         raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
     flags = normalised([part for text in args.vllm_flag for part in split_flag(text)])
@@ -204,12 +211,12 @@ def measure_and_keep(plan: "TunePlan", flags: list[str], file: Path | None) -> N
         table=[trial.as_dict() for trial in trials],
     )
     save(plan.cache, kept)
-    if file is not None:
-        document = kept.model_dump() | {"machine": machine(), "old": plan.old.model_dump()}
-        write_atomically(file, (json.dumps(document, indent=1) + "\n").encode())
     Console(width=120).print(table_of(trials, best, plan.limits, old=plan.old))
     stays = " (as before)" if best is None else ""
     console.print(f"kept: {name_of(choice, plan.limits)}{stays}; logs: {plan.logs}", soft_wrap=True, markup=False)
+    if file is not None:
+        document = kept.model_dump() | {"machine": machine(), "old": plan.old.model_dump()}
+        write_atomically(file, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def one_line(trial: "Trial", limits: "CpuLimits") -> str:
