@@ -212,6 +212,8 @@ def points_of(store: Store) -> "Points":
     loads = plan["loads"]
     for block in store.blocks():
         name = system_of_old(block.key.system) if is_old(plan) else block.key.system
+        if not 0 <= block.key.load < len(loads):
+            raise ValueError(f"{store.folder}: a block is of load {block.key.load}, and plan.json has {len(loads)}")
         key = (name, *loads[block.key.load])
         for done in block.completions:
             if (tpt_ms := done.tpt_ms) is not None:
@@ -222,6 +224,8 @@ def points_of(store: Store) -> "Points":
 
 def run_report(args: argparse.Namespace) -> int:
     """Draw the page again, and print the tables."""
+    if not args.folder.is_dir():
+        raise ValueError(f"no folder of an evaluation: {args.folder}")
     results = load_results(args.folder)
     write_page(args.folder, results)
     Console(width=max(Console().width, TABLE_WIDTH)).print(*tables(results))

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.naming import model_name
@@ -83,17 +85,20 @@ def prepare(plan: Plan, console: Console | None = None) -> dict[str, Any]:
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """A full disk as one line that says how to go on."""
+    """A full disk, or a damaged file of the preparation, as one line that says how to go on."""
     try:
         yield
     except Exception as error:
         # safetensors and torch wrap the system's error in ones of their own.
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise RuntimeError(
-            f"no space left in {out}: make room and give the same command again, what is finished is kept"
-        ) from None
+        if full or os.strerror(errno.ENOSPC) in str(error):
+            raise RuntimeError(
+                f"no space left in {out}: make room and give the same command again, what is finished is kept"
+            ) from None
+        if isinstance(error, SafetensorError | UnpicklingError | EOFError):
+            why = " ".join(str(error).split())[:100]
+            raise ValueError(f"a damaged file in {out / 'work'} ({why}): delete that folder to begin anew") from None
+        raise
 
 
 @contextmanager

@@ -1,8 +1,13 @@
 """Wrong input of every command ends it with one line that says what is wrong, and exit code 2."""
 
+import json
+
 import pytest
 
 from apparate_llm.cli import main
+from apparate_llm.eval.store import Store
+from apparate_llm.sealed import COMPLETE, is_complete
+from tests.eval_results import full_result
 from tests.unit.test_replay import log_file
 
 
@@ -113,3 +118,62 @@ NUMBERS = {
 def test_a_number_that_is_not_allowed_is_refused_with_its_flag(command, value, capsys):
     argv = [*command.split(), value]
     assert argv[-2] in refused(argv, capsys)
+
+
+# ---- what an evaluation left
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """The folder of an evaluation, with no block in it."""
+    folder = tmp_path / "evaluated"
+    Store(folder).open({"loads": [["1 client", False]]}, fresh=False)
+    (folder / "results.json").write_text(full_result().model_dump_json())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("results.json", "{", "results must be JSON"),
+        ("results.json", "[]", "results must be an object, got list"),
+        ("plan.json", "{", "damaged "),
+        ("plan.json", "[]", "an object is expected, got list"),
+        ("plan.json", '{"loads": 3}', "`loads` must be a list of pairs"),
+        ("plan.json", "{}", "`loads` must be a list of pairs"),
+        ("blocks/00.json", "", "damaged "),
+        ("blocks/00.json", "[1]", "an object is expected, got list"),
+        ("blocks/00.json", '{"key": 3}', "damaged "),
+        ("blocks/00.json", '{"key": {"load": 0, "repeat": 0, "block": 0, "system": "vllm"}}', "KeyError: 'counts'"),
+    ],
+)
+def test_a_damaged_file_of_an_evaluation_is_named(name, text, says, evaluated, capsys):
+    (evaluated / name).write_text(text)
+    error = refused(["eval", "report", evaluated], capsys)
+    assert str(evaluated / name) in error and says in error
+
+
+def test_a_block_of_a_load_that_the_plan_does_not_have_is_told(evaluated, capsys):
+    key = {"load": 3, "repeat": 0, "block": 0, "system": "vllm"}
+    figures = dict.fromkeys(("wall_s", "cpu_s", "energy_j", "peak_memory_gib", "probe_ms", "stolen_frac"), 1.0)
+    (evaluated / "blocks" / "00.json").write_text(
+        json.dumps({"key": key, "completions": [], "counts": None, **figures})
+    )
+    assert "a block is of load 3, and plan.json has 1" in refused(["eval", "report", evaluated], capsys)
+
+
+def test_a_report_is_of_a_folder(evaluated, capsys):
+    assert "no folder of an evaluation" in refused(["eval", "report", evaluated / "results.json"], capsys)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_going_on_with_a_damaged_plan_names_it(text, evaluated, tiny_llama, capsys):
+    (evaluated / "plan.json").write_text(text)
+    argv = ["eval", "tpt", tiny_llama, "--out", evaluated, "--systems", "vllm", "--prompts", "quick"]
+    assert f"damaged {evaluated / 'plan.json'}" in refused(argv, capsys)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"a": {}}'])
+def test_a_folder_with_a_damaged_list_of_its_files_is_not_complete(text, tmp_path):
+    (tmp_path / COMPLETE).write_text(text)
+    assert not is_complete(tmp_path)
