@@ -159,7 +159,10 @@ async def complete(
                     _take(result, json.loads(chunk), clock() - sent)
                     if result.error:
                         return result
-    except (httpx.HTTPError, json.JSONDecodeError, KeyError) as error:
+    except httpx.HTTPError as error:
+        result.error = f"{type(error).__name__}: {error}"
+        return result
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # what it says is no chunk, or cannot be sent
         result.error = f"{type(error).__name__}: {error}"
         return result
     if not finished or result.output_tokens is None:
