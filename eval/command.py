@@ -19,6 +19,7 @@ NOT_SHARED = (
     "controller_state",
     "tenants",
 )  # a system's own, or a file that only one may write
+LEAST, MOST = 1e-9, 1e12  # seconds, rates and factors that can be reckoned with
 OBJECTIVES = ("ttft", "tpt", "e2e")
 TPT_COSTS = """
 
@@ -331,6 +332,8 @@ def above_zero(text: str) -> float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    if not LEAST <= number <= MOST:
+        raise argparse.ArgumentTypeError(f"must be a number from {LEAST:g} to {MOST:g}, got {text!r}")
     return number
 
 

@@ -307,11 +307,11 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from apparate_llm.eval.prompts import load_prompts
+    from apparate_llm.eval.prompts import prompts_to_send
     from apparate_llm.files import write_atomically
 
     check_kept_only(tuning_from())
-    prompts = load_prompts(args.prompts)
+    prompts = prompts_to_send(args.prompts)
     check_new_file("--json", args.json)
     manifest, model = ramps_and_model(args)
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from apparate_llm.prepare.chat import text_of
+from apparate_llm.eval.prompts import text_of
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
 
 SHARES = {TRAIN: 14 / 16, VALIDATION: 1 / 16, TEST: 1 / 16}

@@ -67,7 +67,10 @@ def verify_folder(
 ) -> dict[str, Any]:
     """Acceptance rates on the prompts, costs on this machine, the prediction from both, and the measurement."""
     asked, depth = chosen(prompts), manifest.default_depth
-    conversations, rates = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
+    conversations, rates, numbers = _answered(
+        folder, manifest, model, asked, max_tokens=max_tokens, progress=progress
+    )
+    asked = [asked[number] for number in numbers]  # servers would refuse the others, too
     with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
         profiled = profile(
             model,
@@ -105,7 +108,8 @@ def _answered(
     *,
     max_tokens: int,
     progress: Progress,
-) -> tuple[list[Any], list[float | None]]:
+) -> tuple[list[Any], list[float | None], list[int]]:
+    """Conversations, acceptance rates by position, and which of the prompts were answered."""
     import torch
 
     from apparate_llm.prepare.evaluate import answer, mean, served_ramps
@@ -119,7 +123,7 @@ def _answered(
     of_answer = [kinds.index(prompts[number].category or "prompts") for number in answered.prompts]
     tensors = measured_tensors(measured, answered.rows, torch.tensor(of_answer))
     conversations = recorded(tensors, ramps.calibration, kinds, dict(enumerate(answered.texts)))
-    return conversations, [mean(part.agrees) for part in measured]
+    return conversations, [mean(part.agrees) for part in measured], answered.prompts
 
 
 def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:

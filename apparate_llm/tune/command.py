@@ -128,7 +128,7 @@ def options_of_servers(args: argparse.Namespace, model: Path) -> tuple[str, ...]
 def plan_of(args: argparse.Namespace, model: Path, options: tuple[str, ...], chosen: "Chosen") -> "TunePlan":
     from apparate_llm.config import ConfigError
     from apparate_llm.eval.plan import server_flags
-    from apparate_llm.eval.prompts import load_prompts
+    from apparate_llm.eval.prompts import prompts_to_send
     from apparate_llm.eval.systems import ModelChoice
     from apparate_llm.host.options import num_ranks
     from apparate_llm.launch import check_build
@@ -144,7 +144,7 @@ def plan_of(args: argparse.Namespace, model: Path, options: tuple[str, ...], cho
         served=ModelChoice(model, tuple(flags), options),
         old=chosen.choice,
         limits=chosen.limits,
-        prompts=load_prompts(args.prompts),
+        prompts=prompts_to_send(args.prompts),
         clients=args.clients,
         seconds=args.seconds,
         max_tokens=args.max_tokens,

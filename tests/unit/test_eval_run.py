@@ -343,6 +343,11 @@ def test_a_trace_sets_times_and_lengths_and_picks_prompts_of_about_its_size(tmp_
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,many,2\n", ":2: "),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-17,1,2\n2023-11-16,1,2\n", ":3: arrivals"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16\n", ":2: "),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16T00:00,1,2\n2023-11-17T00:00Z,1,2\n", ":3: a time zone"),
+        pytest.param(
+            f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,{'1' * 200_000},2\n", "cannot read trace", id="long"
+        ),
     ],
 )
 def test_bad_traces_are_named(tmp_path, text, says):
@@ -350,6 +355,13 @@ def test_bad_traces_are_named(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(ValueError, match=says):
         traced(path, prompts("x"), scale=1.0, num_requests=10, max_tokens=9)
+
+
+def test_a_trace_may_have_prompts_and_answers_of_any_size(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,{'9' * 400},{'9' * 400}\n2023-11-17,-1,-1\n")
+    load = traced(path, prompts("x", "x" * 99), scale=1.0, num_requests=10, max_tokens=9)
+    assert [ask.max_tokens for block in load.blocks for ask in block] == [9, 1]
 
 
 def test_systems_by_name(tiny_llama):

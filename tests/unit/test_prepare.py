@@ -444,7 +444,9 @@ def test_a_damaged_file_of_a_preparation_is_one_line_that_says_how_to_go_on(name
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"inputs": 1, "result": {}}', '{"inputs": {}}', "[" * 99_999])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"inputs": 1, "result": {}}', '{"inputs": {}}', pytest.param("[" * 99_999, id="nested")]
+)
 def test_a_damaged_record_of_a_preparation_is_named(text, tmp_path):
     workspace = Workspace(tmp_path / "out")
     workspace.path("clock.json").write_text(text)
