@@ -65,11 +65,10 @@ def run_replay(args: argparse.Namespace) -> int:
     check_new_file("--json", args.json)
     check_figure(args.figure)
     header, steps = read_header(path), list(read_steps(path))
+    if type(num_layers := header.get("num_layers")) is not int or num_layers < 1:
+        raise ConfigError(f"{path}: num_layers in its header must be a whole number of at least 1, got {num_layers!r}")
     costs = LogCosts(steps)
-    if config.depth not in ("auto", *costs.draft_steps):
-        raise ValueError(
-            f"--depth: the log holds exits of depth {', '.join(map(str, costs.draft_steps))}, got {config.depth}"
-        )
+    check_depth("--depth", config, costs)
     rows = []
     with Progress(Console(stderr=True)) as progress:
         combinations = parameter_grid(args.param)
@@ -88,6 +87,13 @@ def run_replay(args: argparse.Namespace) -> int:
     if args.figure:
         save_figure(args.figure, rows)
     return 0
+
+
+def check_depth(flag: str, config: EarlyExitConfig, costs: "LogCosts") -> None:
+    """Raises ConfigError for a depth that the log does not have."""
+    if config.depth not in ("auto", *costs.draft_steps):
+        depths = ", ".join(map(str, costs.draft_steps))
+        raise ConfigError(f"{flag}: the log holds exits of depth {depths}, got {config.depth}")
 
 
 def check_figure(path: Path | None) -> None:
@@ -115,7 +121,7 @@ def parameter_grid(given: list[str]) -> list[dict[str, Any]]:
             raise ValueError(f"--param must be NAME=V1,V2,..., got {text!r}")
         try:
             axes.append([(OPTIONS.get(name, name), json.loads(value)) for value in values.split(",")])
-        except json.JSONDecodeError:
+        except ValueError:
             raise ValueError(f"--param {name}: values must be numbers, true or false, got {values!r}") from None
     return [dict(combination) for combination in itertools.product(*axes)]
 
@@ -127,6 +133,7 @@ def one_row(config: EarlyExitConfig, parameters: Row, header: Row, steps: "list[
     options = {name: value for name, value in parameters.items() if name in EarlyExitConfig.model_fields}
     rest = {name: value for name, value in parameters.items() if name not in options}
     config = parse_config({**config.model_dump(), **options})
+    check_depth("--param depth", config, costs)
     depths = tuple(sorted(costs.draft_steps))
     policy = make_policy(
         config,

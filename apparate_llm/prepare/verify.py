@@ -67,9 +67,7 @@ def verify_folder(
 ) -> dict[str, Any]:
     """Acceptance rates on the prompts, costs on this machine, the prediction from both, and the measurement."""
     asked, depth = chosen(prompts), manifest.default_depth
-    conversations, rates, numbers = _answered(
-        folder, manifest, model, asked, max_tokens=max_tokens, progress=progress
-    )
+    conversations, rates, numbers = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
     asked = [asked[number] for number in numbers]  # servers would refuse the others, too
     with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
         profiled = profile(
