@@ -164,6 +164,15 @@ def check_new_file(flag: str, path: Path | None) -> None:
         raise ConfigError(f"{flag}: cannot write to {folder}: {error.strerror}") from None
 
 
+def check_new_folder(flag: str, folder: Path | None) -> None:
+    """Raises ConfigError where one can neither be nor be made, as something else is there. None: none is wanted."""
+    if folder is None:
+        return
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{flag} must be a folder, {there} is a file")
+
+
 def positive(text: str) -> int:
     if text.isdecimal() and len(text) > MOST_DIGITS:
         raise argparse.ArgumentTypeError(f"must have {MOST_DIGITS} digits at most, got {text}")

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Stoppi
 from transformers.generation.streamers import BaseStreamer
 
 from apparate_llm.flags import OneLineParser, positive
+from apparate_llm.launch import port_problem
 from apparate_llm.naming import model_name
 
 Step = tuple[str, int, str | None]  # text, tokens of the answer so far (an end token is one), finish reason
@@ -253,6 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     deepest = AutoConfig.from_pretrained(args.model).num_hidden_layers - 1
     if args.early_exit is not None and not 1 <= args.early_exit <= deepest:
         parser.error(f"--early-exit: got {args.early_exit}, allowed: 1 to {deepest}")
+    if problem := port_problem(args.host, args.port):
+        parser.error(f"--port: {problem}")
     app = create_app(Generator(args.model, dtype=args.dtype, early_exit=args.early_exit))
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
 

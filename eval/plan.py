@@ -31,10 +31,10 @@ from apparate_llm.eval.systems import (
     tuned,
 )
 from apparate_llm.eval.workloads import Load, closed
-from apparate_llm.flags import options_from
+from apparate_llm.flags import check_new_folder, options_from
 from apparate_llm.host.options import tuning_from
 from apparate_llm.launch import check_build
-from apparate_llm.models.architectures import architecture_of
+from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.named_model import model_of
 from apparate_llm.naming import model_name
 from apparate_llm.preflight import preflight_ramps
@@ -96,12 +96,13 @@ class SteadyPlan:
 def quick_plan(args: argparse.Namespace) -> EvalPlan:
     """Plain vLLM against exits with the options given, in a folder that nobody asked for."""
     config = options_from(args)
+    check_new_folder("--logs", args.logs)
     if config.policy != "off":
         check_build()
     asked = prompt_set(args.prompts, args.num_prompts)
     prompts = asked.prompts
     flags = tuple(server_flags(args.vllm_flag, num_servers=2))
-    model = model_of(args)
+    model = model_of(args, check_model)
     preflight_ramps(config, model, architecture_of(model))
     choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), tuning_from(args))
     systems = [plain_alike(choice), early_exits(name_of(config), choice)]
@@ -120,12 +121,18 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
     )
 
 
+def check_model(folder: Path) -> None:
+    """Raises UnsupportedModelError for a model that no report could be made of."""
+    architecture_of(folder)
+    layers_of(folder)
+
+
 def tpt_plan(args: argparse.Namespace) -> EvalPlan:
     asked = prompt_set(args.prompts, args.num_prompts)
     prompts, loads = asked.prompts, asked_loads(args, asked.prompts)
     if args.prompt_tokens:
         loads = loads_by_length(loads, args.prompt_tokens, len(prompts))
-        prompts = prompts_of_lengths(model_of(args), prompts, args.prompt_tokens)
+        prompts = prompts_of_lengths(model_of(args, check_model), prompts, args.prompt_tokens)
     return _plan(args, prompts, loads, (), [asked])
 
 
@@ -146,9 +153,10 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     names = _names(args)
     options_from(args)  # raises for a value that is not allowed
+    check_new_folder("--out", args.out)
     flags = tuple(server_flags(args.vllm_flag, len(names) + len(args.accuracy_bounds) + len(args.llama_cpp)))
     bounds = tuple(args.accuracy_bounds)
-    model = model_of(args)
+    model = model_of(args, check_model)
     choice = ModelChoice(model, flags, tuple(option_flags(args)), bounds, api_key=args.api_key)
     choice = tuned(choice, tuning_from(args))
     asked, sampling = prompt_set(args.prompts, args.num_prompts), _sampling(args)
@@ -232,10 +240,11 @@ def _plan(
     names = _names(args)
     options = option_flags(args)
     options_from(args)  # raises for a value that is not allowed
+    check_new_folder("--out", args.out)
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds) + len(args.llama_cpp)
     flags = tuple(server_flags(args.vllm_flag, num_servers))
     bounds = tuple(args.accuracy_bounds)
-    model = model_of(args)
+    model = model_of(args, check_model)
     choice = ModelChoice(model, flags, tuple(options), bounds, args.hf_layer, args.api_key)
     choice = tuned(choice, tuning_from(args))
     sampling = _sampling(args)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apparate_llm.eval.command import positive_list
-from apparate_llm.flags import OneLineParser, Paragraphs, check_new_file, positive, seed
+from apparate_llm.flags import OneLineParser, Paragraphs, check_new_file, check_new_folder, positive, seed
 from apparate_llm.host.options import check_kept_only, tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, folder_here, model_of
@@ -173,8 +173,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
     if args.model is not None and (here := folder_here(args.model)) is not None:
         check_architecture(here)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out must be a folder, {args.out} is a file")
+    check_new_folder("--out", args.out)
     check_build()
     reexec_with_libraries(environment())
 
@@ -227,7 +226,7 @@ def what_next(model: str | None, out: Path, revision: str | None = None) -> list
 def run_show(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from apparate_llm.ramps.checkpoint import WEIGHTS, read_manifest
+    from apparate_llm.ramps.checkpoint import MANIFEST, WEIGHTS, RampError, read_manifest
 
     manifest = read_manifest(args.folder)
     console = Console()
@@ -239,10 +238,12 @@ def run_show(args: argparse.Namespace) -> int:
     vocabulary = f"ramp vocabulary {manifest.ramp_vocab} of {base.vocab_size} tokens"
     aux_states = f"auxiliary hidden states after blocks {manifest.aux_layers or 'none'}"
     console.print(f"{size / 1e6:.1f} MB, {vocabulary}, {aux_states}")
-    training = manifest.training
-    if "answer_tokens" in training:
-        console.print(f"trained on {training['answer_tokens']:,} answer tokens; {training['data']}")
-    console.print(held_out_table(manifest))
+    try:
+        if (tokens := manifest.training.get("answer_tokens")) is not None:
+            console.print(f"trained on {tokens:,} answer tokens; {manifest.training.get('data', 'unknown data')}")
+        console.print(held_out_table(manifest))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RampError(f"damaged {args.folder / MANIFEST}: training: {error}") from None
     return 0
 
 

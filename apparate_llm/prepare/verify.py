@@ -67,8 +67,7 @@ def verify_folder(
 ) -> dict[str, Any]:
     """Acceptance rates on the prompts, costs on this machine, the prediction from both, and the measurement."""
     asked, depth = chosen(prompts), manifest.default_depth
-    conversations, rates, numbers = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
-    asked = [asked[number] for number in numbers]  # servers would refuse the others, too
+    conversations, rates, asked = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
     with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
         profiled = profile(
             model,
@@ -106,8 +105,8 @@ def _answered(
     *,
     max_tokens: int,
     progress: Progress,
-) -> tuple[list[Any], list[float | None], list[int]]:
-    """Conversations, acceptance rates by position, and which of the prompts were answered."""
+) -> tuple[list[Any], list[float | None], list[Prompt]]:
+    """Conversations, acceptance rates by position, and the prompts that were answered: servers refuse the others."""
     import torch
 
     from apparate_llm.prepare.evaluate import answer, mean, served_ramps
@@ -121,7 +120,7 @@ def _answered(
     of_answer = [kinds.index(prompts[number].category or "prompts") for number in answered.prompts]
     tensors = measured_tensors(measured, answered.rows, torch.tensor(of_answer))
     conversations = recorded(tensors, ramps.calibration, kinds, dict(enumerate(answered.texts)))
-    return conversations, [mean(part.agrees) for part in measured], answered.prompts
+    return conversations, [mean(part.agrees) for part in measured], [prompts[number] for number in answered.prompts]
 
 
 def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -121,6 +121,8 @@ def read_manifest(folder: Path) -> RampManifest:
         raise RampError(
             f"damaged {manifest_path}: aux_layers {manifest.aux_layers} (allowed: rising, 1 to {blocks - 1})"
         )
+    if wrong := [depth for depth in manifest.depths if not 0 <= depth <= blocks]:
+        raise RampError(f"damaged {manifest_path}: a ramp at depth {wrong[0]} (allowed: 0 to {blocks})")
     if missing := [depth for depth in manifest.depths if not manifest.calibration.get(depth)]:
         raise RampError(f"damaged {manifest_path}: no calibration for depth {missing[0]}")
     if (sha256 := sha256_of(weights_path)) != manifest.weights_sha256:

@@ -15,6 +15,7 @@ from apparate_llm.flags import (
     Paragraphs,
     add_options,
     check_new_file,
+    check_new_folder,
     config_of,
     positive,
 )
@@ -84,6 +85,7 @@ def add_tune(subparsers: Commands) -> None:
 
 def run_tune(args: argparse.Namespace) -> int:
     """Raises ValueError for bad input, RuntimeError where servers do not run."""
+    from apparate_llm.eval.plan import check_model
     from apparate_llm.host.chosen import choose
     from apparate_llm.host.options import Tuning
     from apparate_llm.machine import writable_cache
@@ -91,10 +93,11 @@ def run_tune(args: argparse.Namespace) -> int:
 
     exit_on_sigterm()
     check_new_file("--json", args.json)
+    check_new_folder("--logs", args.logs)
     if args.max_tokens < 2:
         raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
     flags = normalised([part for text in args.vllm_flag for part in split_flag(text)])
-    model = model_of(args)
+    model = model_of(args, check_model)
     options = options_of_servers(args, model)
     chosen = choose(Tuning(), model, flags, config_of(options))
     if args.print_env:

@@ -296,6 +296,8 @@ def byte_tokenizer():
         (["--early-exit", "4"], "--early-exit: got 4, allowed: 1 to 3"),
         (["--early-exit", "0"], "--early-exit: got 0, allowed: 1 to 3"),
         (["--model", "/nowhere"], "--model: got /nowhere, allowed: a folder with a model"),
+        (["--port", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--port", "65536"], "cannot listen on port 65536: a port is 0 to 65535"),
     ],
 )
 def test_a_bad_start_is_one_line_and_exit_code_2(tiny_llama, capsys, flags, message):
@@ -304,3 +306,12 @@ def test_a_bad_start_is_one_line_and_exit_code_2(tiny_llama, capsys, flags, mess
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_port_in_use_is_told_before_the_model_is_read(tiny_llama, client, capsys):
+    port = client.base_url.port
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", str(tiny_llama), "--port", str(port)])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in line

@@ -122,7 +122,7 @@ def test_servers_are_asked_what_the_model_could_be_asked(lens_ramps, tiny_llama,
         asked.extend(prompts)
         return {}
 
-    monkeypatch.setattr(verify_module, "_answered", lambda *args, **settings: ([], [0.5], [0, 2]))
+    monkeypatch.setattr(verify_module, "_answered", lambda *args, **settings: ([], [0.5], prompts[::2]))
     monkeypatch.setattr(verify_module, "profile", lambda *args, **settings: {})
     monkeypatch.setattr(verify_module, "predict", lambda *args, **settings: {})
     monkeypatch.setattr(verify_module, "measure", measure)
