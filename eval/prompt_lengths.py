@@ -48,9 +48,10 @@ def tokenizer_of(model: Path) -> "Tokenizer | None":
     if not file.is_file():
         return None
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer: Tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more special
         raise ValueError(f"damaged {file}: {' '.join(str(error).split())}") from None
+    return tokenizer
 
 
 def loads_by_length(loads: Sequence[Load], lengths: Sequence[int], number: int) -> list[Load]:

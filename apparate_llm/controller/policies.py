@@ -21,7 +21,7 @@ POLICIES: dict[PolicyName, PolicyClass] = {
 }
 OF_THE_MODEL = ("depth", "depths", "num_layers", "sibling")  # fields that are no parameters
 MOST = 10**9
-ALLOWED: dict[Any, str] = {
+ALLOWED: dict[type, str] = {
     bool: "true or false",
     int: f"a whole number from 1 to {MOST:,}",
     float: "a number of at least 0",
@@ -50,11 +50,8 @@ def make_policy(
 
 
 def _check_parameters(name: str, policy: PolicyClass, parameters: Mapping[str, Any]) -> None:
-    kinds = {
-        item.name: item.type
-        for item in fields(policy)
-        if item.init and item.type in ALLOWED and item.name not in OF_THE_MODEL and not item.name.startswith("_")
-    }
+    own = [item for item in fields(policy) if item.init and not item.name.startswith("_")]
+    kinds = {item.name: kind for item in own if item.name not in OF_THE_MODEL for kind in ALLOWED if item.type is kind}
     if unknown := parameters.keys() - kinds.keys():
         raise ValueError(f"policy {name} has no parameter {', '.join(map(repr, sorted(unknown)))}")
     for parameter, value in parameters.items():
