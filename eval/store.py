@@ -123,6 +123,8 @@ def _read(path: Path) -> Block:
     record = read_object(path)
     try:
         key = BlockKey(**record.pop("key"))
+        if [type(part) for part in key] != [int, int, int, str]:
+            raise TypeError(f"a key of {key}")
         for name in ("completions", "uncounted"):  # the latter not in old blocks
             record[name] = [Completion.of_record(done) for done in record.get(name, [])]
         if record["counts"] is not None:

@@ -150,6 +150,7 @@ def evaluated(tmp_path):
         ("blocks/00.json", "", "damaged "),
         ("blocks/00.json", "[1]", "an object is expected, got list"),
         ("blocks/00.json", '{"key": 3}', "damaged "),
+        ("blocks/00.json", '{"key": {"load": "0", "repeat": 0, "block": 0, "system": "vllm"}}', "a key of "),
         ("blocks/00.json", '{"key": {"load": 0, "repeat": 0, "block": 0, "system": "vllm"}}', "KeyError: 'counts'"),
     ],
 )
