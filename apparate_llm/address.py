@@ -17,6 +17,8 @@ def server_url(text: str, flag: str) -> str:
         raise ConfigError(f"{flag}: {text}: {error}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host or " " in url:
         raise ConfigError(f"{flag} must be http://HOST:PORT or https://HOST:PORT, with or without /v1, got {text}")
+    if parsed.port is not None and not 0 < parsed.port < 2**16:
+        raise ConfigError(f"{flag}: a port is 1 to 65535, got {text}")
     return url
 
 

@@ -7,11 +7,13 @@ which token each finds best, and how far apart their distributions are. So one d
 import io
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from apparate_llm.prepare.chat import ChatFormat
+from apparate_llm.prepare.engine import context_length
 from apparate_llm.progress import Progress
 
 if TYPE_CHECKING:
@@ -21,8 +23,13 @@ MAX_TOKENS = 32  # of an answer
 Messages = list[dict[str, str]]
 
 
+class NothingToAskError(ValueError):
+    """Why the original can be asked none of the prompts. The message is one line for the user."""
+
+
 class Agreement(NamedTuple):
     num_prompts: int
+    left_out: dict[str, int]  # reason -> prompts that cannot be asked
     num_tokens: int
     same_frac: float  # of the tokens: the best one is the same
     kl_nats: float  # mean of KL(original || other)
@@ -43,10 +50,14 @@ class Answer(NamedTuple):
 def agreement_of(
     original: Path, other: Path, prompts: Sequence[Messages], *, limit_s: float, progress: Progress
 ) -> Agreement:
-    """Over as many of the prompts as half of `limit_s` lets the original answer, at least one."""
+    """Over as many of the prompts as half of `limit_s` lets the original answer, at least one. `progress` says which
+    cannot be asked; raises NothingToAskError if these are all."""
     answers: list[Answer] = []
+    until_s = time.monotonic() + limit_s / 2
     with progress.stage("original's answers", total=len(prompts), unit="prompts", facts="loading the model") as stage:
-        for answer in answered(original, prompts, until_s=time.monotonic() + limit_s / 2):
+        asked, left_out = rendered(original, prompts, progress.say)
+        stage.total = len(asked)
+        for answer in answered(original, asked, until_s=until_s):
             answers.append(answer)
             stage.update(len(answers))
         stage.total = len(answers)
@@ -57,33 +68,44 @@ def agreement_of(
             own_same, own_kl = compared(answer.scores, scores_of(model, answer.ids, answer.num_tokens))
             same, kl, num_tokens = same + own_same, kl + own_kl, num_tokens + answer.num_tokens
             stage.update(number)
-    return Agreement(len(answers), int(num_tokens), same / num_tokens, kl / num_tokens)
+    return Agreement(len(answers), left_out, int(num_tokens), same / num_tokens, kl / num_tokens)
 
 
-def answered(original: Path, prompts: Sequence[Messages], *, until_s: float) -> Iterator[Answer]:
-    """until_s: on the monotonic clock, when no further answer is begun."""
-    import torch
+def rendered(
+    model: Path, prompts: Sequence[Messages], say: Callable[[str], None]
+) -> tuple[list[list[int]], dict[str, int]]:
+    """Token ids of the prompts that the model can be asked, and for which reasons how many are left out, which is
+    said. Raises NothingToAskError."""
     from transformers import AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(original), loaded(original)
-    for number, messages in enumerate(prompts):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # each reader of a damaged file fails in its own way
+        raise NothingToAskError(f"no tokenizer can be read in {model}: {' '.join(str(error).split())[:200]}") from None
+    try:
+        length = context_length(model)
+        chat = ChatFormat(tokenizer, max_model_len=length, max_answer_tokens=MAX_TOKENS, say=say)
+        asked, left_out = chat.render_all([*prompts])
+    except ValueError as error:
+        raise NothingToAskError(str(error)) from None
+    return [ids for _, ids in asked], dict(left_out.counts)
+
+
+def answered(original: Path, prompts: Sequence[list[int]], *, until_s: float) -> Iterator[Answer]:
+    """prompts: token ids; until_s: on the monotonic clock, when no further answer is begun."""
+    import torch
+
+    model = loaded(original)
+    for number, prompt_ids in enumerate(prompts):
         if number and time.monotonic() >= until_s:
             return
-        prompt = torch.tensor([prompt_ids(tokenizer, messages)])
+        prompt = torch.tensor([prompt_ids])
         with torch.inference_mode(), quiet():
             ids = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=MAX_TOKENS
             )
         num_tokens = ids.shape[1] - prompt.shape[1]
         yield Answer(ids, num_tokens, scores_of(model, ids, num_tokens))
-
-
-def prompt_ids(tokenizer: Any, messages: Messages) -> list[int]:
-    if tokenizer.chat_template is None:
-        ids: list[int] = tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
-        return ids
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return ids
 
 
 def loaded(folder: Path) -> Any:

@@ -157,6 +157,12 @@ class ChatClient:
         if answer.status_code != 200:
             raise RuntimeError(f"the server answers with HTTP {answer.status_code}: {answer.text[:300]}")
 
+    def _take(self, answer: Answer, chunk: str) -> None:
+        try:
+            answer.take(json.loads(chunk))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RuntimeError(f"{self.url} is no OpenAI-compatible server: {chunk[:100]}") from None
+
     def ask(self, messages: list[dict[str, str]], options: dict[str, int | float] | None = None) -> Iterator[Answer]:
         """The answer, again after every chunk. options: instead of the command's, in `vllm_xargs`."""
         import httpx
@@ -176,7 +182,7 @@ class ChatClient:
                 self._check(response)
                 for chunk in event_data(response.iter_bytes()):
                     if chunk != "[DONE]":
-                        answer.take(json.loads(chunk))
+                        self._take(answer, chunk)
                         yield answer
         except httpx.HTTPError as error:
             raise RuntimeError(f"the server went away: {error or type(error).__name__}") from None

@@ -130,10 +130,12 @@ def mismatched_extras() -> list[str]:
 
 
 def remove_mismatched(names: list[str]) -> None:
+    """Raises RuntimeError where pip cannot."""
     import subprocess
 
     if names:
-        subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", *names], check=True)
+        if code := subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", *names]).returncode:
+            raise RuntimeError(f"pip ended with exit code {code}: {', '.join(names)} not removed")
         print(f"removed {', '.join(names)}")
 
 
@@ -264,7 +266,10 @@ def check_default_model() -> list[Finding]:
 
 def check_batch_invariance() -> list[Finding]:
     """What the last start of each model found."""
-    records = kept(cache_folder())
+    try:
+        records = kept(cache_folder())
+    except ConfigError:  # of which check_default_model tells
+        return []
     if not records:
         return [Finding("ok", "batch invariance: tried for each model as it starts, none has been started yet")]
     return [

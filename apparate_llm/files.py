@@ -1,10 +1,12 @@
 """Files that are either complete or not there, and those that are nobody else's business."""
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 PART = ".part"  # suffix of a file that is being written; one that is left over belongs to a process that was killed
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
@@ -30,6 +32,18 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
     with replacing(path, private=private) as temporary:
         temporary.write_bytes(data)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Of a JSON file; raises ValueError that names it for what is none, OSError where it cannot be read."""
+    data = path.read_bytes()
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"damaged {path}: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"damaged {path}: an object is expected, got {type(document).__name__}")
+    return document
 
 
 def private_opener(path: str, flags: int) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import sys
+import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ class OneLineParser(argparse.ArgumentParser):
 Commands: TypeAlias = "argparse._SubParsersAction[OneLineParser]"  # what commands are added to
 
 
+MOST_DIGITS = 12  # of a number that counts anything
+MOST_SEED = 2**32 - 1  # that every generator of random numbers takes
 KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
@@ -146,8 +149,41 @@ def read_tenants(name: str) -> dict[str, object]:
     return tables
 
 
+def check_new_file(flag: str, path: Path | None) -> None:
+    """Raises ConfigError where a file that comes at the end of the work could not be written. None: none is wanted."""
+    if path is None:
+        return
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigError(f"{flag}: folder not found: {folder}")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{flag}: must be a file, {path} is {'a folder' if path.is_dir() else 'none'}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"{flag}: cannot write to {folder}: {error.strerror}") from None
+
+
+def check_new_folder(flag: str, folder: Path | None) -> None:
+    """Raises ConfigError where one can neither be nor be made, as something else is there. None: none is wanted."""
+    if folder is None:
+        return
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{flag} must be a folder, {there} is a file")
+
+
 def positive(text: str) -> int:
-    number = int(text) if text.isdigit() else 0
+    if text.isdecimal() and len(text) > MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"must have {MOST_DIGITS} digits at most, got {text}")
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return number
+
+
+def seed(text: str) -> int:
+    number = int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else -1
+    if not 0 <= number <= MOST_SEED:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {MOST_SEED}, got {text!r}")
     return number

@@ -14,9 +14,10 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
-# In a log: seconds between two lines, and what keeps an hour's log within 80 lines.
-FIRST_S, FIRST_EVERY_S, EVERY_S, AT_LEAST_EVERY_S = 240.0, 30.0, 60.0, 90.0
-LINES_AT_FIRST, LINES_PER_MINUTE = 12, 1.0
+# In a log: seconds between two lines, and what keeps an hour's log within 80 lines, two restarts included. Where there
+# are more lines than there may be by now, they come as seldom as they may, and stages begin without one.
+FIRST_S, FIRST_EVERY_S, EVERY_S, AT_LEAST_EVERY_S = 240.0, 30.0, 60.0, 110.0
+LINES_AT_FIRST, LINES_PER_MINUTE = 8, 0.8
 POLL_S = 0.5
 SECONDS = "s"  # a unit whose amounts are shown as times
 
@@ -86,18 +87,21 @@ class Stage:
 
 
 class Progress:
-    """Stages of one command, and how long the whole still takes by `left_s`, which may be called by another thread."""
+    """Stages of one command, and how long the whole still takes by `left_s`, which may be called by another thread.
+    before_s: spent on the same work by earlier starts, whose log this one's goes on."""
 
     def __init__(
         self,
         console: Console,
         *,
         left_s: Callable[[], float | None] = lambda: None,
+        before_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         poll_s: float = POLL_S,
     ) -> None:
         self.console = console
         self.left_s = left_s
+        self.before_s = before_s
         self.clock = clock
         self.poll_s = poll_s
         self.stages: list[Stage] = []  # that are open; the last one is told of in a log
@@ -105,7 +109,8 @@ class Progress:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._began_s = self._last_line_s = clock()
-        self._lines = 0
+        self._lines = 0  # told by this start
+        self._told_stage = False
         self._bars = self._bars_on(console) if on_terminal(console) else None
 
     def __enter__(self) -> Self:
@@ -138,7 +143,8 @@ class Progress:
             self.stages.append(stage)
             if self._bars is not None:
                 bar = self._bars.add_task(name, total=None, stage=stage)
-            elif not often_brief:
+            elif not often_brief and not (self._told_stage and self._is_full):
+                self._told_stage = True
                 self._print(self._state(stage, begins=True))
         stopped = True
         try:
@@ -161,12 +167,23 @@ class Progress:
     def tick(self) -> None:
         """The last known state as a line, if it is time for one."""
         with self._lock:
-            now = self.clock()
-            silent_s, minutes = now - self._last_line_s, (now - self._began_s) / 60
-            early = now - self._began_s <= FIRST_S
-            many = self._lines >= LINES_AT_FIRST + LINES_PER_MINUTE * minutes and not early
-            if self.stages and silent_s >= (FIRST_EVERY_S if early else AT_LEAST_EVERY_S if many else EVERY_S):
+            every_s = FIRST_EVERY_S if self._is_early else AT_LEAST_EVERY_S if self._is_full else EVERY_S
+            if self.stages and self.clock() - self._last_line_s >= every_s:
                 self._print(self._state(self.stages[-1]))
+
+    @property
+    def _worked_s(self) -> float:
+        return self.before_s + self.clock() - self._began_s
+
+    @property
+    def _is_early(self) -> bool:
+        return self._worked_s <= FIRST_S
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the log has as many lines as it may have by now; earlier starts are taken to have told all theirs."""
+        most = lines_by(self._worked_s) - (lines_by(self.before_s) if self.before_s else 0.0)
+        return not self._is_early and self._lines >= most
 
     def _tell(self) -> None:
         while not self._ended.wait(self.poll_s):
@@ -233,6 +250,11 @@ class _Words(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(self.words(task.fields["stage"]))
+
+
+def lines_by(seconds: float) -> float:
+    """That a log may have after so much work."""
+    return LINES_AT_FIRST + LINES_PER_MINUTE * seconds / 60
 
 
 def on_terminal(console: Console) -> bool:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from apparate_llm.config import ConfigError
 from apparate_llm.files import write_atomically
-from apparate_llm.flags import Commands
+from apparate_llm.flags import Commands, check_new_file
 from apparate_llm.machine import machine
 from apparate_llm.named_model import add_model, model_of
 from apparate_llm.naming import model_name
@@ -73,8 +73,6 @@ def run_quantize(args: argparse.Namespace) -> int:
     sizes = size_mb(out), size_mb(model)
     print(f"written: {out} ({sizes[0]:.0f} MB, {name} has {sizes[1]:.0f} MB, {took_s:.0f} s)", flush=True)
     agreement = cost_of(model, out, args.measure_s, console) if args.measure_s > 0 else None
-    if agreement is not None:
-        print(f"against {name}: {agreement}")
     if args.json:
         results = {"model": name, "took_s": took_s, "made_mb": sizes[0], "original_mb": sizes[1]}
         keep(args.json, results | {"agreement": None if agreement is None else agreement._asdict()})
@@ -86,9 +84,8 @@ def check_places(out: Path, json_file: Path | None) -> None:
     """Raises ConfigError where nothing new can be written."""
     if out.exists():
         raise ConfigError(f"--out: {out} is there already: name a new folder")
-    for flag, path in (("--out", out), ("--json", json_file)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{flag}: folder not found: {path.absolute().parent}")
+    check_new_file("--out", out)
+    check_new_file("--json", json_file)
 
 
 def write(model: Path, out: Path, console: Console) -> float:
@@ -120,13 +117,20 @@ def keep(file: Path, results: Mapping[str, object]) -> None:
     write_atomically(file, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def cost_of(model: Path, out: Path, limit_s: float, console: Console) -> "Agreement":
-    from apparate_llm.agreement import agreement_of
+def cost_of(model: Path, out: Path, limit_s: float, console: Console) -> "Agreement | None":
+    """Printed as well. None of a model that can be asked nothing: its folder is made all the same."""
+    from apparate_llm.agreement import NothingToAskError, agreement_of
     from apparate_llm.eval.prompts import load_prompts
 
-    prompts = [prompt.messages for prompt in load_prompts(None)]
-    with Progress(console) as progress:
-        return agreement_of(model, out, prompts, limit_s=limit_s, progress=progress)
+    prompts, name = [prompt.messages for prompt in load_prompts(None)], model_name(model.resolve())
+    try:
+        with Progress(console) as progress:
+            agreement = agreement_of(model, out, prompts, limit_s=limit_s, progress=progress)
+    except NothingToAskError as error:
+        print(f"not compared with {name}: {error}")
+        return None
+    print(f"against {name}: {agreement}")
+    return agreement
 
 
 def size_mb(folder: Path) -> float:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from apparate_llm.config import EarlyExitConfig, parse_config
+from apparate_llm.config import ConfigError, EarlyExitConfig, parse_config
 from apparate_llm.drawing import Axes
 from apparate_llm.files import replacing, write_atomically
-from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
+from apparate_llm.flags import Commands, OneLineParser, add_options, check_new_file, options_from
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from apparate_llm.controller.feedback import LoggedStep
     from apparate_llm.controller.replay import LogCosts, Replayed
 
+FIGURES = (".png", ".svg", ".pdf")
 LOGS = Path(__file__).parent / "assets" / "logs"
 
 
@@ -80,15 +81,13 @@ def run_replay(args: argparse.Namespace) -> int:
 
     config = options_from(args)
     path = find_log(args.log)
-    for out in (args.figure, args.json):
-        if out is not None and not out.parent.is_dir():
-            raise ValueError(f"folder not found: {out.parent}")
+    check_new_file("--json", args.json)
+    check_figure(args.figure)
     header, steps = read_header(path), list(read_steps(path))
+    if type(num_layers := header.get("num_layers")) is not int or num_layers < 1:
+        raise ConfigError(f"{path}: num_layers in its header must be a whole number of at least 1, got {num_layers!r}")
     costs = LogCosts(steps)
-    if config.depth not in ("auto", *costs.draft_steps):
-        raise ValueError(
-            f"--depth: the log holds exits of depth {', '.join(map(str, costs.draft_steps))}, got {config.depth}"
-        )
+    check_depth("--depth", config, costs)
     rows = []
     with Progress(Console(stderr=True)) as progress:
         combinations = parameter_grid(args.param)
@@ -109,6 +108,20 @@ def run_replay(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_depth(flag: str, config: EarlyExitConfig, costs: "LogCosts") -> None:
+    """Raises ConfigError for a depth that the log does not have."""
+    if config.depth not in ("auto", *costs.draft_steps):
+        depths = ", ".join(map(str, costs.draft_steps))
+        raise ConfigError(f"{flag}: the log holds exits of depth {depths}, got {config.depth}")
+
+
+def check_figure(path: Path | None) -> None:
+    """Raises ConfigError where it could not be drawn or written."""
+    check_new_file("--figure", path)
+    if path is not None and path.suffix.lower() not in FIGURES:
+        raise ConfigError(f"--figure: must end in {', '.join(FIGURES)}, got {path}")
+
+
 def find_log(name: str | None) -> Path:
     shipped = shipped_logs()
     if name is None:
@@ -127,7 +140,7 @@ def parameter_grid(given: list[str]) -> list[dict[str, object]]:
             raise ValueError(f"--param must be NAME=V1,V2,..., got {text!r}")
         try:
             axes.append([(OPTIONS.get(name, name), json.loads(value)) for value in values.split(",")])
-        except json.JSONDecodeError:
+        except ValueError:
             raise ValueError(f"--param {name}: values must be numbers, true or false, got {values!r}") from None
     return [dict(combination) for combination in itertools.product(*axes)]
 
@@ -145,6 +158,7 @@ def one_row(
     options = {name: value for name, value in parameters.items() if name in EarlyExitConfig.model_fields}
     rest = {name: value for name, value in parameters.items() if name not in options}
     config = parse_config({**config.model_dump(), **options})
+    check_depth("--param depth", config, costs)
     depths = tuple(sorted(costs.draft_steps))
     policy = make_policy(
         config,
@@ -209,7 +223,6 @@ def print_rows(rows: list[Row], title: str) -> None:
 
 
 def save_figure(path: Path, rows: list[Row]) -> None:
-    """Raises ValueError for a kind of file that cannot be drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -218,7 +231,7 @@ def save_figure(path: Path, rows: list[Row]) -> None:
     figure, ax = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     draw_tradeoff(ax, rows)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or None, dpi=150)
+        figure.savefig(temporary, format=path.suffix.lower().removeprefix("."), dpi=150)
     pyplot.close(figure)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 from rich.console import Console
 
+from apparate_llm.files import read_object
 from apparate_llm.lifeline import undone_by_sigterm
 from apparate_llm.progress import Progress, Stage
 from apparate_llm.ramps.checkpoint import sha256_of
@@ -23,7 +24,7 @@ COMPLETE = "apparate-complete.json"  # written last: name -> sha256 of every fil
 def is_complete(folder: Path) -> bool:
     """Whether every file of the folder is there with the content it was written with."""
     try:
-        sums = json.loads((folder / COMPLETE).read_text())
+        sums = read_object(folder / COMPLETE)
         return bool(sums) and all(sha256_of(folder / name) == digest for name, digest in sums.items())
     except (OSError, ValueError):
         return False

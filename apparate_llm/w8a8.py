@@ -73,7 +73,9 @@ def int8_model(model: Path) -> Path:
 
 
 def write_w8a8(model: Path, out: Path, stage: Stage) -> None:
-    """Fill the folder `out`; raises WeightsError for weights that cannot be read or are not finite."""
+    """Fill the folder `out`; raises WeightsError for weights that cannot be read or are not finite, ConfigError where
+    they cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from apparate_llm.ramps.fingerprint import weight_files
@@ -93,7 +95,10 @@ def write_w8a8(model: Path, out: Path, stage: Stage) -> None:
                 stage.update(done, stage.facts)
             else:
                 tensors[name] = tensor
-        save_file(tensors, out / file.name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, out / file.name, metadata={"format": "pt"})
+        except SafetensorError as error:  # in the place of the system's
+            raise ConfigError(f"cannot write {out / file.name}: {error}") from None
         places |= dict.fromkeys(tensors, file.name)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
@@ -109,6 +114,8 @@ def quantised(name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
 
     from apparate_llm.ramps.fingerprint import WeightsError
 
+    if weight.dim() != 2 or not weight.numel():
+        raise WeightsError(f"{name} has shape {tuple(weight.shape)}, rows and columns of a layer are expected")
     if not (weight.is_floating_point() and weight.isfinite().all()):
         raise WeightsError(f"{name} holds values that are not finite, or no numbers of a layer ({weight.dtype})")
     scheme, values = w8a8_scheme(), weight.float()

@@ -16,6 +16,8 @@ from apparate_llm.sse import event_data_async
 
 TIMEOUT_S = 600.0
 FAILED_WAIT_S = 0.5  # before a client whose request failed asks again
+# Of a request: the network's, and those of reading what is no chunk, or sending what no JSON holds.
+FAILURES = (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError)
 
 Fields = Mapping[str, bool | int | float | str]  # of a request, besides those that all servers get
 
@@ -159,7 +161,7 @@ async def complete(
                     _take(result, json.loads(chunk), clock() - sent)
                     if result.error:
                         return result
-    except (httpx.HTTPError, json.JSONDecodeError, KeyError) as error:
+    except FAILURES as error:
         result.error = f"{type(error).__name__}: {error}"
         return result
     if not finished or result.output_tokens is None:

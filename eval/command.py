@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apparate_llm.address import add_api_key
 from apparate_llm.config import EarlyExitConfig
-from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive
+from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive, seed
 from apparate_llm.host.options import KeptTuning, add_tuning
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model
@@ -19,6 +19,7 @@ NOT_SHARED = (
     "controller_state",
     "tenants",
 )  # a system's own, or a file that only one may write
+LEAST, MOST = 1e-9, 1e12  # seconds, rates and factors that can be reckoned with
 OBJECTIVES = ("ttft", "tpt", "e2e")
 TPT_COSTS = """
 
@@ -133,7 +134,7 @@ def _add_arrivals(tpt: OneLineParser) -> None:
         type=above_zero,
         help="seconds of arrivals (--rate, --trace) after which the next system has its turn (default: 20)",
     )
-    tpt.add_argument("--seed", type=int, default=0, help="seed of arrivals and varied lengths (default: 0)")
+    tpt.add_argument("--seed", type=seed, default=0, help="seed of arrivals and varied lengths (default: 0)")
     tpt.add_argument(
         "--trace",
         type=Path,
@@ -265,7 +266,7 @@ def _add_sampling(parser: OneLineParser) -> None:
     )
     parser.add_argument(
         "--sampling-seed",
-        type=int,
+        type=seed,
         help="with --temperature: a seed for each request, so that answers are the same again; such requests take no "
         "exits",
     )
@@ -349,6 +350,8 @@ def above_zero(text: str) -> float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    if not LEAST <= number <= MOST:
+        raise argparse.ArgumentTypeError(f"must be a number from {LEAST:g} to {MOST:g}, got {text!r}")
     return number
 
 

@@ -18,12 +18,12 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from jinja2 import TemplateError
 from pydantic import AliasPath, BaseModel, Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from apparate_llm.flags import OneLineParser, positive
+from apparate_llm.launch import port_problem
 from apparate_llm.naming import model_name
 
 Step = tuple[str, int, str | None]  # text, tokens of the answer so far (an end token is one), finish reason
@@ -138,16 +138,22 @@ class Generator:
         self.worker = ThreadPoolExecutor(1)
 
     def prepare(self, body: ChatRequest) -> Answer:
-        """Raises ValueError, or the chat template's TemplateError, for what this server cannot do."""
+        """Raises ValueError for what this server cannot do."""
         if body.temperature:
             raise ValueError(f"temperature: got {body.temperature}, allowed: 0 (this server decodes greedily)")
-        messages = body.model_dump()["messages"]
-        prompt_ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt_ids = self._prompt_ids(body.model_dump()["messages"])
         free_tokens = self.max_model_len - len(prompt_ids)
         max_tokens = body.max_completion_tokens or body.max_tokens or max(free_tokens, 1)
         if max_tokens > free_tokens:
             raise ValueError(f"max_tokens: got {max_tokens}, allowed: {max(free_tokens, 0)} after this prompt")
         return Answer(prompt_ids, max_tokens=max_tokens, eos_ids=[] if body.ignore_eos else self.eos_ids)
+
+    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # each template refuses in its own way, some by a TypeError
+            raise ValueError(f"messages: the chat template refuses ({error})") from None
+        return ids
 
     def generate(self, answer: Answer) -> None:
         """For the worker thread."""
@@ -222,7 +228,7 @@ def create_app(generator: Generator) -> FastAPI:
     async def chat(request: Request, body: ChatRequest) -> Response:
         try:
             answer = generator.prepare(body)
-        except (ValueError, TemplateError) as error:
+        except ValueError as error:
             return JSONResponse(error_body(error, 400), status_code=400)
         answer.watcher = asyncio.create_task(answer.stop_on_disconnect(request))
         generator.worker.submit(generator.generate, answer)
@@ -248,6 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     deepest = AutoConfig.from_pretrained(args.model).num_hidden_layers - 1
     if args.early_exit is not None and not 1 <= args.early_exit <= deepest:
         parser.error(f"--early-exit: got {args.early_exit}, allowed: 1 to {deepest}")
+    if problem := port_problem(args.host, args.port):
+        parser.error(f"--port: {problem}")
     app = create_app(Generator(args.model, dtype=args.dtype, early_exit=args.early_exit))
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
 

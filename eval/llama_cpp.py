@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apparate_llm.eval.client import Fields
-from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.prompt_lengths import tokenizer_of
+from apparate_llm.eval.prompts import Prompt, text_of
 from apparate_llm.eval.systems import System
 from apparate_llm.launch import clean_environment
 
@@ -90,13 +91,11 @@ def demand_of(model: Path, prompts: Sequence[Prompt], concurrencies: Sequence[in
 
 
 def longest_prompt(model: Path, prompts: Sequence[Prompt]) -> int:
-    """Tokens, and room for what a chat template adds. Without a tokenizer.json each byte counts as a token."""
-    texts = ["\n".join(str(message["content"]) for message in prompt.messages) for prompt in prompts]
-    file = model / "tokenizer.json"
-    if file.is_file():
-        from tokenizers import Tokenizer
-
-        lengths = [len(encoded.ids) for encoded in Tokenizer.from_file(str(file)).encode_batch(texts)]
+    """Tokens, and room for what a chat template adds. Without a tokenizer.json each byte counts as a token. Raises
+    ValueError for a damaged one."""
+    texts = ["\n".join(map(text_of, prompt.messages)) for prompt in prompts]
+    if (tokenizer := tokenizer_of(model)) is not None:
+        lengths = [len(encoded.ids) for encoded in tokenizer.encode_batch(texts)]
     else:
         lengths = [len(text.encode()) for text in texts]
     added = [MESSAGE_TOKENS * len(prompt.messages) + TEMPLATE_TOKENS for prompt in prompts]

@@ -30,10 +30,10 @@ from apparate_llm.eval.systems import (
     tuned,
 )
 from apparate_llm.eval.workloads import Load, closed
-from apparate_llm.flags import options_from
+from apparate_llm.flags import check_new_folder, options_from
 from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.launch import check_build
-from apparate_llm.models.architectures import architecture_of
+from apparate_llm.models.architectures import architecture_of, layers_of
 from apparate_llm.named_model import model_of
 from apparate_llm.naming import model_name
 from apparate_llm.preflight import preflight_ramps
@@ -95,12 +95,13 @@ class SteadyPlan:
 def quick_plan(args: argparse.Namespace) -> EvalPlan:
     """Plain vLLM against exits with the options given, in a folder that nobody asked for."""
     config = options_from(args)
+    check_new_folder("--logs", args.logs)
     if config.policy != "off":
         check_build()
     asked = prompt_set(args.prompts, args.num_prompts)
     prompts = asked.prompts
     flags = tuple(server_flags(args.vllm_flag, num_servers=2))
-    model = model_of(args)
+    model = model_of(args, check_model)
     preflight_ramps(config, model, architecture_of(model))
     choice = tuned(ModelChoice(model, flags, tuple(option_flags(args)), api_key=args.api_key), kept_tuning_from(args))
     systems = [plain_alike(choice), early_exits(name_of(config), choice)]
@@ -119,12 +120,18 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
     )
 
 
+def check_model(folder: Path) -> None:
+    """Raises UnsupportedModelError for a model that no report could be made of."""
+    architecture_of(folder)
+    layers_of(folder)
+
+
 def tpt_plan(args: argparse.Namespace) -> EvalPlan:
     asked = prompt_set(args.prompts, args.num_prompts)
     prompts, loads = asked.prompts, asked_loads(args, asked.prompts)
     if args.prompt_tokens:
         loads = loads_by_length(loads, args.prompt_tokens, len(prompts))
-        prompts = prompts_of_lengths(model_of(args), prompts, args.prompt_tokens)
+        prompts = prompts_of_lengths(model_of(args, check_model), prompts, args.prompt_tokens)
     return _plan(args, prompts, loads, (), [asked])
 
 
@@ -144,6 +151,7 @@ def drift_plan(args: argparse.Namespace) -> EvalPlan:
 
 def steady_plan(args: argparse.Namespace) -> SteadyPlan:
     names = _names(args)
+    check_new_folder("--out", args.out)
     choice = _choice(args, num_servers=len(names) + len(args.accuracy_bounds) + len(args.llama_cpp))
     asked, sampling = prompt_set(args.prompts, args.num_prompts), _sampling(args)
     systems = _that_sample(systems_of(names, [], choice), sampling)
@@ -228,6 +236,7 @@ def _plan(
     sets: list[PromptSet],
 ) -> EvalPlan:
     names = _names(args)
+    check_new_folder("--out", args.out)
     num_servers = len(names) + len(args.system) + len(args.accuracy_bounds) + len(args.llama_cpp)
     choice = _choice(args, num_servers=num_servers)
     sampling = _sampling(args)
@@ -260,7 +269,7 @@ def _choice(args: argparse.Namespace, *, num_servers: int) -> ModelChoice:
     options_from(args)
     flags = tuple(server_flags(args.vllm_flag, num_servers))  # bad ones are found before a model is brought
     choice = ModelChoice(
-        model=model_of(args),
+        model=model_of(args, check_model),
         vllm_flags=flags,
         options=tuple(option_flags(args)),
         bounds=tuple(args.accuracy_bounds),

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class Prompt(NamedTuple):
 
     @property
     def asked(self) -> str:
-        return self.messages[-1]["content"]
+        return text_of(self.messages[-1])
 
 
 class PromptSet(NamedTuple):
@@ -40,9 +40,21 @@ class PromptSet(NamedTuple):
         return {"size": self.size, "asked": len(self.prompts), "developed_with": developed_with(self.prompts)}
 
 
+def parts_of(message: Mapping[str, object]) -> list[object]:
+    """The texts of a content, which is a text, a list of parts or nothing; as it is what has no text."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [] if content is None else [content]
+    return [part.get("text") if isinstance(part, dict) else part for part in parts]
+
+
+def text_of(message: Mapping[str, object]) -> str:
+    """Its words, of whatever kind its content is."""
+    return "\n".join(part for part in parts_of(message) if isinstance(part, str))
+
+
 def prompt_set(source: Path | None, number: int | None) -> PromptSet:
-    """The first `number` prompts, or all; raises as `load_prompts`."""
-    prompts = load_prompts(source)
+    """The first `number` prompts, or all; raises as `prompts_to_send`."""
+    prompts = prompts_to_send(source)
     return PromptSet("quick" if source is None else source.name, len(prompts), prompts[:number])
 
 
@@ -61,6 +73,17 @@ def _developed_with() -> tuple[frozenset[str], frozenset[str]]:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def prompts_to_send(source: Path | None) -> list[Prompt]:
+    """`load_prompts` for a server, over HTTP; raises ValueError as well for a prompt that no request can hold."""
+    prompts = load_prompts(source)
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            json.dumps(prompt.messages, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{source}: prompt {number} has half of a surrogate pair, which cannot be sent") from None
+    return prompts
 
 
 def load_prompts(source: Path | None) -> list[Prompt]:
@@ -103,7 +126,7 @@ def _plain(line: str, where: str) -> Prompt:
 def _sharegpt(text: str, source: Path) -> list[Prompt]:
     try:
         chats = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not JSON: {error}") from None
     if not isinstance(chats, list):
         raise ValueError(f"{source}: expected a list of chats with `conversations`, got {type(chats).__name__}")
@@ -121,7 +144,7 @@ def _sharegpt(text: str, source: Path) -> list[Prompt]:
 def _of_line(line: str, where: str) -> Prompt:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
@@ -147,6 +170,8 @@ def _messages(record: dict[str, Any], where: str) -> Messages:
         ok = isinstance(messages, list) and messages
         if not ok or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
             raise ValueError(f"{where}: `messages` must be a list of objects with role and content")
+        for message in messages:
+            _check_message(message, where)
         return messages
     if "prompt" in record:
         text = record["prompt"]
@@ -160,6 +185,14 @@ def _messages(record: dict[str, Any], where: str) -> Messages:
     if not isinstance(text, str) or not text:
         raise ValueError(f"{where}: the prompt must be a text that is not empty")
     return [{"role": "user", "content": text}]
+
+
+def _check_message(message: Mapping[str, object], where: str) -> None:
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str):
+        raise ValueError(f"{where}: a role must be a text, got {type(role).__name__}")
+    if content is not None and not isinstance(content, str | list):
+        raise ValueError(f"{where}: a content must be a text, a list of parts or null, got {type(content).__name__}")
 
 
 def _first_text(reference: object) -> str | None:

@@ -36,6 +36,7 @@ from apparate_llm.eval.switched import switch_level
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.tables import tables
 from apparate_llm.files import private_folder, write_atomically
+from apparate_llm.flags import check_new_file
 from apparate_llm.machine import machine
 from apparate_llm.models.architectures import layers_of
 from apparate_llm.progress import SECONDS, Progress
@@ -49,8 +50,7 @@ TABLE_WIDTH = 120
 
 
 def run_quick(args: argparse.Namespace) -> int:
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    check_new_file("--json", args.json)
     plan = quick_plan(args)
     results = _run(plan)
     if args.json:
@@ -161,7 +161,7 @@ def _run(plan: EvalPlan) -> Results:
         sampling=plan.sampling,
         baseline=plan.baselines[0],
     )
-    with Progress(console) as progress:
+    with Progress(console, before_s=store.measured_s) as progress:
         evaluate(evaluation, progress)
         with progress.stage("report", total=math.inf, facts="texts compared, figures drawn"):
             results = summarise(plan, list(store.blocks()), evaluation.dead, started)
@@ -212,6 +212,8 @@ def points_of(store: Store) -> "Points":
     loads = plan["loads"]
     for block in store.blocks():
         name = system_of_old(block.key.system) if is_old(plan) else block.key.system
+        if not 0 <= block.key.load < len(loads):
+            raise ValueError(f"{store.folder}: a block is of load {block.key.load}, and plan.json has {len(loads)}")
         key = (name, *loads[block.key.load])
         for done in block.completions:
             if (tpt_ms := done.tpt_ms) is not None:
@@ -222,6 +224,8 @@ def points_of(store: Store) -> "Points":
 
 def run_report(args: argparse.Namespace) -> int:
     """Draw the page again, and print the tables."""
+    if not args.folder.is_dir():
+        raise ValueError(f"no folder of an evaluation: {args.folder}")
     results = load_results(args.folder)
     write_page(args.folder, results)
     Console(width=max(Console().width, TABLE_WIDTH)).print(*tables(results))

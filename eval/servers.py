@@ -96,8 +96,13 @@ class Server:
             time.sleep(0.5)
 
     def model_name(self) -> str:
-        response = httpx.get(f"{self.base_url}/v1/models", headers=self.headers, timeout=10.0)
-        return str(response.raise_for_status().json()["data"][0]["id"])
+        """Raises RuntimeError where the server names none as OpenAI's does."""
+        response = httpx.get(f"{self.base_url}/v1/models", headers=self.headers, timeout=10.0).raise_for_status()
+        try:
+            return str(response.json()["data"][0]["id"])
+        except (ValueError, KeyError, IndexError, TypeError):
+            text = response.text[:100]
+            raise RuntimeError(f"{self.system.name} is no OpenAI-compatible server: /v1/models says {text!r}") from None
 
     def fields(self, ask: PlannedRequest, sampling: Sampling = GREEDY) -> Fields:
         """Of a request to it, the system's own included. A salt of its own keeps it from being answered out of a prefix

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from apparate_llm.eval.client import Completion
 from apparate_llm.eval.statistics import output_tokens
-from apparate_llm.files import private_folder, write_atomically
+from apparate_llm.files import private_folder, read_object, write_atomically
 from apparate_llm.renamed import counts_of_any_version
 
 
@@ -67,7 +67,7 @@ class Store:
         if fresh and ours:
             shutil.rmtree(self.folder / "blocks", ignore_errors=True)
         elif ours:
-            kept = json.loads(path.read_text())
+            kept = read_object(path)
             plan = json.loads(json.dumps(plan))
             different = sorted(name for name in plan.keys() | kept.keys() if plan.get(name) != kept.get(name))
             if different:
@@ -85,11 +85,14 @@ class Store:
 
     def plan(self) -> dict[str, Any]:
         """Raises ValueError where there is no evaluation."""
-        try:
-            plan: dict[str, Any] = json.loads((self.folder / "plan.json").read_text())
-            return plan
-        except FileNotFoundError:
-            raise ValueError(f"{self.folder} holds no evaluation (no plan.json)") from None
+        path = self.folder / "plan.json"
+        if not path.is_file():
+            raise ValueError(f"{self.folder} holds no evaluation (no plan.json)")
+        plan = read_object(path)
+        loads = plan.get("loads")
+        if not isinstance(loads, list) or not all(isinstance(load, list) and len(load) == 2 for load in loads):
+            raise ValueError(f"damaged {path}: `loads` must be a list of pairs")
+        return plan
 
     def has(self, key: BlockKey) -> bool:
         return self._path(key).exists()
@@ -102,18 +105,30 @@ class Store:
         write_atomically(self._path(block.key), json.dumps(record).encode(), private=True)
 
     def blocks(self) -> Iterator[Block]:
-        """In the order of their keys."""
-        blocks = []
-        for path in (self.folder / "blocks").glob("*.json"):
-            record = json.loads(path.read_text())
-            key = BlockKey(**record.pop("key"))
-            for name in ("completions", "uncounted"):  # the latter not in old blocks
-                record[name] = [Completion.of_record(done) for done in record.get(name, [])]
-            if record["counts"] is not None:
-                record["counts"] = counts_of_any_version(record["counts"])
-            blocks.append(Block(key=key, **record))
+        """In the order of their keys; raises ValueError for a damaged one."""
+        blocks = map(_read, (self.folder / "blocks").glob("*.json"))
         return iter(sorted(blocks, key=lambda block: block.key))
+
+    @property
+    def measured_s(self) -> float:
+        """How long its blocks took."""
+        return sum(block.wall_s for block in self.blocks())
 
     def _path(self, key: BlockKey) -> Path:
         system = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in key.system)
         return self.folder / "blocks" / f"{key.load:02}-{key.repeat:02}-{key.block:04}-{system}.json"
+
+
+def _read(path: Path) -> Block:
+    record = read_object(path)
+    try:
+        key = BlockKey(**record.pop("key"))
+        if [type(part) for part in key] != [int, int, int, str]:
+            raise TypeError(f"a key of {key}")
+        for name in ("completions", "uncounted"):  # the latter not in old blocks
+            record[name] = [Completion.of_record(done) for done in record.get(name, [])]
+        if record["counts"] is not None:
+            record["counts"] = counts_of_any_version(record["counts"])
+        return Block(key=key, **record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"damaged {path}: {type(error).__name__}: {error}") from None

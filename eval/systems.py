@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 
@@ -36,6 +36,7 @@ PLAIN_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # vLLM's own serve
 OFF = "off"
 SPECULATION = ("ngram", "suffix", f"ngram{TUNED}", f"suffix{TUNED}")  # vLLM's own
 LONGEST_NGRAM, SHORTEST_NGRAM = 4, 2  # tokens that n-gram speculation looks for
+LONGEST_NAME = 100  # letters of a system's, by which its log is called
 SUFFIX_PACKAGE = "arctic_inference"
 GREEDY_ONLY = ("hf", "hf-early-exit")
 SHARES = (BASELINE, "+threads", "+worker", "+pages", "+head", "+exits")  # each has all that those before it have
@@ -134,21 +135,23 @@ def tuned(choice: ModelChoice, tuning: KeptTuning) -> ModelChoice:
 def tells_of_exits(base_url: str, api_key: str | None = None) -> bool:
     """Whether the server has early exits and answers for them, not for one tenant only; what does not answer
     at all is found out later."""
-    try:
-        answer = httpx.get(f"{base_url}/early_exit/status", headers=authorization(api_key), timeout=10.0)
-        return answer.status_code == 200 and not {"tenant", "class"} & answer.json().keys()
-    except httpx.HTTPError:
-        return False
+    status = _document(f"{base_url}/early_exit/status", api_key)
+    return isinstance(status.get("counts"), dict) and not {"tenant", "class"} & status.keys()
 
 
 def prefix_cache_of(base_url: str, api_key: str | None = None) -> PrefixCache:
     """Of a server that is running: vLLM's takes a salt, which others may refuse."""
+    return "salted" if "version" in _document(f"{base_url}/version", api_key) else "warm"
+
+
+def _document(url: str, api_key: str | None) -> dict[str, Any]:
+    """The JSON object that is there; empty where there is none, as at other servers."""
     try:
-        answer = httpx.get(f"{base_url}/version", headers=authorization(api_key), timeout=10.0)
+        answer = httpx.get(url, headers=authorization(api_key), timeout=10.0)
         document = answer.json() if answer.status_code == 200 else None
     except (httpx.HTTPError, ValueError):
-        document = None
-    return "salted" if isinstance(document, dict) and "version" in document else "warm"
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def systems_of(names: list[str], base_urls: list[str], choice: ModelChoice) -> list[System]:
@@ -178,8 +181,11 @@ def spelt_out(names: list[str]) -> list[str]:
 
 
 def check_names(systems: Sequence[System]) -> None:
-    """Raises ValueError where two are called the same."""
+    """Raises ValueError where two are called the same, or one that is started as no log can be."""
     names = [system.name for system in systems]
+    for name in (system.name for system in systems if system.command):
+        if "/" in name or len(name) > LONGEST_NAME:
+            raise ValueError(f"a system's name has no slash and {LONGEST_NAME} letters at most, got {name!r}")
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two systems are called {', '.join(doubled)}")
 

@@ -14,6 +14,7 @@ from apparate_llm.eval.client import PlannedRequest, Uncounted
 from apparate_llm.eval.prompts import NUM_HELD_OUT, Prompt
 
 TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # as in Azure's LLM inference traces
+MOST_TOKENS = 10**9  # of a prompt or an answer in a trace: more is as much
 CHARACTERS_PER_TOKEN = 4  # rough; only to pick a prompt of about the traced length
 SHORTEST_FRAC = 0.25  # of the longest answer, where lengths vary
 SLICE_S = 20.0  # of arrivals, after which the next system has its turn
@@ -126,12 +127,14 @@ def traced(
 
     Raises ValueError naming the file and line of what is wrong.
     """
-    lengths = np.array([len(prompt.messages[-1]["content"]) / CHARACTERS_PER_TOKEN for prompt in prompts])
+    lengths = np.array([max(len(prompt.asked), 1) / CHARACTERS_PER_TOKEN for prompt in prompts])
     used = np.zeros(len(prompts))
     asks: list[PlannedRequest] = []
     first: datetime | None = None
     for number, (at, context, generated) in enumerate(_trace_rows(path, num_requests), 2):
         first = first or at
+        if (at.tzinfo is None) != (first.tzinfo is None):
+            raise ValueError(f"{path}:{number}: a time zone in some lines and none in others")
         at_s = (at - first).total_seconds() * scale
         if asks and at_s < (asks[-1].at_s or 0.0):
             raise ValueError(f"{path}:{number}: arrivals must be in order of time")
@@ -156,10 +159,11 @@ def _trace_rows(path: Path, num_requests: int) -> list[tuple[datetime, int, int]
                 try:
                     # Python reads six digits of a second, the traces have seven.
                     at = datetime.fromisoformat(row["TIMESTAMP"].strip()[:26])
-                    rows.append((at, int(row["ContextTokens"]), int(row["GeneratedTokens"])))
+                    context, generated = (min(int(row[name]), MOST_TOKENS) for name in TRACE_COLUMNS[1:])
+                    rows.append((at, context, generated))
                 except (ValueError, TypeError, AttributeError) as error:
                     raise ValueError(f"{path}:{number}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read trace {path}: {error}") from None
     if not rows:
         raise ValueError(f"{path}: no requests in this trace")

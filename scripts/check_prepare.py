@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +41,7 @@ LATE_S = 5.0  # that a line may be late on a busy machine
 KILLS = (0.25, 0.5)  # of the budget
 DISK_FULL = 0.65
 LOST_S = 120.0
+MOST_LINES = 80  # of an hour's log, or a shorter one's
 END_TIMEOUT_S = 900.0
 STATED = re.compile(r"peak memory about ([\d.]+) ([GM])iB")
 
@@ -54,6 +55,13 @@ class Row(NamedTuple):
 
 def at_most(what: str, limit_s: float, measured_s: float) -> Row:
     return Row(what, f"<= {limit_s:.0f} s", f"{measured_s:.0f} s", measured_s <= limit_s)
+
+
+def lines_of(runs: Sequence["Run"]) -> Row:
+    """All starts of one preparation together."""
+    number, hours = sum(len(run.lines) for run in runs), sum(run.ended_s or run.spent_s() for run in runs) / 3600
+    most = round(MOST_LINES * max(1.0, hours))
+    return Row("lines of log", f"<= {most}", str(number), number <= most)
 
 
 class Run:
@@ -160,7 +168,7 @@ def left_alone(run: Run, code: int | None, budget_s: float) -> list[Row]:
         Row("exit code", "0", str(code), code == 0),
         at_most("silence at first", FIRST_EVERY_S + LATE_S, max(gap for gap, at_s in gaps if at_s <= FIRST_S)),
         at_most("later", AT_LEAST_EVERY_S + LATE_S, max((gap for gap, at_s in gaps if at_s > FIRST_S), default=0.0)),
-        Row("lines of log", "", str(len(run.lines)), None),
+        lines_of([run]),
         Row("peak memory", f"{stated_gib:.2f} GiB ± 20 %", f"{peak:.2f} GiB", abs(stated_gib - peak) <= 0.2 * peak),
         Row("with pages of files", "", f"{run.peak_gib['whole']:.2f} GiB", None),
         Row("time", f"{budget_s:.0f} s ± 10 %", f"{took_s:.0f} s", abs(took_s - budget_s) <= 0.1 * budget_s),
@@ -237,6 +245,7 @@ def main() -> int:
             run = start(alone, "alone.log")
             rows = left_alone(run, run.wait(args.time_budget + END_TIMEOUT_S), args.time_budget)
             rows += disturbed(lambda: start(out, "disturbed.log"), out, args.time_budget, is_small)
+            rows.append(lines_of(runs[1:]))
         finally:
             for run in runs:
                 run.kill()

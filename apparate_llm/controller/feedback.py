@@ -178,27 +178,46 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         with _open(path) as file:
             header: dict[str, Any] = json.loads(file.readline())
-        if header["schema_version"] != SCHEMA_VERSION:
-            raise FeedbackError(f"{path}: schema version {header['schema_version']}, this is for {SCHEMA_VERSION}")
-        return header
+        version = header["schema_version"]
     except OSError as error:
-        raise FeedbackError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, FeedbackError):
-            raise
+        raise FeedbackError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError, EOFError, zlib.error):
         raise FeedbackError(f"{path} is not a feedback log: its first line is no header") from None
+    if version != SCHEMA_VERSION:
+        raise FeedbackError(f"{path}: schema version {version}, this is for {SCHEMA_VERSION}")
+    return header
 
 
 def read_steps(path: Path) -> Iterator[LoggedStep]:
-    """All steps after the header; a last line that was cut off is left out."""
-    with _open(path) as file:
-        next(file)
-        for number, line in enumerate(file, 2):
-            if not line.endswith("\n"):
-                return
-            try:
-                requests, num_tokens, ms, draft_steps, exits = json.loads(line)
-                proposed = [LoggedExit(a, d, n, c, taken, bool(ok), regret) for a, d, n, c, taken, ok, regret in exits]
-                yield LoggedStep(requests, num_tokens, ms, [(n, t) for n, t in draft_steps], proposed)
-            except (ValueError, TypeError):
-                raise FeedbackError(f"{path}:{number}: not an engine step") from None
+    """All steps after the header; a last line that was cut off is left out. Raises FeedbackError."""
+    try:
+        with _open(path) as file:
+            next(file)
+            for number, line in enumerate(file, 2):
+                if not line.endswith("\n"):
+                    return
+                try:
+                    yield _step_of(json.loads(line))
+                except (ValueError, TypeError, RecursionError):
+                    raise FeedbackError(f"{path}:{number}: not an engine step") from None
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FeedbackError(f"damaged {path}: {error}") from None
+
+
+def _step_of(record: Any) -> LoggedStep:
+    """Raises ValueError or TypeError for what no engine has written."""
+    requests, num_tokens, ms, draft_steps, exits = record
+    proposed = [LoggedExit(a, d, n, c, taken, bool(ok), regret) for a, d, n, c, taken, ok, regret in exits]
+    step = LoggedStep(requests, num_tokens, ms, [(n, t) for n, t in draft_steps], proposed)
+    whole = [requests, num_tokens, *(n for n, _ in step.draft_steps)]
+    places = [number for one in proposed for number in (one.depth, one.draft_step)]
+    if not (
+        all(type(number) is int and number >= 1 for number in whole)
+        and all(type(number) is int and number >= 0 for number in places)
+        and 0.0 < ms < math.inf
+        and all(0.0 <= t < math.inf for _, t in step.draft_steps)
+        and all(0.0 <= one.confidence <= 1.0 and one.taken in TAKEN.values() for one in proposed)
+        and all(one.regret_nats is None or math.isfinite(one.regret_nats) for one in proposed)
+    ):
+        raise ValueError
+    return step

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from apparate_llm.eval.prompts import parts_of, text_of
+
 Message = Mapping[str, object]  # `role`, and a content of any kind
 Chat = Sequence[Message]
 
@@ -234,7 +236,7 @@ class ChatFormat:
 
     def _with_content(self, message: Message) -> Message:
         """Its content as the template takes it; raises LeftOut for an image and the like."""
-        parts = _parts(message)
+        parts = parts_of(message)
         texts = [text for text in parts if isinstance(text, str)]
         if len(texts) < len(parts):
             raise LeftOut(NO_TEXT)
@@ -256,18 +258,6 @@ class ChatFormat:
         text = self.tokenizer.encode("a", add_special_tokens=False)
         whole = self.tokenizer.encode("a", add_special_tokens=True)
         return next((whole[:i] for i in range(len(whole)) if text and whole[i : i + len(text)] == text), [])
-
-
-def text_of(message: Message) -> str:
-    """Its words, of whatever kind its content is."""
-    return "\n".join(part for part in _parts(message) if isinstance(part, str))
-
-
-def _parts(message: Message) -> list[object]:
-    """The texts of a content, which is a text, a list of parts or nothing; as it is what has no text."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [] if content is None else [content]
-    return [part.get("text") if isinstance(part, dict) else part for part in parts]
 
 
 def template_of(tokenizer: object) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apparate_llm.eval.command import positive_list
-from apparate_llm.flags import Commands, OneLineParser, Paragraphs, positive
+from apparate_llm.flags import Commands, OneLineParser, Paragraphs, check_new_file, check_new_folder, positive, seed
 from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, folder_here, model_of
@@ -74,7 +74,7 @@ def add_prepare(subparsers: Commands) -> None:
         help="blocks before each ramp, e.g. 0,2,4 (default: auto: 0, and a twelfth of the model's)",
     )
     parser.add_argument("--ramp-vocab", type=positive, default=8192, help="tokens a ramp can predict (default: 8192)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and training (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of prompts and training (default: 0)")
     parser.add_argument("--enforce-eager", action="store_true", help="measure costs as served with --enforce-eager")
     parser.add_argument(
         "--verify",
@@ -166,7 +166,7 @@ def add_answering(parser: argparse.ArgumentParser, *, several: bool, required: b
 
 def duration(text: str) -> float:
     """Seconds of `90s`, `45m`, `1.5h`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smh])", text)
     if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"must be a time such as 90s, 45m or 1.5h, got {text!r}")
     return float(match[1]) * UNITS[match[2]]
@@ -178,9 +178,10 @@ def parse_depths(text: str, num_layers: int) -> tuple[int, ...]:
     if text == "auto":
         return automatic_depths(num_layers)
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) < num_layers for part in parts) or len(set(parts)) < len(parts):
+    depths = {int(part) for part in parts if part.strip().isdecimal()}
+    if len(depths) < len(parts) or max(depths) >= num_layers:
         raise ValueError(f"--depths must be auto or different numbers from 0 to {num_layers - 1}, got {text!r}")
-    return tuple(sorted(int(part) for part in parts))
+    return tuple(sorted(depths))
 
 
 def run_prepare(args: argparse.Namespace) -> int:
@@ -193,8 +194,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     user_prompts = [prompt.messages for prompt in load_prompts(args.prompts)] if args.prompts else []
     if args.model is not None and (here := folder_here(args.model)) is not None:
         check_architecture(here)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out must be a folder, {args.out} is a file")
+    check_new_folder("--out", args.out)
     check_build()
     reexec_with_libraries(environment())
 
@@ -254,7 +254,7 @@ def run_show(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from apparate_llm.prepare.shown import held_out_table
-    from apparate_llm.ramps.checkpoint import WEIGHTS, read_manifest
+    from apparate_llm.ramps.checkpoint import MANIFEST, WEIGHTS, RampError, read_manifest
 
     manifest = read_manifest(args.folder)
     console = Console()
@@ -266,10 +266,12 @@ def run_show(args: argparse.Namespace) -> int:
     vocabulary = f"ramp vocabulary {manifest.ramp_vocab} of {base.vocab_size} tokens"
     aux_states = f"auxiliary hidden states after blocks {manifest.aux_layers or 'none'}"
     console.print(f"{size / 1e6:.1f} MB, {vocabulary}, {aux_states}")
-    training = manifest.training
-    if "answer_tokens" in training:
-        console.print(f"trained on {training['answer_tokens']:,} answer tokens; {training['data']}")
-    console.print(held_out_table(manifest))
+    try:
+        if (tokens := manifest.training.get("answer_tokens")) is not None:
+            console.print(f"trained on {tokens:,} answer tokens; {manifest.training.get('data', 'unknown data')}")
+        console.print(held_out_table(manifest))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RampError(f"damaged {args.folder / MANIFEST}: training: {error}") from None
     return 0
 
 
@@ -280,8 +282,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     asked = load_prompts(args.prompts)
     prompts, categories = [prompt.messages for prompt in asked], [prompt.category for prompt in asked]
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    check_new_file("--json", args.json)
     manifest, model = ramps_and_model(args)
 
     with log_of_engines() as console, Progress(console) as progress:
@@ -304,6 +305,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
     prompts = [prompt.messages for file in args.prompts for prompt in load_prompts(file)]
     manifest, model = ramps_and_model(args, siblings=False)  # what it writes is of the model that the ramps are for
+    check_new_file("ramp folder", args.folder / MANIFEST)
 
     with log_of_engines() as console, Progress(console) as progress:
         from apparate_llm.prepare.calibrate import recalibrate
@@ -317,14 +319,13 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from apparate_llm.eval.prompts import load_prompts
+    from apparate_llm.eval.prompts import prompts_to_send
     from apparate_llm.files import write_atomically
     from apparate_llm.prepare.shown import print_verified
 
     kept_tuning_from()  # raises for a variable that its servers cannot go by
-    prompts = load_prompts(args.prompts)
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    prompts = prompts_to_send(args.prompts)
+    check_new_file("--json", args.json)
     manifest, model = ramps_and_model(args)
 
     with log_of_engines() as console, Progress(console) as progress:

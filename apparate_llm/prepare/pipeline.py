@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.naming import model_name
@@ -50,8 +52,13 @@ def prepare(plan: Plan, console: Console | None = None) -> Report:
     """Leaves a ramp folder with its report in `plan.out`, and returns the report; raises ValueError for bad input,
     RuntimeError otherwise."""
     workspace = Workspace(plan.out)
-    running = _run(plan, workspace, console or Console(stderr=True))
-    with workspace.locked(), disk_errors(plan.out), PeakMemory() as memory, running as run:
+    console = console or Console(stderr=True)
+    with (
+        workspace.locked(),
+        disk_errors(plan.out),
+        PeakMemory() as memory,
+        running(plan, workspace, console) as run,
+    ):
         check_settings(run)
         say_needs(run)
         made = _laps(run)
@@ -78,27 +85,31 @@ def prepare(plan: Plan, console: Console | None = None) -> Report:
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """A full disk as one line that says how to go on."""
+    """A full disk, or a damaged file of the preparation, as one line that says how to go on."""
     try:
         yield
     except Exception as error:
         # safetensors and torch wrap the system's error in ones of their own.
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise RuntimeError(
-            f"no space left in {out}: make room and give the same command again, what is finished is kept"
-        ) from None
+        if full or os.strerror(errno.ENOSPC) in str(error):
+            raise RuntimeError(
+                f"no space left in {out}: make room and give the same command again, what is finished is kept"
+            ) from None
+        if isinstance(error, SafetensorError | UnpicklingError | EOFError):
+            why = " ".join(str(error).split())[:100]
+            raise ValueError(f"a damaged file in {out / 'work'} ({why}): delete that folder to begin anew") from None
+        raise
 
 
 @contextmanager
-def _run(plan: Plan, workspace: Workspace, console: Console) -> Iterator[Run]:
+def running(plan: Plan, workspace: Workspace, console: Console) -> Iterator[Run]:
+    """It goes on in its budget of time, and in what it says, where an earlier start was stopped."""
     clock = WorkClock(workspace)
 
     def left_s() -> float | None:
         return None if plan.time_budget_s is None else max(0.0, plan.time_budget_s - clock.spent_s)
 
-    with Progress(console, left_s=left_s) as progress:
+    with Progress(console, left_s=left_s, before_s=clock.before_s) as progress:
         yield Run(plan, workspace, RowStore(workspace.path("rows")), BaseModelInfo.of(plan.model), clock, progress)
 
 

@@ -8,7 +8,8 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from apparate_llm.prepare.chat import Chat, text_of
+from apparate_llm.eval.prompts import text_of
+from apparate_llm.prepare.chat import Chat
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION
 
 SHARES = {TRAIN: 14 / 16, VALIDATION: 1 / 16, TEST: 1 / 16}

@@ -6,13 +6,13 @@ writes over them.
 
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
-from apparate_llm.files import private_folder, private_opener, write_atomically
+from apparate_llm.files import private_folder, private_opener, read_object, write_atomically
 from apparate_llm.prepare.rows import Conversation, Rows, rows_of
 from apparate_llm.renamed import ROW_COLUMNS
 
@@ -37,8 +37,13 @@ class Column(TypedDict):
     width: int  # of an element; 0: a single number
 
 
+def _column(made: Mapping[str, Any]) -> Column:
+    return {"count": made["count"], "dtype": made["dtype"], "width": int(made["width"])}
+
+
 class RowStore:
-    """One file per column of `folder`; every column is as long as one of COUNTS says."""
+    """One file per column of `folder`; every column is as long as one of COUNTS says. Raises ValueError where the
+    index is damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,9 +53,15 @@ class RowStore:
         self.columns: dict[str, Column] = {}  # by name
         self.facts: dict[str, int] = {}  # what the writer wants to find again
         if (path := folder / INDEX).is_file():
-            index = json.loads(path.read_bytes())
-            self.counts, self.facts = index["counts"], index["facts"]
-            self.columns = {ROW_COLUMNS.get(name, name): made for name, made in index["columns"].items()}
+            self._take(path)
+
+    def _take(self, path: Path) -> None:
+        index = read_object(path)
+        try:
+            self.counts, self.facts = {name: int(index["counts"][name]) for name in COUNTS}, dict(index["facts"])
+            self.columns = {ROW_COLUMNS.get(name, name): _column(made) for name, made in index["columns"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"damaged {path}: {type(error).__name__}: {error}") from None
 
     def append(self, conversations: list[Conversation], **facts: int) -> None:
         """All of it counts at once, or nothing: OSError where there is no room."""

@@ -80,7 +80,7 @@ def verify_folder(
 ) -> FolderVerified:
     """Acceptance rates on the prompts, costs on this machine, the prediction from both, and the measurement."""
     asked, depth = chosen(prompts), manifest.default_depth
-    conversations, rates = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
+    conversations, rates, asked = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
     profiled = _profiled(model, folder, depth, progress)
     expected = predict(
         conversations,
@@ -124,7 +124,8 @@ def _answered(
     *,
     max_tokens: int,
     progress: Progress,
-) -> tuple[list[Recorded], list[float | None]]:
+) -> tuple[list[Recorded], list[float | None], list[Prompt]]:
+    """Conversations, acceptance rates by position, and the prompts that were answered: servers refuse the others."""
     import torch
 
     from apparate_llm.prepare.evaluate import answer, mean, served_ramps
@@ -138,7 +139,7 @@ def _answered(
     of_answer = [kinds.index(prompts[number].category or "prompts") for number in answered.prompts]
     tensors = measured_tensors(measured, answered.rows, torch.tensor(of_answer))
     conversations = recorded(tensors, ramps.calibration, kinds, dict(enumerate(answered.texts)))
-    return conversations, [mean(part.agrees) for part in measured]
+    return conversations, [mean(part.agrees) for part in measured], [prompts[number] for number in answered.prompts]
 
 
 def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:

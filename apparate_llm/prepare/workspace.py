@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from apparate_llm.files import PART, private_folder, write_atomically
+from apparate_llm.files import PART, private_folder, read_object, write_atomically
 from apparate_llm.renamed import of_any_preparation
 
 Result = TypeVar("Result", bound=Mapping[str, object])
@@ -46,8 +46,14 @@ class Workspace:
         return result
 
     def _record(self, stage: str) -> dict[str, Any] | None:
+        """Raises ValueError for a damaged one."""
         path = self.path(f"{stage}.json")
-        return of_any_preparation(json.loads(path.read_bytes())) if path.is_file() else None
+        if not path.is_file():
+            return None
+        record: dict[str, Any] = of_any_preparation(read_object(path))
+        if not isinstance(record.get("inputs"), dict) or not isinstance(record.get("result"), dict):
+            raise ValueError(f"damaged {path}: no inputs and result; delete it, and what it is of is made again")
+        return record
 
     @contextmanager
     def locked(self) -> Iterator[None]:

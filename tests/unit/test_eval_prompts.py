@@ -107,7 +107,22 @@ def test_a_set_that_is_not_there_names_the_built_in_ones():
         ('{"prompt": 3}', "must be a text"),
         ('{"prompt": ""}', "not empty"),
         ('{"turns": []}', "at least one"),
+        ('{"prompt": "\\ud83d', "not JSON"),
+        pytest.param('{"prompt": ' + "1" * 5000 + "}", "not JSON", id="many digits"),
+        pytest.param("[" * 99_999, "not JSON", id="nested"),
+        ('{"prompt": "a", "tests": 3}', "`tests` must be a text"),
+        ('{"turns": "a"}', "must be a list"),
+        ('{"turns": [["a"]]}', "must be a text"),
+        ('{"messages": "a"}', "role and content"),
+        ('{"messages": []}', "role and content"),
+        ('{"messages": ["a"]}', "role and content"),
         ('{"messages": [{"role": "user"}]}', "role and content"),
+        ('{"messages": [{"role": 3, "content": "a"}]}', "a role must be a text, got int"),
+        (
+            '{"messages": [{"role": "user", "content": 3}]}',
+            "a content must be a text, a list of parts or null, got int",
+        ),
+        ('{"messages": [{"role": "user", "content": {"text": "a"}}]}', "a list of parts or null, got dict"),
     ],
 )
 def test_bad_prompt_lines_are_named(tmp_path, line, says):
@@ -118,7 +133,36 @@ def test_bad_prompt_lines_are_named(tmp_path, line, says):
     assert str(error.value).startswith(f"{path}:2: ")
 
 
-def test_an_empty_prompt_file_is_refused(tmp_path):
-    (tmp_path / "p.jsonl").write_text("\n")
+@pytest.mark.parametrize(("name", "text"), [("p.jsonl", "\n"), ("p.jsonl", ""), ("p.json", "[]"), ("p.txt", " \n")])
+def test_an_empty_prompt_file_is_refused(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="no prompts in"):
-        load_prompts(tmp_path / "p.jsonl")
+        load_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "3", '{"a": 1}', "[1]", '[{"conversations": 3}]', pytest.param("[" * 99_999, id="nested")]
+)
+def test_bad_sharegpt_files_are_named(text, tmp_path):
+    path = tmp_path / "chats.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="chats") as error:
+        load_prompts(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_words_are_found_in_every_kind_of_content_and_counted_as_such(tmp_path):
+    path = tmp_path / "p.jsonl"
+    contents = ["a", [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}], [{"type": "image_url"}], None]
+    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": c}]}) + "\n" for c in contents))
+    prompts = prompt_set(path, None)
+    assert [prompt.asked for prompt in prompts.prompts] == ["a", "b\nc", "", ""]
+    assert prompts.described()["developed_with"] == 0 and held_out(prompts.prompts) == load_prompts(HELD_OUT)
+
+
+def test_a_prompt_that_no_request_can_hold_is_numbered_for_servers_and_left_to_others(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n{"prompt": "half \\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl: prompt 2 has half of a surrogate pair, which cannot be sent"):
+        prompt_set(path, None)
+    assert len(load_prompts(path)) == 2

@@ -192,6 +192,34 @@ def test_a_log_tells_what_an_evaluation_does(base_url, tmp_path, monkeypatch):
     assert any(line.startswith("measure  5/8 requests") for line in under_way)  # within a block, too
 
 
+def test_an_evaluation_that_goes_on_fills_its_log_no_faster_than_before(base_url, tmp_path, monkeypatch):
+    from apparate_llm.eval import run as module
+
+    evaluation = evaluation_of(tmp_path / "out", [System("vllm", base_url=base_url)], prompts("steady", "single"))
+    evaluate(evaluation, Progress(Console(quiet=True)))
+    plan = plans.EvalPlan(
+        choice=ModelChoice(Path("fake")),
+        systems=evaluation.systems,
+        prompts=evaluation.prompts,
+        loads=evaluation.loads,
+        settings=evaluation.store.plan(),
+        folder=tmp_path / "out",
+        repeat=2,
+        start_timeout_s=5.0,
+        fresh=False,
+        slo_ms={},
+    )
+
+    def stopped(evaluation, progress):
+        raise RuntimeError(progress.before_s)
+
+    monkeypatch.setattr(module, "evaluate", stopped)
+    with pytest.raises(RuntimeError) as error:
+        module._run(plan)
+    (before_s,) = error.value.args
+    assert before_s == sum(block.wall_s for block in evaluation.store.blocks()) > 0.1
+
+
 def test_requests_of_a_system_that_stopped_answering_are_not_waited_for(base_url, tmp_path, monkeypatch):
     from apparate_llm.eval import evaluate as module
 
@@ -315,6 +343,11 @@ def test_a_trace_sets_times_and_lengths_and_picks_prompts_of_about_its_size(tmp_
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,many,2\n", ":2: "),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-17,1,2\n2023-11-16,1,2\n", ":3: arrivals"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16\n", ":2: "),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16T00:00,1,2\n2023-11-17T00:00Z,1,2\n", ":3: a time zone"),
+        pytest.param(
+            f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,{'1' * 200_000},2\n", "cannot read trace", id="long"
+        ),
     ],
 )
 def test_bad_traces_are_named(tmp_path, text, says):
@@ -322,6 +355,13 @@ def test_bad_traces_are_named(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(ValueError, match=says):
         traced(path, prompts("x"), scale=1.0, num_requests=10, max_tokens=9)
+
+
+def test_a_trace_may_have_prompts_and_answers_of_any_size(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,{'9' * 400},{'9' * 400}\n2023-11-17,-1,-1\n")
+    load = traced(path, prompts("x", "x" * 99), scale=1.0, num_requests=10, max_tokens=9)
+    assert [ask.max_tokens for block in load.blocks for ask in block] == [9, 1]
 
 
 def test_systems_by_name(tiny_llama):

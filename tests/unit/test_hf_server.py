@@ -250,6 +250,20 @@ def test_what_cannot_be_done_is_refused_with_a_reason(client, change, status, me
     assert refused.status_code == status and message in refused.text
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", "the chat template refuses (Roles must alternate)"),
+        ("{{ messages[0].content + 1 }}", "the chat template refuses (can only concatenate str"),
+        (None, "the chat template refuses (Cannot use chat template"),
+    ],
+)
+def test_messages_that_the_template_refuses_are_a_callers_fault(generator, client, monkeypatch, template, reason):
+    monkeypatch.setattr(generator.tokenizer, "chat_template", template)
+    refused = client.post("/v1/chat/completions", json=body())
+    assert refused.status_code == 400 and reason in refused.json()["error"]["message"]
+
+
 def test_only_messages_are_needed_and_unknown_keys_do_no_harm(client):
     bare = {"messages": MESSAGES, "ignore_eos": True, "stream_options": None, "cat": 1}
     assert client.post("/v1/chat/completions", json=bare).json()["usage"]["total_tokens"] == 512
@@ -282,6 +296,8 @@ def byte_tokenizer():
         (["--early-exit", "4"], "--early-exit: got 4, allowed: 1 to 3"),
         (["--early-exit", "0"], "--early-exit: got 0, allowed: 1 to 3"),
         (["--model", "/nowhere"], "--model: got /nowhere, allowed: a folder with a model"),
+        (["--port", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--port", "65536"], "cannot listen on port 65536: a port is 0 to 65535"),
     ],
 )
 def test_a_bad_start_is_one_line_and_exit_code_2(tiny_llama, capsys, flags, message):
@@ -290,3 +306,12 @@ def test_a_bad_start_is_one_line_and_exit_code_2(tiny_llama, capsys, flags, mess
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_port_in_use_is_told_before_the_model_is_read(tiny_llama, client, capsys):
+    port = client.base_url.port
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", str(tiny_llama), "--port", str(port)])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in line

@@ -141,6 +141,7 @@ def test_a_user_without_a_home_is_told_in_one_line(command, given, homeless, cap
 def test_doctor_says_so_too(homeless, monkeypatch):
     (finding,) = doctor.check_default_model()
     assert finding.level == "problem" and "this user has no home" in finding.what
+    assert doctor.check_batch_invariance() == []
     monkeypatch.setenv("APPARATE_CACHE", "/proc/nowhere")
     (finding,) = doctor.check_default_model()
     assert finding.level == "problem" and "cannot write to the cache folder /proc/nowhere" in finding.what

@@ -6,14 +6,16 @@ from collections import Counter
 
 import pytest
 import torch
+from rich.console import Console
 
 from apparate_llm.prepare.calibrate import calibrate_positions, coverage_curve, fit
 from apparate_llm.prepare.capture import top_tokens
 from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
-from apparate_llm.prepare.pipeline import disk_errors
-from apparate_llm.prepare.plan import automatic_aux_layers, automatic_depths
+from apparate_llm.prepare.pipeline import disk_errors, running
+from apparate_llm.prepare.plan import Plan, automatic_aux_layers, automatic_depths
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
+from apparate_llm.prepare.schedule import WorkClock
 from apparate_llm.prepare.splits import BLOCK, next_split, sources, split_of, splits_of_prompts
 from apparate_llm.prepare.store import INDEX, RowStore
 from apparate_llm.prepare.train import (
@@ -428,6 +430,46 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(error, tmp_path):
         raise error
 
 
+@pytest.mark.parametrize("name", ["head.safetensors", "train.pt", "empty.pt"])
+def test_a_damaged_file_of_a_preparation_is_one_line_that_says_how_to_go_on(name, tmp_path):
+    from safetensors.torch import load_file
+
+    path = tmp_path / name
+    path.write_bytes(b"" if name == "empty.pt" else b"damaged" * 9)
+    with (
+        pytest.raises(ValueError, match=r"^a damaged file in .*/work \(.*\): delete that folder") as error,
+        disk_errors(tmp_path),
+    ):
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"inputs": 1, "result": {}}', '{"inputs": {}}', pytest.param("[" * 99_999, id="nested")]
+)
+def test_a_damaged_record_of_a_preparation_is_named(text, tmp_path):
+    workspace = Workspace(tmp_path / "out")
+    workspace.path("clock.json").write_text(text)
+    with pytest.raises(ValueError, match=r"damaged .*clock\.json: "):
+        WorkClock(workspace)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"counts": {"rows": "x"}, "facts": {}, "columns": {}}'])
+def test_a_damaged_index_of_the_rows_is_named(text, tmp_path):
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=r"damaged .*index\.json: "):
+        RowStore(tmp_path)
+
+
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(ValueError, match="other"), disk_errors(tmp_path):
         raise ValueError("other")
+
+
+def test_a_preparation_that_goes_on_knows_how_long_it_has_worked(tiny_llama, tmp_path):
+    workspace = Workspace(tmp_path / "out")
+    workspace.write("clock", {}, {"seconds": 1000.0})
+    plan = Plan(tiny_llama, tmp_path / "out", (0,), (1,), None, 2700.0, 0, 8192, 64)
+    with running(plan, workspace, Console(quiet=True)) as run:
+        assert run.progress.before_s == 1000.0 <= run.clock.spent_s < 1100.0
+        assert 1600.0 < run.progress.left_s() <= 1700.0

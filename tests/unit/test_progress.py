@@ -4,6 +4,7 @@ import io
 import re
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -95,6 +96,71 @@ def test_an_hour_of_many_stages_stays_within_eighty_lines_and_is_never_silent_fo
     assert clock.now - 1000 >= 3590
     assert len(lines(file)) <= 80
     assert longest < 120
+
+
+def test_after_a_restart_lines_are_as_far_apart_as_they_were():
+    clock, counts = Clock(), {}
+    for before_s in (0.0, 100.0, 1000.0):
+        file, progress = log(clock, before_s=before_s)
+        with progress, progress.stage("train", total=1.0):
+            run_for(progress, clock, 240)
+            counts[before_s] = len(lines(file))
+    assert counts == {0.0: 1 + 8, 100.0: 1 + 4 + 1, 1000.0: 1 + 3}
+
+
+class Killed(Exception):
+    pass
+
+
+def preparation(minutes: float, num_depths: int) -> list[tuple[str, float]]:
+    """What `prepare` tells of, with seconds: 0 for a line, else a stage. Two laps of synthesis and training, the other
+    depths' training, a line for each depth, the profile, and the end."""
+    work_s = 60 * minutes - 160
+    first_s = 0.4 * work_s / (0.5 + 0.5 * num_depths)
+    steps = [("peak memory", 0.0), ("room on the disk", 0.0)]
+    for lap in range(2):
+        steps += [(f"synthesise {lap}", 0.3 * work_s), (f"train 0, {lap}", first_s / 2), ("this lap", 0.0)]
+    steps += [(f"train {depth}", first_s / 2) for depth in range(1, num_depths)]
+    steps += [("acceptance rate", 0.0)] * num_depths + [("profile", 150.0)]
+    return steps + [("the end", 0.0)] * 6
+
+
+def start_of(steps: list[tuple[str, float]], clock: Clock, done: dict[str, float], end_s: float) -> tuple[int, float]:
+    """One start, which goes on where the last one was and is killed at `end_s`: its lines, one on vLLM's log among
+    them, and its longest silence. done: seconds by stage."""
+    file, progress = log(clock, before_s=clock.now - 1000)
+    longest = 0.0
+    with suppress(Killed), progress:
+        for name, seconds in steps:
+            if done.get(name, 0.0) >= seconds:
+                progress.say(name)
+                continue
+            with progress.stage(name, total=seconds, unit="steps") as stage:
+                stage.update(done.get(name, 0.0))
+                while stage.done < seconds:
+                    told_s = progress._last_line_s
+                    run_for(progress, clock, 1, stage, per_s=1)
+                    if progress._last_line_s > told_s:
+                        longest = max(longest, progress._last_line_s - told_s)
+                    done[name] = stage.done
+                    if clock.now - 1000 >= end_s:
+                        raise Killed
+    killed = clock.now - 1000 >= end_s
+    return 1 + len(lines(file)) - killed, longest  # a stage that is killed does not say so
+
+
+@pytest.mark.parametrize(
+    ("minutes", "num_depths", "kills", "most"),
+    [(60, 2, (), 72), (60, 6, (), 76), (60, 2, (0.25, 0.5), 76), (60, 6, (0.25, 0.5), 80), (45, 2, (0.25, 0.5), 66)],
+)
+def test_an_hour_of_a_preparation_stays_within_eighty_lines_killed_twice_or_not(minutes, num_depths, kills, most):
+    clock, done, counts = Clock(), {}, []
+    for end in (*kills, float("inf")):
+        count, longest = start_of(preparation(minutes, num_depths), clock, done, end * minutes * 60)
+        counts.append(count)
+        assert longest < 120
+    assert clock.now - 1000 == pytest.approx(60 * minutes, abs=30)
+    assert minutes < sum(counts) <= most, counts
 
 
 def test_a_silent_stage_still_shows_life_from_a_thread_of_its_own(monkeypatch):

@@ -29,6 +29,17 @@ def test_prompts_have_the_tokens_asked_for_and_begin_each_in_its_own_way(tiny_ll
     assert [prompt.asked.split()[:2] for prompt in made[3:]] == [["w1", "w2"], ["w4", "w5"], ["w6", "w1"]]
 
 
+def test_prompts_without_tokens_and_a_damaged_tokenizer_are_told(tiny_llama, tmp_path):
+    empty = [Prompt([{"role": "user", "content": [{"type": "image_url"}]}])]
+    with pytest.raises(ValueError, match=r"--prompt-tokens: the prompts have no tokens by .*tokenizer\.json"):
+        prompts_of_lengths(tiny_llama, empty, [2])
+    for text in ("", "{", "{}", "[]"):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"^damaged .*tokenizer\.json: ") as error:
+            prompts_of_lengths(tmp_path, ASKED, [2])
+        assert "\n" not in str(error.value)
+
+
 def test_each_load_asks_for_prompts_of_one_length_and_warms_up_with_others(tiny_llama, tmp_path):
     plan = plan_of(tiny_llama, tmp_path, "--prompt-tokens", "2,20", "--concurrency", "1,2")
     assert [load.name for load in plan.loads] == [

@@ -1,5 +1,6 @@
 """`apparate-llm quantize` and `serve --weights int8`: int8 folders that vLLM and transformers read."""
 
+import io
 import json
 import shutil
 
@@ -15,7 +16,7 @@ from apparate_llm.ramps.dequantise import dequantised
 from apparate_llm.ramps.fingerprint import WeightsError, weight_files
 from apparate_llm.sealed import COMPLETE, becoming, is_complete
 from tests.quantised import FORMATS, stage
-from tests.tiny import HIDDEN_SIZE, NUM_LAYERS
+from tests.tiny import CHAT_TEMPLATE, HIDDEN_SIZE, NUM_LAYERS
 
 LINEARS = 7 * NUM_LAYERS
 
@@ -102,6 +103,56 @@ def test_agreement_is_over_the_prompts_that_there_is_time_for(tiny_llama, tmp_pa
     assert whole.num_prompts == 3 and hasty.num_prompts == 1 and 0 < hasty.num_tokens <= agreement.MAX_TOKENS
     assert whole.same_frac == 1.0 and whole.kl_nats == pytest.approx(0.0, abs=1e-6)
     assert "100.0% of" in str(whole)
+
+
+def refusing(condition):
+    return f"{{% if {condition} %}}{{{{ raise_exception('not so') }}}}{{% endif %}}" + CHAT_TEMPLATE
+
+
+def with_template(model, folder, template):
+    """The model with another chat template, None for without."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").unlink()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "says"),
+    [
+        (refusing("messages[0].role == 'system'"), 2, "1 of 3 prompts left out: 1 the chat template refuses (not so)"),
+        (refusing("messages | length > 1"), 1, "2 of 3 prompts left out: 2 the chat template refuses (not so)"),
+        ("{{ '<user>' + messages[0].content + messages[2].role }}", 3, "a chat template that takes no user's words"),
+        (None, 3, "the model has no chat template: prompts are plain text"),
+    ],
+)
+def test_prompts_that_the_template_refuses_are_left_out_and_without_a_template_they_are_text(
+    template, asked, says, tiny_llama, tmp_path
+):
+    from rich.console import Console
+
+    model, file = with_template(tiny_llama, tmp_path / "model", template), io.StringIO()
+    turns = [[("system", "w1"), ("user", "w2")], [("user", "w3"), ("user", "w4")], [("user", "w5")]]
+    prompts = [[{"role": role, "content": text} for role, text in chat] for chat in turns]
+    with Progress(Console(file=file)) as progress:
+        agreed = agreement.agreement_of(model, model, prompts, limit_s=1000.0, progress=progress)
+    assert agreed.num_prompts == asked and agreed.same_frac == 1.0
+    assert sum(agreed.left_out.values()) == 3 - asked and says in file.getvalue()
+
+
+def test_a_model_that_can_be_asked_nothing_is_quantised_and_not_compared(tiny_llama, tmp_path, capsys):
+    refusing_all = refusing("messages[0].content not in ['apple', 'bird']")  # but what a template is tried with
+    mute = with_template(tiny_llama, tmp_path / "model", refusing_all)
+    damaged = shutil.copytree(tiny_llama, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{}")
+    for model, says in ((mute, "no prompt is left: 16 of 16 prompts left out"), (damaged, "no tokenizer can be")):
+        out, file = tmp_path / f"{model.name}-int8", tmp_path / f"{model.name}.json"
+        assert main(["quantize", str(model), "--out", str(out), "--json", str(file)]) == 0
+        written, against, after = capsys.readouterr().out.splitlines()
+        assert against.startswith(f"not compared with {model.name}: {says}"), against
+        assert written.startswith(f"written: {out}") and after.startswith("next: ")
+        assert json.loads(file.read_text())["agreement"] is None and weight_files(out)
 
 
 def test_the_command_says_what_it_made_what_that_costs_and_what_is_next(tiny_llama, tmp_path, capsys):

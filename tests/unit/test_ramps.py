@@ -10,7 +10,6 @@ from apparate_llm.ramps.checkpoint import (
     RampError,
     check_fits,
     choose_depth,
-    find_shipped,
     load_tensors,
     read_manifest,
     save_ramps,
@@ -242,7 +241,7 @@ def test_a_fingerprint_tells_models_apart_and_does_not_mind_the_order(tmp_path, 
         check_fits(read_manifest(folder), folder, fingerprint=fingerprint_of(other))
 
 
-def test_shipped_ramps_are_sound_and_found_by_their_model():
+def test_shipped_ramps_are_sound():
     assert shipped_folders()
     for shipped in shipped_folders():
         manifest = read_manifest(shipped)
@@ -251,5 +250,3 @@ def test_shipped_ramps_are_sound_and_found_by_their_model():
             hidden, vocab = manifest.base_model.hidden_size, manifest.base_model.vocab_size
             base = {"norm": torch.ones(hidden), "head": torch.zeros(vocab, hidden)}
             load_ramps(shipped, manifest, depth=depth, base_weights=base, dtype=torch.bfloat16)
-        assert find_shipped(manifest.base_model.fingerprint) == shipped
-    assert find_shipped("0" * 32) is None

@@ -1,5 +1,6 @@
 """Policies on made-up feedback: the bound holds whatever happens, and the adaptive policy is worth its name."""
 
+import gzip
 import json
 import random
 import time
@@ -122,6 +123,16 @@ def test_the_same_feedback_gives_the_same_decisions():
     assert (one.emitted, one.request_ms, one.divergences) == (two.emitted, two.request_ms, two.divergences)
 
 
+STEPS = (  # that no engine has written
+    "{", "3", "[]", "[1, 2, 3.0, []]", '["1", 2, 3.0, [], []]', "[0, 2, 3.0, [], []]", "[1, 2.5, 3.0, [], []]",
+    "[1, 2, 0, [], []]", "[1, 2, -3.0, [], []]", '[1, 2, "x", [], []]', "[1, 2, NaN, [], []]", "[1, 2, 3.0, 4, []]",
+    "[1, 2, 3.0, [[1]], []]", "[1, 2, 3.0, [[0, 1.0]], []]", "[1, 2, 3.0, [[1, -1.0]], []]", "[1, 2, 3.0, [], [1]]",
+    '[1, 2, 3.0, [[1, 1.0]], [[7, "0", 0, 0.5, 1, 1, null]]]', "[1, 2, 3.0, [[1, 1.0]], [[7, -1, 0, 0.5, 1, 1, null]]]",
+    "[1, 2, 3.0, [[1, 1.0]], [[7, 0, 0, 1.5, 1, 1, null]]]", "[1, 2, 3.0, [[1, 1.0]], [[7, 0, 0, 0.5, 3, 1, null]]]",
+    "[1, 2, 3.0, [[1, 1.0]], [[7, 0, 0, 0.5, 1, 1, NaN]]]", "[1, 2, 3.0, [[1, 1.0]], [[7, 0, 0, 0.5, 1, 1, []]]]",
+)  # fmt: skip
+
+
 def log_file(path, count: int = 400):
     from apparate_llm.controller.feedback import SCHEMA_VERSION
 
@@ -162,6 +173,22 @@ def test_the_command_tries_all_parameters_and_draws_them(tmp_path, capsys):
         (["--param", "max_exits=99"], "max_exits: .*less than or equal to 16, got 99"),
         (["--depth", "7"], "--depth: the log holds exits of depth 0, got 7"),
         (["--figure", "nowhere/x.png"], "folder not found: nowhere"),
+        (["--param", "depth=7"], "--param depth: the log holds exits of depth 0, got 7"),
+        (["--param", "calibrations=3"], "policy adaptive has no parameter 'calibrations'"),
+        (["--param", "depths=3"], "policy adaptive has no parameter 'depths'"),
+        (["--param", "num_layers=3"], "policy adaptive has no parameter 'num_layers'"),
+        (["--param", "_passes=3"], "policy adaptive has no parameter '_passes'"),
+        (["--param", "release_confidence=-1"], "release_confidence must be a number of at least 0, got -1"),
+        (["--param", "release_confidence=NaN"], "release_confidence must be a number of at least 0, got nan"),
+        (["--param", "release_confidence=true"], "release_confidence must be a number of at least 0, got True"),
+        (["--param", "max_regret_nats=Infinity"], "max_regret_nats must be a number of at least 0, got inf"),
+        (["--param", "memory_verdicts=0"], "memory_verdicts must be in"),
+        (["--param", "looks_up=1"], "looks_up must be true or false, got 1"),
+        (["--policy", "apparate", "--param", "window=0"], "window must be a whole number from 1 to .*, got 0"),
+        (["--policy", "apparate", "--param", "window=1.5"], "window must be a whole number from 1 to .*, got 1.5"),
+        (["--policy", "apparate", "--param", "adjust_every=null"], "adjust_every must be a whole .*, got None"),
+        (["--policy", "apparate", "--param", 'window="a"'], "window must be a whole number from 1 to .*, got 'a'"),
+        (["--param", "threshold=" + "1" * 5000], "--param threshold: values must be numbers"),
     ],
 )
 def test_bad_input_is_one_line(change, says, tmp_path, capsys):
@@ -176,7 +203,16 @@ def test_bad_input_is_one_line(change, says, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("hello\n", "is not a feedback log"), ('{"schema_version": 9}\n', "schema version 9")]
+    ("text", "says"),
+    [
+        ("hello\n", "is not a feedback log"),
+        ("[1]\n", "is not a feedback log"),
+        ('{"schema_version": 9}\n', "schema version 9"),
+        ('{"schema_version": 1}\n', "num_layers in its header must be a whole number of at least 1, got None"),
+        ('{"schema_version": 1, "num_layers": "x"}\n', "num_layers in its header must be a whole number"),
+        ('{"schema_version": 1, "num_layers": 3}\n', "the log holds no times"),
+        *((f'{{"schema_version": 1, "num_layers": 3}}\n{step}\n', "log.jsonl:2: not an engine step") for step in STEPS),
+    ],
 )
 def test_what_is_no_log_is_one_line(text, says, tmp_path, capsys):
     from apparate_llm.cli import main
@@ -185,3 +221,20 @@ def test_what_is_no_log_is_one_line(text, says, tmp_path, capsys):
     assert main(["replay", str(tmp_path / "log.jsonl")]) == 2
     assert says in capsys.readouterr().err
     assert main(["replay", str(tmp_path / "missing.jsonl")]) == 2
+
+
+def test_a_damaged_archive_is_one_line(tmp_path, capsys):
+    from apparate_llm.cli import main
+
+    whole = gzip.compress(log_file(tmp_path / "log.jsonl", 2000).read_bytes())
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    path = tmp_path / "log.jsonl.gz"
+    for content, says in ((whole[: len(whole) // 2], "damaged "), (flipped, ""), (b"x" * 99, "cannot read ")):
+        path.write_bytes(content)
+        assert main(["replay", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{says}{path}" in error and error.count("\n") == 1
+    (tmp_path / "log.jsonl").write_bytes(b'{"schema_version": 1, "num_layers": 3}\n\xff\xfe\n' * 9999)
+    assert main(["replay", str(tmp_path / "log.jsonl")]) == 2
+    assert "log.jsonl" in capsys.readouterr().err

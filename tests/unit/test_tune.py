@@ -315,7 +315,7 @@ def test_variables_are_printed_as_a_shell_takes_them(measured, capsys):
         (["--clients", "0"], {}, "must be a whole number of at least 1, got '0'"),
         (["--max-tokens", "1"], {}, "--max-tokens: at least 2"),
         (["--prompts", "/nowhere.jsonl"], {}, "cannot read prompts /nowhere.jsonl"),
-        (["--json", "/nowhere/out.json"], {}, "folder of --json not found: /nowhere"),
+        (["--json", "/nowhere/out.json"], {}, "--json: folder not found: /nowhere"),
         (["--vllm-flag", "--tensor-parallel-size 2"], {}, "--vllm-flag: vLLM binds the threads of several workers"),
         (["--vllm-flag", "--port 1"], {}, "--vllm-flag: --port is set by the evaluation itself"),
         ([], {QUEUES: "spin", BIND: "0"}, f"{BIND}, {QUEUES}: set by hand, and would stay so in all servers"),

@@ -4,11 +4,15 @@ import json
 import os
 
 import pytest
+from rich.console import Console
 
+from apparate_llm.eval.prompts import Prompt
 from apparate_llm.prepare import verify as verify_module
 from apparate_llm.prepare.profile import TURNS, Measurements, expected_profile_s
 from apparate_llm.prepare.report import advice, write_pages
-from apparate_llm.prepare.verify import chosen, compared, verify
+from apparate_llm.prepare.verify import chosen, compared, verify, verify_folder
+from apparate_llm.progress import Progress
+from apparate_llm.ramps.checkpoint import read_manifest
 
 
 def ratio(value, low, high):
@@ -109,6 +113,23 @@ def test_servers_do_not_get_the_threads_of_a_preparation(monkeypatch):
     with verify_module.servers_environment():
         assert "OMP_NUM_THREADS" not in os.environ
     assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_servers_are_asked_what_the_model_could_be_asked(lens_ramps, tiny_llama, monkeypatch):
+    ramps, asked = lens_ramps(), []
+
+    def measure(model, ramps, prompts, clients, *, progress, max_tokens):
+        asked.extend(prompts)
+        return {}
+
+    monkeypatch.setattr(verify_module, "_answered", lambda *args, **settings: ([], [0.5], prompts[::2]))
+    monkeypatch.setattr(verify_module, "profile", lambda *args, **settings: {})
+    monkeypatch.setattr(verify_module, "predict", lambda *args, **settings: {})
+    monkeypatch.setattr(verify_module, "measure", measure)
+    prompts = [Prompt([{"role": "user", "content": text}]) for text in ("a", "refused", "b")]
+    with Progress(Console(quiet=True)) as progress:
+        result = verify_folder(ramps, read_manifest(ramps), tiny_llama, prompts, progress=progress)
+    assert asked == [prompts[0], prompts[2]] and result["num_prompts"] == 2
 
 
 def test_few_prompts_stand_for_all():
