@@ -5,7 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from apparate_llm.address import add_api_key
-from apparate_llm.config import EarlyExitConfig
+from apparate_llm.eval.values import (
+    OBJECTIVES,
+    above_zero,
+    objectives,
+    paths,
+    positive_list,
+    rates,
+    shares,
+    temperature,
+)
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, add_options, positive, seed
 from apparate_llm.host.options import KeptTuning, add_tuning
 from apparate_llm.lifeline import exit_on_sigterm
@@ -19,8 +28,6 @@ NOT_SHARED = (
     "controller_state",
     "tenants",
 )  # a system's own, or a file that only one may write
-LEAST, MOST = 1e-9, 1e12  # seconds, rates and factors that can be reckoned with
-OBJECTIVES = ("ttft", "tpt", "e2e")
 TPT_COSTS = """
 
 what it costs:
@@ -337,61 +344,6 @@ def _systems_help() -> str:
     from apparate_llm.eval.systems import NAMES
 
     return "systems:\n" + "\n".join(f"  {name:14} {text}" for name, text in NAMES.items())
-
-
-def positive_list(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
-
-
-def above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    if not LEAST <= number <= MOST:
-        raise argparse.ArgumentTypeError(f"must be a number from {LEAST:g} to {MOST:g}, got {text!r}")
-    return number
-
-
-def temperature(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= 2:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2, got {text!r}")
-    return number
-
-
-def rates(text: str) -> list[float]:
-    return [above_zero(part) for part in text.split(",")]
-
-
-def shares(text: str) -> list[float]:
-    bound = EarlyExitConfig.model_fields["accuracy_bound"]
-    try:
-        fractions = [float(part) for part in text.split(",")]
-    except ValueError:
-        fractions = [-1.0]
-    if not all(0 <= share < 1 for share in fractions):
-        raise argparse.ArgumentTypeError(f"each must be in [0, 1) ({bound.description}), got {text!r}")
-    return fractions
-
-
-def paths(text: str) -> list[Path]:
-    return [Path(part) for part in text.split(",")]
-
-
-def objectives(text: str) -> dict[str, float]:
-    limits = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in OBJECTIVES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(OBJECTIVES)} (e.g. ttft=200,tpt=20)")
-        limits[name] = above_zero(value)
-    return limits
 
 
 def _later(name: str) -> Callable[[argparse.Namespace], int]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apparate_llm.eval.command import positive_list
+from apparate_llm.eval.values import positive_list
 from apparate_llm.flags import Commands, OneLineParser, Paragraphs, check_new_file, check_new_folder, positive, seed
 from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.lifeline import exit_on_sigterm

@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apparate_llm.eval.command import NOT_SHARED, above_zero, positive_list
+from apparate_llm.eval.command import NOT_SHARED
+from apparate_llm.eval.values import above_zero, positive_list
 from apparate_llm.flags import (
     Commands,
     OneLineParser,
