@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, parse_config
 from apparate_llm.drawing import Axes
@@ -156,7 +156,7 @@ def one_row(
     from apparate_llm.controller.replay import replay
 
     options = {name: value for name, value in parameters.items() if name in EarlyExitConfig.model_fields}
-    rest = {name: value for name, value in parameters.items() if name not in options}
+    rest: dict[str, Any] = {name: value for name, value in parameters.items() if name not in options}
     config = parse_config({**config.model_dump(), **options})
     check_depth("--param depth", config, costs)
     depths = tuple(sorted(costs.draft_steps))

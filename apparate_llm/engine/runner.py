@@ -6,6 +6,7 @@ scores are compared, and after sampling exits are drafted.
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,8 @@ class EarlyExitRunner(FallbackRunner):
         num_plain: int,
     ) -> None:
         """Let the head be screened in this pass, where nothing but best tokens and the scores of exits is read."""
-        self.get_model().next_scores = None
+        model: Any = self.get_model()
+        model.next_scores = None
         is_plain = is_plain_greedy(self.input_batch.sampling_metadata) and not self.custom_processors
         if self.exit_drafter is None or not is_plain or scheduler_output.has_structured_output_requests:
             return
@@ -176,7 +178,7 @@ class EarlyExitRunner(FallbackRunner):
         def scores(hidden: torch.Tensor) -> torch.Tensor | None:
             return self._attempt("screening", lambda: head.scores(hidden, asked), None)
 
-        self.get_model().next_scores = scores
+        model.next_scores = scores
 
     @torch.inference_mode()
     def sample_tokens(  # type: ignore[override]  # vLLM's decorator has torch's class for its type

@@ -52,7 +52,7 @@ class ShallowPass:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         with self.peers.meeting_in_model():
-            embedded = self._model.model.embed_input_ids(tokens)
+            embedded: torch.Tensor = self._model.model.embed_input_ids(tokens)
         return embedded
 
     def states(

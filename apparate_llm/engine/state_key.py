@@ -1,6 +1,7 @@
 """Whose experience a controller's is."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
@@ -16,10 +17,10 @@ def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, object]
     """What the controller's experience is worth nothing without: model, ramps at `depths`, machine and how it is
     used."""
     kernels = {ZENTORCH: True} if current_platform.is_zen_cpu() else {}  # by themselves vLLM's own
-    model = runner.get_model()
+    model: Any = runner.get_model()
     # Siblings that share ramps, and maybe a name, have different weights.
     weights = {} if model.sibling is None else {"weights": model.weights_fingerprint}
-    return {
+    key: dict[str, object] = {
         "model": model_name(Path(runner.model_config.model)),
         "ramps": model.ramps_sha256,
         **weights,
@@ -30,4 +31,5 @@ def state_key_of(runner: FallbackRunner, depths: list[int]) -> dict[str, object]
         "ranks": get_tp_group().world_size,
         "dtype": str(runner.dtype),
         "compiled": not runner.model_config.enforce_eager,
-    } | kernels
+    }
+    return key | kernels

@@ -73,7 +73,7 @@ class _HeldSpan(NamedTuple):
     request_id: str
     request: RequestExits
     start: int
-    count: int
+    num_drafts: int
 
 
 def _held_spans(num_draft_tokens: list[int], request_ids: list[str], ledger: VerdictLedger) -> list[_HeldSpan]:

@@ -72,8 +72,10 @@ def predict(
     for number in clients:
         asked = [by_clients[number] for by_clients in served]
         kinds = np.array([conversations[index].kind for index in asked[0].indices])
+        ratio = _with_interval(asked, np.ones(len(kinds), dtype=bool), rng)
         results[str(number)] = {
-            **_with_interval(asked, np.ones(len(kinds), dtype=bool), rng),
+            "tpt_ratio": ratio["tpt_ratio"],
+            "ci95": ratio["ci95"],
             "plain_ms": _mean_ms(asked[0].plain_ms),
             "ours_ms": _mean_ms(asked[0].ours_ms),
             "by_kind": {kind: _with_interval(asked, kinds == kind, rng) for kind in dict.fromkeys(kinds.tolist())},
