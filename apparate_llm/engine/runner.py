@@ -168,7 +168,7 @@ class EarlyExitRunner(FallbackRunner):
         model: Any = self.get_model()
         model.next_scores = None
         is_plain = is_plain_greedy(self.input_batch.sampling_metadata) and not self.custom_processors
-        if self.exit_drafter is None or not is_plain or scheduler_output.has_structured_output_requests:
+        if self.safety.is_off or not is_plain or scheduler_output.has_structured_output_requests:
             return
         asked = [(num_plain + number, item.exit.token_id) for number, item in enumerate(self.step.pending)]
         if spec_metadata is not None:

@@ -63,9 +63,9 @@ def profile(
     """What a server pays in ms, medians of the quietest of TURNS turns:
 
     `verify_ms`: requests -> an engine step without draft steps, one row per request; `pass_ms`: requests -> rows ->
-    the same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes where its weights are in
-    small pages; `prompt_ms`: tokens -> a step that reads a prompt; `draft_step_ms`: depth -> requests -> one draft
-    step; `error_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
+    the same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes, whose head is not screened
+    and whose weights may be in small pages; `prompt_ms`: tokens -> a step that reads a prompt; `draft_step_ms`: depth ->
+    requests -> one draft step; `error_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
     `threads` compute, as many as in a server.
 
     limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. Raises
@@ -195,7 +195,7 @@ class Measurements:
         }
 
     def plain_frac(self) -> float:
-        """Of the turns before and after the weights went to huge pages."""
+        """Of turns as plain vLLM's, and as ours."""
         known = [key for key in self.turns if key[0] == "plain"]
         times = [
             median(self.turns[key][0]) / median(self.turns["verify", key[1]][0])
@@ -267,12 +267,14 @@ class Profiler:
 
         if os.environ.get(HUGE_PAGES) == "1" and (moving := use_huge_pages()):  # plain vLLM's are, as well
             moving.join()
+        screened, self.runner.screened_head = self.runner.screened_head, None
         for size in BATCH_SIZES[:PLAIN_SIZES]:
             names = self._begin(size)
             with self._without_drafting():
                 measured.add(("plain", size), _times_ms(self.engine.step, STEPS))
             self.engine.abort_request(names)
             self.engine.step()
+        self.runner.screened_head = screened
         if moving := use_huge_pages():
             moving.join()
 
