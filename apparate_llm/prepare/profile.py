@@ -65,7 +65,7 @@ def profile(
     `verify_ms`: requests -> an engine step without draft steps, one row per request; `pass_ms`: requests -> rows ->
     the same with held exits to check; `plain_frac`: how much longer plain vLLM's pass takes, whose head is not screened
     and whose weights may be in small pages; `prompt_ms`: tokens -> a step that reads a prompt; `draft_step_ms`: depth
-    -> requests -> one draft step; `error_frac`: of each of these kinds, by how much of itself a median may be off (95 %).
+    -> requests -> one draft step; `error_frac`: of each kind, by how much of itself a median may be off (95 %).
     `threads` compute, as many as in a server.
 
     limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. Raises
