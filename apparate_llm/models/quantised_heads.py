@@ -122,7 +122,8 @@ def has_avx512_int8() -> bool:
 
 def int8_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[out, in] int8, and its scales [out, 1] float32, one for each output channel."""
-    codes, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(len(weight), 1, dtype=torch.float32)  # while a model is loaded the default is another
     for first in range(0, len(weight), AT_ONCE):
         part = slice(first, first + AT_ONCE)
         rows = weight[part].float()

@@ -165,7 +165,7 @@ def _read(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 def _norms(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row of the weight, and of what int8 loses of it: [vocab] each."""
-    norms, lost = torch.empty(len(weight)), torch.empty(len(weight))
+    norms, lost = (torch.empty(len(weight), dtype=torch.float32) for _ in range(2))
     for first in range(0, len(weight), AT_ONCE):
         part = slice(first, min(first + AT_ONCE, len(weight)))
         rows = weight[part].float()

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from apparate_llm.models import quantised_heads
 from apparate_llm.models.quantised_heads import (
@@ -50,6 +51,17 @@ def test_a_quantised_linear_is_the_linear_within_two_percent(shape, num_tokens):
     got = Int8Linear(weight)(x)
     assert got.shape == (num_tokens, shape[0])
     assert relative_error(got, nn.functional.linear(x.float(), weight.float())) < 0.02
+
+
+@needs_int8
+def test_a_linear_made_while_a_model_is_loaded_is_the_same():
+    """vLLM makes the model's dtype torch's default meanwhile."""
+    weight, x = torch.randn(64, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    expected = Int8Linear(weight)(x)
+    with set_default_torch_dtype(torch.bfloat16):
+        made = Int8Linear(weight)
+        assert torch.equal(made(x), expected)
+    assert made.weight_scale.dtype == torch.float32
 
 
 @needs_fbgemm
