@@ -26,12 +26,13 @@ from apparate_llm.models.quantised_heads import AT_ONCE, LARGEST, Int8Linear, in
 ROUNDING = 2.0**-8  # more than what rounding to bfloat16 changes, as a share of a value
 FLOAT32_STEP = 2.0**-24
 SLACK = 1 + 2.0**-10  # on norms, which are sums in float32 themselves
-MOST_CANDIDATES = 1 << 15
+MOST_CANDIDATES = 2048
 TRIED_ROWS = (1, 2, 4, 8, 16)
 TIMES = 5  # each is timed
 TRIED_TOKENS = 2048
 TRIED_SCORE = 25.0  # of the best token in a trial: about what models give
-WORTH_IT = 0.95  # of the whole head's time
+WORTH_IT = 0.85  # of the whole head's time; with no answer both have taken theirs
+LEAST_ANSWERED, PASSES_SEEN, PASSES_OFF = 0.8, 50, 1000  # passes are not screened for a while where few were answered
 
 Scores = Callable[[torch.Tensor], torch.Tensor | None]
 
@@ -43,10 +44,11 @@ class ScreenedHead:
     def __init__(self, weight: torch.Tensor, whole: Scores) -> None:
         codes, scale = int8_codes(weight)
         self.norms, self.error_norms = _norms(weight, codes, scale)
-        self.largest_norm, self.largest_error_norm = self.norms.max(), self.error_norms.max()
+        self.largest_norm = self.norms.max()
         self.coarse = Int8Linear(weight, (codes, scale))
         self.weight, self.whole = weight, whole
         self.most_rows = max(TRIED_ROWS)
+        self.answered_frac, self.passes_off = 1.0, 0
 
     def scores(self, hidden: torch.Tensor, asked: Sequence[tuple[int, int]] = ()) -> torch.Tensor | None:
         """Scores [num_tokens, vocab] bfloat16 in which the best token of each row is that of the whole head, as are its
@@ -54,6 +56,16 @@ class ScreenedHead:
         to tell."""
         if len(hidden) > self.most_rows:
             return None
+        if self.passes_off:
+            self.passes_off -= 1
+            return None
+        scores = self._scores(hidden, asked)
+        self.answered_frac += ((scores is not None) - self.answered_frac) / PASSES_SEEN
+        if self.answered_frac < LEAST_ANSWERED:
+            self.answered_frac, self.passes_off = 1.0, PASSES_OFF
+        return scores
+
+    def _scores(self, hidden: torch.Tensor, asked: Sequence[tuple[int, int]]) -> torch.Tensor | None:
         coarse = self.coarse(hidden)
         found = self._candidates(hidden, coarse)
         if found is None:
@@ -87,24 +99,22 @@ class ScreenedHead:
         if not bool(torch.isfinite(hidden).all()):
             return None
         lost, read_norm, norm = _read(hidden)
-        values = coarse.float().numpy()
-        best = torch.from_numpy(values.argmax(axis=1))
-        value = coarse.gather(1, best[:, None])[:, 0].float()
-        floor = value - value.abs() * ROUNDING - lost * self.norms[best] - read_norm * self.error_norms[best]
+        values = coarse.float()
+        best = torch.from_numpy(values.numpy().argmax(axis=1))
+        value = values.gather(1, best[:, None])[:, 0]
+        # read_norm * reach is how far coarse scores may be off.
+        reach = self.norms * (lost / read_norm.clamp(min=1e-12)).max() + self.error_norms
+        floor = value - value.abs() * ROUNDING - read_norm * reach[best]
         # What rounds to the same as the floor, or better.
         floor = floor - floor.abs() * 2 * ROUNDING - norm * self.largest_norm * hidden.shape[1] * 2 * FLOAT32_STEP
-        lowest = floor - lost * self.largest_norm - read_norm * self.largest_error_norm
-        lowest = torch.where(lowest >= 0, lowest / (1 + ROUNDING), lowest / (1 - ROUNDING))
+        farthest = torch.maximum(value.abs(), (floor.abs() + read_norm * reach.max()) * (1 + 2 * ROUNDING))
+        highest = torch.addcmul(values, read_norm[:, None], reach)
         # numpy's search takes a tenth of torch's time.
-        places = np.flatnonzero(values >= lowest[:, None].numpy())
+        places = np.flatnonzero((highest >= (floor - farthest * ROUNDING)[:, None]).numpy())
         if len(places) > MOST_CANDIDATES:
             return None
-        rows, tokens = (torch.from_numpy(part) for part in np.divmod(places, values.shape[1]))
-        value = coarse[rows, tokens].float()
-        highest = value + value.abs() * ROUNDING
-        highest = highest + lost[rows] * self.norms[tokens] + read_norm[rows] * self.error_norms[tokens]
-        can_be = highest >= floor[rows]
-        return rows[can_be], tokens[can_be]
+        rows, tokens = np.divmod(places, values.shape[1])
+        return torch.from_numpy(rows), torch.from_numpy(tokens)
 
     # ---- whether it may be used
 

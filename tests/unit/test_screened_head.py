@@ -104,6 +104,23 @@ def test_too_many_rows_or_candidates_are_left_to_the_whole_head(weight, monkeypa
     assert head.scores(torch.zeros(1, SIZE).bfloat16()) is None, "all are equally good"
 
 
+def test_where_few_passes_are_answered_it_rests(weight, monkeypatch):
+    head, _ = made(weight)
+    screened = []
+    original = head.coarse
+    monkeypatch.setattr(head, "coarse", lambda hidden: screened.append(1) or original(hidden))
+    monkeypatch.setattr(screened_head, "MOST_CANDIDATES", 0)
+    clear, unclear = sure(weight, 1, 0.0), torch.zeros(1, SIZE).bfloat16()
+    for _ in range(40):
+        head.scores(unclear)
+    rested_after = len(screened)
+    assert 5 < rested_after < 20
+    monkeypatch.setattr(screened_head, "MOST_CANDIDATES", 2048)
+    assert all(head.scores(clear) is None for _ in range(screened_head.PASSES_OFF - (40 - rested_after)))
+    assert len(screened) == rested_after
+    assert head.scores(clear) is not None, "and is tried again"
+
+
 def test_where_the_rounding_decides_it_is_left_to_the_whole_head():
     """Two tokens whose scores lie so near a boundary of bfloat16 that the order of a sum may tell them apart."""
     weight = torch.zeros(64, SIZE).bfloat16()
