@@ -19,9 +19,11 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
     Who may read it is up to the umask, or nobody but its owner if it is private.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
-    open(temporary, "xb", opener=private_opener if private else None).close()  # what writes to it leaves its mode
+    open(temporary, "xb", opener=private_opener if private else None).close()
+    mode = temporary.stat().st_mode & 0o777
     try:
         yield temporary
+        temporary.chmod(mode)  # safetensors puts a file of its own in its place, for its owner only
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from apparate_llm.eval.client import Completion
 from apparate_llm.eval.servers import Server
@@ -37,6 +39,16 @@ def test_a_file_has_the_mode_that_the_umask_gives_it(mask, tmp_path):
         assert mode(temporary) == 0o600  # while it is written, too
         temporary.write_bytes(b"secret")
     assert [item.name for item in tmp_path.iterdir()] == ["report.json"] and path.read_bytes() == b"secret"
+
+
+def test_so_has_a_file_of_tensors_whose_library_writes_one_of_its_own(mask, tmp_path):
+    path = tmp_path / "ramps.safetensors"
+    with replacing(path) as temporary:
+        save_file({"a": torch.zeros(2)}, temporary)
+    assert mode(path) == 0o666 & ~mask
+    with replacing(path, private=True) as temporary:
+        save_file({"a": torch.zeros(2)}, temporary)
+    assert mode(path) == 0o600
 
 
 def test_a_model_folder_that_is_made_is_for_those_whom_the_umask_lets(mask, tmp_path):
