@@ -241,7 +241,7 @@ def test_evaluations_of_ramps_by_older_versions_are_read(path):
 
 
 # What a processor does to a sum.
-VERB = r"(?:a lone|another way|differently|in another|in bfloat16|its own way|off|to|up|down)\b"
+VERB = r"(?:a lone|another way|differently|in another|in bfloat16|(?:in )?its own way|off|to|up|down)\b"
 # Words that the code and the pages had for what the field calls otherwise.
 RETIRED = (
     r"\bknobs?\b",  # option
@@ -260,7 +260,7 @@ RETIRED = (
     r"\bverdicts_of_sampling\b|\b_may_pass\b|\bledger\.(checked|record)\b|\bgreedy\.check\(",
     r"\bcompletion_(ms|pass|passes|seconds)\b",  # verify_ms, verification pass
     r"\brounds?_(?!robin)\w+|\w+_rounds?\b",  # draft step
-    rf"(?<!way )\brounds?\b(?!\(|-| {VERB})",  # draft step; position, of an exit in its engine step
+    rf"(?<!way )(?<! it )\brounds?\b(?!\(|-| {VERB})",  # draft step; position, of an exit in its engine step
     r"\bper[ _]cycle\b",  # accepted tokens per step
     r"\bread_cycles\b",  # read_steps
     r"\bnum_inner\b|\.inner\b|\binner(=|: )",  # aux_layers
