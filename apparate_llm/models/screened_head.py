@@ -102,13 +102,13 @@ class ScreenedHead:
         values = coarse.float()
         best = torch.from_numpy(values.numpy().argmax(axis=1))
         value = values.gather(1, best[:, None])[:, 0]
-        # read_norm * reach is how far coarse scores may be off.
-        reach = self.norms * (lost / read_norm.clamp(min=1e-12)).max() + self.error_norms
-        floor = value - value.abs() * ROUNDING - read_norm * reach[best]
+        # read_norm * error_per_norm is how far coarse scores may be off.
+        error_per_norm = self.norms * (lost / read_norm.clamp(min=1e-12)).max() + self.error_norms
+        floor = value - value.abs() * ROUNDING - read_norm * error_per_norm[best]
         # What rounds to the same as the floor, or better.
         floor = floor - floor.abs() * 2 * ROUNDING - norm * self.largest_norm * hidden.shape[1] * 2 * FLOAT32_STEP
-        farthest = torch.maximum(value.abs(), (floor.abs() + read_norm * reach.max()) * (1 + 2 * ROUNDING))
-        highest = torch.addcmul(values, read_norm[:, None], reach)
+        farthest = torch.maximum(value.abs(), (floor.abs() + read_norm * error_per_norm.max()) * (1 + 2 * ROUNDING))
+        highest = torch.addcmul(values, read_norm[:, None], error_per_norm)
         # numpy's search takes a tenth of torch's time.
         places = np.flatnonzero((highest >= (floor - farthest * ROUNDING)[:, None]).numpy())
         if len(places) > MOST_CANDIDATES:
