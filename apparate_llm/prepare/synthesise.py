@@ -4,6 +4,7 @@ Conversations flow through the engine all the time. What is finished goes to the
 take longer are kept beside it as far as they are, so that a run that was killed goes on with them.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -22,7 +23,8 @@ UNDER_WAY = "under-way.pt"
 KEEP_EVERY_S = 30.0
 LONG_ANSWER_S = 45.0  # an answer that takes longer is kept unfinished
 STEP_TARGET_S = 0.5  # of a step with all slots in use: more requests at once would only make each take longer
-FEWEST_SLOTS = 16
+FEWEST_SLOTS = 16  # that slow steps lead to; where memory allows fewer, it stays at those
+LONG_AGO = -math.inf  # when an answer began that an earlier start kept: it is always kept again
 STEPS_TIMED = 20
 MOST_FAILURES = 500  # prompts in a row that lead to nothing
 PRIOR_ANSWERS = 32
@@ -216,7 +218,7 @@ class Synthesiser:
         self.step_s.append(step_s)
         if len(self.step_s) >= STEPS_TIMED:
             fastest = min(self.step_s)
-            if len(self.work) >= self.slots and fastest > STEP_TARGET_S:
+            if len(self.work) >= self.slots > FEWEST_SLOTS and fastest > STEP_TARGET_S:
                 self.slots = max(FEWEST_SLOTS, int(self.slots * STEP_TARGET_S / fastest))
             self.step_s.clear()
 
@@ -247,7 +249,7 @@ class Synthesiser:
             asked = Prompt(*prompt)
             if self.prompts.is_new(asked.ids) and 0 < len(tokens) < self.max_answer_tokens:
                 self.prompts.goes_on(asked)
-                self._answer(Answer(asked, temperature, list(tokens), rows))
+                self._answer(Answer(asked, temperature, list(tokens), rows, began_s=LONG_AGO))
 
 
 def _joined(
