@@ -63,8 +63,9 @@ class Workspace:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RuntimeError(f"another preparation is at work in {self.out}") from None
-            for leftover in self.folder.glob(f".*{PART}"):  # of a run that was killed while it wrote
-                leftover.unlink()
+            for pattern in (f".*{PART}", ".tmp*"):  # of a run that was killed while it wrote; the latter safetensors'
+                for leftover in self.folder.rglob(pattern):
+                    leftover.unlink(missing_ok=True)
             try:
                 yield
             finally:
