@@ -21,6 +21,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 
+from apparate_llm.config import EarlyExitConfig
+from apparate_llm.controller.policy import Policy
 from apparate_llm.engine.batch import batch_of
 from apparate_llm.engine.eligibility import custom_processors
 from apparate_llm.engine.fallback import FallbackRunner
@@ -76,11 +78,7 @@ class EarlyExitRunner(FallbackRunner):
             peers=self.peers,
         )
         self.shadow = Shadow(self.exit_drafter, tuple(sorted(aux_depths)), self.clock, self.peers)
-        if self.peers.is_first:
-            self.memory.begin(config, state_key_of(self, depths=sorted(ramps)), policy, num_layers=num_layers)
-        learned = self.peers.share_object(policy.state())
-        if learned and not self.peers.is_first:  # another rank may have another file, or none
-            policy.restore(learned)
+        self._recall(config, sorted(ramps), policy, num_layers)
         if config.screened_head and self.peers.alone:
             self.screened_head = self._attempt("screening", lambda: screened_head(self.get_model()), None)
         if config.huge_pages:
@@ -92,6 +90,14 @@ class EarlyExitRunner(FallbackRunner):
             )
         whose = f", {sibling}" if sibling is not None else ""
         logger.info("Early exits: ramps at depths %s, beginning with %d%s, %s", sorted(ramps), depth, whose, config)
+
+    def _recall(self, config: EarlyExitConfig, depths: list[int], policy: Policy, num_layers: int) -> None:
+        """What the policy learned in earlier runs, the same on all ranks."""
+        if self.peers.is_first:
+            self.memory.begin(config, state_key_of(self, depths=depths), policy, num_layers=num_layers)
+        learned = self.peers.share_object(policy.state())
+        if learned and not self.peers.is_first:  # another rank may have another file, or none
+            policy.restore(learned)
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Warm-up of sampling by one row. vLLM takes as many as it may ever sample, to see what memory a GPU needs for
