@@ -1,8 +1,8 @@
-"""Tables whose rows are not one system's under several loads: texts, targets, shares of the gain, passes, int8."""
+"""Tables whose rows are not one system's under several loads: texts, targets, shares, passes, int8, replays."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from apparate_llm.eval.compare import load_results
 from apparate_llm.eval.systems import OFF
@@ -11,6 +11,7 @@ from scripts.kept import QWEN, RESULTS, SMOLLM, is_kept, link, read, table_of
 
 BOTH = (QWEN, SMOLLM)
 PASS_LINES = ("worker: blocks", "worker: lm_head")  # of scripts.profile_step
+POLICIES = ("adaptive", "static", "apparate")
 
 
 class Other(NamedTuple):
@@ -76,6 +77,24 @@ def int8(file: str) -> list[list[str]]:
     return [[str(agreement["num_tokens"]), plain(agreement["same_frac"]), number(agreement["kl_nats"], 4)]]
 
 
+def replays(file: str) -> list[list[str]]:
+    """Of each bound: TPT / plain vLLM's and nats per token of every policy's fastest setting, and the oracle's TPT."""
+    slowest_first = sorted(read(file)["rows"], key=lambda row: -row["tpt_ratio"])
+    fastest: dict[tuple[float, str], Any] = {(row["accuracy_bound"], row["policy"]): row for row in slowest_first}
+
+    def cells(bound: float, policies: tuple[str, ...], measure: str, digits: int) -> list[str]:
+        return [number(fastest.get((bound, policy), {}).get(measure), digits) for policy in policies]
+
+    return [
+        [
+            f"{bound:g}",
+            *cells(bound, (*POLICIES, "oracle"), "tpt_ratio", 3),
+            *cells(bound, POLICIES, "regret_nats_per_token", 4),
+        ]
+        for bound in sorted({bound for bound, _ in fastest})
+    ]
+
+
 OTHERS: dict[str, Other] = {
     "texts": Other(
         {QWEN: "texts-qwen.json", SMOLLM: "texts-smollm2.json"},
@@ -94,4 +113,9 @@ OTHERS: dict[str, Other] = {
         {QWEN: "passes-qwen.json", SMOLLM: "passes-smollm2.json"}, tuple(f"{n}, ms" for n in (1, 2, 4, 8)), passes
     ),
     "int8": Other({QWEN: "int8-qwen.json"}, ("greedy tokens", "the same in int8, %", "KL, nats"), int8),
+    "replay": Other(
+        {QWEN: "replay-qwen.json", SMOLLM: "replay-smollm2.json"},
+        ("bound", "TPT / plain, adaptive", "static", "apparate", "oracle", "nats per token, adaptive", *POLICIES[1:]),
+        replays,
+    ),
 }

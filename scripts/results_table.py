@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tables of README.md and docs/benchmarks.md, out of the results in docs/results:
+"""The tables of README.md, docs/benchmarks.md and docs/controller.md, out of the results in docs/results:
 
 python -m scripts.results_table        # writes all of them anew
 
@@ -19,7 +19,7 @@ from apparate_llm.eval.tables import number, with_interval
 from scripts.kept import QWEN, RESULTS, ROOT, SMOLLM, Measured, is_kept, link, measured, table_of
 from scripts.other_tables import OTHERS
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "controller.md")
 MARK = re.compile(r"^<!-- table: ([\w-]+) -->\n(?:\|.*\n)*", re.M)
 PLAIN = ("vllm-tuned",)  # plain vLLM with this machine used as ours use it
 LLAMA = ("llama.cpp bf16", "llama.cpp Q8_0")  # in the precision of ours

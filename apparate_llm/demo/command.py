@@ -27,7 +27,7 @@ OWN_SERVER = ("ramps", "vllm_flag")  # flags that are about the server that is s
 def add_demo(subparsers: Commands) -> None:
     parser: OneLineParser = subparsers.add_parser(
         "demo",
-        help="one prompt with exits off and on, side by side, and how much faster",
+        help="one prompt with exits off and on, side by side, and how much faster that is",
         description="Starts a server, asks it one prompt without exits and with them in turns, shows both answers side "
         "by side, and says how much faster the exits made it. The first start compiles the model, which takes minutes.",
         allow_abbrev=False,

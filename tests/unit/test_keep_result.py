@@ -148,5 +148,21 @@ def test_an_int8_model_has_its_agreement(folder):
     assert made("int8", HERE).splitlines()[2].endswith("|900|97.0|0.0123|")
 
 
+def test_a_replay_has_each_policys_fastest_setting_and_the_oracle_beside_lossless(folder):
+    rows = [
+        {"policy": policy, "accuracy_bound": bound, "tpt_ratio": ratio, "regret_nats_per_token": nats}
+        for policy, bound, ratio, nats in (
+            ("adaptive", 0.0, 0.63, 0.0), ("oracle", 0.0, 0.56, 0.0), ("adaptive", 0.05, 0.594, 0.0328),
+            ("static", 0.05, 0.7, 0.5), ("static", 0.05, 0.612, 0.132), ("static", 0.05, 0.9, 0.01),
+            ("apparate", 0.05, 0.859, 0.1426),
+        )
+    ]  # fmt: skip
+    (folder / "replay-smollm2.json").write_text(json.dumps({"rows": rows}))
+    head, _, lossless, bound = [cells(line) for line in made("replay", HERE).splitlines()]
+    assert len(head) == len(lossless) == len(bound)
+    assert lossless[1:] == ["0", "0.630", "-", "-", "0.560", "0.0000", "-", "-"]
+    assert bound[1:] == ["0.05", "0.594", "0.612", "0.859", "-", "0.0328", "0.1320", "0.1426"]
+
+
 def test_a_table_without_a_kept_result_has_no_rows(folder):
-    assert [made(name, HERE) for name in (*results_table.TABLES, *other_tables.OTHERS)] == [""] * 9
+    assert [made(name, HERE) for name in (*results_table.TABLES, *other_tables.OTHERS)] == [""] * 10

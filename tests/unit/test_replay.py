@@ -11,6 +11,7 @@ from apparate_llm.config import EarlyExitConfig
 from apparate_llm.controller.feedback import LoggedExit, LoggedStep
 from apparate_llm.controller.policies import make_policy
 from apparate_llm.controller.replay import LogCosts, Replayed, oracle, replay
+from scripts import replay_policies
 from scripts.check_bound import check_bound
 from tests import logs
 
@@ -162,6 +163,26 @@ def test_the_command_tries_all_parameters_and_draws_them(tmp_path, capsys):
     assert rows[1]["tpt_ratio"] < rows[0]["tpt_ratio"]
     assert figure.read_bytes()[:4] == b"\x89PNG"
     assert "static" in capsys.readouterr().out
+
+
+def test_the_result_of_the_docs_has_what_the_command_says(tmp_path, capsys):
+    from apparate_llm.cli import main
+
+    log, out, one = log_file(tmp_path / "log.jsonl", 200), tmp_path / "result.json", tmp_path / "one.json"
+    assert replay_policies.main([str(log), str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["command"] == f"python -m scripts.replay_policies {log} {out}"
+    assert len(result["rows"]) == 2 + 2 * (1 + 10 + 2)
+    flags = ["--accuracy-bound", "0.05", "--param", "max_exits=4", "--param", "max_batch_tokens=1024"]
+    assert main(["replay", str(log), "--policy", "apparate", *flags, "--json", str(one)]) == 0
+    apparate, oracle_row = json.loads(one.read_text())["rows"]
+    assert apparate in result["rows"] and oracle_row in result["rows"]
+
+
+def test_a_result_of_no_log_is_not_written(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert replay_policies.main([str(tmp_path / "gone.jsonl"), str(out)]) == 2 and replay_policies.main([]) == 2
+    assert "cannot replay " in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize(
