@@ -9,10 +9,11 @@ from typing import Any
 from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
 from apparate_llm.files import write_atomically
 from apparate_llm.prepare.plan import Made
-from apparate_llm.prepare.predict import predict_both
+from apparate_llm.prepare.predict import predict_both, predicted_for, users_are_given
 from apparate_llm.ramps.checkpoint import BaseModelInfo
 
 PAYS = 0.98  # of plain TPT
+USERS_PROMPTS = "users' prompts"
 SEVERAL = ("4", "16")  # clients that the advice names
 KIND_NAMES = {"open": "open chat", "code": "code", "passage": "texts to work on", "user": "your prompts"}
 
@@ -48,6 +49,7 @@ def write_report(
                 ),
             }
         )
+    known = next(iter(made.conversations.values()))
     report = {
         "schema_version": 4,
         "model": model_name,
@@ -56,8 +58,9 @@ def write_report(
         "synthesis_seconds": made.rows["seconds"],
         "ceiling": next(iter(made.trained.values()))["ceiling"],
         "profile": profiled,
+        "predicted_for": predicted_for(known),
         "depths": depths,
-        "advice": advice(depths),
+        "advice": advice(depths, whose="prompts like yours" if users_are_given(known) else USERS_PROMPTS),
     }
     write_pages(out, report)
     return report
@@ -68,7 +71,7 @@ def write_pages(out: Path, report: dict[str, Any]) -> None:
     write_atomically(out / "report.html", render(report).encode())
 
 
-def advice(depths: list[dict[str, Any]]) -> dict[str, Any]:
+def advice(depths: list[dict[str, Any]], *, whose: str = USERS_PROMPTS) -> dict[str, Any]:
     """The depth with the lowest TPT expected with one client on users' prompts, in one sentence."""
     known = [
         item for item in depths if all(part["users"]["tpt_ratio"] is not None for part in item["predicted"].values())
@@ -86,9 +89,7 @@ def advice(depths: list[dict[str, Any]]) -> dict[str, Any]:
             "depth": best["depth"],
             "sentence": "These ramps do not pay on this machine: serve with --policy off, or prepare with more tokens.",
         }
-    sentence = (
-        f"Use depth {best['depth']}; on users' prompts expect about {_lower_tpt(predicted['1']['users'])} lower TPT"
-    )
+    sentence = f"Use depth {best['depth']}; on {whose} expect about {_lower_tpt(predicted['1']['users'])} lower TPT"
     sentence += " with 1 client"
     several = [number for number in SEVERAL if number in predicted]
     if several:

@@ -3,9 +3,12 @@
 `prepare --verify` does it with the ramps it has just made, `apparate-llm ramps verify` with any ramp folder.
 """
 
+import hashlib
+import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,9 +25,10 @@ from apparate_llm.prepare.recorded import measured_tensors, recorded
 from apparate_llm.prepare.report import write_pages
 from apparate_llm.prepare.servers import servers_environment
 from apparate_llm.progress import Progress
-from apparate_llm.ramps.checkpoint import RampManifest
+from apparate_llm.ramps.checkpoint import RampManifest, read_manifest
 
 CLIENTS = (1, 4, 16)
+YOURS, EVALS = "your", "eval's"  # prompts
 MOST_PROMPTS = 24
 SYSTEM = "ramps"
 START_TIMEOUT_S = 900.0
@@ -42,15 +46,18 @@ def verify(
     progress: Progress,
     clients: Sequence[int] = CLIENTS,
     max_tokens: int = MAX_TOKENS,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Measure what `report` predicts for users' prompts, with the ramps in `out`; the report with `verified`, also
-    written to `out`. prompts: the user's; without, those that come with `eval`."""
+    written to `out`. prompts: the user's; without, those that come with `eval`. keep: a folder that what was measured
+    stays in, and is gone on with from."""
     depth = report["advice"]["depth"]
     predicted = next(item["predicted"] for item in report["depths"] if item["depth"] == depth)
-    asked = chosen(prompts or load_prompts(None))
-    measured = measure(model, out, asked, clients, progress=progress, max_tokens=max_tokens)
+    asked, whose = chosen(prompts or load_prompts(None)), YOURS if prompts else EVALS
+    measured = measure(model, out, asked, clients, progress=progress, max_tokens=max_tokens, keep=keep)
     expected = {number: predicted[number]["users"] for number in measured if number in predicted}
-    report = report | {"verified": compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)}
+    verified = compared(expected, measured, num_prompts=len(asked), whose=whose, max_tokens=max_tokens)
+    report = report | {"verified": verified}
     write_pages(out, report)
     return report
 
@@ -61,11 +68,13 @@ def verify_folder(
     model: Path,
     prompts: Sequence[Prompt],
     *,
+    whose: str,
     progress: Progress,
     clients: Sequence[int] = CLIENTS,
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, Any]:
-    """Acceptance rates on the prompts, costs on this machine, the prediction from both, and the measurement."""
+    """Acceptance rates on the prompts, which are YOURS or EVALS, costs on this machine, the prediction from both, and
+    the measurement."""
     asked, depth = chosen(prompts), manifest.default_depth
     conversations, rates = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
     with progress.stage("profile", total=1.0) as stage, tempfile.TemporaryDirectory() as logs:
@@ -87,7 +96,7 @@ def verify_folder(
         max_tokens=max_tokens,
     )
     measured = measure(model, folder, asked, clients, progress=progress, max_tokens=max_tokens)
-    comparison = compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)
+    comparison = compared(expected, measured, num_prompts=len(asked), whose=whose, max_tokens=max_tokens)
     return {
         "schema_version": 2,
         "model": model_name(model),
@@ -132,7 +141,14 @@ def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def measure(
-    model: Path, ramps: Path, prompts: Sequence[Prompt], clients: Sequence[int], *, progress: Progress, max_tokens: int
+    model: Path,
+    ramps: Path,
+    prompts: Sequence[Prompt],
+    clients: Sequence[int],
+    *,
+    progress: Progress,
+    max_tokens: int,
+    keep: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """By number of clients: the ratio of mean times per output token, lossless exits / plain vLLM, and its interval.
     Raises RuntimeError where a server does not run."""
@@ -145,14 +161,13 @@ def measure(
     from apparate_llm.eval.workloads import closed
     from apparate_llm.host.options import tuning_from
 
-    with servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
+    loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
+    made_of = {"loads": [load.name for load in loads], "max_tokens": max_tokens, "asked": digest_of(ramps, prompts)}
+    with servers_environment(), store_in(keep, made_of) as store:
         flags = ["--max-model-len", str(context_length(model))]
         choice = tuned(ModelChoice(model, (*flags, *memory_flags(flags, num_servers=2))), tuning_from())
         options = ("--ramps", str(ramps.resolve()), "--accuracy-bound", "0")
         systems = [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
-        loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
-        store = Store(Path(folder))
-        store.open({"loads": [[load.name, load.fixed_length] for load in loads]}, fresh=True)
         evaluation = Evaluation(
             model=model,
             systems=systems,
@@ -183,6 +198,22 @@ def measure(
     return by_clients
 
 
+@contextmanager
+def store_in(keep: Path | None, made_of: dict[str, Any]) -> Iterator[Store]:
+    """For blocks that are made of just this, those of an earlier start included; without a folder a temporary one."""
+    with tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
+        store = Store(keep or Path(folder))
+        is_there = (store.folder / "plan.json").is_file()
+        store.open(made_of, fresh=is_there and store.plan() != made_of)
+        yield store
+
+
+def digest_of(ramps: Path, prompts: Sequence[Prompt]) -> str:
+    """Of the ramps and of what is asked."""
+    asked = [read_manifest(ramps).sha256(), *(prompt.messages for prompt in prompts)]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
 def enough(blocks: Sequence[Block]) -> bool:
     """Whether a load's ratio would not become much surer, or only slowly, by another repeat."""
     ratios = ratios_of_repeats(blocks)
@@ -210,7 +241,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def compared(
-    predicted: dict[str, Any], measured: dict[str, Any], *, num_prompts: int, max_tokens: int
+    predicted: dict[str, Any], measured: dict[str, Any], *, num_prompts: int, whose: str, max_tokens: int
 ) -> dict[str, Any]:
     """By number of clients `predicted`, `measured`, `within`: whether the one's interval holds the other's ratio; and
     `off_frac`, by how much of the prediction the measurement differs from it."""
@@ -226,7 +257,7 @@ def compared(
             "off_frac": round(ratio / guess - 1.0, 4) if known else None,
         }
     ordered = {number: clients[number] for number in sorted(clients, key=int)}
-    comparison = {"num_prompts": num_prompts, "max_tokens": max_tokens, "clients": ordered}
+    comparison = {"num_prompts": num_prompts, "prompts_of": whose, "max_tokens": max_tokens, "clients": ordered}
     return comparison | {"sentence": sentence(comparison)}
 
 
@@ -245,7 +276,8 @@ def sentence(verified: dict[str, Any]) -> str:
         )
         if not item["within"]:
             outside.append(clients)
-    text = f"Measured TPT with exits / plain vLLM on {verified['num_prompts']} prompts: {'; '.join(parts)}."
+    asked = f"{verified['num_prompts']} of {verified['prompts_of']} prompts"
+    text = f"Measured TPT with exits / plain vLLM on {asked}: {'; '.join(parts)}."
     if outside:
         text += f" Outside the predicted interval with {' and '.join(outside)}."
     return text
