@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 from rich.console import Console
 
-from apparate_llm.progress import Progress, Stage, number, time_span
+from apparate_llm.progress import Progress, Stage, number, rate_of, time_span
 
 NEVER_S = 1e6  # the thread stays out of tests that call tick() themselves
 
@@ -205,6 +205,13 @@ def test_slow_work_has_its_rate_per_minute_or_hour():
     assert stage.rate() == "12 blocks/min"
     stage.update(0.1)
     assert stage.rate() == "6 blocks/h"
+
+
+@pytest.mark.parametrize(
+    ("per_s", "text"), [(410.0, "410 steps/s"), (0.5, "30 steps/min"), (0.001, "3.6 steps/h"), (0.0, "0 steps/h")]
+)
+def test_a_rate_is_per_second_minute_or_hour(per_s, text):
+    assert rate_of(per_s, "steps") == text
 
 
 def test_of_what_is_often_brief_nothing_is_said_unless_it_takes_long():
