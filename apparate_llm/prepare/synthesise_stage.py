@@ -17,12 +17,12 @@ MAX_PROMPT_TOKENS = 96  # of one that the model writes
 
 
 def synthesise_lap(run: Run, lap: Lap) -> SynthesisRecord:
-    """`rows` and `tokens` (of answers) that there are at the end of the lap."""
+    """`rows` and `tokens` (of answers) that there are at the end of the lap. Of one that an earlier start has ended
+    nothing is said: the lap's own line has its tokens."""
     plan, workspace, store = run.plan, run.workspace, run.store
     stage, wanted = f"lap-{lap.number}", {"tokens": plan.tokens, "time_budget_s": plan.time_budget_s}
     done: SynthesisRecord | None = workspace.read(stage, wanted)
     if done is not None:
-        run.say(f"synthesise: done, {done['tokens']:,} answer tokens")
         return done
     if not _ended(run, lap):
         _synthesise(run, lap, synthesis_limits(run))

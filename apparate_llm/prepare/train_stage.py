@@ -60,7 +60,8 @@ def train_depth(
     }
     done: TrainingRecord | None = workspace.read(stage, inputs)
     if done is not None:
-        run.say(f"train depth {depth}: done")
+        if after not in (None, depth):  # a lap has a line of its own
+            run.say(f"train depth {depth}: done")
         return done
     settings = replace(settings, time_budget_s=_budget_s(run, stage, inputs, depth, until_s))
     record = _train(run, rows_record, settings, after)

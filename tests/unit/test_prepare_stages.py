@@ -173,6 +173,17 @@ def test_a_log_has_a_line_of_each_stage_and_ends_with_what_it_brings(without_eng
     assert said[-1].startswith("Too short a preparation to tell what more time would bring")
 
 
+def test_a_start_that_finds_all_done_has_a_line_of_each_lap_and_depth(without_engine, tiny_llama, tmp_path):
+    plan = plan_for(tiny_llama, tmp_path / "out")
+    prepare(plan, quiet())
+    with (tmp_path / "log").open("w") as file:
+        prepare(plan, Console(file=file))
+    said = [line[10:] for line in (tmp_path / "log").read_text().splitlines()]
+    assert "profile: done" in said and "train depth 2: done" in said
+    assert sum(line.startswith("lap 1 of 1: ") for line in said) == 1
+    assert not any(line.startswith(("synthesise", "train depth 0", "measure")) for line in said)
+
+
 def test_the_report_has_a_prediction_with_interval_by_clients_and_says_for_whose_prompts(
     without_engine, tiny_llama, tmp_path
 ):

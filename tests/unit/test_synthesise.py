@@ -194,6 +194,12 @@ def test_a_lap_without_time_for_another_start_of_the_model_is_over(lap_of):
         assert len(engines) == starts, run.clock.spent_s
 
 
+def test_a_lap_that_an_earlier_start_has_ended_is_not_told_of_again(lap_of):
+    first, *_ = lap_of(timed_lap(100.0), **TIMED)
+    again, _, said, engines, _ = lap_of(timed_lap(100.0), **TIMED)
+    assert again == first and said == [] and len(engines) == 1
+
+
 def test_a_line_of_a_timed_lap_has_the_tokens_and_their_rate(lap_of, monkeypatch):
     *_, said, _, _ = lap_of(timed_lap(100.0), **TIMED)
     assert any("answer tokens, " in line and " tokens/s" in line for line in said), said
