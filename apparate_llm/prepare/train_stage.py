@@ -65,7 +65,6 @@ def train_depth(
         return done
     settings = replace(settings, time_budget_s=_budget_s(run, stage, inputs, depth, until_s))
     record = _train(run, rows_record, settings, after)
-    run.store.release()
     run.clock.keep()
     return workspace.write(stage, inputs, record)
 
@@ -95,6 +94,7 @@ def _train(run: Run, rows_record: SynthesisRecord, settings: TrainSettings, afte
     data = DraftData(rows, base, depth=depth, aux_layers=plan.aux_layers, vocabulary=vocabulary)
     as_many = record["evaluated_rows"] or MAX_EVALUATED_ROWS
     known = measure_head(head, data, thinned(starts(rows, split=TRAIN), as_many))
+    run.store.release()
     return {**record, "train_accepted_per_step": round(accepted_per_step(known), 4), "settings": repr(settings)}
 
 
