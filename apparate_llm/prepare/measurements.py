@@ -10,18 +10,28 @@ from apparate_llm.files import write_atomically
 from apparate_llm.prepare.records import Profiled
 
 Key = tuple[Any, ...]  # what was timed, and with what numbers
+Turns = dict[Key, list[list[float]]]  # ms
 UNKNOWN_ERROR_FRAC = 0.1  # where there was one turn only
+
+
+def turns_in(file: Path) -> Turns:
+    """What an earlier start kept there; raises ValueError for a damaged file."""
+    if not file.is_file():
+        return {}
+    try:
+        kept = json.loads(file.read_bytes())
+        return {tuple(key): [list(map(float, spent_ms)) for spent_ms in turns] for key, turns in kept}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"damaged {file}: {error}; delete it, and costs are measured anew") from None
 
 
 class Measurements:
     """Times in ms by what took them: ("verify", requests), ("pass", requests, rows), ("prompt", tokens),
-    ("draft_step", depth, requests). keep: a file that they go on from."""
+    ("draft_step", depth, requests). keep: a file that they go on from; raises ValueError for a damaged one."""
 
     def __init__(self, until_s: float, *, keep: Path | None = None) -> None:
         self.until_s, self.file = until_s, keep
-        self.turns: dict[Key, list[list[float]]] = {}
-        if keep is not None and keep.is_file():
-            self.turns = {tuple(key): turns for key, turns in json.loads(keep.read_bytes())}
+        self.turns: Turns = {} if keep is None else turns_in(keep)
 
     def keep(self) -> None:
         if self.file is not None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from apparate_llm.files import private_opener
 from apparate_llm.host.choice import HUGE_PAGES
-from apparate_llm.prepare.measurements import Measurements
+from apparate_llm.prepare.measurements import Measurements, turns_in
 from apparate_llm.prepare.records import Profiled
 from apparate_llm.prepare.servers import used_by_servers
 
@@ -60,8 +60,11 @@ def profile(
     `threads` compute, as many as in a server.
 
     limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. keep: file
-    of what is measured so far; what it holds counts. Raises RuntimeError if it fails.
+    of what is measured so far; what it holds counts. Raises RuntimeError if it fails, ValueError where `keep` is
+    damaged.
     """
+    if keep:
+        turns_in(keep)  # what is damaged is told here, in one line
     arguments = [str(model), str(ramps), ",".join(map(str, depths)), str(limit_s)]
     arguments += ["--eager"] if enforce_eager else []
     arguments += ["--keep", str(keep)] if keep else []

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -231,6 +232,8 @@ def store_in(keep: Path | None, made_of: Mapping[str, object]) -> Iterator[Store
     with tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
         store = Store(keep or Path(folder))
         is_there = (store.folder / "plan.json").is_file()
+        if keep is not None and not is_there:  # of a start that was killed, or had no room, before it had a plan
+            shutil.rmtree(keep, ignore_errors=True)
         store.open(made_of, fresh=is_there and store.plan() != made_of)
         yield store
 

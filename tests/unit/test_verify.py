@@ -12,7 +12,7 @@ from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.store import Block, BlockKey
 from apparate_llm.prepare import verify as verify_module
 from apparate_llm.prepare.measurements import Measurements
-from apparate_llm.prepare.profile import TURNS
+from apparate_llm.prepare.profile import TURNS, profile
 from apparate_llm.prepare.report import advice, write_pages
 from apparate_llm.prepare.verify import SYSTEM, YOURS, chosen, compared, digest_of, store_in, verify, verify_folder
 from apparate_llm.progress import Progress
@@ -134,6 +134,8 @@ def test_blocks_of_a_verification_that_was_killed_count_for_the_same_ramps_and_p
     assert blocks_of(asked, add=True) == 1 == blocks_of(asked)
     assert blocks_of(asked[:1]) == 0 == blocks_of(asked), "of others they were thrown away"
     assert digest_of(ramps, asked) != digest_of(build_fused_ramps(tmp_path / "b", tiny_llama, depth=2, seed=1), asked)
+    (keep / "plan.json").unlink()
+    assert blocks_of(asked) == 0, "of a start that ended before it had a plan"
     assert "content" not in (keep / "plan.json").read_text() and (keep / "blocks").stat().st_mode & 0o777 == 0o700
     with store_in(None, {}) as store:
         folder = store.folder
@@ -185,6 +187,14 @@ def test_a_profile_says_how_far_its_medians_may_be_off():
     measured.add(("plain", 1), [11.5] * 5)
     assert measured.result([0])["plain_frac"] == 1.15
     assert costs["prompt_ms"] == {} and costs["error_frac"]["prompt"] > 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[3]", '[["verify", 1]]', '[[["verify", 1], [["x"]]]]'])
+def test_a_damaged_file_of_costs_is_named_before_anything_starts(text, tmp_path):
+    keep = tmp_path / "turns.json"
+    keep.write_text(text)
+    with pytest.raises(ValueError, match=r"^damaged .*turns\.json: .*; delete it, and costs are measured anew$"):
+        profile(tmp_path / "model", tmp_path / "ramps", (0,), enforce_eager=True, keep=keep)
 
 
 def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
