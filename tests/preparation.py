@@ -35,7 +35,7 @@ class Clock:
 
 
 def plan_for(model: Path, out: Path, **changes: Any) -> Plan:
-    settings = {
+    settings: dict[str, Any] = {
         "model": model,
         "out": out,
         "depths": (0, 2),
@@ -144,7 +144,8 @@ class FakeCapture:
         if not made:
             return {}
         number = len(made) + 1
-        rows: dict[int | str, torch.Tensor] = {key: torch.zeros(number, HIDDEN_SIZE) for key in (*self.depths, "final")}
+        keys: list[int | str] = [*self.depths, "final"]
+        rows = {key: torch.zeros(number, HIDDEN_SIZE) for key in keys}
         rows["top_ids"] = torch.zeros(number, TOP, dtype=torch.int32)
         rows["top_logprobs"] = torch.zeros(number, TOP, dtype=torch.float16)
         return rows
