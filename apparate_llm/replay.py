@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from apparate_llm.config import ConfigError, EarlyExitConfig, parse_config
 from apparate_llm.drawing import Axes
@@ -156,7 +156,7 @@ def one_row(
     from apparate_llm.controller.replay import replay
 
     options = {name: value for name, value in parameters.items() if name in EarlyExitConfig.model_fields}
-    rest: dict[str, Any] = {name: value for name, value in parameters.items() if name not in options}
+    rest = {name: value for name, value in parameters.items() if name not in options}
     config = parse_config({**config.model_dump(), **options})
     check_depth("--param depth", config, costs)
     depths = tuple(sorted(costs.draft_steps))
@@ -165,7 +165,7 @@ def one_row(
         depth=depths[0] if config.depth == "auto" else config.depth,
         depths=depths if config.depth == "auto" else (config.depth,),
         num_layers=num_layers,
-        **rest,
+        parameters=rest,
     )
     result = replay(steps, costs, policy, accuracy_bound=config.accuracy_bound, kind=config.bound_kind)
     label = ", ".join(f"{name}={value}" for name, value in parameters.items())

@@ -36,8 +36,8 @@ def sweep(steps: list[LoggedStep], costs: LogCosts, num_layers: int) -> dict[str
         config = EarlyExitConfig(policy=name, accuracy_bound=BOUND, max_batch_tokens=64)
         points = []
         for factor in FACTORS:
-            varied: dict[str, Any] = {constant: type(default)(default * factor)}
-            policy = make_policy(config, depth=depths[0], depths=depths, num_layers=num_layers, **varied)
+            varied = {constant: type(default)(default * factor)}
+            policy = make_policy(config, depth=depths[0], depths=depths, num_layers=num_layers, parameters=varied)
             result = replay(steps, costs, policy, accuracy_bound=BOUND, kind="agreement")
             points.append(
                 {

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
 
 from apparate_llm.config import EarlyExitConfig, PolicyName
 from apparate_llm.controller.adaptive import AdaptivePolicy
@@ -34,7 +35,7 @@ def make_policy(
     depths: tuple[int, ...],
     num_layers: int,
     sibling: bool = False,
-    **parameters: object,
+    parameters: Mapping[str, object] = MappingProxyType({}),
 ) -> Policy:
     """The policy of the options, beginning at `depth`. It takes those options that have a field of its own;
     `parameters` are further fields, which the replay varies. Raises ValueError for one that the policy does not have,

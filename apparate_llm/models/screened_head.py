@@ -67,10 +67,10 @@ class ScreenedHead:
 
     def _scores(self, hidden: torch.Tensor, asked: Sequence[tuple[int, int]]) -> torch.Tensor | None:
         coarse = self.coarse(hidden)
-        found = self._candidates(hidden, coarse)
-        if found is None:
+        candidates = self._candidates(hidden, coarse)
+        if candidates is None:
             return None
-        rows, tokens = found
+        rows, tokens = candidates
         exact, error = self._exact(hidden, rows, tokens)
         least, most = (exact - error).bfloat16(), (exact + error).bfloat16()
         surest = torch.full((len(hidden),), float("-inf"), dtype=least.dtype)
@@ -89,7 +89,7 @@ class ScreenedHead:
     def _exact(
         self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores of these tokens in float64, and how far the whole head's may be from them before it rounds."""
+        """Scores of these tokens in float64, and how far the whole head's may be from them before rounding."""
         products = hidden[rows].double() * self.weight[tokens].double()
         exact = products.sum(dim=1)
         return exact, products.abs().sum(dim=1) * (products.shape[1] * FLOAT32_STEP) + exact.abs() * FLOAT32_STEP

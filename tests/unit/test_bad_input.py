@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from apparate_llm import launch
 from apparate_llm.cli import main
 from apparate_llm.eval.store import Store
+from apparate_llm.host.choice import OWN_PROCESS
 from apparate_llm.ramps.checkpoint import MANIFEST, WEIGHTS
 from apparate_llm.sealed import COMPLETE, is_complete
 from tests.eval_results import full_result
@@ -289,6 +290,7 @@ def test_prompts_of_a_wrong_type_are_told_by_every_other_command(
     command, tiny_llama, zentorch, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("APPARATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(OWN_PROCESS)  # of tests: by hand, `tune` refuses it
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": ["b"]}\n')
     argv = command.format(model=tiny_llama, out=tmp_path / "out", prompts=prompts).split()

@@ -22,7 +22,7 @@ COMMANDS = {
     "replay": (replay, "find_log", ["replay"]),
     "ramps": (prepare, "run_show", ["ramps", "show", "x"]),
     "prepare": (launch, "check_build", ["prepare", "--out", "x"]),
-    "eval": (evaluation, "load_results", ["eval", "report", "x"]),
+    "eval": (evaluation, "load_results", ["eval", "report", "."]),
 }
 
 

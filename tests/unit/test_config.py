@@ -27,6 +27,7 @@ def test_every_option_is_a_flag_and_flags_give_what_json_gives():
         "ttft_weight": 0.5,
         "ramps": "somewhere",
         "huge_pages": False,
+        "screened_head": False,
         "batch_invariant": False,
         "feedback_log": "log.jsonl",
         "tenant_metrics": False,

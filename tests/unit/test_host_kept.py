@@ -9,7 +9,18 @@ from apparate_llm.cli import build_parser, spelt_out
 from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.eval.systems import ModelChoice, early_exits, plain_alike
 from apparate_llm.host import chosen, store
-from apparate_llm.host.choice import AS_VLLM, BIND, HUGE_PAGES, KERNELS, OWN_PROCESS, QUEUES, RESERVED, WORKER, Choice
+from apparate_llm.host.choice import (
+    AS_VLLM,
+    BIND,
+    DEFAULT,
+    HUGE_PAGES,
+    KERNELS,
+    OWN_PROCESS,
+    QUEUES,
+    RESERVED,
+    WORKER,
+    Choice,
+)
 from apparate_llm.host.chosen import WITH_EXITS, choose
 from apparate_llm.host.limits import CpuLimits
 from apparate_llm.host.options import TUNING_VARIABLE, Tuning, kept_tuning_from, parse_tuning
@@ -18,6 +29,7 @@ from apparate_llm.host.store import FOLDER, Kept, huge_pages_given, key_of, load
 FOUR = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=None)
 SHARED = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=2.5)
 BEST = Choice(threads="all", huge_pages=True, queues="block")
+BY_DEFAULT = {BIND: "0,1,2,3", HUGE_PAGES: "1", WORKER: "engine", OWN_PROCESS: "0"}
 
 
 @pytest.fixture
@@ -114,15 +126,15 @@ def four_cores(monkeypatch, zentorch):
     monkeypatch.setattr(chosen, "cpu_limits", lambda: FOUR)
 
 
-def test_without_a_measurement_all_is_as_vllm_does_and_with_one_as_was_kept(model, cache, four_cores):
+def test_without_a_measurement_a_server_has_the_whole_machine_and_with_one_what_was_kept(model, cache, four_cores):
     chosen = choose(Tuning(), model, given={})
-    assert (chosen.choice, chosen.environment, chosen.line) == (AS_VLLM, {}, None)
+    assert (chosen.choice, chosen.environment) == (DEFAULT, BY_DEFAULT) and "not measured here" in chosen.line
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(threads=3, queues="block")))
     chosen = choose(Tuning(), model, given={})
     assert chosen.choice == Choice(threads=3, queues="block") and "kept" in chosen.line
     assert chosen.environment == {BIND: "0,1,2", QUEUES: "block"}
-    assert choose(Tuning(), model, ["--dtype", "float32"], given={}).choice == AS_VLLM
-    assert choose(Tuning(), model, config=parse_config({"policy": "off"}), given={}).choice == AS_VLLM
+    assert choose(Tuning(), model, ["--dtype", "float32"], given={}).choice == DEFAULT
+    assert choose(Tuning(), model, config=parse_config({"policy": "off"}), given={}).choice == DEFAULT
 
 
 def test_off_is_as_vllm_does_and_says_nothing(model, cache, four_cores):
@@ -137,7 +149,8 @@ def test_parts_by_hand_go_over_all_else(model, cache, four_cores):
     assert chosen.environment == {BIND: "0,1", WORKER: "engine", OWN_PROCESS: "0", HUGE_PAGES: "0"}
     assert "threads, worker, huge pages by hand" in chosen.line
     chosen = choose(parse_tuning({"threads": "2"}), model, given={})
-    assert chosen.choice == Choice(threads=2) and "not measured here" in chosen.line
+    assert chosen.choice == DEFAULT.model_copy(update={"threads": 2})
+    assert "threads by hand, else not measured here" in chosen.line
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS)))
     chosen = choose(parse_tuning({"threads": "2"}), model, given={})
     assert chosen.choice == BEST.model_copy(update={"threads": 2}) and "threads by hand, else kept" in chosen.line
@@ -163,6 +176,23 @@ def test_each_part_that_is_kept_gives_way_to_a_hand(kept, by_hand, variables, mo
     assert choose(parse_tuning(by_hand), model, config=config, given={}).environment == variables
 
 
+@pytest.mark.parametrize(
+    ("by_hand", "options", "variables"),
+    [
+        ({"threads": "2"}, {}, BY_DEFAULT | {BIND: "0,1"}),
+        ({"kernels": "stock"}, {}, BY_DEFAULT | {KERNELS: "stock"}),
+        ({"worker": "process"}, {}, {BIND: "0,1,2,3", HUGE_PAGES: "1"}),
+        ({"worker": "process", "queues": "block"}, {}, {BIND: "0,1,2,3", HUGE_PAGES: "1", QUEUES: "block"}),
+        ({}, {"huge_pages": False}, BY_DEFAULT | {HUGE_PAGES: "0"}),
+    ],
+    ids=str,
+)
+def test_each_part_of_the_default_gives_way_to_a_hand(by_hand, options, variables, model, cache, four_cores, zentorch):
+    zentorch(True)
+    config = parse_config(options)
+    assert choose(parse_tuning(by_hand), model, config=config, given={}).environment == variables
+
+
 @pytest.mark.parametrize(("value", "pages"), [("0", False), ("1", True)])
 def test_pages_by_a_variable_are_those_of_a_server_with_exits_too(value, pages, model, cache, four_cores):
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(huge_pages=not pages)))
@@ -171,22 +201,29 @@ def test_pages_by_a_variable_are_those_of_a_server_with_exits_too(value, pages, 
     assert choose(Tuning(), model, given={}).huge_pages is not pages
 
 
-def test_several_workers_are_bound_by_vllm_itself(model, cache, four_cores):
-    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(threads="all", worker="engine")))
-    for flags in (["--tensor-parallel-size", "2"], ["--data-parallel-size=2"]):
-        chosen = choose(Tuning(), model, flags, given={})
-        assert not {BIND, WORKER, OWN_PROCESS} & chosen.environment.keys()
+@pytest.mark.parametrize("flags", [["--tensor-parallel-size", "2"], ["--data-parallel-size=2"]], ids=" ".join)
+def test_several_workers_are_bound_by_vllm_itself(flags, model, cache, four_cores):
+    assert choose(Tuning(), model, flags, given={}).environment == {}
+    for key in (key_of(model, [], FOUR, WITH_EXITS), key_of(model, flags, FOUR, WITH_EXITS)):
+        save(cache, kept_for(key, Choice(threads="all", worker="engine")))
+        assert choose(Tuning(), model, flags, given={}).environment == {}
 
 
 def test_a_users_own_executor_keeps_its_worker(model, cache, four_cores):
-    save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice(worker="engine")))
-    assert choose(Tuning(), model, given={}).choice.worker == "engine"
     flags = ["--distributed-executor-backend", "mp"]
-    assert choose(Tuning(), model, flags, given={}).choice.worker == "process"
+    by_default = choose(Tuning(), model, flags, given={})
+    assert by_default.choice == DEFAULT.model_copy(update={"worker": "process"})
+    assert not {WORKER, OWN_PROCESS} & by_default.environment.keys()
+    for key in (key_of(model, [], FOUR, WITH_EXITS), key_of(model, flags, FOUR, WITH_EXITS)):
+        save(cache, kept_for(key, Choice(threads=3, worker="engine")))
+    assert choose(Tuning(), model, given={}).choice == Choice(threads=3, worker="engine")
+    assert choose(Tuning(), model, flags, given={}).choice == Choice(threads=3)
 
 
-def test_a_user_without_a_cache_is_served_as_vllm_does(model, homeless, four_cores):
-    assert choose(Tuning(), model, given={}).choice == AS_VLLM
+def test_a_user_without_a_cache_is_served_as_where_nothing_was_measured(model, homeless, four_cores):
+    chosen = choose(Tuning(), model, given={})
+    assert (chosen.choice, chosen.environment) == (DEFAULT, BY_DEFAULT) and "not measured here" in chosen.line
+    assert choose(parse_tuning({"tuning": "off"}), model, given={}).choice == AS_VLLM
 
 
 def test_a_profile_of_prepare_uses_the_machine_as_a_server_does(model, cache, four_cores, monkeypatch):
@@ -248,12 +285,29 @@ def test_where_ours_are_as_vllm_does_plain_vllm_tuned_is_on_all_cores(choice_of,
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
-def test_pages_by_hand_are_no_tuning(value, choice_of, cache, four_cores):
-    choice = choice_of("--tuning", "auto", "--huge-pages", value)
+def test_without_tuning_pages_by_hand_are_no_tuning(value, choice_of, cache, four_cores):
+    choice = choice_of("--tuning", "off", "--huge-pages", value)
     assert (choice.used, choice.alike) == (AS_VLLM, {})
     assert plain_alike(choice).name == "vllm"
     assert systems_by_name(choice)["vllm-tuned"].variables == {BIND: "0,1,2,3"}
     assert f"--huge-pages {value}" in " ".join(early_exits("ours", choice, "--policy", "off").command)
+
+
+@pytest.mark.parametrize(
+    ("flags", "pages"), [((), "1"), (("--huge-pages", "true"), "1"), (("--huge-pages", "false"), "0")], ids=str
+)
+def test_where_nothing_was_measured_plain_vllm_has_the_whole_machine_too(
+    flags, pages, choice_of, cache, four_cores, monkeypatch
+):
+    monkeypatch.delenv(OWN_PROCESS)
+    choice = choice_of("--tuning", "auto", *flags)
+    assert choice.used == DEFAULT.model_copy(update={"huge_pages": pages == "1"})
+    assert plain_alike(choice).name == "vllm-tuned"
+    systems = systems_by_name(choice)
+    assert systems["vllm-tuned"].variables == systems["ngram-tuned"].variables == BY_DEFAULT | {HUGE_PAGES: pages}
+    assert systems["vllm"].variables == systems["ngram"].variables == systems["off"].variables == {}
+    own = " ".join(early_exits("ours", choice, "--policy", "off").command)
+    assert "--tuning auto" in own and " ".join(flags) in own
 
 
 def test_servers_without_exits_go_by_what_is_kept_for_them(choice_of, model, cache, four_cores):

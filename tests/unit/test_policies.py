@@ -50,7 +50,7 @@ def test_every_policy_of_the_schema_exists():
 
 def test_an_unknown_parameter_of_a_policy_is_named():
     with pytest.raises(ValueError, match=r"policy adaptive has no parameter 'patience'"):
-        make_policy(EarlyExitConfig(), depth=0, depths=(0,), num_layers=30, patience=3)
+        make_policy(EarlyExitConfig(), depth=0, depths=(0,), num_layers=30, parameters={"patience": 3})
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"off"}))

@@ -133,7 +133,7 @@ def test_prompts_that_the_template_refuses_are_left_out_and_without_a_template_t
     from rich.console import Console
 
     model, file = with_template(tiny_llama, tmp_path / "model", template), io.StringIO()
-    turns = [[("system", "w1"), ("user", "w2")], [("user", "w3"), ("user", "w4")], [("user", "w5")]]
+    turns = [[("system", "w1"), ("user", "w2")], [("user", "w3"), ("user", "w4")], [("user", "w5 w6")]]
     prompts = [[{"role": role, "content": text} for role, text in chat] for chat in turns]
     with Progress(Console(file=file)) as progress:
         agreed = agreement.agreement_of(model, model, prompts, limit_s=1000.0, progress=progress)

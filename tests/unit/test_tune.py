@@ -251,7 +251,9 @@ def test_texts_of_a_candidate_must_not_depend_on_the_load(plan, monkeypatch):
 @pytest.fixture
 def measured(tmp_path, monkeypatch, zentorch):
     """measured(trials) -> in place of a measurement; the model, the cache and the user's variables are the test's."""
-    (tmp_path / "config.json").write_text('{"hidden_size": 64, "architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "config.json").write_text(
+        '{"hidden_size": 64, "num_hidden_layers": 4, "architectures": ["LlamaForCausalLM"]}'
+    )
     monkeypatch.setenv("APPARATE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(OWN_PROCESS)
     monkeypatch.setattr(chosen, "cpu_limits", lambda: TWO)
