@@ -329,11 +329,17 @@ def run_verify(args: argparse.Namespace) -> int:
     manifest, model = ramps_and_model(args)
 
     with log_of_engines() as console, Progress(console) as progress:
-        from apparate_llm.prepare.verify import verify_folder
+        from apparate_llm.prepare.verify import EVALS, YOURS, verify_folder
 
-        clients, most = args.concurrency, args.max_tokens
         verified = verify_folder(
-            args.folder, manifest, model, prompts, progress=progress, clients=clients, max_tokens=most
+            args.folder,
+            manifest,
+            model,
+            prompts,
+            whose=YOURS if args.prompts else EVALS,
+            progress=progress,
+            clients=args.concurrency,
+            max_tokens=args.max_tokens,
         )
     print_verified(verified)
     if args.json:

@@ -13,6 +13,7 @@ MAX_NUM_SEQS = 128
 MAX_NUM_BATCHED_TOKENS = 2048
 KV_CACHE_GIB = 2
 CACHE_BLOCK = 32  # tokens of which a prefix cache holds all or none
+CONTEXT_LENGTHS = ("max_position_embeddings", "model_max_length")  # in config.json
 ELEMENT_SIZE = 2  # bytes of a state's value: vLLM by itself runs models in bfloat16 or float16
 
 
@@ -62,5 +63,7 @@ def runner_of(llm: Any) -> Any:
 
 
 def context_length(model: Path) -> int:
+    """Of the engine: the model's own, where that is shorter than MAX_MODEL_LEN."""
     config = json.loads((model / "config.json").read_text())
-    return min(MAX_MODEL_LEN, config.get("max_position_embeddings") or MAX_MODEL_LEN)
+    # Where both are there vLLM goes by the second.
+    return min(MAX_MODEL_LEN, *(config.get(name) or MAX_MODEL_LEN for name in CONTEXT_LENGTHS))

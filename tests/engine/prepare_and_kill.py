@@ -127,7 +127,7 @@ def main() -> None:
 
     hurry_vllm()
     synthesise.KEEP_EVERY_S = 0.5  # much to lose, and often kept
-    synthesise.LONG_ANSWER_S = 0.1
+    synthesise.LONG_S = 0.1
     kills, seed, out, *models = sys.argv[1:]
     rng = random.Random(int(seed))
     for model in map(Path, models):

@@ -16,6 +16,7 @@ from apparate_llm.prepare.capture import DRAWN_FROM, Capture
 from apparate_llm.prepare.chat import ChatFormat
 from apparate_llm.prepare.engine import CACHE_BLOCK, environment
 from apparate_llm.prepare.needs import disk_bytes
+from apparate_llm.prepare.profile import profile
 from apparate_llm.prepare.prompts import KINDS, Prompt, PromptSource
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, Rows, rows_of
 from apparate_llm.prepare.store import RowStore
@@ -24,7 +25,7 @@ from apparate_llm.ramps.checkpoint import read_manifest
 from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for
 from tests.environment import clean_environment
 from tests.harness import Engine, greedy, token_prompts
-from tests.tiny import MODEL_TYPES
+from tests.tiny import MODEL_TYPES, build_fused_ramps
 
 KILLS_PER_MODEL = 3
 
@@ -211,6 +212,22 @@ def check_rows(folder: Path, rows: Rows, texts: list[tuple[list[int], list[int]]
         torch.testing.assert_close(rows.top_logprobs[mine][1:].float(), best.values, rtol=2e-2, atol=2e-2)
 
 
+def test_costs_of_a_model_with_a_short_context_are_measured_and_what_was_is_not_again(tiny_llama, tmp_path):
+    """Whose requests end before all was measured that a longer one leaves room for."""
+    model, keep, log = (tmp_path / name for name in ("model", "turns.json", "log"))
+    shutil.copytree(tiny_llama, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    ramps = build_fused_ramps(tmp_path / "ramps", model, depth=2)
+    for _ in range(2):
+        costs = profile(model, ramps, (2,), enforce_eager=True, limit_s=1.0, log=log, keep=keep)
+        assert {"1", "4"} <= costs["verify_ms"].keys() == costs["draft_step_ms"]["2"].keys()
+        assert costs["prompt_ms"].keys() <= {"32"} and costs["pass_ms"]["1"]
+        turns = dict((tuple(key), times) for key, times in json.loads(keep.read_bytes()))
+        assert len(turns["verify", 1]) == 1
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
 def test_answers_under_way_go_on_after_a_kill_with_the_rows_they_have(tiny_llama, tmp_path):
     """Kept in the middle of answers, as a kill finds them, and gone on with by another engine."""
     kept = []
@@ -221,7 +238,7 @@ def test_answers_under_way_go_on_after_a_kill_with_the_rows_they_have(tiny_llama
             assert [len(work.tokens) for work in under_way] == kept
             left = iter(range(steps or 10_000))
             synthesiser.run(tokens=600, most_tokens=600, enough=lambda left=left: next(left, None) is None)
-            kept = [len(work.tokens) for work in synthesiser.work.values() if isinstance(work, Answer) and work.tokens]
+            kept = [len(work.tokens) for work in synthesiser.work.values() if isinstance(work, Answer)]
         if steps:
             assert kept and max(kept) > 2
     store = RowStore(tmp_path)

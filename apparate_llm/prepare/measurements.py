@@ -1,0 +1,87 @@
+"""Times that were measured, turn by turn: what they say, and how far it may be off."""
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from apparate_llm.files import write_atomically
+from apparate_llm.prepare.records import Profiled
+
+Key = tuple[Any, ...]  # what was timed, and with what numbers
+Turns = dict[Key, list[list[float]]]  # ms
+UNKNOWN_ERROR_FRAC = 0.1  # where there was one turn only
+
+
+def turns_in(file: Path) -> Turns:
+    """What an earlier start kept there; raises ValueError for a damaged file."""
+    if not file.is_file():
+        return {}
+    try:
+        kept = json.loads(file.read_bytes())
+        return {tuple(key): [list(map(float, spent_ms)) for spent_ms in turns] for key, turns in kept}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"damaged {file}: {error}; delete it, and costs are measured anew") from None
+
+
+class Measurements:
+    """Times in ms by what took them: ("verify", requests), ("pass", requests, rows), ("prompt", tokens),
+    ("draft_step", depth, requests). keep: a file that they go on from; raises ValueError for a damaged one."""
+
+    def __init__(self, until_s: float, *, keep: Path | None = None) -> None:
+        self.until_s, self.file = until_s, keep
+        self.turns: Turns = {} if keep is None else turns_in(keep)
+
+    def keep(self) -> None:
+        if self.file is not None:
+            write_atomically(self.file, json.dumps(list(self.turns.items())).encode(), private=True)
+
+    def has(self, turn: int, *key: str | int) -> bool:
+        """Whether these were measured in a turn, counted from 0."""
+        return len(self.turns.get(key, [])) > turn
+
+    def add(self, key: Key, spent_ms: list[float]) -> None:
+        if spent_ms:
+            self.turns.setdefault(key, []).append(spent_ms)
+
+    @property
+    def left_s(self) -> float:
+        return self.until_s - time.monotonic()
+
+    def of(self, *key: str | int) -> float:
+        """The median of the quietest turn: what else runs on a machine makes all of a turn slower, and comes and
+        goes."""
+        return round(min(map(median, self.turns[key])), 4)
+
+    def result(self, depths: list[int]) -> Profiled:
+        sizes = sorted(key[1] for key in self.turns if key[0] == "verify")
+        passes: dict[str, dict[str, float]] = {str(size): {} for size in sizes}
+        for key in sorted(key for key in self.turns if key[0] == "pass"):
+            passes[str(key[1])][str(key[2])] = self.of(*key)
+        return {
+            "verify_ms": {str(size): self.of("verify", size) for size in sizes},
+            "pass_ms": passes,
+            "prompt_ms": {str(key[1]): self.of(*key) for key in sorted(self.turns) if key[0] == "prompt"},
+            "plain_frac": self.plain_frac(),
+            "draft_step_ms": {
+                str(depth): {str(size): self.of("draft_step", depth, size) for size in sizes} for depth in depths
+            },
+            "error_frac": {kind: self.error_frac(kind) for kind in ("verify", "pass", "prompt", "draft_step")},
+        }
+
+    def plain_frac(self) -> float:
+        """Of turns as plain vLLM's, and as ours."""
+        known = [key for key in self.turns if key[0] == "plain"]
+        times = [
+            median(self.turns[key][0]) / median(self.turns["verify", key[1]][0])
+            for key in known
+            if ("verify", key[1]) in self.turns
+        ]
+        return round(max(1.0, median(times)), 4) if times else 1.0
+
+    def error_frac(self, kind: str) -> float:
+        """By how much these medians may be off (95 %): how far the two quietest turns differ, on average."""
+        known = [sorted(map(median, turns)) for key, turns in self.turns.items() if key[0] == kind and len(turns) > 1]
+        off = [turns[1] / turns[0] - 1.0 for turns in known]
+        return round(sum(off) / len(off), 4) if off else UNKNOWN_ERROR_FRAC
