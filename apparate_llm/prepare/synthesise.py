@@ -4,6 +4,7 @@ Conversations flow through the engine all the time. What is finished goes to the
 answers that take longer are kept beside it as far as they are, so that a run that was killed goes on with them.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from apparate_llm.prepare.workspace import save_state
 UNDER_WAY = "under-way.pt"
 KEEP_EVERY_S = 30.0
 LONG_S = 45.0  # a conversation that takes longer is kept unfinished
+LONG_AGO = -math.inf  # when one that an earlier start kept began: it is always kept again
 STEP_TARGET_S = 0.5  # of a step with all slots in use: more requests at once would only make each take longer
-FEWEST_SLOTS = 16
+FEWEST_SLOTS = 16  # that slow steps lead to; where memory allows fewer, it stays at those
 STEPS_TIMED = 20
 MOST_FAILURES = 500  # prompts in a row that lead to nothing
 PRIOR_ANSWERS = 32
@@ -229,7 +231,7 @@ class Synthesiser:
         self.step_s.append(step_s)
         if len(self.step_s) >= STEPS_TIMED:
             fastest = min(self.step_s)
-            if len(self.work) >= self.slots and fastest > STEP_TARGET_S:
+            if len(self.work) >= self.slots > FEWEST_SLOTS and fastest > STEP_TARGET_S:
                 self.slots = max(FEWEST_SLOTS, int(self.slots * STEP_TARGET_S / fastest))
             self.step_s.clear()
 
@@ -260,14 +262,14 @@ class Synthesiser:
             if len(kept) == NUM_DRAFT_FIELDS:
                 number, opening, text = kept
                 self.prompts.goes_on(Opening(*opening))
-                self._write(Draft(number, Opening(*opening), text))
+                self._write(Draft(number, Opening(*opening), text, began_s=LONG_AGO))
                 continue
             prompt, temperature, tokens, rows = kept
             asked = Prompt(*prompt)
             if self.prompts.is_new(asked.ids) and len(tokens) < self.max_answer_tokens:
                 self.prompts.asked(asked.ids)
                 self.prompts.goes_on(asked)
-                self._answer(Answer(asked, temperature, list(tokens), rows))
+                self._answer(Answer(asked, temperature, list(tokens), rows, began_s=LONG_AGO))
 
 
 def _is_usable(work: Answer) -> bool:
