@@ -22,9 +22,9 @@ from apparate_llm.prepare.workspace import save_state
 UNDER_WAY = "under-way.pt"
 KEEP_EVERY_S = 30.0
 LONG_S = 45.0  # a conversation that takes longer is kept unfinished
+LONG_AGO = -math.inf  # when one that an earlier start kept began: it is always kept again
 STEP_TARGET_S = 0.5  # of a step with all slots in use: more requests at once would only make each take longer
 FEWEST_SLOTS = 16  # that slow steps lead to; where memory allows fewer, it stays at those
-LONG_AGO = -math.inf  # when an answer began that an earlier start kept: it is always kept again
 STEPS_TIMED = 20
 MOST_FAILURES = 500  # prompts in a row that lead to nothing
 PRIOR_ANSWERS = 32
@@ -262,7 +262,7 @@ class Synthesiser:
             if len(kept) == NUM_DRAFT_FIELDS:
                 number, opening, text = kept
                 self.prompts.goes_on(Opening(*opening))
-                self._write(Draft(number, Opening(*opening), text))
+                self._write(Draft(number, Opening(*opening), text, began_s=LONG_AGO))
                 continue
             prompt, temperature, tokens, rows = kept
             asked = Prompt(*prompt)

@@ -26,7 +26,7 @@ DISAGREED_WEIGHT = 0.2  # of a row after a draft step that disagreed with the fu
 FINAL_LEARNING_RATE = 0.02  # of the highest one
 WARM_UP_STEPS = 100
 BATCH_ROWS = 1024
-CHECKPOINT_EVERY_S, KEPT_WITHIN_S = 60.0, 110.0  # the latter where a step, or what comes with one, takes long
+CHECKPOINT_EVERY_S, KEPT_WITHIN_S = 60.0, 110.0  # the latter where a step or an evaluation takes long
 EVALUATE_EVERY = 0.1  # of the training
 MAX_EVALUATED_ROWS, MIN_EVALUATED_ROWS, PROBED_ROWS = 12_000, 2_000, 256
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.03, 0.2  # of a training's time, for one evaluation and for all of them
@@ -144,20 +144,19 @@ def train_head(
         run.head.load_state_dict({name: value.float() for name, value in initial.items()}, strict=False)
     if checkpoint is not None and checkpoint.is_file():
         run.restore(checkpoint)
-    saved_at, longest_s = time.monotonic(), 0.0
-    while not run.finished:
-        before = run.spent_s
-        run.step()
-        longest_s = max(longest_s, run.spent_s - before)
+    saved_at = time.monotonic()
+    while run.evaluation_is_due or not run.finished:
+        if run.evaluation_is_due:
+            run.evaluate()
+        else:
+            run.step()
         on_progress(run.done_frac, run.facts())
         if run.steps % RELEASE_EVERY == 0:
             release()
         unsaved_s = time.monotonic() - saved_at
-        if checkpoint is not None and unsaved_s > min(CHECKPOINT_EVERY_S, KEPT_WITHIN_S - longest_s):
+        if checkpoint is not None and unsaved_s > min(CHECKPOINT_EVERY_S, KEPT_WITHIN_S - run.next_s):
             run.save(checkpoint)
             saved_at = time.monotonic()
-    if run.evaluated_at != run.steps:
-        run.evaluate()
     if checkpoint is not None:
         run.save(checkpoint)
     return run.best_head(), run.record()
@@ -183,7 +182,7 @@ class _Training:
         self.total = max(1, int(settings.epochs * len(self.index) / settings.batch_rows))
         self.order = torch.randperm(len(self.index), generator=self.generator)
         self.offset = self.steps = 0
-        self.spent_s = 0.0
+        self.spent_s = self.longest_step_s = 0.0
         self.next_evaluation = EVALUATE_EVERY
         self.recent_loss = math.nan
         self.best_score = -1.0
@@ -197,6 +196,15 @@ class _Training:
     @property
     def finished(self) -> bool:
         return self.done_frac >= 1.0
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        return self.evaluated_at != self.steps and self.done_frac >= min(1.0, self.next_evaluation)
+
+    @property
+    def next_s(self) -> float:
+        """What the next step or evaluation may take; nobody knows it of the first evaluation."""
+        return (self.evaluate_s or math.inf) if self.evaluation_is_due else self.longest_step_s
 
     def step(self) -> None:
         began = time.monotonic()
@@ -216,11 +224,9 @@ class _Training:
         value = loss.item()
         self.recent_loss = value if math.isnan(self.recent_loss) else 0.98 * self.recent_loss + 0.02 * value
         self.steps += 1
-        self.spent_s += time.monotonic() - began
-        if self.done_frac >= self.next_evaluation:
-            self.evaluate()
-            share = self.evaluate_s / EVALUATIONS_SHARE / settings.time_budget_s
-            self.next_evaluation = max(self.next_evaluation + EVALUATE_EVERY, self.done_frac + share)
+        step_s = time.monotonic() - began
+        self.spent_s += step_s
+        self.longest_step_s = max(self.longest_step_s, step_s)
 
     def evaluate(self) -> None:
         """Keep the head if it is the best so far on validation rows."""
@@ -234,6 +240,8 @@ class _Training:
         self.evaluated_at = self.steps
         self.evaluate_s = time.monotonic() - began
         self.spent_s += self.evaluate_s
+        share = self.evaluate_s / EVALUATIONS_SHARE / self.settings.time_budget_s
+        self.next_evaluation = max(self.next_evaluation + EVALUATE_EVERY, self.done_frac + share)
         if score >= self.best_score:
             self.best_score = score
             self.best = {

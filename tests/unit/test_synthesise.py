@@ -41,7 +41,9 @@ def tokenizer(tiny_llama):
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
-def synthesiser_on(engine, tokenizer, folder, *, max_prompt_tokens=96, max_answer_tokens=256, user_prompts=()):
+def synthesiser_on(
+    engine, tokenizer, folder, *, max_prompt_tokens=96, max_answer_tokens=256, user_prompts=(), slots=SLOTS
+):
     chat = ChatFormat(tokenizer, max_model_len=CONTEXT, max_answer_tokens=max_answer_tokens)
     return Synthesiser(
         FakeLLM(engine, tokenizer),
@@ -50,7 +52,7 @@ def synthesiser_on(engine, tokenizer, folder, *, max_prompt_tokens=96, max_answe
         depths=(1, 2, 3),
         max_prompt_tokens=max_prompt_tokens,
         max_answer_tokens=max_answer_tokens,
-        slots=SLOTS,
+        slots=slots,
         seed=0,
     )
 
@@ -109,6 +111,31 @@ def test_a_prompt_that_was_being_written_goes_on_where_it_was(clock, tokenizer, 
         asked = again.engine.requests[name]
         assert asked.ids == tokenizer.encode(draft.opening.before + draft.opening.text + draft.text)[-len(asked.ids) :]
     assert sum(again.prompts._counts.values()) == SLOTS, "they count for their splits"
+
+
+@pytest.mark.parametrize(("prompt_words", "fields"), [(96, 3), (8, 4)])
+def test_a_kill_soon_after_a_start_leaves_what_earlier_starts_kept(prompt_words, fields, clock, tokenizer, tmp_path):
+    """Prompts that were being written, or answers: they are young in the next start, which keeps in its turn."""
+    until = clock.now + 60
+    first = synthesiser_on(FakeEngine(clock, step_s=1.0, prompt_words=prompt_words), tokenizer, tmp_path)
+    first.run(tokens=1e9, most_tokens=1e9, enough=lambda: clock.now >= until)
+    assert [len(under_way) for under_way in torch.load(tmp_path / UNDER_WAY, weights_only=True)] == SLOTS * [fields]
+    kept = kept_tokens(tmp_path, tokenizer)
+    again = synthesiser_on(FakeEngine(clock, step_s=1.0, prompt_words=96), tokenizer, tmp_path)
+    for _ in range(20):
+        for output in again.engine.step():
+            again._take(output)
+    again.keep()
+    assert kept_tokens(tmp_path, tokenizer) >= kept + SLOTS * 15
+
+
+@pytest.mark.parametrize(("slots", "then"), [(4, 4), (8, 8), (16, 16), (20, 16), (64, 16)])
+def test_slow_steps_never_lead_to_more_conversations_at_once(slots, then, clock, tokenizer, tmp_path):
+    """Memory may allow for few only."""
+    synthesiser = synthesiser_on(FakeEngine(clock, step_s=4.0), tokenizer, tmp_path, slots=slots)
+    left = iter(range(50))
+    synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
+    assert synthesiser.slots == then
 
 
 def test_what_is_left_of_a_prompt_is_all_that_may_be_written(clock, tokenizer, tmp_path):
