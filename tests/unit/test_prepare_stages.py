@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from apparate_llm.prepare.draft_data import whole_conversations
 from apparate_llm.prepare.pipeline import prepare
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, rows_of
 from apparate_llm.prepare.train_stage import head_tensors, measure_depth, train_depth
-from apparate_llm.prepare.workspace import Workspace
+from apparate_llm.prepare.workspace import Workspace, save_state
 from apparate_llm.ramps.checkpoint import MANIFEST, WEIGHTS, RampError, read_manifest
 from apparate_llm.ramps.load import load_ramps
+from tests.full_disk import on_full_disk
 from tests.preparation import conversations, lines, plan_for, running
 
 NUMBER = 200
@@ -252,35 +254,28 @@ def test_whatever_write_fails_the_same_command_goes_on_and_ends_as_without(
 def test_a_full_disk_is_known_by_what_each_library_says_of_it(save, tmp_path):
     from safetensors.torch import save_file
 
-    state = {"weights": torch.zeros(1 << 20)}
-    with pytest.raises(RuntimeError, match=r"^no space left in "), pipeline.disk_errors(tmp_path):
-        if save == "torch":
-            with open("/dev/full", "wb") as file:
-                torch.save(state, file)
-        elif save == "safetensors":
-            save_file(state, "/dev/full")
+    state, path = {"weights": torch.zeros(1 << 20)}, tmp_path / "file"
+
+    def write():
+        if save == "safetensors":
+            save_file(state, path)
         else:
-            with open("/dev/full", "wb") as file:
-                file.write(bytes(1 << 20))
+            with path.open("wb") as file:
+                torch.save(state, file) if save == "torch" else file.write(bytes(1 << 20))
+
+    with pytest.raises(RuntimeError, match=r"^no space left in "), pipeline.disk_errors(tmp_path):
+        on_full_disk(write)
+    write()
+    assert path.stat().st_size >= 1 << 20, "it was the disk"
 
 
-def test_a_state_that_finds_no_room_leaves_the_old_one(tmp_path, monkeypatch):
-    from apparate_llm.prepare import workspace
-
+def test_a_state_that_finds_no_room_leaves_the_old_one(tmp_path):
     path = tmp_path / "train.pt"
-    workspace.save_state({"steps": 1}, path)
-    original = torch.save
-
-    def save(state, file):
-        original(state, "/dev/full" if not hasattr(file, "write") else open("/dev/full", "wb"))  # noqa: SIM115
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(RuntimeError, match="no space left"), pipeline.disk_errors(tmp_path):
-        workspace.save_state({"steps": 2}, path)
-    monkeypatch.undo()
-    assert torch.load(path, weights_only=True) == {"steps": 1} and [item.name for item in tmp_path.iterdir()] == [
-        path.name
-    ]
+    save_state({"steps": 1}, path)
+    for size in (1, 1 << 20):  # of which all is written at the end, and most before
+        with pytest.raises(RuntimeError, match=r"^no space left in "), pipeline.disk_errors(tmp_path):
+            on_full_disk(partial(save_state, {"steps": 2, "weights": torch.zeros(size)}, path))
+    assert torch.load(path, weights_only=True) == {"steps": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_no_ramps_are_there_before_the_report_is(without_engine, tiny_llama, tmp_path, monkeypatch):
@@ -301,7 +296,7 @@ def test_no_ramps_are_there_before_the_report_is(without_engine, tiny_llama, tmp
 
 
 def test_weights_are_chosen_by_validation_rows_and_reported_from_test_rows(tiny_llama, tmp_path):
-    """Other test rows change nothing but the report; other validation rows change nothing of the report's rows."""
+    """Other test rows change nothing but the report, of a head that has learnt what is to be known."""
     made = conversations(NUMBER)
 
     def results(folder, changed_split):
@@ -310,7 +305,7 @@ def test_weights_are_chosen_by_validation_rows_and_reported_from_test_rows(tiny_
             run.store.append(changed)
             counts = run.store.counts
             rows = {"rows": counts["rows"], "tokens": counts["answer_tokens"]}
-            record = train_depth(run, rows, 0, after=None, epochs=6.0)
+            record = train_depth(run, rows, 0, after=None, epochs=30.0)
             measured = measure_depth(run, rows, 0, record)
             head, vocabulary = head_tensors(run.workspace, 0)
             names = ("validation", "measured")
