@@ -137,8 +137,8 @@ class Run:
         """Until it has been at a stage for so long, its model's start left out; its exit code if it ends before."""
         until_s, since_s = time.monotonic() + timeout_s, None
         while self.process.poll() is None and time.monotonic() < until_s:
-            said = [text.partition("  ")[2] for _, text in list(self.lines)]
-            if since_s is None and any(text.startswith(stage) and STARTING not in text for text in said):
+            texts = [text.partition("  ")[2] for _, text in list(self.lines)]
+            if since_s is None and any(text.startswith(stage) and STARTING not in text for text in texts):
                 since_s = time.monotonic()
             if since_s is not None and time.monotonic() - since_s >= seconds:
                 return None
@@ -185,13 +185,18 @@ def left_alone(run: Run, code: int | None, budget_s: float) -> list[Row]:
     stated = next((match for _, line in run.lines if (match := STATED.search(line))), None)
     stated_gib = 0.0 if stated is None else float(stated[1]) / (1 if stated[2] == "G" else 1024)
     peak = run.peak_gib["needed"]
-    told = sorted({match[1] for _, line in run.lines if (match := WITH_RATE.match(line))})
+    rated = sorted({match[1] for _, line in run.lines if (match := WITH_RATE.match(line))})
     return [
         Row("exit code", "0", str(code), code == 0),
         at_most("silence at first", FIRST_EVERY_S + LATE_S, max(gap for gap, at_s in gaps if at_s <= FIRST_S)),
         at_most("later", AT_LEAST_EVERY_S + LATE_S, max((gap for gap, at_s in gaps if at_s > FIRST_S), default=0.0)),
         lines_of([run]),
-        Row("amount, rate, time left", "of synthesise, train", ", ".join(told), {"synthesise", "train"} <= set(told)),
+        Row(
+            "amount, rate, time left",
+            "of synthesise, train",
+            ", ".join(rated),
+            {"synthesise", "train"} <= set(rated),
+        ),
         Row("peak memory", f"{stated_gib:.2f} GiB ± 20 %", f"{peak:.2f} GiB", abs(stated_gib - peak) <= 0.2 * peak),
         Row("with pages of files", "", f"{run.peak_gib['whole']:.2f} GiB", None),
         Row("time", f"{budget_s:.0f} s ± 10 %", f"{took_s:.0f} s", abs(took_s - budget_s) <= 0.1 * budget_s),

@@ -53,15 +53,15 @@ def plan_for(model: Path, out: Path, **changes: Any) -> Plan:
 @contextmanager
 def running(plan: Plan) -> Iterator[tuple[Run, io.StringIO]]:
     """Without its clock's thread; and what it says."""
-    said, workspace = io.StringIO(), Workspace(plan.out)
-    with Progress(Console(file=said, width=200), poll_s=1e6) as progress:
+    log, workspace = io.StringIO(), Workspace(plan.out)
+    with Progress(Console(file=log, width=200), poll_s=1e6) as progress:
         base, store = BaseModelInfo.of(plan.model), RowStore(workspace.path("rows"))
-        yield Run(plan, workspace, store, base, WorkClock(workspace), progress), said
+        yield Run(plan, workspace, store, base, WorkClock(workspace), progress), log
 
 
-def lines(said: io.StringIO) -> list[str]:
+def lines(log: io.StringIO) -> list[str]:
     """Without the time of day."""
-    return [line[10:] for line in said.getvalue().splitlines()]
+    return [line[10:] for line in log.getvalue().splitlines()]
 
 
 def conversations(number: int, *, tokens: int = 18, seed: int = 0) -> list[Conversation]:
@@ -78,9 +78,9 @@ def conversations(number: int, *, tokens: int = 18, seed: int = 0) -> list[Conve
         ids = (best[:, None] + torch.arange(TOP)) % VOCAB_SIZE
         probability = torch.full((len(best), TOP), 0.1 / (TOP - 1))
         probability[:, 0] = 0.9
-        inner = {depth: states + depth for depth in STATES}
+        at_depths = {depth: states + depth for depth in STATES}
         split = split_of(place, "0")
-        made.append(Conversation(text[:6], text[6:], inner, states, ids, probability.log(), split, place % 2))
+        made.append(Conversation(text[:6], text[6:], at_depths, states, ids, probability.log(), split, place % 2))
     return made
 
 

@@ -102,9 +102,9 @@ def _is_full_disk(error: BaseException | None) -> bool:
     """safetensors and torch wrap the system's error in ones of their own, or raise another while they tidy up."""
     if error is None:
         return False
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    said = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-    return full or said or _is_full_disk(error.__cause__ or error.__context__)
+    has_code = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    has_text = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+    return has_code or has_text or _is_full_disk(error.__cause__ or error.__context__)
 
 
 @contextmanager

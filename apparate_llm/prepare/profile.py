@@ -168,7 +168,7 @@ class Profiler:
         config = parse_config({**options, "hold_threshold": 0.0, "max_batch_tokens": 65536, "huge_pages": False})
         self.longest = min(max(PROMPTS) + PROMPT_TOKENS + MAX_TOKENS, context_length(model))
         self.prompt_tokens = min(PROMPT_TOKENS, self.longest // 4)
-        self.room = min(MAX_TOKENS, self.longest - self.prompt_tokens) - 2  # tokens that a request can generate
+        self.free_tokens = min(MAX_TOKENS, self.longest - self.prompt_tokens) - 2  # tokens that a request can generate
         self.llm = LLM(
             str(model),
             **vllm_args(config, architecture_of(model)),
@@ -227,7 +227,7 @@ class Profiler:
             moving.join()
 
     def _size(self, measured: Measurements, size: int, steps: int) -> None:
-        names, left = self._begin(size), self.room
+        names, left = self._begin(size), self.free_tokens
         with self._without_drafting():
             measured.add(("verify", size), _times_ms(self.engine.step, self._steps(1, steps)))
         left -= WARM_UP + steps
@@ -240,7 +240,7 @@ class Profiler:
                 most = (WARM_UP + steps) * (1 + held)  # tokens, if all exits are right
                 if most > left:
                     self._end(names)
-                    names, left = self._begin(size), self.room
+                    names, left = self._begin(size), self.free_tokens
                 passes_ms, spent_ms = self._held_ms(size, held, self._steps(1 + held, steps))
                 left -= most
                 drafting_ms += spent_ms
@@ -252,7 +252,7 @@ class Profiler:
 
     def _steps(self, tokens: int, steps: int) -> int:
         """As many as new requests have room for, with so many tokens each."""
-        return max(1, min(steps, self.room // tokens - WARM_UP))
+        return max(1, min(steps, self.free_tokens // tokens - WARM_UP))
 
     def _prompts(self, measured: Measurements, turn: int) -> None:
         for tokens in PROMPTS:

@@ -67,12 +67,12 @@ def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> None:
     ):
         run.workspace.write("start", {}, {"seconds": clock.spent_s - began_s})
         synthesiser = _synthesiser(run, llm, limits)
-        pace = _Pace(clock.spent_s, synthesiser.answer_tokens + synthesiser.tokens_under_way)
+        rate = _Rate(clock.spent_s, synthesiser.answer_tokens + synthesiser.tokens_under_way)
 
         def on_step() -> None:
             done = clock.spent_s - began_s if timed else synthesiser.answer_tokens
             under_way = f"{len(synthesiser.work)} conversations under way"
-            bar.update(min(done, bar.total), pace.told(synthesiser, clock.spent_s) if timed else under_way)
+            bar.update(min(done, bar.total), rate.facts(synthesiser, clock.spent_s) if timed else under_way)
 
         def enough() -> bool:
             late = clock.spent_s >= lap.synthesise_until_s
@@ -89,13 +89,13 @@ def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> None:
             synthesiser.cut()
 
 
-class _Pace(NamedTuple):
+class _Rate(NamedTuple):
     """When the model was up, and the answer tokens that there were."""
 
     began_s: float
     tokens: int
 
-    def told(self, synthesiser: Synthesiser, now_s: float) -> str:
+    def facts(self, synthesiser: Synthesiser, now_s: float) -> str:
         tokens = synthesiser.answer_tokens + synthesiser.tokens_under_way
         written = f"{number(tokens)} answer tokens"
         if tokens <= self.tokens or now_s <= self.began_s:

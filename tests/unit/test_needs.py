@@ -42,17 +42,17 @@ def free(monkeypatch):
     return set_free
 
 
-def said_of(plan):
-    with running(plan) as (run, said):
+def lines_of(plan):
+    with running(plan) as (run, log):
         say_needs(run)
-    return lines(said)
+    return lines(log)
 
 
 def test_the_peak_is_said_before_anything_begins_and_is_the_largest_stages(free, tiny_llama, tmp_path):
     plan = plan_for(tiny_llama, tmp_path)
     sizes = Sizes.of(tiny_llama, BaseModelInfo.of(tiny_llama))
     stages = [synthesis_bytes(plan, sizes, MOST_SLOTS), training_bytes(plan, sizes), profile_bytes(sizes)]
-    first, second = said_of(plan)
+    first, second = lines_of(plan)
     assert first == f"peak memory about {needs.gib(max(stages))}; 64.0 GiB are free"
     assert STATED.search(first), "the check by hand reads it"
     assert second.startswith("3,000 answer tokens need ") and str(tmp_path / "work") in second
@@ -67,11 +67,11 @@ def test_a_peak_that_cannot_fit_is_refused_in_one_line(free, tiny_llama, tmp_pat
     for memory in (GIB // 4, PROCESS_BYTES):
         free(memory=memory)
         with pytest.raises(ValueError, match=r"^not enough memory: about .* needed, .* free$") as error:
-            said_of(plan_for(tiny_llama, tmp_path))
+            lines_of(plan_for(tiny_llama, tmp_path))
         assert "\n" not in str(error.value)
     free(memory=needs.PROCESS_BYTES * 2)  # enough to write with a few conversations, not for two processes
     with pytest.raises(ValueError, match="not enough memory"):
-        said_of(plan_for(tiny_llama, tmp_path))
+        lines_of(plan_for(tiny_llama, tmp_path))
 
 
 def test_with_less_memory_fewer_conversations_run_at_once(free, tiny_llama, tmp_path):
@@ -109,15 +109,15 @@ def test_a_model_of_one_and_a_half_billion_parameters_needs_what_it_weighs_twice
 
 def test_two_servers_that_verify_count(free, tiny_llama, tmp_path):
     sizes = Sizes.of(tiny_llama, BaseModelInfo.of(tiny_llama))
-    stated = said_of(plan_for(tiny_llama, tmp_path, verify=True))[0]
+    stated = lines_of(plan_for(tiny_llama, tmp_path, verify=True))[0]
     assert stated.startswith(f"peak memory about {needs.gib(needs.verification_bytes(sizes))};")
     assert (
-        needs.verification_bytes(sizes) > profile_bytes(sizes) and stated != said_of(plan_for(tiny_llama, tmp_path))[0]
+        needs.verification_bytes(sizes) > profile_bytes(sizes) and stated != lines_of(plan_for(tiny_llama, tmp_path))[0]
     )
     free(memory=5 * PROCESS_BYTES)
-    said_of(plan_for(tiny_llama, tmp_path))
+    lines_of(plan_for(tiny_llama, tmp_path))
     with pytest.raises(ValueError, match="not enough memory"):
-        said_of(plan_for(tiny_llama, tmp_path, verify=True))
+        lines_of(plan_for(tiny_llama, tmp_path, verify=True))
 
 
 # ---- disk
@@ -127,9 +127,9 @@ def test_too_little_disk_for_the_tokens_is_refused_in_one_line(free, tiny_llama,
     need = disk_bytes(plan_for(tiny_llama, tmp_path), BaseModelInfo.of(tiny_llama), 3000)
     free(disk=need - 1)
     with pytest.raises(ValueError, match=r"^not enough disk space in .*: .* needed, .* free$"):
-        said_of(plan_for(tiny_llama, tmp_path))
+        lines_of(plan_for(tiny_llama, tmp_path))
     free(disk=need + 1)
-    assert len(said_of(plan_for(tiny_llama, tmp_path))) == 2
+    assert len(lines_of(plan_for(tiny_llama, tmp_path))) == 2
 
 
 def test_rows_that_are_there_already_do_not_need_the_space_again(free, tiny_llama, tmp_path):
@@ -147,11 +147,11 @@ def test_rows_that_are_there_already_do_not_need_the_space_again(free, tiny_llam
 
 def test_with_a_time_budget_the_disk_is_looked_at_as_well(free, tiny_llama, tmp_path):
     plan = plan_for(tiny_llama, tmp_path, tokens=None, time_budget_s=3600.0)
-    *_, line = said_of(plan)
+    *_, line = lines_of(plan)
     assert line.startswith("each million answer tokens needs ") and "there is room for" in line
     free(disk=SPARE_DISK_BYTES // 2)
     with pytest.raises(ValueError, match=r"^not enough disk space in .*: 128 MiB free, at least .* needed$"):
-        said_of(plan)
+        lines_of(plan)
 
 
 def test_rows_stop_where_training_could_not_be_kept_any_more(free, tiny_llama, tmp_path):
@@ -170,9 +170,9 @@ def test_rows_stop_where_training_could_not_be_kept_any_more(free, tiny_llama, t
 
 def test_a_budget_that_a_model_cannot_keep_is_said_to_be_short(free, tiny_llama, tmp_path):
     for budget_s, says in ((60.0, True), (3600.0, False)):
-        said = said_of(plan_for(tiny_llama, tmp_path / f"{budget_s}", tokens=None, time_budget_s=budget_s))
-        assert any("a time budget of 1m 00s is short for this model: about 2m" in line for line in said) == says
-    assert not any("time budget" in line for line in said_of(plan_for(tiny_llama, tmp_path / "tokens")))
+        texts = lines_of(plan_for(tiny_llama, tmp_path / f"{budget_s}", tokens=None, time_budget_s=budget_s))
+        assert any("a time budget of 1m 00s is short for this model: about 2m" in line for line in texts) == says
+    assert not any("time budget" in line for line in lines_of(plan_for(tiny_llama, tmp_path / "tokens")))
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_a_context_that_is_too_short_is_refused_before_anything_begins(free, tin
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
     with pytest.raises(ValueError, match="context of 32 tokens is too short, 64 are needed"):
-        said_of(plan_for(model, tmp_path / "out"))
+        lines_of(plan_for(model, tmp_path / "out"))

@@ -37,30 +37,30 @@ def laps_of(tiny_llama, tmp_path, monkeypatch):
         splits = iter([*missing, *[[]] * 9])
         monkeypatch.setattr(pipeline, "_splits_without_rows", lambda run, rows: next(splits))
         settings = {"tokens": None, "time_budget_s": 7200.0} | changes
-        with running(plan_for(tiny_llama, tmp_path / "out", **settings)) as (run, said):
+        with running(plan_for(tiny_llama, tmp_path / "out", **settings)) as (run, log):
             made = pipeline._laps(run)
         laps = [one for one in asked if isinstance(one, Lap)]
-        return made, laps, [one for one in asked if not isinstance(one, Lap)], lines(said)
+        return made, laps, [one for one in asked if not isinstance(one, Lap)], lines(log)
 
     return run_laps
 
 
 def test_a_curve_that_is_flat_ends_the_laps_and_the_last_line_says_so(laps_of):
-    made, laps, _, said = laps_of([(1.5, 1.4), (1.5, 1.402), (9.0, 9.0)])
+    made, laps, _, log = laps_of([(1.5, 1.4), (1.5, 1.402), (9.0, 9.0)])
     assert len(laps) == 2
-    assert said[-1] == "The next lap would bring next to nothing: this is enough."
+    assert log[-1] == "The next lap would bring next to nothing: this is enough."
     assert made.outlook == "Another hour would bring next to nothing."
     assert made.rows["rows"] == 2000 and made.trained[0]["validation_accepted_per_step"] == 1.402
 
 
 def test_a_curve_that_rises_is_gone_on_with_and_what_is_short_gets_more_time(laps_of):
     for gap, more in ((0.3, "tokens"), (0.01, "training")):
-        made, laps, trainings, said = laps_of([(1.0, 1.0), (1.5 + gap, 1.5), (2.0 + gap, 2.0)])
+        made, laps, trainings, log = laps_of([(1.0, 1.0), (1.5 + gap, 1.5), (2.0 + gap, 2.0)])
         assert len(laps) == 3 and [after for _, _, after, _ in trainings] == [None, 0, 0]
         planned = plan_for(None, None, tokens=None, time_budget_s=7200.0).schedule.laps()[-1]
         sign = 1 if more == "tokens" else -1
         assert sign * (laps[-1].synthesise_until_s - planned.synthesise_until_s) > 60
-        assert f"{more} {'are' if more == 'tokens' else 'is'} short" in said[1]
+        assert f"{more} {'are' if more == 'tokens' else 'is'} short" in log[1]
         assert made.outlook.startswith("Another hour would bring about ") and made.outlook.endswith(" short.")
 
 

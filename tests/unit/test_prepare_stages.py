@@ -69,10 +69,10 @@ def quiet():
 def test_all_depths_train_on_the_same_rows_and_have_one_vocabulary_whatever_is_free(
     without_engine, tiny_llama, tmp_path, monkeypatch
 ):
-    plan, said = plan_for(tiny_llama, tmp_path / "out"), needs.say_needs
+    plan, say_needs = plan_for(tiny_llama, tmp_path / "out"), needs.say_needs
 
     def and_then_nothing_is_free(run):
-        said(run)
+        say_needs(run)
         monkeypatch.setattr(needs, "available_memory_bytes", lambda: 1 << 20)
 
     monkeypatch.setattr(pipeline, "say_needs", and_then_nothing_is_free)
@@ -115,9 +115,9 @@ def test_costs_are_measured_anew_for_other_heads_only(without_engine, tiny_llama
         return dict(COSTS)
 
     monkeypatch.setattr(profile_stage, "profile", profile)
-    with running(plan_for(tiny_llama, tmp_path / "out")) as (run, said):
+    with running(plan_for(tiny_llama, tmp_path / "out")) as (run, log):
         first = profile_stage.measure_costs(run)
-        assert profile_stage.measure_costs(run) == first and "profile: done" in lines(said)
+        assert profile_stage.measure_costs(run) == first and "profile: done" in lines(log)
     with running(plan_for(tiny_llama, tmp_path / "out", depths=(0, 1))) as (run, _):
         profile_stage.measure_costs(run)
     assert kept == [False, False], "what was measured of other heads does not count"
@@ -157,7 +157,7 @@ def test_a_log_has_a_line_of_each_stage_and_ends_with_what_it_brings(without_eng
     out = tmp_path / "out"
     with (tmp_path / "log").open("w") as file:
         report = prepare(plan_for(tiny_llama, out), Console(file=file))
-    said = [line[10:] for line in (tmp_path / "log").read_text().splitlines()]
+    log = [line[10:] for line in (tmp_path / "log").read_text().splitlines()]
     for begin in (
         "peak memory about",
         "profile  ",
@@ -166,11 +166,11 @@ def test_a_log_has_a_line_of_each_stage_and_ends_with_what_it_brings(without_eng
         "measure depth 0  ",
         "predict  ",
     ):
-        assert any(line.startswith(begin) for line in said), begin
-    assert any(" steps, " in line and "steps/" in line for line in said if line.startswith("train depth 0"))
-    assert sum("test rows" in line for line in said) >= 2 <= sum("validation rows (" in line for line in said)
-    assert said[-2:] == [report["advice"]["sentence"], said[-1]]
-    assert said[-1].startswith("Too short a preparation to tell what more time would bring")
+        assert any(line.startswith(begin) for line in log), begin
+    assert any(" steps, " in line and "steps/" in line for line in log if line.startswith("train depth 0"))
+    assert sum("test rows" in line for line in log) >= 2 <= sum("validation rows (" in line for line in log)
+    assert log[-2] == report["advice"]["sentence"]
+    assert log[-1].startswith("Too short a preparation to tell what more time would bring")
 
 
 def test_a_start_that_finds_all_done_has_a_line_of_each_lap_and_depth(without_engine, tiny_llama, tmp_path):
@@ -178,10 +178,10 @@ def test_a_start_that_finds_all_done_has_a_line_of_each_lap_and_depth(without_en
     prepare(plan, quiet())
     with (tmp_path / "log").open("w") as file:
         prepare(plan, Console(file=file))
-    said = [line[10:] for line in (tmp_path / "log").read_text().splitlines()]
-    assert "profile: done" in said and "train depth 2: done" in said
-    assert sum(line.startswith("lap 1 of 1: ") for line in said) == 1
-    assert not any(line.startswith(("synthesise", "train depth 0", "measure")) for line in said)
+    log = [line[10:] for line in (tmp_path / "log").read_text().splitlines()]
+    assert "profile: done" in log and "train depth 2: done" in log
+    assert sum(line.startswith("lap 1 of 1: ") for line in log) == 1
+    assert not any(line.startswith(("synthesise", "train depth 0", "measure")) for line in log)
 
 
 def test_the_report_has_a_prediction_with_interval_by_clients_and_says_for_whose_prompts(

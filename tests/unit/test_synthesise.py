@@ -178,10 +178,10 @@ def lap_of(clock, tokenizer, tiny_llama, tmp_path, monkeypatch):
             yield FakeLLM(engines[-1], speaks)
 
         monkeypatch.setattr(synthesise_stage, "generation_engine", generation_engine)
-        with running(plan_for(tiny_llama, tmp_path / "out", **changes)) as (run, said):
+        with running(plan_for(tiny_llama, tmp_path / "out", **changes)) as (run, log):
             result = synthesise_lap(run, lap)
             splits = run.store.splits()
-        return result, splits, lines(said), engines, run
+        return result, splits, lines(log), engines, run
 
     return start
 
@@ -223,14 +223,14 @@ def test_a_lap_without_time_for_another_start_of_the_model_is_over(lap_of):
 
 def test_a_lap_that_an_earlier_start_has_ended_is_not_told_of_again(lap_of):
     first, *_ = lap_of(timed_lap(100.0), **TIMED)
-    again, _, said, engines, _ = lap_of(timed_lap(100.0), **TIMED)
-    assert again == first and said == [] and len(engines) == 1
+    again, _, log, engines, _ = lap_of(timed_lap(100.0), **TIMED)
+    assert again == first and log == [] and len(engines) == 1
 
 
 def test_a_line_of_a_timed_lap_has_the_tokens_and_their_rate(lap_of, monkeypatch):
-    *_, said, _, _ = lap_of(timed_lap(100.0), **TIMED)
-    assert any("answer tokens, " in line and " tokens/s" in line for line in said), said
-    assert said[0] == "synthesise, lap 1  0s/1m 40s (0 %), starting the model"
+    *_, log, _, _ = lap_of(timed_lap(100.0), **TIMED)
+    assert any("answer tokens, " in line and " tokens/s" in line for line in log), log
+    assert log[0] == "synthesise, lap 1  0s/1m 40s (0 %), starting the model"
 
 
 def test_a_full_disk_ends_a_lap_is_said_and_a_later_start_goes_on(lap_of, monkeypatch):
@@ -246,15 +246,15 @@ def test_a_full_disk_ends_a_lap_is_said_and_a_later_start_goes_on(lap_of, monkey
         return step(self)
 
     monkeypatch.setattr(FakeEngine, "step", fills)
-    result, _, said, engines, _ = lap_of(lap)
+    result, _, log, engines, _ = lap_of(lap)
     assert 0 < result["tokens"] < 50_000
-    assert said[-1].startswith("the disk is full: ") and "make room and start again for more" in said[-1]
-    *_, said, engines, _ = lap_of(lap)
-    assert len(engines) == 1 and said[-1].startswith("the disk is full: "), "no start of a model for nothing"
+    assert log[-1].startswith("the disk is full: ") and "make room and start again for more" in log[-1]
+    *_, log, engines, _ = lap_of(lap)
+    assert len(engines) == 1 and log[-1].startswith("the disk is full: "), "no start of a model for nothing"
     monkeypatch.setattr(FakeEngine, "step", step)
     left[0] = 1 << 40
-    result, _, said, engines, _ = lap_of(lap)
-    assert result["tokens"] >= 50_000 and len(engines) == 2 and "disk" not in said[-1]
+    result, _, log, engines, _ = lap_of(lap)
+    assert result["tokens"] >= 50_000 and len(engines) == 2 and "disk" not in log[-1]
 
 
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system') }}{% endif %}" + CHAT_TEMPLATE
@@ -276,9 +276,9 @@ def test_a_model_of_any_template_or_none_writes_and_answers(template, is_plain, 
     if names == "none":
         tokenizer.bos_token = tokenizer.eos_token = None
     lap = Lap(0, True, 1.0, 3000, float("inf"), float("inf"), 1.0)
-    result, splits, said, _, run = lap_of(lap, speaks=tokenizer)
+    result, splits, log, _, run = lap_of(lap, speaks=tokenizer)
     assert result["tokens"] >= 3000 and len(splits) == len(SPLIT_NAMES)
-    assert any("prompts are plain text" in line for line in said) == is_plain
+    assert any("prompts are plain text" in line for line in log) == is_plain
     assert len({tuple(text.prompt) for text in run.store.texts()}) == run.store.counts["conversations"]
 
 
@@ -289,7 +289,7 @@ def test_prompts_that_cannot_be_asked_are_counted_and_the_others_are_answered(la
         [{"role": "user", "content": [{"type": "image_url"}]}],
     ]
     lap = Lap(0, True, 1.0, 3000, float("inf"), float("inf"), 1.0)
-    *_, said, _, run = lap_of(lap, user_prompts=prompts)
-    (line,) = (line for line in said if "left out" in line)
+    *_, log, _, run = lap_of(lap, user_prompts=prompts)
+    (line,) = (line for line in log if "left out" in line)
     assert line.startswith("2 of 3 prompts left out: ") and "1 with content that is no text" in line
     assert sum(text.kind == 3 for text in run.store.texts()) == 1
