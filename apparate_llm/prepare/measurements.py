@@ -1,10 +1,11 @@
 """Times that were measured, turn by turn: what they say, and how far it may be off."""
 
 import json
+import math
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from apparate_llm.files import write_atomically
 from apparate_llm.prepare.records import Profiled
@@ -12,30 +13,45 @@ from apparate_llm.prepare.records import Profiled
 Key = tuple[Any, ...]  # what was timed, and with what numbers
 Turns = dict[Key, list[list[float]]]  # ms
 UNKNOWN_ERROR_FRAC = 0.1  # where there was one turn only
+KNOWN_FRAC = 0.05  # two turns that agree so well are enough: simulations are off by as much
 
 
-def turns_in(file: Path) -> Turns:
-    """What an earlier start kept there; raises ValueError for a damaged file."""
+class Kept(NamedTuple):
+    """What earlier starts measured, and for how long."""
+
+    turns: Turns
+    spent_s: float
+
+
+def kept_in(file: Path) -> Kept:
+    """Raises ValueError for a damaged file."""
     if not file.is_file():
-        return {}
+        return Kept({}, 0.0)
     try:
         kept = json.loads(file.read_bytes())
-        return {tuple(key): [list(map(float, spent_ms)) for spent_ms in turns] for key, turns in kept}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"damaged {file}: {error}; delete it, and costs are measured anew") from None
+        turns = {tuple(key): [list(map(float, spent_ms)) for spent_ms in turns] for key, turns in kept["turns"]}
+        return Kept(turns, float(kept["spent_s"]))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"damaged {file}: {error!r}; delete it, and costs are measured anew") from None
 
 
 class Measurements:
-    """Times in ms by what took them: ("verify", requests), ("pass", requests, rows), ("prompt", tokens),
-    ("draft_step", depth, requests). keep: a file that they go on from; raises ValueError for a damaged one."""
+    """Times in ms by what took them: ("plain", requests), ("verify", requests), ("pass", requests, rows), ("prompt",
+    tokens), ("draft_step", depth, requests).
 
-    def __init__(self, until_s: float, *, keep: Path | None = None) -> None:
-        self.until_s, self.file = until_s, keep
-        self.turns: Turns = {} if keep is None else turns_in(keep)
+    limit_s: what may be spent on them, from now on and by earlier starts. keep: a file that they go on from; raises
+    ValueError for a damaged one.
+    """
+
+    def __init__(self, limit_s: float, *, keep: Path | None = None) -> None:
+        self.limit_s, self.file = limit_s, keep
+        self.turns, self.before_s = Kept({}, 0.0) if keep is None else kept_in(keep)
+        self.began_s = time.monotonic()
 
     def keep(self) -> None:
         if self.file is not None:
-            write_atomically(self.file, json.dumps(list(self.turns.items())).encode(), private=True)
+            kept = {"spent_s": self.spent_s, "turns": list(self.turns.items())}
+            write_atomically(self.file, json.dumps(kept).encode(), private=True)
 
     def has(self, turn: int, *key: str | int) -> bool:
         """Whether these were measured in a turn, counted from 0."""
@@ -46,8 +62,20 @@ class Measurements:
             self.turns.setdefault(key, []).append(spent_ms)
 
     @property
+    def spent_s(self) -> float:
+        return self.before_s + time.monotonic() - self.began_s
+
+    @property
     def left_s(self) -> float:
-        return self.until_s - time.monotonic()
+        return self.limit_s - self.spent_s
+
+    def is_known(self, *key: str | int) -> bool:
+        """Whether another turn would tell nothing new."""
+        return self._off_frac(key) <= KNOWN_FRAC
+
+    def size_is_known(self, size: int) -> bool:
+        """All that was measured with so many requests."""
+        return all(self.is_known(*key) for key in self.turns if _size_of(key) == size)
 
     def of(self, *key: str | int) -> float:
         """The median of the quietest turn: what else runs on a machine makes all of a turn slower, and comes and
@@ -82,6 +110,15 @@ class Measurements:
 
     def error_frac(self, kind: str) -> float:
         """By how much these medians may be off (95 %): how far the two quietest turns differ, on average."""
-        known = [sorted(map(median, turns)) for key, turns in self.turns.items() if key[0] == kind and len(turns) > 1]
-        off = [turns[1] / turns[0] - 1.0 for turns in known]
+        off = [self._off_frac(key) for key, turns in self.turns.items() if key[0] == kind and len(turns) > 1]
         return round(sum(off) / len(off), 4) if off else UNKNOWN_ERROR_FRAC
+
+    def _off_frac(self, key: Key) -> float:
+        """How far the two quietest turns differ."""
+        medians = sorted(map(median, self.turns.get(key, [])))
+        return medians[1] / medians[0] - 1.0 if len(medians) > 1 else math.inf
+
+
+def _size_of(key: Key) -> int | None:
+    """Requests of a key that is measured turn by turn with them."""
+    return {"verify": key[1], "pass": key[1], "draft_step": key[-1]}.get(key[0])

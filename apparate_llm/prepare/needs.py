@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apparate_llm.machine import available_memory_bytes
+from apparate_llm.models.quantised_heads import has_fast_int8
 from apparate_llm.prepare.engine import ELEMENT_SIZE, MAX_NUM_BATCHED_TOKENS, context_length
 from apparate_llm.prepare.plan import Plan, Run
 from apparate_llm.prepare.profile import KV_CACHE_BYTES
@@ -113,17 +114,24 @@ def loaded_bytes(sizes: Sizes) -> int:
     return 2 * sizes.layers + (sizes.tables + 1) * sizes.table
 
 
+def screened_bytes(sizes: Sizes) -> int:
+    """The int8 copy of the head in an engine that serves exits (models/screened_head.py). The synthesis has none: its
+    engine runs vLLM's own worker."""
+    return sizes.table // ELEMENT_SIZE if has_fast_int8() else 0
+
+
 def profile_bytes(sizes: Sizes) -> int:
     """Peak of this process and the one that measures costs."""
-    return 2 * PROCESS_BYTES + sizes.tables * sizes.table + loaded_bytes(sizes) + KV_CACHE_BYTES
+    served = loaded_bytes(sizes) + screened_bytes(sizes) + KV_CACHE_BYTES
+    return 2 * PROCESS_BYTES + sizes.tables * sizes.table + served
 
 
 def verification_bytes(sizes: Sizes) -> int:
-    """Peak of this process and of the two servers that `--verify` starts: an API and an engine each."""
+    """Peak of this process and of the two servers that `--verify` starts: an API and an engine each, one with exits."""
     from apparate_llm.engine.vllm_settings import MAX_DEFAULT_KV_CACHE_BYTES
 
     kv = min(MAX_DEFAULT_KV_CACHE_BYTES, available_memory_bytes() // (4 * NUM_SERVERS))
-    return PROCESS_BYTES + NUM_SERVERS * (2 * PROCESS_BYTES + loaded_bytes(sizes) + kv)
+    return PROCESS_BYTES + NUM_SERVERS * (2 * PROCESS_BYTES + loaded_bytes(sizes) + kv) + screened_bytes(sizes)
 
 
 def head_parameters(plan: Plan, sizes: Sizes) -> int:

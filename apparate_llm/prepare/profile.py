@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from apparate_llm.files import private_opener
 from apparate_llm.host.choice import HUGE_PAGES
-from apparate_llm.prepare.measurements import Measurements, turns_in
+from apparate_llm.prepare.measurements import Measurements, kept_in
 from apparate_llm.prepare.records import Profiled
 from apparate_llm.prepare.servers import used_by_servers
 
@@ -36,7 +36,6 @@ WARM_UP = 2
 PROMPT_TOKENS = 64
 MAX_TOKENS = 400
 KV_CACHE_BYTES = 1 << 30
-LIMIT_S = 300.0
 THREADS_SET = "APPARATE_PROFILE_THREADS"
 
 
@@ -46,7 +45,7 @@ def profile(
     depths: tuple[int, ...],
     *,
     enforce_eager: bool,
-    limit_s: float = LIMIT_S,
+    limit_s: float,
     log: Path | None = None,
     keep: Path | None = None,
     on_progress: Callable[[float, str], None] = lambda done, text: None,
@@ -59,12 +58,12 @@ def profile(
     -> requests -> one draft step; `error_frac`: of each kind, by how much of itself a median may be off (95 %).
     `threads` compute, as many as in a server.
 
-    limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. keep: file
-    of what is measured so far; what it holds counts. Raises RuntimeError if it fails, ValueError where `keep` is
-    damaged.
+    limit_s: for measuring, beside what the model takes to start; less where two turns agree, and with fewer sizes and
+    steps for a slow model. log: what the engine prints. keep: file of what is measured so far; what it holds counts,
+    the time included. Raises RuntimeError if it fails, ValueError where `keep` is damaged.
     """
     if keep:
-        turns_in(keep)  # what is damaged is told here, in one line
+        kept_in(keep)  # what is damaged is told here, in one line
     arguments = [str(model), str(ramps), ",".join(map(str, depths)), str(limit_s)]
     arguments += ["--eager"] if enforce_eager else []
     arguments += ["--keep", str(keep)] if keep else []
@@ -125,9 +124,8 @@ def main() -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     import torch
 
-    until_s = time.monotonic() + args.limit_s
-    measured = Measurements(until_s, keep=args.keep)
     profiler = Profiler(args.model, args.ramps, depths, eager=args.eager)
+    measured = Measurements(args.limit_s, keep=args.keep)
     profiler.run(measured)
     result: Profiled = {**measured.result(depths), "threads": torch.get_num_threads()}
     print(json.dumps({"result": result}), flush=True)
@@ -188,21 +186,21 @@ class Profiler:
         self._number = 0
 
     def run(self, measured: Measurements) -> None:
-        """Turn by turn over the sizes; sizes are left out, and steps, when there is no time for them."""
+        """Turn by turn over the sizes that are not known yet; some are left out, and steps, when there is no time."""
         self._plain(measured)
         sizes = list(BATCH_SIZES)
         for turn in range(TURNS):
             self._prompts(measured, turn)
             for place, size in enumerate(sizes if turn % 2 == 0 else sizes[::-1]):
-                left_frac = (turn + place / len(sizes)) / TURNS
-                print(json.dumps({"done": left_frac, "text": f"{size} at once"}), flush=True)
-                began_s = time.monotonic()
+                done_frac, before_s = (turn + place / len(sizes)) / TURNS, measured.spent_s
+                print(json.dumps({"done": done_frac, "text": f"{size} at once"}), flush=True)
                 too_late = measured.left_s <= 0 and (turn or place >= FEWEST_SIZES)
-                if too_late or measured.has(turn, "verify", size):
+                is_done = measured.has(turn, "verify", size) or (turn and measured.size_is_known(size))
+                if too_late or is_done:
                     continue
                 self._size(measured, size, STEPS if measured.left_s > 0 else FEWEST_STEPS)
                 measured.keep()
-                if not turn and (time.monotonic() - began_s) * (TURNS - turn) > measured.left_s:
+                if not turn and (measured.spent_s - before_s) * TURNS > measured.left_s:
                     sizes = sizes[: max(FEWEST_SIZES, place + 1)]
 
     # ---- what is measured
@@ -256,7 +254,8 @@ class Profiler:
 
     def _prompts(self, measured: Measurements, turn: int) -> None:
         for tokens in PROMPTS:
-            if tokens + 2 > self.longest or measured.left_s <= 0 or measured.has(turn, "prompt", tokens):
+            is_done = measured.has(turn, "prompt", tokens) or measured.is_known("prompt", tokens)
+            if tokens + 2 > self.longest or measured.left_s <= 0 or is_done:
                 continue
             spent = []
             for _ in range(1 + FEWEST_STEPS):
@@ -267,6 +266,7 @@ class Profiler:
                     spent.append((time.perf_counter() - began) * 1e3)
                 self._end(names)
             measured.add(("prompt", tokens), spent[1:])
+            measured.keep()
 
     def _held_ms(self, size: int, held: int, steps: int) -> tuple[list[float], list[float]]:
         """Steps that check `held` exits of every request, less their draft steps; and those, of all requests."""

@@ -16,7 +16,7 @@ from typing import Self
 from apparate_llm.prepare.records import HeadRecord
 from apparate_llm.prepare.workspace import Workspace
 
-PROFILE_SHARE, LEAST_PROFILE_S, MOST_PROFILE_S = 0.055, 30.0, 300.0  # of the budget, for the costs
+PROFILE_SHARE, MOST_PROFILE_S = 0.05, 90.0  # of the budget, for the costs
 RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.02, 40.0, 0.3  # of the budget, for test rows and the report
 MEASURE_SHARE, LEAST_MEASURE_S = 0.003, 4.0  # of the budget, for each depth's rows of a split
 ENOUGH_S, ENOUGH_TOKENS = 900.0, 200_000  # for more than one lap
@@ -109,7 +109,7 @@ class Schedule:
     def profile_s(self) -> float:
         """For measuring costs, beside what a model takes to start."""
         share_s = math.inf if self.time_budget_s is None else PROFILE_SHARE * self.time_budget_s
-        return max(LEAST_PROFILE_S, min(MOST_PROFILE_S, share_s))
+        return min(MOST_PROFILE_S, share_s)
 
     @property
     def measure_s(self) -> float:

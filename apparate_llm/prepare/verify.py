@@ -21,7 +21,7 @@ from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits
 from apparate_llm.naming import model_name
 from apparate_llm.prepare.engine import context_length
 from apparate_llm.prepare.predict import MAX_TOKENS, predict
-from apparate_llm.prepare.profile import LIMIT_S, profile
+from apparate_llm.prepare.profile import profile
 from apparate_llm.prepare.recorded import Recorded, measured_tensors, recorded
 from apparate_llm.prepare.records import (
     ComparedRatio,
@@ -34,6 +34,7 @@ from apparate_llm.prepare.records import (
     Verified,
 )
 from apparate_llm.prepare.report import write_pages
+from apparate_llm.prepare.schedule import MOST_PROFILE_S
 from apparate_llm.prepare.servers import servers_environment
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest, read_manifest
@@ -119,7 +120,7 @@ def _profiled(model: Path, folder: Path, depth: int, progress: Progress) -> Prof
             folder,
             (depth,),
             enforce_eager=False,
-            limit_s=LIMIT_S,
+            limit_s=MOST_PROFILE_S,
             log=Path(logs, "log"),
             on_progress=stage.update,
         )

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 
@@ -105,6 +106,18 @@ def test_a_model_of_one_and_a_half_billion_parameters_needs_what_it_weighs_twice
     (tmp_path / "config.json").write_text("{}")
     whole = synthesis_bytes(plan, sizes, MOST_SLOTS)
     assert 2 * layers + (3 if untied else 2) * table < whole < 2 * layers + 3 * table + 5 * GIB
+
+
+def test_the_int8_copy_of_the_head_counts_where_exits_are_served(free, tiny_llama, tmp_path, monkeypatch):
+    """In the process that measures costs, and in one of the two servers that verify."""
+    sizes = replace(Sizes.of(tiny_llama, BaseModelInfo.of(tiny_llama)), table=GIB)
+    plan, peaks = plan_for(tiny_llama, tmp_path), []
+    for has_copy in (True, False):
+        monkeypatch.setattr(needs, "has_fast_int8", lambda has_copy=has_copy: has_copy)
+        stages = (profile_bytes(sizes), needs.verification_bytes(sizes), synthesis_bytes(plan, sizes, MOST_SLOTS))
+        peaks.append((*stages, training_bytes(plan, sizes)))
+    more = [with_copy - without for with_copy, without in zip(*peaks, strict=True)]
+    assert more == [GIB // 2, GIB // 2, 0, 0]
 
 
 def test_two_servers_that_verify_count(free, tiny_llama, tmp_path):

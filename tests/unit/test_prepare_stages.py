@@ -121,7 +121,7 @@ def test_costs_are_measured_anew_for_other_heads_only(without_engine, tiny_llama
     with running(plan_for(tiny_llama, tmp_path / "out", depths=(0, 1))) as (run, _):
         profile_stage.measure_costs(run)
     assert kept == [False, False], "what was measured of other heads does not count"
-    assert settings == [(300.0, "vllm.log")] * 2
+    assert settings == [(90.0, "vllm.log")] * 2
 
     def killed(*args, keep, **others):
         keep.write_text("[]")

@@ -61,9 +61,9 @@ def test_a_training_gets_its_part_of_what_a_late_synthesis_has_left():
 
 
 def test_costs_and_test_rows_get_a_share_of_the_time():
-    assert Schedule(None, 2700.0, 2).profile_s == pytest.approx(148.5)
-    assert Schedule(None, 60.0, 2).profile_s == 30.0
-    assert Schedule(None, 36_000.0, 2).profile_s == Schedule(1000, None, 2).profile_s == 300.0
+    for budget_s in (60.0, 180.0, 600.0, 1800.0):
+        assert Schedule(None, budget_s, 2).profile_s == pytest.approx(0.05 * budget_s)
+    assert Schedule(None, 36_000.0, 2).profile_s == Schedule(1000, None, 2).profile_s == 90.0
     assert Schedule(None, 2700.0, 2).measure_s == pytest.approx(8.1) and math.isinf(Schedule(1000, None, 2).measure_s)
 
 

@@ -11,7 +11,7 @@ from apparate_llm.eval.client import Completion
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.store import Block, BlockKey
 from apparate_llm.prepare import verify as verify_module
-from apparate_llm.prepare.measurements import Measurements
+from apparate_llm.prepare.measurements import Measurements, kept_in
 from apparate_llm.prepare.profile import TURNS, profile
 from apparate_llm.prepare.report import advice, write_pages
 from apparate_llm.prepare.verify import SYSTEM, YOURS, chosen, compared, digest_of, store_in, verify, verify_folder
@@ -172,7 +172,7 @@ def test_few_prompts_stand_for_all():
 
 
 def test_a_profile_says_how_far_its_medians_may_be_off():
-    measured = Measurements(until_s=0.0)
+    measured = Measurements(0.0)
     for turn in range(TURNS):
         for size in (1, 4):
             measured.add(("verify", size), [10.0 * size] * 5)
@@ -189,27 +189,41 @@ def test_a_profile_says_how_far_its_medians_may_be_off():
     assert costs["prompt_ms"] == {} and costs["error_frac"]["prompt"] > 0
 
 
-@pytest.mark.parametrize("text", ["", "{", "3", "[3]", '[["verify", 1]]', '[[["verify", 1], [["x"]]]]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "3",
+        "[3]",
+        "{}",
+        '{"turns": []}',
+        '{"turns": [["verify", 1]], "spent_s": 1}',
+        '{"turns": [[["verify", 1], [["x"]]]], "spent_s": 1}',
+        '{"turns": [], "spent_s": "x"}',
+    ],
+)
 def test_a_damaged_file_of_costs_is_named_before_anything_starts(text, tmp_path):
     keep = tmp_path / "turns.json"
     keep.write_text(text)
     with pytest.raises(ValueError, match=r"^damaged .*turns\.json: .*; delete it, and costs are measured anew$"):
-        profile(tmp_path / "model", tmp_path / "ramps", (0,), enforce_eager=True, keep=keep)
+        profile(tmp_path / "model", tmp_path / "ramps", (0,), enforce_eager=True, limit_s=1.0, keep=keep)
 
 
 def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
     keep = tmp_path / "turns.json"
-    measured = Measurements(until_s=0.0, keep=keep)
+    measured = Measurements(0.0, keep=keep)
     measured.add(("verify", 1), [10.0] * 5)
     measured.add(("draft_step", 0, 1), [1.0] * 5)
     measured.keep()
     measured.add(("verify", 4), [20.0] * 5)  # of a size that was not finished
     assert keep.stat().st_mode & 0o777 == 0o600
-    again = Measurements(until_s=0.0, keep=keep)
+    again = Measurements(0.0, keep=keep)
     assert again.has(0, "verify", 1) and not again.has(1, "verify", 1) and not again.has(0, "verify", 4)
+    assert again.left_s < 0 < again.spent_s >= kept_in(keep).spent_s > 0
     again.add(("verify", 1), [9.0] * 5)
     assert again.has(1, "verify", 1)
     assert again.result([0])["verify_ms"] == {"1": 9.0} and again.result([0])["draft_step_ms"] == {"0": {"1": 1.0}}
-    nowhere = Measurements(until_s=0.0)
+    nowhere = Measurements(0.0)
     nowhere.keep()
     assert nowhere.turns == {}
