@@ -62,6 +62,15 @@ def runner_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+def kv_bytes_per_token(model: Path) -> int:
+    """Of the KV cache."""
+    config = json.loads((model / "config.json").read_text())
+    heads = config.get("num_attention_heads") or 1
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * ELEMENT_SIZE)
+
+
 def context_length(model: Path) -> int:
     """Of the engine: the model's own, where that is shorter than MAX_MODEL_LEN."""
     config = json.loads((model / "config.json").read_text())

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from apparate_llm.machine import available_memory_bytes
 from apparate_llm.models.quantised_heads import has_fast_int8
-from apparate_llm.prepare.engine import ELEMENT_SIZE, MAX_NUM_BATCHED_TOKENS, context_length
+from apparate_llm.prepare.engine import ELEMENT_SIZE, MAX_NUM_BATCHED_TOKENS, context_length, kv_bytes_per_token
 from apparate_llm.prepare.plan import Plan, Run
-from apparate_llm.prepare.profile import KV_CACHE_BYTES
+from apparate_llm.prepare.profile import KV_CACHE_TOKENS
 from apparate_llm.prepare.rows import bytes_per_row
 from apparate_llm.prepare.train import BATCH_ROWS
 from apparate_llm.progress import time_span
@@ -61,14 +61,11 @@ class Sizes:
     @classmethod
     def of(cls, model: Path, base: BaseModelInfo) -> "Sizes":
         config = json.loads((model / "config.json").read_text())
-        heads = config.get("num_attention_heads") or 1
-        head_dim = config.get("head_dim") or base.hidden_size // heads
-        kv_heads = config.get("num_key_value_heads") or heads
         return cls(
             layers=_layer_parameters(model) * ELEMENT_SIZE,
             table=base.vocab_size * base.hidden_size * ELEMENT_SIZE,
             tables=1 if config.get("tie_word_embeddings", False) else 2,
-            kv_per_token=2 * base.num_hidden_layers * kv_heads * head_dim * ELEMENT_SIZE,
+            kv_per_token=kv_bytes_per_token(model),
             vocab=base.vocab_size,
             hidden=base.hidden_size,
             intermediate=config.get("intermediate_size") or 4 * base.hidden_size,
@@ -122,7 +119,7 @@ def screened_bytes(sizes: Sizes) -> int:
 
 def profile_bytes(sizes: Sizes) -> int:
     """Peak of this process and the one that measures costs."""
-    served = loaded_bytes(sizes) + screened_bytes(sizes) + KV_CACHE_BYTES
+    served = loaded_bytes(sizes) + screened_bytes(sizes) + KV_CACHE_TOKENS * sizes.kv_per_token
     return 2 * PROCESS_BYTES + sizes.tables * sizes.table + served
 
 

@@ -35,7 +35,9 @@ FEWEST_STEPS = 4
 WARM_UP = 2
 PROMPT_TOKENS = 64
 MAX_TOKENS = 400
-KV_CACHE_BYTES = 1 << 30
+CACHE_BLOCK = 128  # tokens; no backend's are larger
+CACHE_BLOCKS = -(-(PROMPT_TOKENS + MAX_TOKENS + max(HELD)) // CACHE_BLOCK)  # of a request
+KV_CACHE_TOKENS = (max(BATCH_SIZES) + 2) * CACHE_BLOCKS * CACHE_BLOCK  # all requests at once, and some to spare
 THREADS_SET = "APPARATE_PROFILE_THREADS"
 
 
@@ -158,7 +160,7 @@ class Profiler:
         from apparate_llm.config import parse_config
         from apparate_llm.engine.vllm_args import vllm_args
         from apparate_llm.models.architectures import architecture_of
-        from apparate_llm.prepare.engine import context_length, runner_of
+        from apparate_llm.prepare.engine import context_length, kv_bytes_per_token, runner_of
 
         # Static with these thresholds holds every exit, as many as `max_exits` says.
         options = {"ramps": str(ramps), "policy": "static", "controller_state": "none", "accuracy_bound": 0.0}
@@ -172,7 +174,7 @@ class Profiler:
             **vllm_args(config, architecture_of(model)),
             max_model_len=self.longest,
             max_num_seqs=max(BATCH_SIZES),
-            kv_cache_memory_bytes=KV_CACHE_BYTES,
+            kv_cache_memory_bytes=KV_CACHE_TOKENS * kv_bytes_per_token(model),
             enable_prefix_caching=False,
             enforce_eager=eager,
         )

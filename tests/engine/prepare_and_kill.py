@@ -2,8 +2,8 @@
 
     python -m tests.engine.prepare_and_kill SEED OUT MODEL...
 
-Each model's is killed soon after a start, soon after another conversation was kept, and soon after another head was.
-vLLM is imported once; every attempt is a fork. Prints one JSON object per model.
+Kills come soon after a start, and soon after costs, a conversation or a head were kept. vLLM is imported once; every
+attempt is a fork. Prints one JSON object per model.
 """
 
 import json
@@ -28,9 +28,9 @@ from apparate_llm.ramps.checkpoint import RampError, read_manifest
 from tests.harness import hurry_vllm
 
 TOKENS = 3000
-SOON, CONVERSATION, HEAD = "start", "conversation", "head"  # after which a kill comes
-KILLS = ((SOON, CONVERSATION, HEAD), (CONVERSATION, SOON, HEAD))  # of one model after the other
-WAIT_S = 180.0  # for a conversation or a head, on a slow machine
+START, COSTS, CONVERSATION, HEAD = "start", "costs", "conversation", "head"  # after which a kill comes
+KILLS = ((START, CONVERSATION, HEAD), (COSTS, CONVERSATION, START))  # of one model after the other
+WAIT_S = 180.0  # for one of the others, on a slow machine
 USER_PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7", "w8 w9 w10 w11 w12"]
 
 
@@ -89,6 +89,8 @@ def measured_costs(out: Path) -> dict[str, bytes]:
 
 def num_kept(out: Path, kind: str) -> int:
     work = out / "work"
+    if kind == COSTS:
+        return sum(map(len, kept_in(work / TURNS).turns.values()))
     if kind == HEAD:
         return sum(1 for _ in work.glob("head-*"))
     return RowStore(work / "rows").counts["conversations"] if (work / "rows" / INDEX).is_file() else 0
@@ -109,7 +111,7 @@ def loads(out: Path) -> bool:
 def start_and_kill(plan: Plan, kind: str, rng: random.Random) -> bool:
     """Whether it had not ended by itself."""
     kept, pid = num_kept(plan.out, kind), start(plan)
-    if kind == SOON:
+    if kind == START:
         time.sleep(rng.uniform(0.1, 7.0))
     else:
         until = time.monotonic() + WAIT_S
@@ -137,7 +139,8 @@ def prepare_with_kills(model: Path, out: Path, kills: Sequence[str], rng: random
     after = finished_work(out)
     assert all((after | measured_costs(out))[name].startswith(data) for name, data in (before | costs).items())
     leftovers = [path.name for path in out.rglob(".*")]
-    kept = {"kept": len(before), "costs": len(costs), "made": len(after)}
+    plain = [len(turns) for key, turns in kept_in(out / "work" / TURNS).turns.items() if key[0] == "plain"]
+    kept = {"kept": len(before), "costs": len(costs), "made": len(after), "plain": plain}
     return {"model": model.name, "killed": killed, **kept, "leftovers": leftovers}
 
 

@@ -31,14 +31,37 @@ from tests.tiny import MODEL_TYPES, build_fused_ramps
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, tmp_path_factory):
-    """Model type -> ramp folder, prepared in spite of kills; and what the runs reported."""
-    out = tmp_path_factory.mktemp("prepared")
-    command = [sys.executable, "-m", "tests.engine.prepare_and_kill", "0", str(out)]
-    command += [str(tiny_models[model_type]) for model_type in MODEL_TYPES]
-    result = subprocess.run(command, env=clean_environment() | environment(), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+def fast_starts(tmp_path_factory):
+    """An environment whose processes import what an earlier one has compiled, where Python may not write beside it."""
+    if not sys.dont_write_bytecode:
+        return clean_environment()
+    folder = tmp_path_factory.mktemp("bytecode")
+    return clean_environment() | {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_models, fast_starts, tmp_path_factory):
+    """Model type -> ramp folder, prepared in spite of kills, two at once; and what the runs reported."""
+    out, reports = tmp_path_factory.mktemp("prepared"), []
+    command = [sys.executable, "-m", "tests.engine.prepare_and_kill"]
+    runs = [
+        subprocess.Popen(
+            [*command, str(seed), str(out), *(str(tiny_models[model_type]) for model_type in MODEL_TYPES[seed::2])],
+            env=fast_starts | environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(2)
+    ]
+    try:
+        for run in runs:
+            output, errors = run.communicate()
+            assert run.returncode == 0, errors[-3000:]
+            reports += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    finally:
+        for run in runs:
+            run.kill()
     return {model_type: out / model_type for model_type in MODEL_TYPES}, reports
 
 
@@ -47,6 +70,7 @@ def test_kills_lose_no_finished_work(prepared):
     assert len(reports) == len(MODEL_TYPES)
     assert sum(report["killed"] for report in reports) >= 10  # the others had finished before
     assert all(report["kept"] > 0 and report["costs"] > 0 for report in reports)
+    assert all(set(report["plain"]) == {1} for report in reports), "measured once in all starts"
     assert all(report["made"] >= 3 and not report["leftovers"] for report in reports)
 
 
@@ -212,8 +236,12 @@ def check_rows(folder: Path, rows: Rows, texts: list[tuple[list[int], list[int]]
         torch.testing.assert_close(rows.top_logprobs[mine][1:].float(), best.values, rtol=2e-2, atol=2e-2)
 
 
-def test_costs_of_a_model_with_a_short_context_are_measured_and_what_was_is_not_again(tiny_llama, tmp_path):
+def test_costs_of_a_model_with_a_short_context_are_measured_and_what_was_is_not_again(
+    fast_starts, tiny_llama, tmp_path, monkeypatch
+):
     """Whose requests end before all was measured that a longer one leaves room for."""
+    for name, value in fast_starts.items():
+        monkeypatch.setenv(name, value)
     model, keep, log = (tmp_path / name for name in ("model", "turns.json", "log"))
     shutil.copytree(tiny_llama, model)
     config = json.loads((model / "config.json").read_text())
@@ -302,7 +330,7 @@ def test_other_settings_in_the_same_folder_are_refused(prepared, tiny_llama):
         prepare(replace(plan_for(tiny_llama, folders["llama"]), seed=7))
 
 
-def test_ramps_commands(prepared, tiny_llama, tmp_path):
+def test_ramps_commands(prepared, fast_starts, tiny_llama, tmp_path):
     folders, _ = prepared
     folder: Path = folders["llama"]
     prompts = tmp_path / "prompts.jsonl"
@@ -311,12 +339,12 @@ def test_ramps_commands(prepared, tiny_llama, tmp_path):
     ]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     cli = [sys.executable, "-m", "apparate_llm.cli", "ramps"]
-    shown = subprocess.run([*cli, "show", str(folder)], capture_output=True, text=True)
+    shown = subprocess.run([*cli, "show", str(folder)], env=fast_starts, capture_output=True, text=True)
     assert shown.returncode == 0 and "fused ramps for LlamaForCausalLM" in shown.stdout
     assert "position 0" in shown.stdout and "position 3" in shown.stdout
     answering = ["--model", str(tiny_llama), "--prompts", str(prompts), "--max-tokens", "20"]
     command = [*cli, "evaluate", str(folder), *answering, "--json", str(tmp_path / "e.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=fast_starts, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["schema_version"] == 3 and [item["depth"] for item in result["depths"]] == [0, 2]
@@ -328,7 +356,7 @@ def test_ramps_commands(prepared, tiny_llama, tmp_path):
     assert 0 <= result["ceiling"]["p_over_0.9_frac"] <= 1 and 0 <= result["calibration_error"] <= 1
 
     copy = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("work")))
-    done = subprocess.run([*cli, "calibrate", str(copy), *answering], capture_output=True, text=True)
+    done = subprocess.run([*cli, "calibrate", str(copy), *answering], env=fast_starts, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("calibration error on these prompts") == 2
     before, after = read_manifest(folder), read_manifest(copy)
