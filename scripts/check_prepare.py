@@ -4,9 +4,10 @@
     python -m scripts.check_prepare [--folder DIR] [--time-budget 45m] [--layers 28 --hidden 1536] [-- FLAGS of prepare]
 
 From the repository's root; takes a little more than twice the budget. First a run that is left alone: lines in its log,
-peak memory as stated, time. Then one on a small disk (a tmpfs, if we may mount one): killed with -9 at a quarter and at
-a half of the budget, each time started again, then out of disk space, and started again after space was made. Small, to
-try it: --layers 4 --hidden 256 --vocabulary 8000 --time-budget 3m. Exit code 1 if something is not as expected.
+peak memory as stated, time. Then one on a small disk (a tmpfs, if we may mount one): killed with -9 while it
+synthesises and while it trains, each time started again, then out of disk space, and started again after space was
+made; the time of all starts counts. Small, to try it: --layers 4 --hidden 256 --vocabulary 8000 --time-budget 8m. Exit
+code 1 if something is not as expected.
 """
 
 import argparse
@@ -38,11 +39,16 @@ from apparate_llm.progress import AT_LEAST_EVERY_S, FIRST_EVERY_S, FIRST_S
 from scripts.random_model import build_model
 
 LATE_S = 5.0  # that a line may be late on a busy machine
-KILLS = (0.25, 0.5)  # of the budget
-DISK_FULL = 0.65
+KILLS = (("synthesise", 150.0), ("train depth", 90.0))  # stage, and seconds that it has been at work
+AT_WORK_FRAC = 0.08  # of the budget, at most so many
+DISK_FULL = 0.65  # of the budget
 LOST_S = 120.0
+CLOCK_S = 15.0  # of the time budget, that a kill may lose
 MOST_LINES = 80  # of an hour's log, or a shorter one's
 END_TIMEOUT_S = 900.0
+NO_WORK = ("clock.json", "start.json", "lock")  # files that change while nothing is done
+STARTING = "starting the model"
+WITH_RATE = re.compile(r"\d\d:\d\d:\d\d  (\w+).* (?:\d+ %|\(\d+ %\)).*/(?:s|min|h)\b.*stage left .*whole left ")
 STATED = re.compile(r"peak memory about ([\d.]+) ([GM])iB")
 
 
@@ -59,7 +65,7 @@ def at_most(what: str, limit_s: float, measured_s: float) -> Row:
 
 def lines_of(runs: Sequence["Run"]) -> Row:
     """All starts of one preparation together."""
-    number, hours = sum(len(run.lines) for run in runs), sum(run.ended_s or run.spent_s() for run in runs) / 3600
+    number, hours = sum(len(run.lines) for run in runs), sum(run.took_s() for run in runs) / 3600
     most = round(MOST_LINES * max(1.0, hours))
     return Row("lines of log", f"<= {most}", str(number), number <= most)
 
@@ -88,6 +94,9 @@ class Run:
 
     def spent_s(self) -> float:
         return time.monotonic() - self.began_s
+
+    def took_s(self) -> float:
+        return self.ended_s or self.spent_s()
 
     def _listen(self, log: Path) -> None:
         assert self.process.stdout is not None
@@ -124,6 +133,18 @@ class Run:
                 thread.join(30.0)
         return self.process.returncode
 
+    def wait_at_work(self, stage: str, seconds: float, timeout_s: float) -> int | None:
+        """Until it has been at a stage for so long, its model's start left out; its exit code if it ends before."""
+        until_s, since_s = time.monotonic() + timeout_s, None
+        while self.process.poll() is None and time.monotonic() < until_s:
+            texts = [text.partition("  ")[2] for _, text in list(self.lines)]
+            if since_s is None and any(text.startswith(stage) and STARTING not in text for text in texts):
+                since_s = time.monotonic()
+            if since_s is not None and time.monotonic() - since_s >= seconds:
+                return None
+            time.sleep(0.5)
+        return self.wait(0.0)
+
     def kill(self) -> int:
         """As an operating system short of memory does; returns how many processes outlive it."""
         self.process.kill()
@@ -136,8 +157,8 @@ class Run:
 
 
 def last_kept_s(work: Path, began: float) -> float:
-    """Seconds since something was left on the disk, or the work began."""
-    files = [path for path in work.rglob("*") if path.suffix not in (".part", ".log") and path.name != "lock"]
+    """Seconds since work was left on the disk, or this start of it."""
+    files = [path for path in work.rglob("*") if path.suffix not in (".part", ".log") and path.name not in NO_WORK]
     return time.time() - max([began, *(path.stat().st_mtime for path in files if path.is_file())])
 
 
@@ -159,16 +180,23 @@ def small_disk(folder: Path, gib: float) -> Iterator[bool]:
 
 
 def left_alone(run: Run, code: int | None, budget_s: float) -> list[Row]:
-    took_s = run.ended_s or run.spent_s()
+    took_s = run.took_s()
     gaps = [(b - a, a) for a, b in pairwise([0.0, *(at_s for at_s, _ in run.lines), took_s])]
     stated = next((match for _, line in run.lines if (match := STATED.search(line))), None)
     stated_gib = 0.0 if stated is None else float(stated[1]) / (1 if stated[2] == "G" else 1024)
     peak = run.peak_gib["needed"]
+    rated = sorted({match[1] for _, line in run.lines if (match := WITH_RATE.match(line))})
     return [
         Row("exit code", "0", str(code), code == 0),
         at_most("silence at first", FIRST_EVERY_S + LATE_S, max(gap for gap, at_s in gaps if at_s <= FIRST_S)),
         at_most("later", AT_LEAST_EVERY_S + LATE_S, max((gap for gap, at_s in gaps if at_s > FIRST_S), default=0.0)),
         lines_of([run]),
+        Row(
+            "amount, rate, time left",
+            "of synthesise, train",
+            ", ".join(rated),
+            {"synthesise", "train"} <= set(rated),
+        ),
         Row("peak memory", f"{stated_gib:.2f} GiB ± 20 %", f"{peak:.2f} GiB", abs(stated_gib - peak) <= 0.2 * peak),
         Row("with pages of files", "", f"{run.peak_gib['whole']:.2f} GiB", None),
         Row("time", f"{budget_s:.0f} s ± 10 %", f"{took_s:.0f} s", abs(took_s - budget_s) <= 0.1 * budget_s),
@@ -177,10 +205,10 @@ def left_alone(run: Run, code: int | None, budget_s: float) -> list[Row]:
 
 def disturbed(start: Callable[[], Run], out: Path, budget_s: float, is_small: bool) -> list[Row]:
     rows, spent_s, tokens = [], 0.0, 0
-    for at in KILLS:
+    for stage, seconds in KILLS:
         run, began = start(), time.time()
-        code = run.wait(max(0.0, at * budget_s - spent_s))
-        rows.append(at_most(f"at {at:.0%}: last work kept, ago", LOST_S, last_kept_s(out / "work", began)))
+        code = run.wait_at_work(stage, min(seconds, AT_WORK_FRAC * budget_s), budget_s)
+        rows.append(at_most(f"{stage}: last work kept, ago", LOST_S, last_kept_s(out / "work", began)))
         if code is not None:
             return [*rows, Row("still at work", "yes", f"exit code {code}", False)]
         spent_s += run.spent_s()
@@ -191,21 +219,28 @@ def disturbed(start: Callable[[], Run], out: Path, budget_s: float, is_small: bo
     run = start()
     code = run.wait(max(0.0, DISK_FULL * budget_s - spent_s) if is_small else budget_s + END_TIMEOUT_S)
     if is_small and code is None:
-        ballast = out.parent / "ballast"
-        subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=1M"], capture_output=True, check=False)
-        code, last = run.wait(END_TIMEOUT_S), run.lines[-1][1] if run.lines else ""
-        says = code is not None and (code == 0 or "space" in last.lower())
-        rows.append(Row("disk full", "goes on, or ends and says so", f"exit code {code}: {last}", says))
-        ballast.unlink()
-        if code is None:
-            run.kill()
+        rows.append(out_of_space(run, out))
+        spent_s += run.took_s()
         run = start()
         code = run.wait(budget_s + END_TIMEOUT_S)
     else:
         rows.append(Row("disk full", "", "left out: it needs root, and a budget to be at work in", None))
     made, now = (out / "ramps.json").is_file(), kept_tokens(out / "work")
     rows.append(Row("answer tokens kept", f">= {tokens:,}", f"{now:,}", now >= tokens))
+    rows.append(at_most("time of all starts", 1.1 * budget_s + CLOCK_S * len(KILLS), spent_s + run.took_s()))
     return [*rows, Row("in the end", "exit code 0 and ramps", f"exit code {code}, {made}", code == 0 and made)]
+
+
+def out_of_space(run: Run, out: Path) -> Row:
+    """While it is at work; it has ended afterwards, and there is room again."""
+    ballast = out.parent / "ballast"
+    subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=1M"], capture_output=True, check=False)
+    code, last = run.wait(END_TIMEOUT_S), run.lines[-1][1] if run.lines else ""
+    says = code is not None and (code == 0 or "space" in last.lower())
+    ballast.unlink()
+    if code is None:
+        run.kill()
+    return Row("disk full", "goes on, or ends and says so", f"exit code {code}: {last}", says)
 
 
 def arguments() -> argparse.Namespace:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from apparate_llm.named_model import model_folder
+from apparate_llm.prepare.draft_data import BaseParts
 from apparate_llm.prepare.evaluate import Answered, measure, served_ramps
 from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.rows import LEAD, TEST, Rows
 from apparate_llm.prepare.store import RowStore
-from apparate_llm.prepare.train import BaseParts
 from apparate_llm.ramps.checkpoint import BaseModelInfo, check_fits, read_manifest
 from apparate_llm.renamed import depth_of_any_evaluation
 

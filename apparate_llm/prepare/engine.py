@@ -13,6 +13,7 @@ MAX_NUM_SEQS = 128
 MAX_NUM_BATCHED_TOKENS = 2048
 KV_CACHE_GIB = 2
 CACHE_BLOCK = 32  # tokens of which a prefix cache holds all or none
+CONTEXT_LENGTHS = ("max_position_embeddings", "model_max_length")  # in config.json
 ELEMENT_SIZE = 2  # bytes of a state's value: vLLM by itself runs models in bfloat16 or float16
 
 
@@ -61,6 +62,17 @@ def runner_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-def context_length(model: Path) -> int:
+def kv_bytes_per_token(model: Path) -> int:
+    """Of the KV cache."""
     config = json.loads((model / "config.json").read_text())
-    return min(MAX_MODEL_LEN, config.get("max_position_embeddings") or MAX_MODEL_LEN)
+    heads = config.get("num_attention_heads") or 1
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * ELEMENT_SIZE)
+
+
+def context_length(model: Path) -> int:
+    """Of the engine: the model's own, where that is shorter than MAX_MODEL_LEN."""
+    config = json.loads((model / "config.json").read_text())
+    # Where both are there vLLM goes by the second.
+    return min(MAX_MODEL_LEN, *(config.get(name) or MAX_MODEL_LEN for name in CONTEXT_LENGTHS))

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 from apparate_llm.naming import model_name
 from apparate_llm.prepare.chat import Chat
+from apparate_llm.prepare.draft_data import BaseParts, DraftData
+from apparate_llm.prepare.measure import Measured, accepted_per_step, measure_head
 from apparate_llm.prepare.rows import LEAD, Rows
-from apparate_llm.prepare.train import BaseParts, DraftData, Measured, accepted_per_step, measure_head
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest
 from apparate_llm.ramps.load import RampSet, calibrated_all, load_ramps

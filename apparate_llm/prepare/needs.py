@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apparate_llm.machine import available_memory_bytes
-from apparate_llm.prepare.engine import ELEMENT_SIZE, MAX_NUM_BATCHED_TOKENS, context_length
+from apparate_llm.models.quantised_heads import has_fast_int8
+from apparate_llm.prepare.engine import ELEMENT_SIZE, MAX_NUM_BATCHED_TOKENS, context_length, kv_bytes_per_token
 from apparate_llm.prepare.plan import Plan, Run
-from apparate_llm.prepare.profile import KV_CACHE_BYTES
+from apparate_llm.prepare.profile import KV_CACHE_TOKENS
 from apparate_llm.prepare.rows import bytes_per_row
 from apparate_llm.prepare.train import BATCH_ROWS
+from apparate_llm.progress import time_span
 from apparate_llm.ramps.checkpoint import BaseModelInfo
 
 TABLES = ("embed_tokens.weight", "lm_head.weight", "tok_embeddings.weight", "output.weight")
@@ -27,9 +29,12 @@ TYPICAL_ANSWER_TOKENS = 150
 PROCESS_BYTES = 700 << 20  # Python, torch, vLLM
 ROWS_UNDER_WAY = 96  # of a slot: what is not in the store yet
 SCORE_COPIES = 12  # of all slots' scores in float32, while tokens are drawn and the best ones kept
+NUM_SERVERS = 2  # beside each other, to verify
 STEPS_IN_MEMORY = 3  # draft steps of a training batch
 SPARE_FRAC = 0.1  # of free memory and disk stays free
 SPARE_DISK_BYTES = 256 << 20
+LEAST_S, LEAST_S_PER_GB = 150.0, 70.0  # of a preparation: starts, and a few steps of each stage
+FEWEST_CONTEXT = 64  # tokens of a conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +61,11 @@ class Sizes:
     @classmethod
     def of(cls, model: Path, base: BaseModelInfo) -> "Sizes":
         config = json.loads((model / "config.json").read_text())
-        heads = config.get("num_attention_heads") or 1
-        head_dim = config.get("head_dim") or base.hidden_size // heads
-        kv_heads = config.get("num_key_value_heads") or heads
         return cls(
             layers=_layer_parameters(model) * ELEMENT_SIZE,
             table=base.vocab_size * base.hidden_size * ELEMENT_SIZE,
             tables=1 if config.get("tie_word_embeddings", False) else 2,
-            kv_per_token=2 * base.num_hidden_layers * kv_heads * head_dim * ELEMENT_SIZE,
+            kv_per_token=kv_bytes_per_token(model),
             vocab=base.vocab_size,
             hidden=base.hidden_size,
             intermediate=config.get("intermediate_size") or 4 * base.hidden_size,
@@ -109,9 +111,24 @@ def loaded_bytes(sizes: Sizes) -> int:
     return 2 * sizes.layers + (sizes.tables + 1) * sizes.table
 
 
+def screened_bytes(sizes: Sizes) -> int:
+    """The int8 copy of the head in an engine that serves exits (models/screened_head.py). The synthesis has none: its
+    engine runs vLLM's own worker."""
+    return sizes.table // ELEMENT_SIZE if has_fast_int8() else 0
+
+
 def profile_bytes(sizes: Sizes) -> int:
     """Peak of this process and the one that measures costs."""
-    return 2 * PROCESS_BYTES + sizes.tables * sizes.table + loaded_bytes(sizes) + KV_CACHE_BYTES
+    served = loaded_bytes(sizes) + screened_bytes(sizes) + KV_CACHE_TOKENS * sizes.kv_per_token
+    return 2 * PROCESS_BYTES + sizes.tables * sizes.table + served
+
+
+def verification_bytes(sizes: Sizes) -> int:
+    """Peak of this process and of the two servers that `--verify` starts: an API and an engine each, one with exits."""
+    from apparate_llm.engine.vllm_settings import MAX_DEFAULT_KV_CACHE_BYTES
+
+    kv = min(MAX_DEFAULT_KV_CACHE_BYTES, available_memory_bytes() // (4 * NUM_SERVERS))
+    return PROCESS_BYTES + NUM_SERVERS * (2 * PROCESS_BYTES + loaded_bytes(sizes) + kv) + screened_bytes(sizes)
 
 
 def head_parameters(plan: Plan, sizes: Sizes) -> int:
@@ -162,12 +179,17 @@ def disk_left(run: Run) -> int:
 
 
 def say_needs(run: Run) -> None:
-    """Raises ValueError if memory or disk cannot do."""
+    """Raises ValueError if memory or disk cannot do, or the model's context."""
     plan, sizes = run.plan, Sizes.of(run.plan.model, run.base)
+    if (context := context_length(plan.model)) < FEWEST_CONTEXT:
+        raise ValueError(f"the model's context of {context} tokens is too short, {FEWEST_CONTEXT} are needed")
     limits = synthesis_limits(run)
     peak = max(synthesis_bytes(plan, sizes, limits.slots), training_bytes(plan, sizes), profile_bytes(sizes))
+    if plan.verify:
+        peak = max(peak, verification_bytes(sizes))
     _check_memory(peak)
     run.say(f"peak memory about {gib(peak)}; {gib(available_memory_bytes())} are free")
+    _say_time(run, sizes)
     if plan.tokens is not None:
         need, work = disk_bytes(plan, run.base, plan.tokens), plan.out / "work"
         run.say(f"{plan.tokens:,} answer tokens need {gib(need)} of disk in {work}")
@@ -187,6 +209,16 @@ def say_needs(run: Run) -> None:
         f"each million answer tokens needs {gib(million)} of disk in {plan.out / 'work'}; there is room for "
         f"{max(0.0, left / million):.1f} million"
     )
+
+
+def _say_time(run: Run, sizes: Sizes) -> None:
+    """Where a budget cannot be kept."""
+    least_s = LEAST_S + LEAST_S_PER_GB * (sizes.layers + sizes.tables * sizes.table) / 1e9
+    budget_s = run.plan.time_budget_s
+    if budget_s is not None and budget_s < least_s and not run.store.counts["rows"]:
+        run.say(
+            f"a time budget of {time_span(budget_s)} is short for this model: about {time_span(least_s)} will be needed"
+        )
 
 
 def _check_memory(need: int) -> None:

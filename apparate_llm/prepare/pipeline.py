@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.naming import model_name
 from apparate_llm.prepare.calibrate import calibrate_positions
-from apparate_llm.prepare.needs import gib, give_back_memory, say_needs
+from apparate_llm.prepare.needs import gib, say_needs
 from apparate_llm.prepare.peak_memory import PeakMemory
 from apparate_llm.prepare.plan import Made, Plan, Run
-from apparate_llm.prepare.profile import LIMIT_S, profile
+from apparate_llm.prepare.profile_stage import measure_costs
 from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.recorded import Recorded, recorded
-from apparate_llm.prepare.records import CalibrationRecord, Profiled, Report, SynthesisRecord, TrainingRecord
+from apparate_llm.prepare.records import CalibrationRecord, Report, SynthesisRecord, TrainingRecord
 from apparate_llm.prepare.report import write_report
 from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import (
@@ -33,9 +33,9 @@ from apparate_llm.prepare.schedule import (
     point,
     shifted,
     tpt_saved,
+    train_until_s,
     what_is_short,
 )
-from apparate_llm.prepare.servers import used_by_servers
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise_stage import synthesise_lap
 from apparate_llm.prepare.train_stage import epochs_of_lap, head_tensors, measure_depth, train_depth
@@ -44,8 +44,6 @@ from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
 from apparate_llm.ramps.sketch import Sketch
-
-LEAST_PROFILE_S = 30.0
 
 
 def prepare(plan: Plan, console: Console | None = None) -> Report:
@@ -61,16 +59,16 @@ def prepare(plan: Plan, console: Console | None = None) -> Report:
     ):
         check_settings(run)
         say_needs(run)
+        profiled = measure_costs(run)
+        run.begins_s = profiled.pop("until_s")
         made = _laps(run)
         _other_depths(run, made)
         for depth in plan.depths:
             made.measured[depth] = measure_depth(run, made.rows, depth, made.trained[depth])
             made.calibration[depth] = _calibrate(run, depth)
             made.conversations[depth] = _conversations(run, depth, made.calibration[depth])
-        draft = workspace.path("ramps")
-        _write_ramps(run, draft, made, default_depth=plan.depths[0])
-        profiled = _profile(run, draft, made)
-        report = write_report(plan.out, run.base, model_name(plan.model), made, profiled)
+        with run.progress.stage("predict", total=math.inf, facts="simulating a server", often_brief=True):
+            report = write_report(plan.out, run.base, model_name(plan.model), made, profiled)
         _write_ramps(run, plan.out, made, default_depth=report["advice"]["depth"])
         run.clock.keep()
         run.say(f"peak memory was {gib(memory.peak_bytes)}, pages of files left out")
@@ -78,7 +76,8 @@ def prepare(plan: Plan, console: Console | None = None) -> Report:
         run.say(made.outlook)
         if plan.verify:
             prompts = [Prompt(messages) for messages in plan.user_prompts]
-            report = verify(plan.out, plan.model, report, prompts=prompts, progress=run.progress)
+            kept = workspace.path("verify")
+            report = verify(plan.out, plan.model, report, prompts=prompts, progress=run.progress, keep=kept)
             run.say(report["verified"]["sentence"])
         return report
 
@@ -89,9 +88,7 @@ def disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors and torch wrap the system's error in ones of their own.
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or os.strerror(errno.ENOSPC) in str(error):
+        if _is_full_disk(error):
             raise RuntimeError(
                 f"no space left in {out}: make room and give the same command again, what is finished is kept"
             ) from None
@@ -99,6 +96,15 @@ def disk_errors(out: Path) -> Iterator[None]:
             why = " ".join(str(error).split())[:100]
             raise ValueError(f"a damaged file in {out / 'work'} ({why}): delete that folder to begin anew") from None
         raise
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """safetensors and torch wrap the system's error in ones of their own, or raise another while they tidy up."""
+    if error is None:
+        return False
+    has_code = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    has_text = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+    return has_code or has_text or _is_full_disk(error.__cause__ or error.__context__)
 
 
 @contextmanager
@@ -109,7 +115,7 @@ def running(plan: Plan, workspace: Workspace, console: Console) -> Iterator[Run]
     def left_s() -> float | None:
         return None if plan.time_budget_s is None else max(0.0, plan.time_budget_s - clock.spent_s)
 
-    with Progress(console, left_s=left_s, before_s=clock.before_s) as progress:
+    with clock, Progress(console, left_s=left_s, before_s=clock.before_s) as progress:
         yield Run(plan, workspace, RowStore(workspace.path("rows")), BaseModelInfo.of(plan.model), clock, progress)
 
 
@@ -135,8 +141,7 @@ def check_settings(run: Run) -> None:
 
 def _laps(run: Run) -> Made:
     """Synthesis and the first depth's training in turn, each lap with twice of what the last one had."""
-    plan, schedule = run.plan, run.plan.schedule
-    first = plan.depths[0]
+    schedule, first = run.schedule, run.plan.depths[0]
     laps = schedule.laps()
     records: list[TrainingRecord] = []
     short = "neither"
@@ -157,7 +162,7 @@ def _laps(run: Run) -> Made:
             lap=lap.number,
             after=first if records else None,
             epochs=epochs_of_lap(rows["tokens"], lap.fraction, lap.training_share),
-            until_s=lap.train_until_s,
+            until_s=train_until_s(lap, run.clock.spent_s, schedule.work_s),
         )
         records.append(record)
         scores = [point(record) for record in records]
@@ -171,6 +176,8 @@ def _laps(run: Run) -> Made:
 
 
 def _splits_without_rows(run: Run, rows: SynthesisRecord) -> list[str]:
+    if not rows["rows"]:
+        return list(SPLIT_NAMES)
     present = set(run.store.column("split", rows["rows"]).unique().tolist())
     return [name for split, name in enumerate(SPLIT_NAMES) if split not in present]
 
@@ -193,7 +200,7 @@ def _other_depths(run: Run, made: Made) -> None:
     """Each starts from the first one's head and takes half as long."""
     first, *others = run.plan.depths
     for number, depth in enumerate(others):
-        left_s = run.plan.schedule.work_s - run.clock.spent_s
+        left_s = run.schedule.work_s - run.clock.spent_s
         made.trained[depth] = train_depth(
             run,
             made.rows,
@@ -272,32 +279,3 @@ def _training_facts(run: Run, made: Made) -> dict[str, object]:
             for depth, record in made.trained.items()
         },
     }
-
-
-def _profile(run: Run, folder: Path, made: Made) -> Profiled:
-    """Stage profile: what a verification pass and each depth's draft step cost on this machine."""
-    from apparate_llm.machine import machine
-
-    plan, workspace = run.plan, run.workspace
-    here = {key: value for key, value in machine().items() if key in ("cpu", "cores", "packages")}
-    used = used_by_servers(plan.model).choice.model_dump()
-    heads = {depth: {**record, **made.measured[depth]} for depth, record in made.trained.items()}
-    inputs = {"machine": here, "tuning": used, "heads": heads, "enforce_eager": plan.enforce_eager}
-    done: Profiled | None = workspace.read("profile", inputs)
-    if done is not None:
-        run.say("profile: done")
-        return done
-    left_s = math.inf if plan.time_budget_s is None else plan.time_budget_s - run.clock.spent_s
-    give_back_memory()
-    with run.progress.stage("profile", total=1.0, facts="starting the model as it is served") as bar:
-        profiled = profile(
-            plan.model,
-            folder,
-            plan.depths,
-            enforce_eager=plan.enforce_eager,
-            limit_s=max(LEAST_PROFILE_S, min(LIMIT_S, left_s)),
-            log=workspace.path("vllm.log"),
-            on_progress=lambda done, text: bar.update(done, text),
-        )
-    profiled["machine"] = here
-    return workspace.write("profile", inputs, profiled)

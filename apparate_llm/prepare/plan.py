@@ -1,7 +1,7 @@
 """What a preparation is to do, and what its stages have made."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apparate_llm.prepare.prompts import Messages
@@ -62,6 +62,11 @@ class Run:
     base: BaseModelInfo
     clock: WorkClock
     progress: Progress
+    begins_s: float = 0.0  # of the work clock: when laps began
+
+    @property
+    def schedule(self) -> Schedule:
+        return replace(self.plan.schedule, begins_s=self.begins_s)
 
     def say(self, text: str) -> None:
         self.progress.say(text)

@@ -36,8 +36,6 @@ USERS_FRAC = 0.85
 ENOUGH_USERS = 16  # conversations with the user's prompts
 STEEPEST = 60.0  # e to this is how much more often the hardest conversation may be drawn than one that always agrees
 SIMULATION_SD = 0.05  # standard deviation of measured / predicted ratio
-
-
 USERS_KIND = "user"
 
 
@@ -93,7 +91,8 @@ def predict_both(
     """`predict` on prompts like the model's own, each with `users`: what is expected on users' prompts."""
     few = thinned(conversations, MOST_CONVERSATIONS, seed=seed)
     by_clients = predict(few, profiled, depth=depth, num_layers=num_layers, seed=seed)
-    users = predict(as_users_ask(few, seed=seed), profiled, depth=depth, num_layers=num_layers, seed=seed)
+    known = thinned(_of_users(conversations), MOST_CONVERSATIONS, seed=seed) if users_are_given(conversations) else few
+    users = predict(as_users_ask(known, seed=seed), profiled, depth=depth, num_layers=num_layers, seed=seed)
     for number, item in by_clients.items():
         item["users"] = {"tpt_ratio": users[number]["tpt_ratio"], "ci95": users[number]["ci95"]}
     return by_clients
@@ -161,9 +160,27 @@ def _with_interval(asked: Sequence[Asked], chosen: np.ndarray, rng: np.random.Ge
     return {"tpt_ratio": round(ratio, 4), "ci95": [round(float(low), 4), round(float(high), 4)]}
 
 
+def users_are_given(conversations: Sequence[Recorded]) -> bool:
+    """Whether there are enough conversations with the user's prompts to speak for them."""
+    return len(_of_users(conversations)) >= ENOUGH_USERS
+
+
+def predicted_for(conversations: Sequence[Recorded]) -> dict[str, str]:
+    """For whose prompts the figures of `predict_both` are, in words."""
+    assumed = f"users' prompts, on which ramps are expected to agree {USERS_FRAC} times as often as on the model's own"
+    return {
+        "own": "prompts like those that the ramps were trained on, most of them the model's own",
+        "users": "the prompts that were given" if users_are_given(conversations) else assumed,
+    }
+
+
+def _of_users(conversations: Sequence[Recorded]) -> list[Recorded]:
+    return [one for one in conversations if one.kind == USERS_KIND]
+
+
 def as_users_ask(conversations: Sequence[Recorded], *, seed: int = 0) -> list[Recorded]:
     """Conversations that stand for those with users' prompts."""
-    users = [one for one in conversations if one.kind == USERS_KIND]
+    users = _of_users(conversations)
     if len(users) >= ENOUGH_USERS:
         return users
     return harder([one for one in conversations if one.kind != USERS_KIND] or users, USERS_FRAC, seed=seed)

@@ -1,6 +1,7 @@
 """Stage profile: what passes, prompts and draft steps of each depth cost on this machine, in ms.
 
 Measured in a process of its own that is set up like a server's, so that the threads and libraries are those of serving.
+What was measured stays on disk, size by size, and is not measured again by a run that goes on.
 """
 
 import argparse
@@ -13,11 +14,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import IO, Any
 
+from apparate_llm.files import private_opener
 from apparate_llm.host.choice import HUGE_PAGES
+from apparate_llm.prepare.measurements import Measurements, kept_in
 from apparate_llm.prepare.records import Profiled
 from apparate_llm.prepare.servers import used_by_servers
 
@@ -33,21 +35,10 @@ FEWEST_STEPS = 4
 WARM_UP = 2
 PROMPT_TOKENS = 64
 MAX_TOKENS = 400
-KV_CACHE_BYTES = 1 << 30
-LIMIT_S = 300.0
-UNKNOWN_ERROR_FRAC = 0.1  # where there was one turn only
-START_S = 70.0  # of an engine, its libraries and compilation, on a slow day
-Key = tuple[Any, ...]  # what was timed, and with what numbers
+CACHE_BLOCK = 128  # tokens; no backend's are larger
+CACHE_BLOCKS = -(-(PROMPT_TOKENS + MAX_TOKENS + max(HELD)) // CACHE_BLOCK)  # of a request
+KV_CACHE_TOKENS = (max(BATCH_SIZES) + 2) * CACHE_BLOCKS * CACHE_BLOCK  # all requests at once, and some to spare
 THREADS_SET = "APPARATE_PROFILE_THREADS"
-READ_BYTES_PER_S = 8e9  # of weights, per pass
-
-
-def expected_profile_s(weight_bytes: int, *, limit_s: float = LIMIT_S) -> float:
-    """What `profile` will take for a model of so many bytes."""
-    start_s = START_S + weight_bytes / 1e9 * 6.0
-    steps = TURNS * (STEPS + WARM_UP) * sum(1 + len(_held(size)) for size in BATCH_SIZES)
-    pass_s = 0.01 + 1.5 * weight_bytes / READ_BYTES_PER_S
-    return min(limit_s, start_s + 1.3 * steps * pass_s)
 
 
 def profile(
@@ -56,8 +47,9 @@ def profile(
     depths: tuple[int, ...],
     *,
     enforce_eager: bool,
-    limit_s: float = LIMIT_S,
+    limit_s: float,
     log: Path | None = None,
+    keep: Path | None = None,
     on_progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> Profiled:
     """What a server pays in ms, medians of the quietest of TURNS turns:
@@ -68,12 +60,16 @@ def profile(
     -> requests -> one draft step; `error_frac`: of each kind, by how much of itself a median may be off (95 %).
     `threads` compute, as many as in a server.
 
-    limit_s: it ends about then, with fewer sizes and steps for a slow model. log: what the engine prints. Raises
-    RuntimeError if it fails.
+    limit_s: for measuring, beside what the model takes to start; less where two turns agree, and with fewer sizes and
+    steps for a slow model. log: what the engine prints. keep: file of what is measured so far; what it holds counts,
+    the time included. Raises RuntimeError if it fails, ValueError where `keep` is damaged.
     """
+    if keep:
+        kept_in(keep)  # what is damaged is told here, in one line
     arguments = [str(model), str(ramps), ",".join(map(str, depths)), str(limit_s)]
     arguments += ["--eager"] if enforce_eager else []
-    with open(log or os.devnull, "a+") as file:
+    arguments += ["--keep", str(keep)] if keep else []
+    with open(log or os.devnull, "a+", opener=private_opener) as file:
         began = file.tell()
         result, code = _result_of(_started(model, arguments, file), on_progress)
         if result is None:
@@ -123,15 +119,15 @@ def main() -> None:
     parser.add_argument("depths")
     parser.add_argument("limit_s", type=float)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
     _begin_with_a_workers_threads()
     depths = [int(depth) for depth in args.depths.split(",")]
     threading.Thread(target=_die_with_parent, daemon=True).start()
     import torch
 
-    until_s = time.monotonic() + args.limit_s
-    measured = Measurements(until_s)
     profiler = Profiler(args.model, args.ramps, depths, eager=args.eager)
+    measured = Measurements(args.limit_s, keep=args.keep)
     profiler.run(measured)
     result: Profiled = {**measured.result(depths), "threads": torch.get_num_threads()}
     print(json.dumps({"result": result}), flush=True)
@@ -157,60 +153,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-class Measurements:
-    """Times in ms by what took them: ("verify", requests), ("pass", requests, rows), ("prompt", tokens),
-    ("draft_step", depth, requests)."""
-
-    def __init__(self, until_s: float) -> None:
-        self.until_s = until_s
-        self.turns: dict[Key, list[list[float]]] = {}
-
-    def add(self, key: Key, spent_ms: list[float]) -> None:
-        if spent_ms:
-            self.turns.setdefault(key, []).append(spent_ms)
-
-    @property
-    def left_s(self) -> float:
-        return self.until_s - time.monotonic()
-
-    def of(self, *key: *Key) -> float:
-        """The median of the quietest turn: what else runs on a machine makes all of a turn slower, and comes and
-        goes."""
-        return round(min(map(median, self.turns[key])), 4)
-
-    def result(self, depths: list[int]) -> Profiled:
-        sizes = sorted(key[1] for key in self.turns if key[0] == "verify")
-        passes: dict[str, dict[str, float]] = {str(size): {} for size in sizes}
-        for key in sorted(key for key in self.turns if key[0] == "pass"):
-            passes[str(key[1])][str(key[2])] = self.of(*key)
-        return {
-            "verify_ms": {str(size): self.of("verify", size) for size in sizes},
-            "pass_ms": passes,
-            "prompt_ms": {str(key[1]): self.of(*key) for key in sorted(self.turns) if key[0] == "prompt"},
-            "plain_frac": self.plain_frac(),
-            "draft_step_ms": {
-                str(depth): {str(size): self.of("draft_step", depth, size) for size in sizes} for depth in depths
-            },
-            "error_frac": {kind: self.error_frac(kind) for kind in ("verify", "pass", "prompt", "draft_step")},
-        }
-
-    def plain_frac(self) -> float:
-        """Of turns as plain vLLM's, and as ours."""
-        known = [key for key in self.turns if key[0] == "plain"]
-        times = [
-            median(self.turns[key][0]) / median(self.turns["verify", key[1]][0])
-            for key in known
-            if ("verify", key[1]) in self.turns
-        ]
-        return round(max(1.0, median(times)), 4) if times else 1.0
-
-    def error_frac(self, kind: str) -> float:
-        """By how much these medians may be off (95 %): how far the two quietest turns differ, on average."""
-        known = [sorted(map(median, turns)) for key, turns in self.turns.items() if key[0] == kind and len(turns) > 1]
-        off = [turns[1] / turns[0] - 1.0 for turns in known]
-        return round(sum(off) / len(off), 4) if off else UNKNOWN_ERROR_FRAC
-
-
 class Profiler:
     def __init__(self, model: Path, ramps: Path, depths: list[int], *, eager: bool) -> None:
         from vllm import LLM
@@ -218,19 +160,21 @@ class Profiler:
         from apparate_llm.config import parse_config
         from apparate_llm.engine.vllm_args import vllm_args
         from apparate_llm.models.architectures import architecture_of
-        from apparate_llm.prepare.engine import context_length, runner_of
+        from apparate_llm.prepare.engine import context_length, kv_bytes_per_token, runner_of
 
         # Static with these thresholds holds every exit, as many as `max_exits` says.
         options = {"ramps": str(ramps), "policy": "static", "controller_state": "none", "accuracy_bound": 0.0}
         # The weights go to huge pages when plain vLLM's passes are measured.
         config = parse_config({**options, "hold_threshold": 0.0, "max_batch_tokens": 65536, "huge_pages": False})
         self.longest = min(max(PROMPTS) + PROMPT_TOKENS + MAX_TOKENS, context_length(model))
+        self.prompt_tokens = min(PROMPT_TOKENS, self.longest // 4)
+        self.free_tokens = min(MAX_TOKENS, self.longest - self.prompt_tokens) - 2  # tokens that a request can generate
         self.llm = LLM(
             str(model),
             **vllm_args(config, architecture_of(model)),
             max_model_len=self.longest,
             max_num_seqs=max(BATCH_SIZES),
-            kv_cache_memory_bytes=KV_CACHE_BYTES,
+            kv_cache_memory_bytes=KV_CACHE_TOKENS * kv_bytes_per_token(model),
             enable_prefix_caching=False,
             enforce_eager=eager,
         )
@@ -244,20 +188,21 @@ class Profiler:
         self._number = 0
 
     def run(self, measured: Measurements) -> None:
-        """Turn by turn over the sizes; sizes are left out, and steps, when there is no time for them."""
+        """Turn by turn over the sizes that are not known yet; some are left out, and steps, when there is no time."""
         self._plain(measured)
         sizes = list(BATCH_SIZES)
         for turn in range(TURNS):
-            self._prompts(measured)
+            self._prompts(measured, turn)
             for place, size in enumerate(sizes if turn % 2 == 0 else sizes[::-1]):
-                left_frac = (turn + place / len(sizes)) / TURNS
-                print(json.dumps({"done": left_frac, "text": f"{size} at once"}), flush=True)
-                began_s = time.monotonic()
-                if measured.left_s <= 0 and (turn or place >= FEWEST_SIZES):
+                done_frac, before_s = (turn + place / len(sizes)) / TURNS, measured.spent_s
+                print(json.dumps({"done": done_frac, "text": f"{size} at once"}), flush=True)
+                too_late = measured.left_s <= 0 and (turn or place >= FEWEST_SIZES)
+                is_done = measured.has(turn, "verify", size) or (turn and measured.size_is_known(size))
+                if too_late or is_done:
                     continue
-                steps = STEPS if measured.left_s > 0 else FEWEST_STEPS
-                self._size(measured, size, steps)
-                if not turn and (time.monotonic() - began_s) * (TURNS - turn) > measured.left_s:
+                self._size(measured, size, STEPS if measured.left_s > 0 else FEWEST_STEPS)
+                measured.keep()
+                if not turn and (measured.spent_s - before_s) * TURNS > measured.left_s:
                     sizes = sizes[: max(FEWEST_SIZES, place + 1)]
 
     # ---- what is measured
@@ -268,38 +213,51 @@ class Profiler:
         if os.environ.get(HUGE_PAGES) == "1" and (moving := use_huge_pages()):  # plain vLLM's are, as well
             moving.join()
         screened, self.runner.screened_head = self.runner.screened_head, None
-        for size in BATCH_SIZES[:PLAIN_SIZES]:
+        for place, size in enumerate(BATCH_SIZES[:PLAIN_SIZES]):
+            if measured.has(0, "plain", size) or (place and measured.left_s <= 0):
+                continue
             names = self._begin(size)
+            steps = self._steps(1, STEPS if measured.left_s > 0 else FEWEST_STEPS)
             with self._without_drafting():
-                measured.add(("plain", size), _times_ms(self.engine.step, STEPS))
-            self.engine.abort_request(names)
-            self.engine.step()
+                measured.add(("plain", size), _times_ms(self.engine.step, steps))
+            self._end(names)
+            measured.keep()
         self.runner.screened_head = screened
         if moving := use_huge_pages():
             moving.join()
 
     def _size(self, measured: Measurements, size: int, steps: int) -> None:
-        names = self._begin(size)
+        names, left = self._begin(size), self.free_tokens
         with self._without_drafting():
-            measured.add(("verify", size), _times_ms(self.engine.step, steps))
+            measured.add(("verify", size), _times_ms(self.engine.step, self._steps(1, steps)))
+        left -= WARM_UP + steps
         for depth in self.depths:
             self.drafter.policy.depth = depth
             drafting_ms: list[float] = []
             for held in _held(size) if depth == self.depths[0] else HELD[:1]:
                 if drafting_ms and measured.left_s <= 0:
                     break
-                passes_ms, spent_ms = self._held_ms(size, held, steps)
+                most = (WARM_UP + steps) * (1 + held)  # tokens, if all exits are right
+                if most > left:
+                    self._end(names)
+                    names, left = self._begin(size), self.free_tokens
+                passes_ms, spent_ms = self._held_ms(size, held, self._steps(1 + held, steps))
+                left -= most
                 drafting_ms += spent_ms
                 measured.add(("pass", size, size * (1 + held)), passes_ms)
             measured.add(("draft_step", depth, size), drafting_ms)
             if self.runner.safety.num_failures or not drafting_ms:
                 raise RuntimeError(f"draft steps at depth {depth} with {size} requests do not run")
-        self.engine.abort_request(names)
-        self.engine.step()
+        self._end(names)
 
-    def _prompts(self, measured: Measurements) -> None:
+    def _steps(self, tokens: int, steps: int) -> int:
+        """As many as new requests have room for, with so many tokens each."""
+        return max(1, min(steps, self.free_tokens // tokens - WARM_UP))
+
+    def _prompts(self, measured: Measurements, turn: int) -> None:
         for tokens in PROMPTS:
-            if tokens + 2 > self.longest or measured.left_s <= 0:
+            is_done = measured.has(turn, "prompt", tokens) or measured.is_known("prompt", tokens)
+            if tokens + 2 > self.longest or measured.left_s <= 0 or is_done:
                 continue
             spent = []
             for _ in range(1 + FEWEST_STEPS):
@@ -308,9 +266,9 @@ class Profiler:
                     began = time.perf_counter()
                     self.engine.step()
                     spent.append((time.perf_counter() - began) * 1e3)
-                self.engine.abort_request(names)
-                self.engine.step()
+                self._end(names)
             measured.add(("prompt", tokens), spent[1:])
+            measured.keep()
 
     def _held_ms(self, size: int, held: int, steps: int) -> tuple[list[float], list[float]]:
         """Steps that check `held` exits of every request, less their draft steps; and those, of all requests."""
@@ -349,10 +307,14 @@ class Profiler:
         from apparate_llm.engine.batch import batch_of
 
         with self._without_drafting():
-            names = self._add(size, PROMPT_TOKENS)
-            while (batch := batch_of(self.runner)).num_requests < size or batch.num_tokens.min() <= PROMPT_TOKENS:
+            names = self._add(size, self.prompt_tokens)
+            while (batch := batch_of(self.runner)).num_requests < size or batch.num_tokens.min() <= self.prompt_tokens:
                 self.engine.step()
         return names
+
+    def _end(self, names: list[str]) -> None:
+        self.engine.abort_request(names)
+        self.engine.step()
 
     def _add(self, size: int, tokens: int) -> list[str]:
         from vllm import SamplingParams

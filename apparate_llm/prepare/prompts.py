@@ -80,6 +80,7 @@ class PromptSource:
         self.free_answers, self.free_code = store.facts.get("free_answers", 0), store.facts.get("free_code", 0)
         for text in store.texts():
             prompt = Prompt(text.prompt, text.kind, text.split)
+            self.asked(prompt.ids)
             self.goes_on(prompt)
             self.answered(prompt, text.answer)
         self._user = deque(prompt for prompt in self._user if self.is_new(prompt.ids))
@@ -87,9 +88,8 @@ class PromptSource:
     def asked(self, ids: list[int]) -> None:
         self._seen.add(hash(tuple(ids)))
 
-    def goes_on(self, prompt: Prompt) -> None:
+    def goes_on(self, prompt: Prompt | Opening) -> None:
         """One that was drawn before this start."""
-        self.asked(prompt.ids)
         self._counts[prompt.split] += prompt.kind != KINDS.index("user")
 
     def failed(self, prompt: Prompt | Opening) -> None:
@@ -159,9 +159,13 @@ class PromptSource:
             return None
         return Prompt(ids, opening.kind, opening.split, is_free=not opening.text)
 
-    def start(self, opening: Opening) -> list[int]:
-        """Token ids that the model goes on from when it writes a prompt."""
-        return self.chat.start(opening.before + opening.text)
+    def start(self, opening: Opening, text: str = "") -> list[int]:
+        """Token ids that the model goes on from when it writes a prompt, of which there is `text` already; none where
+        the tokenizer refuses."""
+        try:
+            return self.chat.start(opening.before + opening.text + text)
+        except LeftOut:
+            return []
 
     def _has_code(self, answer: list[int]) -> bool:
         return CODE_MARK in self.chat.tokenizer.decode(answer)

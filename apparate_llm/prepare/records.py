@@ -21,6 +21,8 @@ class HeadRecord(TypedDict):
     steps: int
     seconds: int
     validation_accepted_per_step: float
+    evaluated_rows: NotRequired[int | None]  # in one evaluation; None: there were no validation rows
+    evaluate_s: NotRequired[float]  # it took; neither is in older records
 
 
 class TrainingRecord(HeadRecord):
@@ -62,6 +64,7 @@ class Profiled(TypedDict):
     error_frac: dict[str, float]  # by kind
     threads: NotRequired[int]
     machine: NotRequired[dict[str, object]]
+    until_s: NotRequired[float]  # of the work clock, when they were known; not in the report
 
 
 class TptRatio(TypedDict):
@@ -99,6 +102,7 @@ class ComparedRatio(TypedDict):
 
 class Comparison(TypedDict):
     num_prompts: int
+    prompts_of: str  # whose
     max_tokens: int
     clients: dict[str, ComparedRatio]
 
@@ -151,6 +155,7 @@ class Report(TypedDict):
     synthesis_seconds: int
     ceiling: dict[str, float]
     profile: Profiled
+    predicted_for: dict[str, str]  # `own`, `users`: for whose prompts
     depths: list[DepthReport]
     advice: Advice
     verified: NotRequired[Verified]

@@ -9,11 +9,12 @@ from pathlib import Path
 from apparate_llm.drawing import COLORS, GREY, Axes, data_uri
 from apparate_llm.files import write_atomically
 from apparate_llm.prepare.plan import Made
-from apparate_llm.prepare.predict import predict_both
+from apparate_llm.prepare.predict import predict_both, predicted_for, users_are_given
 from apparate_llm.prepare.records import Advice, DepthReport, Predicted, Profiled, Report, TptRatio
 from apparate_llm.ramps.checkpoint import BaseModelInfo
 
 PAYS = 0.98  # of plain TPT
+USERS_PROMPTS = "users' prompts"
 SEVERAL = ("4", "16")  # clients that the advice names
 Line = Sequence[tuple[str | float, float | None]]  # of points
 KIND_NAMES = {"open": "open chat", "code": "code", "passage": "texts to work on", "user": "your prompts"}
@@ -23,6 +24,7 @@ def write_report(out: Path, base: BaseModelInfo, model_name: str, made: Made, pr
     """Write both files into `out`; returns what report.json holds. The figures are of the conversations that are there
     to report from, which nothing was trained on or chosen by."""
     depths = [of_depth(made, depth, profiled, base.num_hidden_layers) for depth in made.trained]
+    known = next(iter(made.conversations.values()))
     report: Report = {
         "schema_version": 4,
         "model": model_name,
@@ -31,8 +33,9 @@ def write_report(out: Path, base: BaseModelInfo, model_name: str, made: Made, pr
         "synthesis_seconds": made.rows["seconds"],
         "ceiling": next(iter(made.measured.values()))["ceiling"],
         "profile": profiled,
+        "predicted_for": predicted_for(known),
         "depths": depths,
-        "advice": advice(depths),
+        "advice": advice(depths, whose="prompts like yours" if users_are_given(known) else USERS_PROMPTS),
     }
     write_pages(out, report)
     return report
@@ -68,7 +71,7 @@ def write_pages(out: Path, report: Report) -> None:
     write_atomically(out / "report.html", render(report).encode())
 
 
-def advice(depths: list[DepthReport]) -> Advice:
+def advice(depths: list[DepthReport], *, whose: str = USERS_PROMPTS) -> Advice:
     """The depth with the lowest TPT expected with one client on users' prompts, in one sentence."""
     known = [item for item in depths if not any(math.isnan(_users_ratio(part)) for part in item["predicted"].values())]
     if not known:
@@ -84,9 +87,7 @@ def advice(depths: list[DepthReport]) -> Advice:
             "depth": best["depth"],
             "sentence": "These ramps do not pay on this machine: serve with --policy off, or prepare with more tokens.",
         }
-    sentence = (
-        f"Use depth {best['depth']}; on users' prompts expect about {_lower_tpt(predicted['1']['users'])} lower TPT"
-    )
+    sentence = f"Use depth {best['depth']}; on {whose} expect about {_lower_tpt(predicted['1']['users'])} lower TPT"
     sentence += " with 1 client"
     several = [number for number in SEVERAL if number in predicted]
     if several:

@@ -1,18 +1,24 @@
-"""How a preparation's time is spent: laps of synthesis and training, then the other depths, then measuring.
+"""How a preparation's time is spent: costs, laps of synthesis and training, the other depths, what they bring.
 
 Each lap doubles what there is, and its score is a point of the learning curve: what another doubling would bring, and
-whether tokens or training are short.
+whether tokens or training are short. What takes as long as it takes comes first, so that the rest can be planned.
 """
 
 import math
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import TracebackType
+from typing import Self
 
 from apparate_llm.prepare.records import HeadRecord
 from apparate_llm.prepare.workspace import Workspace
 
-RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.06, 60.0, 0.4  # of the budget, for measuring and the report
+PROFILE_SHARE, MOST_PROFILE_S = 0.05, 90.0  # of the budget, for the costs
+RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.02, 40.0, 0.3  # of the budget, for test rows and the report
+MEASURE_SHARE, LEAST_MEASURE_S = 0.003, 4.0  # of the budget, for each depth's rows of a split
 ENOUGH_S, ENOUGH_TOKENS = 900.0, 200_000  # for more than one lap
 MOST_EPOCHS, FEWEST_EPOCHS = 3.0, 1.5  # of the first depth; the others start from it and take half as many
 ENOUGH_ROWS = 1_280_000  # seen by then, more epochs overfit few rows and only cost time with many
@@ -39,24 +45,38 @@ THREE_LAPS = Course((0.25, 0.5, 1.0), (0.2, 0.3, 0.5), 0.6)
 
 
 class WorkClock:
-    """Seconds of work, those of earlier starts included."""
+    """Seconds of work, those of earlier starts included. While it is entered they are kept, whatever goes on."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.before_s = float((workspace.read("clock", {}) or {"seconds": 0.0})["seconds"])
-        self.began_s = self.kept_s = time.monotonic()
+        self.began_s = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_on, name="work-clock", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        with suppress(OSError):  # of a full disk the work itself tells
+            self.keep()
 
     @property
     def spent_s(self) -> float:
         return self.before_s + time.monotonic() - self.began_s
 
     def keep(self) -> None:
-        self.kept_s = time.monotonic()
         self.workspace.write("clock", {}, {"seconds": self.spent_s})
 
-    def keep_now_and_then(self) -> None:
-        if time.monotonic() - self.kept_s > KEEP_CLOCK_EVERY_S:
-            self.keep()
+    def _keep_on(self) -> None:
+        while not self._ended.wait(KEEP_CLOCK_EVERY_S):
+            with suppress(OSError):
+                self.keep()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +97,7 @@ class Schedule:
     tokens: int | None
     time_budget_s: float | None
     num_depths: int
+    begins_s: float = 0.0  # of the work clock: when costs were known and laps began
 
     @property
     def course(self) -> Course:
@@ -85,8 +106,19 @@ class Schedule:
         return THREE_LAPS if is_enough else ONE_LAP
 
     @property
+    def profile_s(self) -> float:
+        """For measuring costs, beside what a model takes to start."""
+        share_s = math.inf if self.time_budget_s is None else PROFILE_SHARE * self.time_budget_s
+        return min(MOST_PROFILE_S, share_s)
+
+    @property
+    def measure_s(self) -> float:
+        """For what one depth says in the rows of one split."""
+        return math.inf if self.time_budget_s is None else max(LEAST_MEASURE_S, MEASURE_SHARE * self.time_budget_s)
+
+    @property
     def work_s(self) -> float:
-        """For synthesis and training of all depths."""
+        """When synthesis and training of all depths are to end."""
         if self.time_budget_s is None:
             return math.inf
         reserve_s = max(LEAST_RESERVE_S, RESERVE_SHARE * self.time_budget_s)
@@ -94,11 +126,11 @@ class Schedule:
 
     def laps(self) -> list[Lap]:
         """As planned at the beginning."""
-        course = self.course
-        first_depth_s = self.work_s * (1 - course.synthesis_frac) / (0.5 + 0.5 * self.num_depths)
-        laps, until_s, before = [], 0.0, 0.0
+        course, whole_s = self.course, max(0.0, self.work_s - self.begins_s)
+        first_depth_s = whole_s * (1 - course.synthesis_frac) / (0.5 + 0.5 * self.num_depths)
+        laps, until_s, before = [], self.begins_s, 0.0
         for number, (fraction, share) in enumerate(zip(course.laps, course.training, strict=True)):
-            synthesise_until_s = until_s + self.work_s * course.synthesis_frac * (fraction - before)
+            synthesise_until_s = until_s + whole_s * course.synthesis_frac * (fraction - before)
             until_s, before = synthesise_until_s + first_depth_s * share, fraction
             tokens = math.inf if self.tokens is None else math.ceil(self.tokens * fraction)
             last = number == len(course.laps) - 1
@@ -116,6 +148,15 @@ def shifted(lap: Lap, spent_s: float, work_s: float, short: str) -> Lap:
     factor = (work_s - until_s) / max(1e-9, work_s - lap.synthesise_until_s)
     train_s = (lap.train_until_s - lap.synthesise_until_s) * factor
     return replace(lap, synthesise_until_s=until_s, train_until_s=until_s + train_s)
+
+
+def train_until_s(lap: Lap, spent_s: float, work_s: float) -> float:
+    """When the training of a lap whose synthesis has just ended is to end: it gets its part of the time that is left,
+    whenever the synthesis was to end."""
+    if math.isinf(work_s):
+        return math.inf
+    frac = (lap.train_until_s - lap.synthesise_until_s) / max(1e-9, work_s - lap.synthesise_until_s)
+    return spent_s + min(1.0, frac) * max(0.0, work_s - spent_s)
 
 
 def what_is_short(train_score: float, validation_score: float) -> str:

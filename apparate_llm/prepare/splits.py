@@ -27,7 +27,10 @@ def split_of(number: int, seed: str) -> int:
 
 
 def next_split(counts: Mapping[int, int]) -> int:
-    """Of a new conversation, where there are `counts` of each: the split that has fewest for its share."""
+    """Of a new conversation, where there are `counts` of each: the split that has fewest for its share. The first three
+    are one of each, as there may be time for no more."""
+    if empty := [split for split in (TRAIN, VALIDATION, TEST) if not counts.get(split)]:
+        return empty[0]
     total = sum(counts.values()) + 1
     return max((TRAIN, VALIDATION, TEST), key=lambda split: SHARES[split] * total - counts.get(split, 0))
 

@@ -1,7 +1,7 @@
 """Stage synthesise: the model writes its own prompts and answers them while its hidden states are recorded.
 
-Conversations flow through the engine all the time. What is finished goes to the store every half minute; answers that
-take longer are kept beside it as far as they are, so that a run that was killed goes on with them.
+Conversations flow through the engine all the time. What is finished goes to the store every half minute; prompts and
+answers that take longer are kept beside it as far as they are, so that a run that was killed goes on with them.
 """
 
 import math
@@ -13,22 +13,23 @@ from typing import Any
 
 import torch
 
-from apparate_llm.files import replacing
 from apparate_llm.prepare.capture import Capture, conversation_of, needs_last_rows
 from apparate_llm.prepare.prompts import Opening, Prompt, PromptSource
 from apparate_llm.prepare.rows import SPLIT_NAMES, Conversation
 from apparate_llm.prepare.store import RowStore
+from apparate_llm.prepare.workspace import save_state
 
 UNDER_WAY = "under-way.pt"
 KEEP_EVERY_S = 30.0
-LONG_ANSWER_S = 45.0  # an answer that takes longer is kept unfinished
+LONG_S = 45.0  # a conversation that takes longer is kept unfinished
+LONG_AGO = -math.inf  # when one that an earlier start kept began: it is always kept again
 STEP_TARGET_S = 0.5  # of a step with all slots in use: more requests at once would only make each take longer
 FEWEST_SLOTS = 16  # that slow steps lead to; where memory allows fewer, it stays at those
-LONG_AGO = -math.inf  # when an answer began that an earlier start kept: it is always kept again
 STEPS_TIMED = 20
 MOST_FAILURES = 500  # prompts in a row that lead to nothing
 PRIOR_ANSWERS = 32
 CUT_ANSWER_TOKENS = 16  # an unfinished answer is used from there on
+NUM_DRAFT_FIELDS = 3  # of an unfinished prompt on disk; an answer has four
 # Decoding temperature of one conversation after another: mostly greedy, which is also how agreement is measured.
 DRAFT_TEMPERATURE = 1.0  # of prompts that the model writes
 TEMPERATURES = (0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.8, 0.0)
@@ -42,16 +43,17 @@ class Answer:
     temperature: float
     tokens: list[int] = field(default_factory=list)
     earlier: dict[int | str, torch.Tensor] = field(default_factory=dict)  # rows from before this start
-    began_s: float = field(default_factory=time.monotonic)
+    began_s: float = field(default_factory=lambda: time.monotonic())  # its prompt, where the model wrote that
 
 
 @dataclass(slots=True)
-class _Draft:
+class Draft:
     """A prompt that is being written."""
 
     number: int
     opening: Opening
     text: str = ""
+    began_s: float = field(default_factory=lambda: time.monotonic())
 
 
 class Synthesiser:
@@ -73,7 +75,7 @@ class Synthesiser:
         self.max_prompt_tokens, self.max_answer_tokens = max_prompt_tokens, max_answer_tokens
         self.slots = slots
         self.number = int(store.facts.get("next_number", 0))  # of the next conversation
-        self.work: dict[str, Answer | _Draft] = {}  # by request
+        self.work: dict[str, Answer | Draft] = {}  # by request
         self.finished: list[Conversation] = []  # not in the store yet
         self.step_s: list[float] = []
         self.failures = self.requests = 0
@@ -90,6 +92,12 @@ class Synthesiser:
     @property
     def tokens_under_way(self) -> int:
         return sum(len(work.tokens) for work in self.work.values() if isinstance(work, Answer))
+
+    def has_all_splits(self, *, cut: bool) -> bool:
+        """Whether there are rows of each split, with what `cut` would leave or without."""
+        answers = (work for work in self.work.values() if isinstance(work, Answer) and _is_usable(work))
+        under_way = {work.prompt.split for work in answers} if cut else set()
+        return len(self.splits | under_way) == len(SPLIT_NAMES)
 
     def run(
         self,
@@ -123,7 +131,7 @@ class Synthesiser:
     def cut(self) -> None:
         """End here: what is under way is used as far as it is."""
         for request, work in list(self.work.items()):
-            if isinstance(work, Answer) and len(work.tokens) >= CUT_ANSWER_TOKENS:
+            if isinstance(work, Answer) and _is_usable(work):
                 self._finish(request, work)
         self.engine.abort_request(list(self.work))
         self.work.clear()
@@ -136,7 +144,7 @@ class Synthesiser:
         while len(self.work) < most:
             drawn = self.prompts.draw(self.number)
             if isinstance(drawn, Opening):
-                self._write(_Draft(self.number, drawn))
+                self._write(Draft(self.number, drawn))
             elif drawn is not None:
                 self._answer(Answer(drawn, TEMPERATURES[self.number % len(TEMPERATURES)]))
             else:
@@ -148,12 +156,16 @@ class Synthesiser:
         number = self.store.counts["conversations"] + len(self.finished)
         return (self.answer_tokens + PRIOR_ANSWERS * self.max_answer_tokens / 2) / (number + PRIOR_ANSWERS)
 
-    def _write(self, draft: _Draft) -> None:
+    def _write(self, draft: Draft) -> None:
         from vllm import SamplingParams
 
-        ends = self.prompts.chat.stops(draft.opening.after)
-        params = SamplingParams(temperature=0.0, max_tokens=self.max_prompt_tokens, **ends)
-        self.capture.draw(self._add(draft, self.prompts.start(draft.opening), params), DRAFT_TEMPERATURE)
+        ids = self.prompts.start(draft.opening, draft.text)
+        left = self.max_prompt_tokens - len(ids) + len(self.prompts.start(draft.opening))
+        if left <= 0 or not 0 < len(ids) <= self.prompts.chat.longest:
+            self.prompts.failed(draft.opening)
+            return self._failed()
+        params = SamplingParams(temperature=0.0, max_tokens=left, **self.prompts.chat.stops(draft.opening.after))
+        self.capture.draw(self._add(draft, ids, params), DRAFT_TEMPERATURE)
 
     def _answer(self, answer: Answer) -> None:
         from vllm import SamplingParams
@@ -166,7 +178,7 @@ class Synthesiser:
         self.capture.watch(request, len(context))
         self.capture.draw(request, answer.temperature)
 
-    def _add(self, work: Answer | _Draft, ids: list[int], params: Any) -> str:
+    def _add(self, work: Answer | Draft, ids: list[int], params: Any) -> str:
         from vllm.sampling_params import RequestOutputKind
 
         params.output_kind = RequestOutputKind.DELTA
@@ -192,7 +204,8 @@ class Synthesiser:
             if prompt is None:
                 self._failed()
             else:
-                self._answer(Answer(prompt, TEMPERATURES[work.number % len(TEMPERATURES)]))
+                temperature = TEMPERATURES[work.number % len(TEMPERATURES)]
+                self._answer(Answer(prompt, temperature, began_s=work.began_s))
 
     def _finish(self, request: str, work: Answer) -> None:
         del self.work[request]
@@ -229,27 +242,43 @@ class Synthesiser:
         self.store.append(self.finished, next_number=self.number, **self.prompts.facts())
         self.finished.clear()
         self.kept_at = now = time.monotonic()
-        unfinished = []
-        for request, work in self.work.items():
-            if isinstance(work, Answer) and work.tokens and (all_under_way or now - work.began_s > LONG_ANSWER_S):
-                rows = _joined(work.earlier, self.capture.rows_so_far(request))
-                kept = len(rows["final"]) - 1 if rows else 0  # the last token's row is not computed yet
-                if kept > 0:
-                    rows = {key: value[: kept + 1] for key, value in rows.items()}
-                    unfinished.append((tuple(work.prompt), work.temperature, work.tokens[:kept], rows))
-        with replacing(self.store.folder / UNDER_WAY, private=True) as temporary:
-            torch.save(unfinished, temporary)
+        long = [(request, work) for request, work in self.work.items() if all_under_way or now - work.began_s > LONG_S]
+        unfinished: list[tuple[Any, ...]] = []
+        for request, work in long:
+            if isinstance(work, Draft):
+                unfinished.append((work.number, _plain(work.opening), work.text))
+                continue
+            rows = _joined(work.earlier, self.capture.rows_so_far(request))
+            kept = len(rows["final"]) - 1 if rows else 0  # the last token's row is not computed yet
+            unfinished.append((tuple(work.prompt), work.temperature, work.tokens[:kept], rows if kept > 0 else {}))
+        save_state(unfinished, self.store.folder / UNDER_WAY, private=True)
 
     def _go_on(self) -> None:
-        """With the answers that an earlier start left unfinished."""
+        """With what an earlier start left unfinished."""
         path = self.store.folder / UNDER_WAY
         if not path.is_file():
             return
-        for prompt, temperature, tokens, rows in torch.load(path, weights_only=True):
+        for kept in torch.load(path, weights_only=True):
+            if len(kept) == NUM_DRAFT_FIELDS:
+                number, opening, text = kept
+                self.prompts.goes_on(Opening(*opening))
+                self._write(Draft(number, Opening(*opening), text, began_s=LONG_AGO))
+                continue
+            prompt, temperature, tokens, rows = kept
             asked = Prompt(*prompt)
-            if self.prompts.is_new(asked.ids) and 0 < len(tokens) < self.max_answer_tokens:
+            if self.prompts.is_new(asked.ids) and len(tokens) < self.max_answer_tokens:
+                self.prompts.asked(asked.ids)
                 self.prompts.goes_on(asked)
                 self._answer(Answer(asked, temperature, list(tokens), rows, began_s=LONG_AGO))
+
+
+def _is_usable(work: Answer) -> bool:
+    """Whether an answer that ends here is of use."""
+    return len(work.tokens) >= CUT_ANSWER_TOKENS
+
+
+def _plain(opening: Opening) -> tuple[str, str, str, int, int]:
+    return opening.before, opening.text, opening.after, opening.kind, opening.split
 
 
 def _joined(

@@ -1,39 +1,50 @@
 """Stage synthesise, as part of a preparation: what a lap adds to the store."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from apparate_llm.prepare.chat import ChatFormat
 from apparate_llm.prepare.engine import generation_engine
-from apparate_llm.prepare.needs import SynthesisLimits, answer_limit, give_back_memory, synthesis_limits
+from apparate_llm.prepare.needs import SynthesisLimits, answer_limit, disk_left, give_back_memory, synthesis_limits
 from apparate_llm.prepare.plan import Run
 from apparate_llm.prepare.prompts import PromptSource
 from apparate_llm.prepare.records import SynthesisRecord
 from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import Lap
 from apparate_llm.prepare.synthesise import Synthesiser
-from apparate_llm.progress import SECONDS, number
+from apparate_llm.progress import SECONDS, number, rate_of
 
 MAX_PROMPT_TOKENS = 96  # of one that the model writes
 
 
 def synthesise_lap(run: Run, lap: Lap) -> SynthesisRecord:
-    """`rows` and `tokens` (of answers) that there are at the end of the lap."""
+    """`rows` and `tokens` (of answers) that there are at the end of the lap. Of one that an earlier start has ended
+    nothing is said: the lap's own line has its tokens."""
     plan, workspace, store = run.plan, run.workspace, run.store
     stage, wanted = f"lap-{lap.number}", {"tokens": plan.tokens, "time_budget_s": plan.time_budget_s}
     done: SynthesisRecord | None = workspace.read(stage, wanted)
     if done is not None:
-        run.say(f"synthesise: done, {done['tokens']:,} answer tokens")
         return done
-    is_time = run.clock.spent_s < lap.synthesise_until_s or not store.counts["rows"]
-    is_short = store.counts["answer_tokens"] < lap.tokens or len(store.splits()) < len(SPLIT_NAMES)
-    if is_time and is_short:
+    if not _ended(run, lap):
         _synthesise(run, lap, synthesis_limits(run))
         give_back_memory()
     counts = store.counts
     seconds = round(run.clock.spent_s)
-    return workspace.write(
-        stage, wanted, SynthesisRecord(rows=counts["rows"], tokens=counts["answer_tokens"], seconds=seconds)
-    )
+    result = SynthesisRecord(rows=counts["rows"], tokens=counts["answer_tokens"], seconds=seconds)
+    is_short = result["tokens"] < lap.tokens and run.clock.spent_s < lap.synthesise_until_s
+    if is_short and disk_left(run) <= 0:
+        run.say(f"the disk is full: {result['tokens']:,} answer tokens have to do; make room and start again for more")
+        return result  # a later start goes on
+    return workspace.write(stage, wanted, result)
+
+
+def _ended(run: Run, lap: Lap) -> bool:
+    """Whether there is no use in starting the model (again) for this lap."""
+    counts, has_all = run.store.counts, len(run.store.splits()) == len(SPLIT_NAMES)
+    if not has_all and lap.last:
+        return False
+    start_s = (run.workspace.read("start", {}) or {"seconds": 0.0})["seconds"]
+    is_late = run.clock.spent_s + start_s >= lap.synthesise_until_s
+    return disk_left(run) <= 0 or is_late or (has_all and counts["answer_tokens"] >= lap.tokens)
 
 
 def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> None:
@@ -42,7 +53,7 @@ def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> None:
     with (
         run.progress.stage(
             f"synthesise, lap {lap.number + 1}",
-            total=lap.synthesise_until_s - began_s if timed else lap.tokens,
+            total=max(0.0, lap.synthesise_until_s - began_s) if timed else lap.tokens,
             unit=SECONDS if timed else "tokens",
             facts="starting the model",
         ) as bar,
@@ -54,17 +65,18 @@ def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> None:
             enable_prefix_caching=True,
         ) as llm,
     ):
+        run.workspace.write("start", {}, {"seconds": clock.spent_s - began_s})
         synthesiser = _synthesiser(run, llm, limits)
+        rate = _Rate(clock.spent_s, synthesiser.answer_tokens + synthesiser.tokens_under_way)
 
         def on_step() -> None:
-            tokens = synthesiser.answer_tokens
-            written = f"{number(tokens + synthesiser.tokens_under_way)} answer tokens"
-            facts = written if timed else f"{len(synthesiser.work)} conversations under way"
-            bar.update(min(clock.spent_s - began_s, bar.total) if timed else min(tokens, bar.total), facts)
+            done = clock.spent_s - began_s if timed else synthesiser.answer_tokens
+            under_way = f"{len(synthesiser.work)} conversations under way"
+            bar.update(min(done, bar.total), rate.facts(synthesiser, clock.spent_s) if timed else under_way)
 
         def enough() -> bool:
-            late = clock.spent_s >= lap.synthesise_until_s and synthesiser.answer_tokens > 0
-            return late or limits.disk_is_full()
+            late = clock.spent_s >= lap.synthesise_until_s
+            return limits.disk_is_full() or (late and (not lap.last or synthesiser.has_all_splits(cut=timed)))
 
         synthesiser.run(
             tokens=lap.tokens,
@@ -75,6 +87,20 @@ def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> None:
         )
         if lap.last and timed:
             synthesiser.cut()
+
+
+class _Rate(NamedTuple):
+    """When the model was up, and the answer tokens that there were."""
+
+    began_s: float
+    tokens: int
+
+    def facts(self, synthesiser: Synthesiser, now_s: float) -> str:
+        tokens = synthesiser.answer_tokens + synthesiser.tokens_under_way
+        written = f"{number(tokens)} answer tokens"
+        if tokens <= self.tokens or now_s <= self.began_s:
+            return written
+        return f"{written}, {rate_of((tokens - self.tokens) / (now_s - self.began_s), 'tokens')}"
 
 
 def _synthesiser(run: Run, llm: Any, limits: SynthesisLimits) -> Synthesiser:

@@ -5,51 +5,33 @@ Draft steps after the first run on the head's own output state, as they do when 
 disagreed counts little there, since serving would have stopped.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from apparate_llm.files import replacing
+from apparate_llm.prepare.draft_data import BaseParts, DraftData, starts, thinned
+from apparate_llm.prepare.measure import accepted_per_step, measure_head
 from apparate_llm.prepare.records import HeadRecord
-from apparate_llm.prepare.rows import LEAD, TRAIN, VALIDATION, Rows
+from apparate_llm.prepare.rows import TRAIN, VALIDATION, Rows
+from apparate_llm.prepare.workspace import save_state
 from apparate_llm.ramps.checkpoint import HeadShape
-from apparate_llm.ramps.heads import FusedHead, Head, LookupFeature
+from apparate_llm.ramps.heads import FusedHead
 
-NUM_POSITIONS = 4  # of exits in an engine step that are measured and calibrated
 DISAGREED_WEIGHT = 0.2  # of a row after a draft step that disagreed with the full model
 FINAL_LEARNING_RATE = 0.02  # of the highest one
 WARM_UP_STEPS = 100
 BATCH_ROWS = 1024
-CHECKPOINT_EVERY_S = 60.0
+CHECKPOINT_EVERY_S, KEPT_WITHIN_S = 60.0, 110.0  # the latter where a step or an evaluation takes long
 EVALUATE_EVERY = 0.1  # of the training
-MAX_EVALUATED_ROWS = 12_000
+MAX_EVALUATED_ROWS, MIN_EVALUATED_ROWS, PROBED_ROWS = 12_000, 2_000, 256
+EVALUATION_SHARE, EVALUATIONS_SHARE = 0.03, 0.2  # of a training's time, for one evaluation and for all of them
+CLOSING = 2  # evaluations after the last step: of the last weights, and of the best ones on training rows
 RELEASE_EVERY = 4  # steps, after which mapped rows are given back
-VOCABULARY_CHUNK = 1 << 18  # rows looked at together
-
-
-class BaseParts(NamedTuple):
-    """What training needs of the frozen base model."""
-
-    embedding: torch.Tensor  # [vocab, H]
-    lm_head: torch.Tensor  # [vocab, H]
-    norm: torch.Tensor  # [H] final norm weight
-    eps: float
-
-    @classmethod
-    def of(cls, model_dir: Path) -> "BaseParts":
-        """Read the parts from a model folder."""
-        from apparate_llm.ramps.base_weights import BaseWeights
-
-        weights = BaseWeights.of(model_dir)
-        config = json.loads((model_dir / "config.json").read_text())
-        return cls(weights.embedding(), weights.head(), weights.norm, config["rms_norm_eps"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,77 +47,6 @@ class TrainSettings:
     time_budget_s: float = math.inf
     step_weights: tuple[float, ...] = (1.0, 0.8, 0.6)
     seed: int = 0
-
-
-def ramp_vocabulary(rows: Rows, size: int) -> torch.Tensor:
-    """The `size` tokens with the most probability under the full model in training rows, sorted by id."""
-    wanted = torch.zeros(0, dtype=torch.float64)
-    for index in starts(rows, split=TRAIN).split(VOCABULARY_CHUNK):
-        tokens, probabilities = rows.top_ids[index].long().flatten(), rows.top_logprobs[index].double().exp().flatten()
-        counted = torch.bincount(tokens, weights=probabilities, minlength=len(wanted))
-        counted[: len(wanted)] += wanted
-        wanted = counted
-    return wanted.topk(min(size, len(wanted))).indices.sort().values
-
-
-def starts(rows: Rows, *, split: int) -> torch.Tensor:
-    """Rows in which a first draft step can run: those of answers."""
-    return torch.nonzero((rows.answer_index > LEAD) & (rows.split == split))[:, 0]
-
-
-def thinned(index: torch.Tensor, most: int) -> torch.Tensor:
-    """At most `most` of the rows, evenly spread."""
-    return index[:: max(1, math.ceil(len(index) / most))]
-
-
-class DraftData:
-    """Gathers one batch's inputs and targets from the rows."""
-
-    def __init__(
-        self, rows: Rows, base: BaseParts, *, depth: int, aux_layers: tuple[int, ...], vocabulary: torch.Tensor
-    ) -> None:
-        self.rows, self.depth, self.aux_layers = rows, depth, aux_layers
-        self.embedding = base.embedding.to(rows.final.dtype)
-        self.position = torch.full((base.lm_head.shape[0],), -1, dtype=torch.int64)
-        self.position[vocabulary] = torch.arange(len(vocabulary))
-        self.vocabulary_size = len(vocabulary)
-
-    def enter(self, head: Head, index: torch.Tensor) -> torch.Tensor:
-        """State of the first draft step in the rows `index`: that of the token before."""
-        before = index - 1
-        aux = [self.rows.states[depth][before] for depth in self.aux_layers]
-        return head.enter(self.rows.final[before], aux)
-
-    def inputs(self, index: torch.Tensor) -> tuple[torch.Tensor, LookupFeature]:
-        """Hidden states and the lookup feature of a draft step in the rows `index`."""
-        rows, embedding = self.rows, self.embedding
-        if self.depth == 0:
-            hidden = F.embedding(rows.tokens[index].long(), embedding)
-        else:
-            hidden = rows.states[self.depth][index]
-        tokens, lengths = rows.lookup_tokens[index].long(), rows.lookup_lengths[index].long()
-        outside = (lengths > 0) & (self.position[tokens] < 0)
-        return hidden, LookupFeature(F.embedding(tokens, embedding), lengths, outside)
-
-    def follows(self, index: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows `number` places on, and whether those are of the same conversation."""
-        later = (index + number).clamp(max=len(self.rows.tokens) - 1)
-        return later, self.rows.conversations[later] == self.rows.conversations[index]
-
-    def columns(self, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Column of the scores of the rows `index` that stands for each of `tokens` [B, n], -1 for none."""
-        column = self.position[tokens]
-        points = (self.rows.lookup_tokens[index][:, None] == tokens) & (self.rows.lookup_lengths[index] > 0)[:, None]
-        return torch.where((column < 0) & points, self.vocabulary_size, column)
-
-    def targets(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns [B, TOP] and probabilities [B, TOP] of the full model's best tokens, 0 where there is no column."""
-        column = self.columns(index, self.rows.top_ids[index].long())
-        return column.clamp(min=0), self.rows.top_logprobs[index].float().exp() * (column >= 0)
-
-    def best(self, index: torch.Tensor) -> torch.Tensor:
-        """Column [B] of the full model's best token, -1 where there is none."""
-        return self.columns(index, self.rows.top_ids[index, :1].long())[:, 0]
 
 
 def new_head(base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings) -> FusedHead:
@@ -204,50 +115,6 @@ def batch_loss(head: FusedHead, data: DraftData, index: torch.Tensor, step_weigh
     return loss
 
 
-class Measured(NamedTuple):
-    """One position on rows of one split; n rows in which all earlier draft steps agreed."""
-
-    rows: torch.Tensor  # [n] index of the row the draft step ran in
-    confidence: torch.Tensor  # [n] highest probability of the ramp
-    agrees: torch.Tensor  # [n] bool, with the full model's best token
-
-
-@torch.inference_mode()
-def measure_head(
-    head: Head, data: DraftData, index: torch.Tensor, *, num_positions: int = NUM_POSITIONS
-) -> list[Measured]:
-    """By position, draft steps starting at the rows `index`.
-
-    A later one counts only where those before it agreed, as serving runs it only then.
-    """
-    parts: list[list[Measured]] = [[] for _ in range(num_positions)]
-    for first in index.split(2048):
-        alive = torch.ones(len(first), dtype=torch.bool)
-        state = data.enter(head, first)
-        for number in range(num_positions):
-            later, inside = data.follows(first, number)
-            alive &= inside
-            hidden, lookup = data.inputs(later)
-            scores, state = head(hidden, state, lookup)
-            confidence, choice = scores.float().softmax(-1).max(-1)
-            agrees = choice == data.best(later)
-            parts[number].append(Measured(later[alive], confidence[alive], agrees[alive]))
-            # The next draft step reads this one's token: where the text went another way there is no row for it.
-            after, _ = data.follows(later, 1)
-            alive &= agrees & (data.rows.tokens[after] == data.rows.top_ids[later, 0])
-    return [Measured(*(torch.cat(field) for field in zip(*part, strict=True))) for part in parts]
-
-
-def accepted_per_step(by_position: list[Measured]) -> float:
-    """Expected accepted tokens per engine step, the mean acceptance length less one, if draft steps go on for as long
-    as the ramp agrees."""
-    expected, joint_acceptance = 0.0, 1.0
-    for measured in by_position:
-        joint_acceptance *= float(measured.agrees.float().mean()) if len(measured.agrees) else 0.0
-        expected += joint_acceptance
-    return expected
-
-
 def working_copy(head: FusedHead, dtype: torch.dtype) -> FusedHead:
     """The head as it is served: in the base model's dtype."""
     import copy
@@ -278,15 +145,18 @@ def train_head(
     if checkpoint is not None and checkpoint.is_file():
         run.restore(checkpoint)
     saved_at = time.monotonic()
-    while not run.finished:
-        run.step()
-        on_progress(run.done_frac, {"steps": run.steps, "loss": run.recent_loss, "accepted_per_step": run.best_score})
+    while run.evaluation_is_due or not run.finished:
+        if run.evaluation_is_due:
+            run.evaluate()
+        else:
+            run.step()
+        on_progress(run.done_frac, run.facts())
         if run.steps % RELEASE_EVERY == 0:
             release()
-        if checkpoint is not None and time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
+        unsaved_s = time.monotonic() - saved_at
+        if checkpoint is not None and unsaved_s > min(CHECKPOINT_EVERY_S, KEPT_WITHIN_S - run.next_s):
             run.save(checkpoint)
             saved_at = time.monotonic()
-    run.evaluate()
     if checkpoint is not None:
         run.save(checkpoint)
     return run.best_head(), run.record()
@@ -305,11 +175,14 @@ class _Training:
             self.trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
         )
         self.index = starts(rows, split=TRAIN)
-        self.validation = thinned(starts(rows, split=VALIDATION), MAX_EVALUATED_ROWS)
+        self.validation = starts(rows, split=VALIDATION)
+        self.num_evaluated: int | None = None  # rows of an evaluation; known by the first one
+        self.evaluate_s = 0.0
+        self.evaluated_at = -1  # steps
         self.total = max(1, int(settings.epochs * len(self.index) / settings.batch_rows))
         self.order = torch.randperm(len(self.index), generator=self.generator)
         self.offset = self.steps = 0
-        self.spent_s = 0.0
+        self.spent_s = self.longest_step_s = 0.0
         self.next_evaluation = EVALUATE_EVERY
         self.recent_loss = math.nan
         self.best_score = -1.0
@@ -317,11 +190,21 @@ class _Training:
 
     @property
     def done_frac(self) -> float:
-        return max(self.steps / self.total, self.spent_s / self.settings.time_budget_s)
+        closing_s = CLOSING * self.evaluate_s
+        return max(self.steps / self.total, (self.spent_s + closing_s) / self.settings.time_budget_s)
 
     @property
     def finished(self) -> bool:
         return self.done_frac >= 1.0
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        return self.evaluated_at != self.steps and self.done_frac >= min(1.0, self.next_evaluation)
+
+    @property
+    def next_s(self) -> float:
+        """What the next step or evaluation may take; nobody knows it of the first evaluation."""
+        return (self.evaluate_s or math.inf) if self.evaluation_is_due else self.longest_step_s
 
     def step(self) -> None:
         began = time.monotonic()
@@ -341,22 +224,49 @@ class _Training:
         value = loss.item()
         self.recent_loss = value if math.isnan(self.recent_loss) else 0.98 * self.recent_loss + 0.02 * value
         self.steps += 1
-        if self.done_frac >= self.next_evaluation:
-            self.evaluate()
-            self.next_evaluation += EVALUATE_EVERY
-        self.spent_s += time.monotonic() - began
+        step_s = time.monotonic() - began
+        self.spent_s += step_s
+        self.longest_step_s = max(self.longest_step_s, step_s)
 
     def evaluate(self) -> None:
         """Keep the head if it is the best so far on validation rows."""
-        if not len(self.validation):
-            score = self.best_score
-        else:
-            score = accepted_per_step(measure_head(working_copy(self.head, self.dtype), self.data, self.validation))
+        began = time.monotonic()
+        score, head = self.best_score, working_copy(self.head, self.dtype)
+        if len(self.validation):
+            if self.num_evaluated is None:
+                self.num_evaluated = self._affordable_rows(head)
+            rows = thinned(self.validation, self.num_evaluated)
+            score = accepted_per_step(measure_head(head, self.data, rows))
+        self.evaluated_at = self.steps
+        self.evaluate_s = time.monotonic() - began
+        self.spent_s += self.evaluate_s
+        share = self.evaluate_s / EVALUATIONS_SHARE / self.settings.time_budget_s
+        self.next_evaluation = max(self.next_evaluation + EVALUATE_EVERY, self.done_frac + share)
         if score >= self.best_score:
             self.best_score = score
             self.best = {
                 name: value.detach().clone() for name, value in self.head.state_dict().items() if name != "head"
             }
+
+    def _affordable_rows(self, head: FusedHead) -> int:
+        """Of an evaluation: as many as its share of the time is enough for, by the faster of two tries."""
+        if math.isinf(self.settings.time_budget_s):
+            return MAX_EVALUATED_ROWS
+        spent = []
+        for _ in range(2):
+            began = time.monotonic()
+            measure_head(head, self.data, self.validation[:PROBED_ROWS])
+            spent.append(time.monotonic() - began)
+        most = EVALUATION_SHARE * self.settings.time_budget_s / max(1e-9, min(spent)) * PROBED_ROWS
+        return int(min(MAX_EVALUATED_ROWS, max(MIN_EVALUATED_ROWS, most)))
+
+    def facts(self) -> dict[str, float]:
+        return {
+            "steps": self.steps,
+            "steps_per_s": self.steps / max(1e-9, self.spent_s),
+            "loss": self.recent_loss,
+            "accepted_per_step": self.best_score,
+        }
 
     def best_head(self) -> FusedHead:
         self.head.load_state_dict(self.best, strict=False)
@@ -368,13 +278,16 @@ class _Training:
             "steps": self.steps,
             "seconds": round(self.spent_s),
             "validation_accepted_per_step": round(self.best_score, 4),
+            "evaluated_rows": self.num_evaluated,
+            "evaluate_s": round(self.evaluate_s, 3),
         }
 
     PLAIN = ("offset", "steps", "spent_s", "next_evaluation", "recent_loss", "best_score")
+    TIMED = ("num_evaluated", "evaluate_s", "evaluated_at")  # not in checkpoints of before
 
     def save(self, path: Path) -> None:
         """Atomically: a kill leaves the last checkpoint."""
-        state = {name: getattr(self, name) for name in self.PLAIN}
+        state = {name: getattr(self, name) for name in (*self.PLAIN, *self.TIMED)}
         state |= {
             "head": {name: value for name, value in self.head.state_dict().items() if name != "head"},
             "optimizer": self.optimizer.state_dict(),
@@ -383,13 +296,14 @@ class _Training:
             "dropout_generator": torch.get_rng_state(),
             "best": self.best,
         }
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        save_state(state, path)
 
     def restore(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
         for name in self.PLAIN:
             setattr(self, name, state[name])
+        for name in self.TIMED:
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.head.load_state_dict(state["head"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.order, self.best = state["order"], state["best"]

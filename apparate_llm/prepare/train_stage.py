@@ -10,32 +10,21 @@ import torch
 
 from apparate_llm.files import replacing
 from apparate_llm.models.quantised_heads import quantised_head
+from apparate_llm.prepare.draft_data import BaseParts, DraftData, ramp_vocabulary, starts, thinned, whole_conversations
 from apparate_llm.prepare.evaluate import ceiling
+from apparate_llm.prepare.measure import accepted_per_step, measure_head
 from apparate_llm.prepare.plan import Plan, Run
 from apparate_llm.prepare.recorded import measured_tensors
 from apparate_llm.prepare.records import MeasuredRecord, SynthesisRecord, TrainingRecord
-from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, Rows
+from apparate_llm.prepare.rows import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Rows
 from apparate_llm.prepare.schedule import epochs_for
-from apparate_llm.prepare.train import (
-    MAX_EVALUATED_ROWS,
-    BaseParts,
-    DraftData,
-    TrainSettings,
-    accepted_per_step,
-    measure_head,
-    new_head,
-    ramp_vocabulary,
-    starts,
-    thinned,
-    train_head,
-    working_copy,
-)
+from apparate_llm.prepare.train import MAX_EVALUATED_ROWS, TrainSettings, new_head, train_head, working_copy
 from apparate_llm.prepare.workspace import Workspace
-from apparate_llm.progress import Stage
+from apparate_llm.progress import Stage, rate_of
 from apparate_llm.ramps.checkpoint import VOCABULARY
 from apparate_llm.ramps.heads import FusedHead
 
-MOST_MEASURED_ROWS = 24_000  # of each split
+MOST_MEASURED_ROWS, FEWEST_MEASURED_ROWS = 24_000, 2_000  # of each split
 
 
 def train_depth(
@@ -71,11 +60,11 @@ def train_depth(
     }
     done: TrainingRecord | None = workspace.read(stage, inputs)
     if done is not None:
-        run.say(f"train depth {depth}: done")
+        if after not in (None, depth):  # a lap has a line of its own
+            run.say(f"train depth {depth}: done")
         return done
     settings = replace(settings, time_budget_s=_budget_s(run, stage, inputs, depth, until_s))
     record = _train(run, rows_record, settings, after)
-    run.store.release()
     run.clock.keep()
     return workspace.write(stage, inputs, record)
 
@@ -85,7 +74,11 @@ def _train(run: Run, rows_record: SynthesisRecord, settings: TrainSettings, afte
     plan, workspace, depth = run.plan, run.workspace, settings.depth
     with run.progress.stage(f"train depth {depth}", total=1.0) as bar:
         rows = run.store.rows(depths=_depths(depth, plan.aux_layers), num_rows=rows_record["rows"])
-        base, vocabulary = BaseParts.of(plan.model), ramp_vocabulary(rows, plan.ramp_vocab)
+        base = BaseParts.of(plan.model)
+        if after is None or after == depth:
+            vocabulary = ramp_vocabulary(rows, plan.ramp_vocab)
+        else:  # ramps of one folder share it
+            vocabulary = head_tensors(workspace, after)[1].long()
         head, record = train_head(
             rows,
             base,
@@ -93,13 +86,15 @@ def _train(run: Run, rows_record: SynthesisRecord, settings: TrainSettings, afte
             settings,
             initial=None if after is None else head_tensors(workspace, after)[0],
             checkpoint=workspace.path(f"train-{depth}.pt"),
-            on_progress=partial(_tell, run, bar),
+            on_progress=partial(_tell, bar),
             release=run.store.release,
         )
     tensors = {name: value.contiguous() for name, value in head.state_dict().items() if name != "head"}
     _save_tensors(workspace.path(f"head-{depth}.safetensors"), tensors | {VOCABULARY: vocabulary.int()})
     data = DraftData(rows, base, depth=depth, aux_layers=plan.aux_layers, vocabulary=vocabulary)
-    known = measure_head(head, data, thinned(starts(rows, split=TRAIN), MAX_EVALUATED_ROWS))
+    as_many = record["evaluated_rows"] or MAX_EVALUATED_ROWS
+    known = measure_head(head, data, thinned(starts(rows, split=TRAIN), as_many))
+    run.store.release()
     return {**record, "train_accepted_per_step": round(accepted_per_step(known), 4), "settings": repr(settings)}
 
 
@@ -113,31 +108,40 @@ def _budget_s(run: Run, stage: str, inputs: Mapping[str, object], depth: int, un
     return math.inf if begun["budget_s"] is None else float(begun["budget_s"])
 
 
-def _tell(run: Run, bar: Stage, done_frac: float, facts: dict[str, float]) -> None:
+def _tell(bar: Stage, done_frac: float, facts: dict[str, float]) -> None:
     accepted = max(facts["accepted_per_step"], 0.0)
     score = f"{accepted:.3f} accepted tokens per step on validation rows"
-    bar.update(min(1.0, done_frac), f"{facts['steps']:.0f} steps, loss {facts['loss']:.3f}, {score}")
-    run.clock.keep_now_and_then()
+    steps = f"{facts['steps']:.0f} steps, {rate_of(facts['steps_per_s'], 'steps')}"
+    bar.update(min(1.0, done_frac), f"{steps}, loss {facts['loss']:.3f}, {score}")
 
 
 def measure_depth(run: Run, rows_record: SynthesisRecord, depth: int, trained: TrainingRecord) -> MeasuredRecord:
     """Leaves what calibration (validation-DEPTH.safetensors) and the report (measured-DEPTH.safetensors) are made
     from; returns the report's facts."""
-    plan, workspace = run.plan, run.workspace
+    _measure_split(run, rows_record, depth, trained, "validation", VALIDATION)
+    return _measure_split(run, rows_record, depth, trained, "measured", TEST)
+
+
+def _measure_split(
+    run: Run, rows_record: SynthesisRecord, depth: int, trained: TrainingRecord, name: str, split: int
+) -> MeasuredRecord:
+    plan, workspace, stage = run.plan, run.workspace, f"measure-{depth}-{name}"
     inputs = {"trained": trained, "rows": rows_record["rows"]}
-    done: MeasuredRecord | None = workspace.read(f"measure-{depth}", inputs)
+    done: MeasuredRecord | None = workspace.read(stage, inputs)
     if done is not None:
         return done
     head, vocabulary = head_tensors(workspace, depth)
     rows = run.store.rows(depths=_depths(depth, plan.aux_layers), num_rows=rows_record["rows"])
-    base, kinds = BaseParts.of(plan.model), run.store.kinds()
-    data = DraftData(rows, base, depth=depth, aux_layers=plan.aux_layers, vocabulary=vocabulary.long())
-    dtype = rows.final.dtype
-    served = quantised_head(_restored(head, base, vocabulary.long(), plan, dtype), dtype)
-    for name, split in (("validation", VALIDATION), ("measured", TEST)):
-        index = thinned(starts(rows, split=split), MOST_MEASURED_ROWS)
-        measured = measure_head(served, data, index)
-        _save_tensors(workspace.path(f"{name}-{depth}.safetensors"), measured_tensors(measured, rows, kinds))
+    index = whole_conversations(rows, starts(rows, split=split), _affordable_rows(run, trained))
+    unit = f"{SPLIT_NAMES[split]} rows"
+    with run.progress.stage(f"measure depth {depth}", total=len(index), unit=unit, often_brief=True) as bar:
+        bar.update(0)
+        base, dtype = BaseParts.of(plan.model), rows.final.dtype
+        data = DraftData(rows, base, depth=depth, aux_layers=plan.aux_layers, vocabulary=vocabulary.long())
+        served = quantised_head(_restored(head, base, vocabulary.long(), plan, dtype), dtype)
+        measured = measure_head(served, data, index, on_rows=bar.update)
+    tensors = measured_tensors(measured, rows, run.store.kinds())
+    _save_tensors(workspace.path(f"{name}-{depth}.safetensors"), tensors)
     covered = torch.isin(rows.top_ids[index, 0].long(), vocabulary.long()).float()
     result: MeasuredRecord = {
         "held_out_accepted_per_step": round(accepted_per_step(measured), 4),
@@ -146,7 +150,16 @@ def measure_depth(run: Run, rows_record: SynthesisRecord, depth: int, trained: T
         "ceiling": ceiling(_part(rows, index)),
     }
     run.store.release()
-    return workspace.write(f"measure-{depth}", inputs, result)
+    return workspace.write(stage, inputs, result)
+
+
+def _affordable_rows(run: Run, trained: TrainingRecord) -> int:
+    """By how fast the training evaluated."""
+    spent_s, evaluated = trained.get("evaluate_s"), trained.get("evaluated_rows")
+    if not spent_s or not evaluated:
+        return MOST_MEASURED_ROWS
+    most = run.schedule.measure_s * evaluated / spent_s
+    return int(min(MOST_MEASURED_ROWS, max(FEWEST_MEASURED_ROWS, most)))
 
 
 def _restored(

@@ -3,9 +3,13 @@
 `prepare --verify` does it with the ramps it has just made, `apparate-llm ramps verify` with any ramp folder.
 """
 
+import hashlib
+import json
+import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,7 +21,7 @@ from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits
 from apparate_llm.naming import model_name
 from apparate_llm.prepare.engine import context_length
 from apparate_llm.prepare.predict import MAX_TOKENS, predict
-from apparate_llm.prepare.profile import LIMIT_S, profile
+from apparate_llm.prepare.profile import profile
 from apparate_llm.prepare.recorded import Recorded, measured_tensors, recorded
 from apparate_llm.prepare.records import (
     ComparedRatio,
@@ -30,14 +34,16 @@ from apparate_llm.prepare.records import (
     Verified,
 )
 from apparate_llm.prepare.report import write_pages
+from apparate_llm.prepare.schedule import MOST_PROFILE_S
 from apparate_llm.prepare.servers import servers_environment
 from apparate_llm.progress import Progress
-from apparate_llm.ramps.checkpoint import RampManifest
+from apparate_llm.ramps.checkpoint import RampManifest, read_manifest
 
 if TYPE_CHECKING:
     from apparate_llm.eval.summary import SystemUnderLoad
 
 CLIENTS = (1, 4, 16)
+YOURS, EVALS = "your", "eval's"  # prompts
 MOST_PROMPTS = 24
 SYSTEM = "ramps"
 START_TIMEOUT_S = 900.0
@@ -55,15 +61,18 @@ def verify(
     progress: Progress,
     clients: Sequence[int] = CLIENTS,
     max_tokens: int = MAX_TOKENS,
+    keep: Path | None = None,
 ) -> Report:
     """Measure what `report` predicts for users' prompts, with the ramps in `out`; the report with `verified`, also
-    written to `out`. prompts: the user's; without, those that come with `eval`."""
+    written to `out`. prompts: the user's; without, those that come with `eval`. keep: a folder that what was measured
+    stays in, and is gone on with from."""
     depth = report["advice"]["depth"]
     predicted = next(item["predicted"] for item in report["depths"] if item["depth"] == depth)
-    asked = chosen(prompts or load_prompts(None))
-    measured = measure(model, out, asked, clients, progress=progress, max_tokens=max_tokens)
+    asked, whose = chosen(prompts or load_prompts(None)), YOURS if prompts else EVALS
+    measured = measure(model, out, asked, clients, progress=progress, max_tokens=max_tokens, keep=keep)
     expected = {number: predicted[number]["users"] for number in measured if number in predicted}
-    report = {**report, "verified": compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)}
+    verified = compared(expected, measured, num_prompts=len(asked), whose=whose, max_tokens=max_tokens)
+    report = {**report, "verified": verified}
     write_pages(out, report)
     return report
 
@@ -74,11 +83,13 @@ def verify_folder(
     model: Path,
     prompts: Sequence[Prompt],
     *,
+    whose: str,
     progress: Progress,
     clients: Sequence[int] = CLIENTS,
     max_tokens: int = MAX_TOKENS,
 ) -> FolderVerified:
-    """Acceptance rates on the prompts, costs on this machine, the prediction from both, and the measurement."""
+    """Acceptance rates on the prompts, which are YOURS or EVALS, costs on this machine, the prediction from both, and
+    the measurement."""
     asked, depth = chosen(prompts), manifest.default_depth
     conversations, rates, asked = _answered(folder, manifest, model, asked, max_tokens=max_tokens, progress=progress)
     profiled = _profiled(model, folder, depth, progress)
@@ -91,7 +102,7 @@ def verify_folder(
         max_tokens=max_tokens,
     )
     measured = measure(model, folder, asked, clients, progress=progress, max_tokens=max_tokens)
-    comparison = compared(expected, measured, num_prompts=len(asked), max_tokens=max_tokens)
+    comparison = compared(expected, measured, num_prompts=len(asked), whose=whose, max_tokens=max_tokens)
     return {
         "schema_version": 2,
         "model": model_name(model),
@@ -109,7 +120,7 @@ def _profiled(model: Path, folder: Path, depth: int, progress: Progress) -> Prof
             folder,
             (depth,),
             enforce_eager=False,
-            limit_s=LIMIT_S,
+            limit_s=MOST_PROFILE_S,
             log=Path(logs, "log"),
             on_progress=stage.update,
         )
@@ -152,7 +163,14 @@ def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def measure(
-    model: Path, ramps: Path, prompts: Sequence[Prompt], clients: Sequence[int], *, progress: Progress, max_tokens: int
+    model: Path,
+    ramps: Path,
+    prompts: Sequence[Prompt],
+    clients: Sequence[int],
+    *,
+    progress: Progress,
+    max_tokens: int,
+    keep: Path | None = None,
 ) -> dict[str, MeasuredRatio]:
     """By number of clients: the ratio of mean times per output token, lossless exits / plain vLLM, and its interval.
     Raises RuntimeError where a server does not run."""
@@ -160,11 +178,10 @@ def measure(
     from apparate_llm.eval.summary import cells_of
     from apparate_llm.eval.workloads import closed
 
-    with servers_environment(), tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
+    loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
+    made_of = {"loads": [[load.name, load.fixed_length] for load in loads], "max_tokens": max_tokens}
+    with servers_environment(), store_in(keep, {**made_of, "asked": digest_of(ramps, prompts)}) as store:
         systems = systems_with(model, ramps)
-        loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
-        store = Store(Path(folder))
-        store.open({"loads": [[load.name, load.fixed_length] for load in loads]}, fresh=True)
         evaluation = Evaluation(
             model=model,
             systems=systems,
@@ -210,6 +227,24 @@ def measured_ratio(ours: "SystemUnderLoad", plain: "SystemUnderLoad") -> Measure
     }
 
 
+@contextmanager
+def store_in(keep: Path | None, made_of: Mapping[str, object]) -> Iterator[Store]:
+    """For blocks that are made of just this, those of an earlier start included; without a folder a temporary one."""
+    with tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
+        store = Store(keep or Path(folder))
+        is_there = (store.folder / "plan.json").is_file()
+        if keep is not None and not is_there:  # of a start that was killed, or had no room, before it had a plan
+            shutil.rmtree(keep, ignore_errors=True)
+        store.open(made_of, fresh=is_there and store.plan() != made_of)
+        yield store
+
+
+def digest_of(ramps: Path, prompts: Sequence[Prompt]) -> str:
+    """Of the ramps and of what is asked."""
+    asked = [read_manifest(ramps).sha256(), *(prompt.messages for prompt in prompts)]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
 def enough(blocks: Sequence[Block]) -> bool:
     """Whether a load's ratio would not become much surer, or only slowly, by another repeat."""
     ratios = ratios_of_repeats(blocks)
@@ -237,13 +272,23 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def compared(
-    predicted: Mapping[str, TptRatio], measured: Mapping[str, TptRatio], *, num_prompts: int, max_tokens: int
+    predicted: Mapping[str, TptRatio],
+    measured: Mapping[str, TptRatio],
+    *,
+    num_prompts: int,
+    whose: str,
+    max_tokens: int,
 ) -> Verified:
     """By number of clients `predicted`, `measured`, `within`: whether the one's interval holds the other's ratio; and
     `off_frac`, by how much of the prediction the measurement differs from it."""
     both = sorted(measured.keys() & predicted.keys(), key=int)
     clients = {number: _compared(predicted[number], measured[number]) for number in both}
-    comparison: Comparison = {"num_prompts": num_prompts, "max_tokens": max_tokens, "clients": clients}
+    comparison: Comparison = {
+        "num_prompts": num_prompts,
+        "prompts_of": whose,
+        "max_tokens": max_tokens,
+        "clients": clients,
+    }
     return {**comparison, "sentence": sentence(comparison)}
 
 
@@ -276,7 +321,8 @@ def sentence(verified: Comparison) -> str:
         parts.append(f"{clients}: {ratio:.2f} (predicted {expected:.2f}, {low:.2f} to {high:.2f})")
         if not item["within"]:
             outside.append(clients)
-    text = f"Measured TPT with exits / plain vLLM on {verified['num_prompts']} prompts: {'; '.join(parts)}."
+    asked = f"{verified['num_prompts']} of {verified['prompts_of']} prompts"
+    text = f"Measured TPT with exits / plain vLLM on {asked}: {'; '.join(parts)}."
     if outside:
         text += f" Outside the predicted interval with {' and '.join(outside)}."
     return text

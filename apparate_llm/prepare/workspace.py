@@ -7,10 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from apparate_llm.files import PART, private_folder, read_object, write_atomically
+from apparate_llm.files import PART, private_folder, read_object, replacing, write_atomically
 from apparate_llm.renamed import of_any_preparation
 
 Result = TypeVar("Result", bound=Mapping[str, object])
+
+
+def save_state(state: Any, path: Path, *, private: bool = False) -> None:
+    """By `torch.save`, atomically; raises OSError where there is no room, as torch itself does not."""
+    import torch
+
+    with replacing(path, private=private) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
 
 
 class Workspace:

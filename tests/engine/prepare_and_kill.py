@@ -1,8 +1,9 @@
 """Run by test_prepare.py in a process of its own: prepares tiny models, killing the work at random moments.
 
-    python -m tests.engine.prepare_and_kill KILLS SEED OUT MODEL...
+    python -m tests.engine.prepare_and_kill SEED OUT MODEL...
 
-vLLM is imported once; every attempt is a fork. Prints one JSON object per model.
+Kills come soon after a start, and soon after costs, a conversation or a head were kept. vLLM is imported once; every
+attempt is a fork. Prints one JSON object per model.
 """
 
 import json
@@ -12,18 +13,24 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from apparate_llm.prepare import synthesise
+from apparate_llm.prepare.measurements import kept_in
 from apparate_llm.prepare.pipeline import prepare
 from apparate_llm.prepare.plan import Plan
+from apparate_llm.prepare.profile_stage import TURNS
 from apparate_llm.prepare.store import INDEX, RowStore
 from apparate_llm.ramps.checkpoint import RampError, read_manifest
 from tests.harness import hurry_vllm
 
 TOKENS = 3000
+START, COSTS, CONVERSATION, HEAD = "start", "costs", "conversation", "head"  # after which a kill comes
+KILLS = ((START, CONVERSATION, HEAD), (COSTS, CONVERSATION, START))  # of one model after the other
+WAIT_S = 180.0  # for one of the others, on a slow machine
 USER_PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7", "w8 w9 w10 w11 w12"]
 
 
@@ -74,11 +81,19 @@ def data_of(store: RowStore, name: str) -> bytes:
     return store.column(name, store.counts[column["count"]]).view(torch.uint8).numpy().tobytes()
 
 
-def num_stages(out: Path) -> int:
-    """Files of the work folder that a finished piece of work left, and conversations in the store."""
+def measured_costs(out: Path) -> dict[str, bytes]:
+    """Of each kind the turns that were measured, which only further ones may follow."""
+    turns = kept_in(out / "work" / TURNS).turns
+    return {f"{key}": b"".join(json.dumps(turn).encode() for turn in times) for key, times in turns.items()}
+
+
+def num_kept(out: Path, kind: str) -> int:
     work = out / "work"
-    files = sum(1 for pattern in ("head-*", "*.json") for _ in work.glob(pattern))
-    return files + (RowStore(work / "rows").counts["conversations"] if (work / "rows").is_dir() else 0)
+    if kind == COSTS:
+        return sum(map(len, kept_in(work / TURNS).turns.values()))
+    if kind == HEAD:
+        return sum(1 for _ in work.glob("head-*"))
+    return RowStore(work / "rows").counts["conversations"] if (work / "rows" / INDEX).is_file() else 0
 
 
 def is_running(pid: int) -> bool:
@@ -93,33 +108,40 @@ def loads(out: Path) -> bool:
     return True
 
 
-def prepare_with_kills(model: Path, out: Path, kills: int, rng: random.Random) -> dict[str, object]:
+def start_and_kill(plan: Plan, kind: str, rng: random.Random) -> bool:
+    """Whether it had not ended by itself."""
+    kept, pid = num_kept(plan.out, kind), start(plan)
+    if kind == START:
+        time.sleep(rng.uniform(0.1, 7.0))
+    else:
+        until = time.monotonic() + WAIT_S
+        while num_kept(plan.out, kind) <= kept and is_running(pid) and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.0, 1.0))
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def prepare_with_kills(model: Path, out: Path, kills: Sequence[str], rng: random.Random) -> dict[str, object]:
     out.mkdir()
-    killed = 0
-    for number in range(kills):
-        before = finished_work(out)
-        pid = start(plan_for(model, out))
-        if number % 2:  # any moment
-            time.sleep(rng.uniform(0.1, 7.0))
-        else:  # some moment after the next piece of work is finished, on a slow machine too
-            until, stages = time.monotonic() + 60, num_stages(out)
-            while num_stages(out) <= stages and is_running(pid) and time.monotonic() < until:
-                time.sleep(0.05)
-            time.sleep(rng.uniform(0.0, 1.0))
-        os.kill(pid, signal.SIGKILL)
-        killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        after = finished_work(out)
+    plan, killed = plan_for(model, out), 0
+    for kind in kills:
+        before = finished_work(out) | measured_costs(out)
+        killed += start_and_kill(plan, kind, rng)
+        after = finished_work(out) | measured_costs(out)
         lost = [name for name, data in before.items() if not after.get(name, b"").startswith(data)]
         assert not lost, f"finished work is gone or changed: {lost}"
         if loads(out):
             assert (out / "report.json").is_file(), "ramps were there before the work was done"
-    before = finished_work(out)
-    code = os.waitstatus_to_exitcode(os.waitpid(start(plan_for(model, out)), 0)[1])
+    before, costs = finished_work(out), measured_costs(out)
+    code = os.waitstatus_to_exitcode(os.waitpid(start(plan), 0)[1])
     assert code == 0, (out.parent / f"{out.name}.log").read_text()[-3000:]
     after = finished_work(out)
-    assert all(after[name].startswith(data) for name, data in before.items())
+    assert all((after | measured_costs(out))[name].startswith(data) for name, data in (before | costs).items())
     leftovers = [path.name for path in out.rglob(".*")]
-    return {"model": model.name, "killed": killed, "kept": len(before), "made": len(after), "leftovers": leftovers}
+    plain = [len(turns) for key, turns in kept_in(out / "work" / TURNS).turns.items() if key[0] == "plain"]
+    kept = {"kept": len(before), "costs": len(costs), "made": len(after), "plain": plain}
+    return {"model": model.name, "killed": killed, **kept, "leftovers": leftovers}
 
 
 def main() -> None:
@@ -127,11 +149,12 @@ def main() -> None:
 
     hurry_vllm()
     synthesise.KEEP_EVERY_S = 0.5  # much to lose, and often kept
-    synthesise.LONG_ANSWER_S = 0.1
-    kills, seed, out, *models = sys.argv[1:]
+    synthesise.LONG_S = 0.1
+    seed, out, *models = sys.argv[1:]
     rng = random.Random(int(seed))
-    for model in map(Path, models):
-        print(json.dumps(prepare_with_kills(model, Path(out) / model.name, int(kills), rng)), flush=True)
+    for number, model in enumerate(map(Path, models)):
+        kills = KILLS[number % len(KILLS)]
+        print(json.dumps(prepare_with_kills(model, Path(out) / model.name, kills, rng)), flush=True)
 
 
 if __name__ == "__main__":

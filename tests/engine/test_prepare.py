@@ -12,10 +12,13 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from apparate_llm.engine.runner import EarlyExitRunner
 from apparate_llm.prepare.capture import DRAWN_FROM, Capture
 from apparate_llm.prepare.chat import ChatFormat
-from apparate_llm.prepare.engine import CACHE_BLOCK, environment
+from apparate_llm.prepare.engine import CACHE_BLOCK, environment, generation_engine, runner_of
+from apparate_llm.prepare.measurements import kept_in
 from apparate_llm.prepare.needs import disk_bytes
+from apparate_llm.prepare.profile import profile
 from apparate_llm.prepare.prompts import KINDS, Prompt, PromptSource
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, Rows, rows_of
 from apparate_llm.prepare.store import RowStore
@@ -24,20 +27,41 @@ from apparate_llm.ramps.checkpoint import read_manifest
 from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for
 from tests.environment import clean_environment
 from tests.harness import Engine, greedy, token_prompts
-from tests.tiny import MODEL_TYPES
-
-KILLS_PER_MODEL = 3
+from tests.tiny import MODEL_TYPES, build_fused_ramps
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_models, tmp_path_factory):
-    """Model type -> ramp folder, prepared in spite of kills; and what the runs reported."""
-    out = tmp_path_factory.mktemp("prepared")
-    command = [sys.executable, "-m", "tests.engine.prepare_and_kill", str(KILLS_PER_MODEL), "0", str(out)]
-    command += [str(tiny_models[model_type]) for model_type in MODEL_TYPES]
-    result = subprocess.run(command, env=clean_environment() | environment(), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+def fast_starts(tmp_path_factory):
+    """An environment whose processes import what an earlier one has compiled, where Python may not write beside it."""
+    if not sys.dont_write_bytecode:
+        return clean_environment()
+    folder = tmp_path_factory.mktemp("bytecode")
+    return clean_environment() | {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_models, fast_starts, tmp_path_factory):
+    """Model type -> ramp folder, prepared in spite of kills, two at once; and what the runs reported."""
+    out, reports = tmp_path_factory.mktemp("prepared"), []
+    command = [sys.executable, "-m", "tests.engine.prepare_and_kill"]
+    runs = [
+        subprocess.Popen(
+            [*command, str(seed), str(out), *(str(tiny_models[model_type]) for model_type in MODEL_TYPES[seed::2])],
+            env=fast_starts | environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(2)
+    ]
+    try:
+        for run in runs:
+            output, errors = run.communicate()
+            assert run.returncode == 0, errors[-3000:]
+            reports += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    finally:
+        for run in runs:
+            run.kill()
     return {model_type: out / model_type for model_type in MODEL_TYPES}, reports
 
 
@@ -45,7 +69,8 @@ def test_kills_lose_no_finished_work(prepared):
     _, reports = prepared
     assert len(reports) == len(MODEL_TYPES)
     assert sum(report["killed"] for report in reports) >= 10  # the others had finished before
-    assert sum(report["kept"] for report in reports) > 0
+    assert all(report["kept"] > 0 and report["costs"] > 0 for report in reports)
+    assert all(set(report["plain"]) == {1} for report in reports), "measured once in all starts"
     assert all(report["made"] >= 3 and not report["leftovers"] for report in reports)
 
 
@@ -211,6 +236,27 @@ def check_rows(folder: Path, rows: Rows, texts: list[tuple[list[int], list[int]]
         torch.testing.assert_close(rows.top_logprobs[mine][1:].float(), best.values, rtol=2e-2, atol=2e-2)
 
 
+def test_costs_of_a_model_with_a_short_context_are_measured_and_what_was_is_not_again(
+    fast_starts, tiny_llama, tmp_path, monkeypatch
+):
+    """Whose requests end before all was measured that a longer one leaves room for."""
+    for name, value in fast_starts.items():
+        monkeypatch.setenv(name, value)
+    model, keep, log = (tmp_path / name for name in ("model", "turns.json", "log"))
+    shutil.copytree(tiny_llama, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    ramps = build_fused_ramps(tmp_path / "ramps", model, depth=2)
+    measured = []
+    for limit_s in (1.0, 0.0):
+        costs = profile(model, ramps, (2,), enforce_eager=True, limit_s=limit_s, log=log, keep=keep)
+        assert {"1", "4"} <= costs["verify_ms"].keys() == costs["draft_step_ms"]["2"].keys()
+        assert costs["prompt_ms"].keys() <= {"32"} and costs["pass_ms"]["1"]
+        measured.append(kept_in(keep).turns)
+    assert measured[0] == measured[1]
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
 def test_answers_under_way_go_on_after_a_kill_with_the_rows_they_have(tiny_llama, tmp_path):
     """Kept in the middle of answers, as a kill finds them, and gone on with by another engine."""
     kept = []
@@ -221,13 +267,19 @@ def test_answers_under_way_go_on_after_a_kill_with_the_rows_they_have(tiny_llama
             assert [len(work.tokens) for work in under_way] == kept
             left = iter(range(steps or 10_000))
             synthesiser.run(tokens=600, most_tokens=600, enough=lambda left=left: next(left, None) is None)
-            kept = [len(work.tokens) for work in synthesiser.work.values() if isinstance(work, Answer) and work.tokens]
+            kept = [len(work.tokens) for work in synthesiser.work.values() if isinstance(work, Answer)]
         if steps:
             assert kept and max(kept) > 2
     store = RowStore(tmp_path)
     texts = list(store.texts())
     assert sum(len(text.answer) for text in texts) >= 600
     check_rows(tiny_llama, store.rows(depths=(2, 3)), [(text.prompt, text.answer) for text in texts])
+
+
+def test_an_engine_that_writes_keeps_no_int8_copy_of_the_head(tiny_llama):
+    """As its stated memory says: it is vLLM's own."""
+    with generation_engine(tiny_llama, max_num_seqs=8, kv_cache_memory_bytes=16 << 20) as llm:
+        assert not isinstance(runner_of(llm), EarlyExitRunner)
 
 
 def tiny_synthesiser(engine: Engine, folder: Path) -> Synthesiser:
@@ -278,7 +330,7 @@ def test_other_settings_in_the_same_folder_are_refused(prepared, tiny_llama):
         prepare(replace(plan_for(tiny_llama, folders["llama"]), seed=7))
 
 
-def test_ramps_commands(prepared, tiny_llama, tmp_path):
+def test_ramps_commands(prepared, fast_starts, tiny_llama, tmp_path):
     folders, _ = prepared
     folder: Path = folders["llama"]
     prompts = tmp_path / "prompts.jsonl"
@@ -287,12 +339,12 @@ def test_ramps_commands(prepared, tiny_llama, tmp_path):
     ]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     cli = [sys.executable, "-m", "apparate_llm.cli", "ramps"]
-    shown = subprocess.run([*cli, "show", str(folder)], capture_output=True, text=True)
+    shown = subprocess.run([*cli, "show", str(folder)], env=fast_starts, capture_output=True, text=True)
     assert shown.returncode == 0 and "fused ramps for LlamaForCausalLM" in shown.stdout
     assert "position 0" in shown.stdout and "position 3" in shown.stdout
     answering = ["--model", str(tiny_llama), "--prompts", str(prompts), "--max-tokens", "20"]
     command = [*cli, "evaluate", str(folder), *answering, "--json", str(tmp_path / "e.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=fast_starts, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["schema_version"] == 3 and [item["depth"] for item in result["depths"]] == [0, 2]
@@ -304,7 +356,7 @@ def test_ramps_commands(prepared, tiny_llama, tmp_path):
     assert 0 <= result["ceiling"]["p_over_0.9_frac"] <= 1 and 0 <= result["calibration_error"] <= 1
 
     copy = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("work")))
-    done = subprocess.run([*cli, "calibrate", str(copy), *answering], capture_output=True, text=True)
+    done = subprocess.run([*cli, "calibrate", str(copy), *answering], env=fast_starts, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("calibration error on these prompts") == 2
     before, after = read_manifest(folder), read_manifest(copy)

@@ -6,7 +6,14 @@ import torch
 
 from apparate_llm.prepare import predict as predict_module
 from apparate_llm.prepare.costs import ProfiledCosts, verify_cost
-from apparate_llm.prepare.predict import as_users_ask, harder, predict, predict_both
+from apparate_llm.prepare.predict import (
+    as_users_ask,
+    harder,
+    predict,
+    predict_both,
+    predicted_for,
+    users_are_given,
+)
 from apparate_llm.prepare.recorded import Proposal, Recorded, lookups_of, recorded
 from apparate_llm.prepare.simulate import Simulation
 
@@ -172,6 +179,17 @@ def test_the_users_own_prompts_speak_for_users():
     assert as_users_ask([*own, *users]) == users
     few = as_users_ask([*own, *users[:3]])
     assert {one.kind for one in few} == {"open"}
+
+
+def test_few_prompts_of_the_user_among_many_conversations_still_speak_for_users():
+    """They are chosen before conversations are, which would leave out too many of them."""
+    own = [conversation(0.9, seed=i, tokens=20) for i in range(600)]
+    users = [conversation(0.2, seed=i, kind="user", tokens=20) for i in range(20)]
+    item = predict_both([*own, *users], profiled(), depth=0, num_layers=12)["1"]
+    assert item["tpt_ratio"] < 0.7 < item["users"]["tpt_ratio"]
+    assert users_are_given([*own, *users]) and not users_are_given([*own, *users[:10]])
+    assert predicted_for([*own, *users])["users"] == "the prompts that were given"
+    assert "0.85 times as often" in predicted_for(own)["users"]
 
 
 def test_conversations_come_out_of_what_was_measured():

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,24 +12,16 @@ from rich.console import Console
 from apparate_llm.prepare.calibrate import calibrate_positions, coverage_curve, fit
 from apparate_llm.prepare.capture import top_tokens
 from apparate_llm.prepare.command import duration, parse_depths
+from apparate_llm.prepare.draft_data import BaseParts, DraftData, ramp_vocabulary, starts
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
+from apparate_llm.prepare.measure import measure_head
 from apparate_llm.prepare.pipeline import disk_errors, running
 from apparate_llm.prepare.plan import Plan, automatic_aux_layers, automatic_depths
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of
 from apparate_llm.prepare.schedule import WorkClock
 from apparate_llm.prepare.splits import BLOCK, next_split, sources, split_of, splits_of_prompts
 from apparate_llm.prepare.store import INDEX, RowStore
-from apparate_llm.prepare.train import (
-    BaseParts,
-    DraftData,
-    TrainSettings,
-    batch_loss,
-    measure_head,
-    new_head,
-    ramp_vocabulary,
-    starts,
-    train_head,
-)
+from apparate_llm.prepare.train import TrainSettings, batch_loss, new_head, train_head
 from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.ramps.load import calibrated, calibrated_all
 from apparate_llm.renamed import ROW_COLUMNS
@@ -160,6 +153,7 @@ def test_a_new_conversation_is_of_the_split_that_has_fewest_for_its_share():
         if len(order) > 15:
             assert min(counts[VALIDATION], counts[TEST]) >= len(order) // 16
     assert counts == {TRAIN: 14 * 20, VALIDATION: 20, TEST: 20}
+    assert order[:3] == [TRAIN, VALIDATION, TEST]  # a short time, or few conversations at once, give some of each
     assert next_split(counts - Counter({TEST: 3})) == TEST  # lost by a kill
 
 
@@ -298,6 +292,65 @@ def test_a_time_budget_ends_the_training_and_what_was_spent_before_counts(base, 
     _, record = train_head(rows, base, vocabulary, short, checkpoint=checkpoint)
     _, again = train_head(rows, base, vocabulary, short, checkpoint=checkpoint)
     assert again["steps"] == record["steps"]
+
+
+class Slow:
+    """A machine on which a training's steps and evaluations take as long as told; `time` for the module."""
+
+    def __init__(self, monkeypatch, *, step_s, row_s):
+        from apparate_llm.prepare import train
+
+        self.now, self.evaluations = 0.0, []
+        loss, measure = train.batch_loss, train.measure_head
+
+        def slow_loss(*args):
+            self.now += step_s
+            return loss(*args)
+
+        def slow_measure(head, data, index, **settings):
+            self.now += row_s * len(index)
+            self.evaluations.append(len(index))
+            return measure(head, data, index, **settings)
+
+        monkeypatch.setattr(train, "time", self)
+        monkeypatch.setattr(train, "batch_loss", slow_loss)
+        monkeypatch.setattr(train, "measure_head", slow_measure)
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.mark.parametrize(("step_s", "row_s"), [(2.0, 0.004), (10.0, 0.02), (10.0, 0.2)])
+def test_a_training_of_a_large_model_ends_in_time_and_does_not_only_evaluate(base, rows, step_s, row_s, monkeypatch):
+    """What comes after its last step is within its time; a model that evaluates slowly does so on fewer rows."""
+    from apparate_llm.prepare import train
+
+    monkeypatch.setattr(train, "PROBED_ROWS", 8)
+    monkeypatch.setattr(train, "MIN_EVALUATED_ROWS", 32)
+    machine, budget_s = Slow(monkeypatch, step_s=step_s, row_s=row_s), 300.0
+    _, record = train_head(rows, base, ramp_vocabulary(rows, VOCAB), settings(epochs=1e6, time_budget_s=budget_s))
+    closing_s = machine.evaluations[-1] * row_s  # on training rows
+    assert machine.now + closing_s <= budget_s + step_s + 1
+    assert machine.now + closing_s >= 0.8 * budget_s
+    assert record["steps"] * step_s >= 0.6 * budget_s
+    assert record["evaluated_rows"] >= 32 and record["evaluate_s"] == pytest.approx(closing_s, rel=1e-3)
+
+
+@pytest.mark.parametrize(("step_s", "row_s"), [(0.5, 0.05), (10.0, 0.2), (50.0, 0.3)])
+def test_a_training_is_kept_every_two_minutes_on_any_model(base, rows, step_s, row_s, tmp_path, monkeypatch):
+    from apparate_llm.prepare import train
+
+    machine = Slow(monkeypatch, step_s=step_s, row_s=row_s)
+    kept, save = [0.0], train.save_state
+
+    def kept_now(state, path):
+        kept.append(machine.now)
+        save(state, path)
+
+    monkeypatch.setattr(train, "save_state", kept_now)
+    train_head(rows, base, ramp_vocabulary(rows, VOCAB), settings(epochs=20.0), checkpoint=tmp_path / "train.pt")
+    assert len(kept) > 1
+    assert max(after - before for before, after in pairwise(kept)) <= 120.0
 
 
 def test_platt_scaling_recovers_a_known_distortion():

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 from rich.console import Console
 
-from apparate_llm.progress import Progress, Stage, number, time_span
+from apparate_llm.progress import Progress, Stage, number, rate_of, time_span
 
 NEVER_S = 1e6  # the thread stays out of tests that call tick() themselves
 
@@ -112,17 +112,23 @@ class Killed(Exception):
     pass
 
 
+BRIEF = ("measure", "predict")  # stages that are told only if they take long
+SILENT = (*BRIEF, "synthesise", "train 0")  # where an earlier start has ended them; a lap has a line of its own
+
+
 def preparation(minutes: float, num_depths: int) -> list[tuple[str, float]]:
-    """What `prepare` tells of, with seconds: 0 for a line, else a stage. Two laps of synthesis and training, the other
-    depths' training, a line for each depth, the profile, and the end."""
-    work_s = 60 * minutes - 160
+    """What `prepare` tells of, with seconds: 0 for a line, else a stage. The profile, three laps of synthesis and
+    training, the other depths' training, rows of two splits and a line for each depth, the prediction, and the end."""
+    work_s = 60 * minutes - 160 - 30 - 20 * num_depths
     first_s = 0.4 * work_s / (0.5 + 0.5 * num_depths)
-    steps = [("peak memory", 0.0), ("room on the disk", 0.0)]
-    for lap in range(2):
-        steps += [(f"synthesise {lap}", 0.3 * work_s), (f"train 0, {lap}", first_s / 2), ("this lap", 0.0)]
+    steps = [("peak memory", 0.0), ("room on the disk", 0.0), ("profile", 150.0)]
+    for lap, (synthesis, training) in enumerate(((0.25, 0.2), (0.25, 0.3), (0.5, 0.5))):
+        steps += [(f"synthesise {lap}", 0.6 * work_s * synthesis), (f"train 0, {lap}", first_s * training)]
+        steps.append(("this lap", 0.0))
     steps += [(f"train {depth}", first_s / 2) for depth in range(1, num_depths)]
-    steps += [("acceptance rate", 0.0)] * num_depths + [("profile", 150.0)]
-    return steps + [("the end", 0.0)] * 6
+    for depth in range(num_depths):
+        steps += [(f"measure {depth}, {split}", 10.0) for split in range(2)] + [("acceptance rate", 0.0)]
+    return [*steps, ("predict", 35.0), *[("the end", 0.0)] * 6]
 
 
 def start_of(steps: list[tuple[str, float]], clock: Clock, done: dict[str, float], end_s: float) -> tuple[int, float]:
@@ -133,9 +139,11 @@ def start_of(steps: list[tuple[str, float]], clock: Clock, done: dict[str, float
     with suppress(Killed), progress:
         for name, seconds in steps:
             if done.get(name, 0.0) >= seconds:
-                progress.say(name)
+                if not name.startswith(SILENT):
+                    progress.say(name)
                 continue
-            with progress.stage(name, total=seconds, unit="steps") as stage:
+            brief = name.startswith(BRIEF)
+            with progress.stage(name, total=seconds, unit="steps", often_brief=brief) as stage:
                 stage.update(done.get(name, 0.0))
                 while stage.done < seconds:
                     told_s = progress._last_line_s
@@ -205,6 +213,13 @@ def test_slow_work_has_its_rate_per_minute_or_hour():
     assert stage.rate() == "12 blocks/min"
     stage.update(0.1)
     assert stage.rate() == "6 blocks/h"
+
+
+@pytest.mark.parametrize(
+    ("per_s", "text"), [(410.0, "410 steps/s"), (0.5, "30 steps/min"), (0.001, "3.6 steps/h"), (0.0, "0 steps/h")]
+)
+def test_a_rate_is_per_second_minute_or_hour(per_s, text):
+    assert rate_of(per_s, "steps") == text
 
 
 def test_of_what_is_often_brief_nothing_is_said_unless_it_takes_long():

@@ -1,18 +1,25 @@
 """How a preparation spends its time, and what its learning curve says."""
 
 import math
+import threading
+import time
+from itertools import pairwise
 
 import pytest
 
+from apparate_llm.prepare import schedule as module
 from apparate_llm.prepare.schedule import (
     Schedule,
+    WorkClock,
     after_doublings,
     another_hour,
     outlook,
     shifted,
     tpt_saved,
+    train_until_s,
     what_is_short,
 )
+from apparate_llm.prepare.workspace import Workspace
 
 
 @pytest.mark.parametrize("budget_s", [120.0, 600.0, 1200.0, 2700.0, 36000.0])
@@ -24,10 +31,69 @@ def test_laps_fill_the_budget_and_leave_time_to_measure(budget_s, num_depths):
     assert [lap.last for lap in laps] == [False] * (len(laps) - 1) + [True]
     times = [time for lap in laps for time in (lap.synthesise_until_s, lap.train_until_s)]
     assert times == sorted(times) and times[0] > 0
-    assert schedule.work_s <= budget_s - min(60, 0.4 * budget_s)
+    assert schedule.work_s + 2 * num_depths * schedule.measure_s < budget_s  # validation and test rows, then the report
     first_depth_s = sum(lap.train_until_s - lap.synthesise_until_s for lap in laps)
     # Each further depth takes half of what the first one took.
     assert schedule.work_s - times[-1] == pytest.approx(first_depth_s / 2 * (num_depths - 1), rel=1e-6, abs=1e-6)
+
+
+def test_laps_share_the_time_that_costs_have_left():
+    laps, whole = Schedule(None, 1200.0, 2, begins_s=300.0).laps(), Schedule(None, 1200.0, 2)
+    times = [time for lap in laps for time in (lap.synthesise_until_s, lap.train_until_s)]
+    assert len(laps) == 3 and all(before < after for before, after in pairwise([300.0, *times, 1200.0]))
+    for lap, alone in zip(laps, whole.laps(), strict=True):
+        assert lap.train_until_s == pytest.approx(300 + alone.train_until_s * (whole.work_s - 300) / whole.work_s)
+    nothing_left = Schedule(None, 120.0, 2, begins_s=200.0).laps()
+    assert [(lap.synthesise_until_s, lap.train_until_s) for lap in nothing_left] == [(200.0, 200.0)]
+
+
+def test_a_training_gets_its_part_of_what_a_late_synthesis_has_left():
+    schedule = Schedule(None, 2700.0, 2)
+    *_, lap = schedule.laps()
+    in_time = train_until_s(lap, lap.synthesise_until_s, schedule.work_s)
+    assert in_time == pytest.approx(lap.train_until_s)
+    late = train_until_s(lap, lap.synthesise_until_s + 100, schedule.work_s)
+    assert lap.synthesise_until_s + 100 < late < schedule.work_s
+    assert late - (lap.synthesise_until_s + 100) < in_time - lap.synthesise_until_s
+    assert train_until_s(lap, schedule.work_s + 50, schedule.work_s) == schedule.work_s + 50
+    tokens = Schedule(1000, None, 2)
+    assert math.isinf(train_until_s(tokens.laps()[0], 100.0, tokens.work_s))
+
+
+def test_costs_and_test_rows_get_a_share_of_the_time():
+    for budget_s in (60.0, 180.0, 600.0, 1800.0):
+        assert Schedule(None, budget_s, 2).profile_s == pytest.approx(0.05 * budget_s)
+    assert Schedule(None, 36_000.0, 2).profile_s == Schedule(1000, None, 2).profile_s == 90.0
+    assert Schedule(None, 2700.0, 2).measure_s == pytest.approx(8.1) and math.isinf(Schedule(1000, None, 2).measure_s)
+
+
+def test_the_clock_is_kept_whatever_goes_on_and_counts_all_starts(tmp_path, monkeypatch):
+    """A kill in the middle of a start, or of costs that are measured, loses next to nothing of the time spent."""
+    monkeypatch.setattr(module, "KEEP_CLOCK_EVERY_S", 0.02)
+    workspace = Workspace(tmp_path)
+    with WorkClock(workspace) as clock:
+        deadline = time.monotonic() + 10
+        while WorkClock(workspace).before_s < 0.1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert 0.1 <= WorkClock(workspace).before_s <= clock.spent_s
+    ended_s = WorkClock(workspace).before_s
+    assert ended_s == pytest.approx(clock.spent_s, abs=0.2)
+    with WorkClock(workspace) as again:
+        assert again.spent_s >= ended_s
+    assert "work-clock" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_full_disk_takes_the_clocks_file_and_not_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "KEEP_CLOCK_EVERY_S", 0.01)
+    tried = threading.Event()
+
+    def full(self, *args):
+        tried.set()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Workspace, "write", full)
+    with WorkClock(Workspace(tmp_path)):
+        assert tried.wait(10)
 
 
 def test_tokens_come_in_laps_that_double():

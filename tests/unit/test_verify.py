@@ -1,18 +1,23 @@
 """What a report says of predictions and of what was measured afterwards."""
 
+import html
 import json
 import os
 
 import pytest
 from rich.console import Console
 
+from apparate_llm.eval.client import Completion
 from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.store import Block, BlockKey
 from apparate_llm.prepare import verify as verify_module
-from apparate_llm.prepare.profile import TURNS, Measurements, expected_profile_s
+from apparate_llm.prepare.measurements import Measurements, kept_in
+from apparate_llm.prepare.profile import TURNS, profile
 from apparate_llm.prepare.report import advice, write_pages
-from apparate_llm.prepare.verify import chosen, compared, verify, verify_folder
+from apparate_llm.prepare.verify import SYSTEM, YOURS, chosen, compared, digest_of, store_in, verify, verify_folder
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import read_manifest
+from tests.tiny import build_fused_ramps
 
 
 def ratio(value, low, high):
@@ -53,6 +58,7 @@ def report():
         "answer_tokens": 1000,
         "ceiling": dict.fromkeys(names, 0.5),
         "profile": profiled,
+        "predicted_for": {"own": "its own prompts", "users": "users' prompts"},
         "depths": depths,
         "advice": advice(depths),
     }
@@ -68,6 +74,10 @@ def test_the_advice_is_of_users_prompts_with_intervals_and_names_the_models_own_
     )
 
 
+def test_the_advice_speaks_of_the_prompts_that_were_given():
+    assert "; on prompts like yours expect about 40 %" in advice([depth(0)], whose="prompts like yours")["sentence"]
+
+
 def test_ramps_that_pay_on_the_models_own_prompts_only_do_not_pay():
     assert "do not pay" in advice([depth(0, users=(0.99, 1.0, 1.0))])["sentence"]
 
@@ -75,12 +85,12 @@ def test_ramps_that_pay_on_the_models_own_prompts_only_do_not_pay():
 def test_a_measurement_outside_the_predicted_interval_is_said_plainly():
     measured = {"1": ratio(0.62, 0.5, 0.7), "4": ratio(1.1, 1.0, 1.2), "16": ratio(None, None, None)}
     predicted = {number: ratio(0.6, 0.55, 0.65) for number in measured}
-    comparison = compared(predicted, measured, num_prompts=24, max_tokens=64)
+    comparison = compared(predicted, measured, num_prompts=24, whose=YOURS, max_tokens=64)
     assert [item["within"] for item in comparison["clients"].values()] == [True, False, None]
     assert comparison["clients"]["1"]["off_frac"] == pytest.approx(0.62 / 0.6 - 1, abs=1e-4)
     assert comparison["clients"]["1"]["measured"] == measured["1"]
     assert comparison["sentence"] == (
-        "Measured TPT with exits / plain vLLM on 24 prompts: 1 client: 0.62 (predicted 0.60, 0.55 to 0.65); "
+        "Measured TPT with exits / plain vLLM on 24 of your prompts: 1 client: 0.62 (predicted 0.60, 0.55 to 0.65); "
         "4 clients: 1.10 (predicted 0.60, 0.55 to 0.65); 16 clients: nothing measured. "
         "Outside the predicted interval with 4 clients."
     )
@@ -90,7 +100,7 @@ def test_the_report_shows_the_measurement_beside_the_prediction(tmp_path, monkey
     """With the users' figures of the depth that is advised, in both files."""
     asked = {}
 
-    def measure(model, ramps, prompts, clients, *, progress, max_tokens):
+    def measure(model, ramps, prompts, clients, *, progress, max_tokens, keep):
         asked.update(ramps=ramps, prompts=prompts, threads=os.environ.get("OMP_NUM_THREADS"))
         return {str(number): ratio(0.61, 0.5, 0.7) for number in clients}
 
@@ -103,9 +113,33 @@ def test_the_report_shows_the_measurement_beside_the_prediction(tmp_path, monkey
     assert written == json.loads(json.dumps(document["verified"]))
     assert written["clients"]["1"]["predicted"] == ratio(0.6, 0.55, 0.65) and written["clients"]["1"]["within"]
     assert not written["clients"]["4"]["within"]
+    assert written["prompts_of"] == "eval's" and "on 16 of eval's prompts" in written["sentence"]
     page = (tmp_path / "report.html").read_text()
-    assert written["sentence"] in page and "0.61 (0.50 to 0.70)" in page
+    assert written["sentence"] in html.unescape(page) and "0.61 (0.50 to 0.70)" in page
     assert "users&#39; prompts" in page or "users' prompts" in page
+
+
+def test_blocks_of_a_verification_that_was_killed_count_for_the_same_ramps_and_prompts(tiny_llama, tmp_path):
+    ramps = build_fused_ramps(tmp_path / "ramps", tiny_llama, depth=2)
+    keep, asked = tmp_path / "work" / "verify", [Prompt([{"role": "user", "content": text}]) for text in ("a", "b")]
+    done = Completion(prompt_index=0, started_s=0.0, text="an answer")
+    block = Block(BlockKey(0, 0, 0, SYSTEM), [done], 1.0, None, None, None, None, 1.0, 0.0)
+
+    def blocks_of(prompts, add=False):
+        with store_in(keep, {"loads": [["1 client", False]], "asked": digest_of(ramps, prompts)}) as store:
+            if add:
+                store.add(block)
+            return len(list(store.blocks()))
+
+    assert blocks_of(asked, add=True) == 1 == blocks_of(asked)
+    assert blocks_of(asked[:1]) == 0 == blocks_of(asked), "of others they were thrown away"
+    assert digest_of(ramps, asked) != digest_of(build_fused_ramps(tmp_path / "b", tiny_llama, depth=2, seed=1), asked)
+    (keep / "plan.json").unlink()
+    assert blocks_of(asked) == 0, "of a start that ended before it had a plan"
+    assert "content" not in (keep / "plan.json").read_text() and (keep / "blocks").stat().st_mode & 0o777 == 0o700
+    with store_in(None, {}) as store:
+        folder = store.folder
+    assert not folder.exists()
 
 
 def test_servers_do_not_get_the_threads_of_a_preparation(monkeypatch):
@@ -128,8 +162,8 @@ def test_servers_are_asked_what_the_model_could_be_asked(lens_ramps, tiny_llama,
     monkeypatch.setattr(verify_module, "measure", measure)
     prompts = [Prompt([{"role": "user", "content": text}]) for text in ("a", "refused", "b")]
     with Progress(Console(quiet=True)) as progress:
-        result = verify_folder(ramps, read_manifest(ramps), tiny_llama, prompts, progress=progress)
-    assert asked == [prompts[0], prompts[2]] and result["num_prompts"] == 2
+        result = verify_folder(ramps, read_manifest(ramps), tiny_llama, prompts, whose=YOURS, progress=progress)
+    assert asked == [prompts[0], prompts[2]] and result["num_prompts"] == 2 and result["prompts_of"] == YOURS
 
 
 def test_few_prompts_stand_for_all():
@@ -138,7 +172,7 @@ def test_few_prompts_stand_for_all():
 
 
 def test_a_profile_says_how_far_its_medians_may_be_off():
-    measured = Measurements(until_s=0.0)
+    measured = Measurements(0.0)
     for turn in range(TURNS):
         for size in (1, 4):
             measured.add(("verify", size), [10.0 * size] * 5)
@@ -155,7 +189,41 @@ def test_a_profile_says_how_far_its_medians_may_be_off():
     assert costs["prompt_ms"] == {} and costs["error_frac"]["prompt"] > 0
 
 
-def test_a_profile_is_expected_to_take_longer_with_a_larger_model_up_to_its_limit():
-    small, large = expected_profile_s(300 << 20), expected_profile_s(3 << 30)
-    assert 30 < small < large <= expected_profile_s(100 << 30, limit_s=200.0) + 100
-    assert expected_profile_s(100 << 30, limit_s=200.0) == 200.0
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "3",
+        "[3]",
+        "{}",
+        '{"turns": []}',
+        '{"turns": [["verify", 1]], "spent_s": 1}',
+        '{"turns": [[["verify", 1], [["x"]]]], "spent_s": 1}',
+        '{"turns": [], "spent_s": "x"}',
+    ],
+)
+def test_a_damaged_file_of_costs_is_named_before_anything_starts(text, tmp_path):
+    keep = tmp_path / "turns.json"
+    keep.write_text(text)
+    with pytest.raises(ValueError, match=r"^damaged .*turns\.json: .*; delete it, and costs are measured anew$"):
+        profile(tmp_path / "model", tmp_path / "ramps", (0,), enforce_eager=True, limit_s=1.0, keep=keep)
+
+
+def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
+    keep = tmp_path / "turns.json"
+    measured = Measurements(0.0, keep=keep)
+    measured.add(("verify", 1), [10.0] * 5)
+    measured.add(("draft_step", 0, 1), [1.0] * 5)
+    measured.keep()
+    measured.add(("verify", 4), [20.0] * 5)  # of a size that was not finished
+    assert keep.stat().st_mode & 0o777 == 0o600
+    again = Measurements(0.0, keep=keep)
+    assert again.has(0, "verify", 1) and not again.has(1, "verify", 1) and not again.has(0, "verify", 4)
+    assert again.left_s < 0 < again.spent_s >= kept_in(keep).spent_s > 0
+    again.add(("verify", 1), [9.0] * 5)
+    assert again.has(1, "verify", 1)
+    assert again.result([0])["verify_ms"] == {"1": 9.0} and again.result([0])["draft_step_ms"] == {"0": {"1": 1.0}}
+    nowhere = Measurements(0.0)
+    nowhere.keep()
+    assert nowhere.turns == {}

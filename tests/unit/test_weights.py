@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from apparate_llm.models.architectures import UnsupportedModelError, architecture_of
-from apparate_llm.prepare.train import BaseParts
+from apparate_llm.prepare.draft_data import BaseParts
 from apparate_llm.ramps.checkpoint import BaseModelInfo, RampError
 from apparate_llm.ramps.fingerprint import WeightsError, checkpoint_tensors, fingerprint_of, weight_files
 from tests.harness import Engine, greedy, token_prompts

@@ -1,0 +1,89 @@
+"""Stage profile, as part of a preparation. It comes first: what a head costs does not depend on what it has learned, a
+model that cannot be served ends a preparation before it has cost anything, and the time that is left is known.
+"""
+
+from pathlib import Path
+
+import torch
+
+from apparate_llm.machine import machine
+from apparate_llm.prepare.draft_data import BaseParts
+from apparate_llm.prepare.measure import NUM_POSITIONS
+from apparate_llm.prepare.needs import give_back_memory
+from apparate_llm.prepare.plan import Run
+from apparate_llm.prepare.profile import profile
+from apparate_llm.prepare.records import Profiled
+from apparate_llm.prepare.servers import used_by_servers
+from apparate_llm.prepare.train import TrainSettings, new_head
+from apparate_llm.ramps.checkpoint import VOCABULARY, save_ramps
+from apparate_llm.ramps.sketch import Sketch
+
+TURNS = "profile-turns.json"  # what was measured so far
+AS_IT_IS = (1.0, 0.0)  # a calibration
+
+
+def measure_costs(run: Run) -> Profiled:
+    """What a verification pass and each depth's draft step cost on this machine, and `until_s` of the work clock."""
+    plan, workspace = run.plan, run.workspace
+    here = {key: value for key, value in machine().items() if key in ("cpu", "cores", "packages")}
+    inputs = {
+        "machine": here,
+        "tuning": used_by_servers(plan.model).choice.model_dump(),
+        "fingerprint": run.base.fingerprint,
+        "depths": list(plan.depths),
+        "aux_layers": list(plan.aux_layers),
+        "ramp_vocab": plan.ramp_vocab,
+        "intermediate_size": plan.intermediate_size,
+        "enforce_eager": plan.enforce_eager,
+    }
+    done: Profiled | None = workspace.read("profile", inputs)
+    if done is not None:
+        run.say("profile: done")
+        return done
+    if not workspace.made_from("profile-begun", inputs):
+        workspace.path(TURNS).unlink(missing_ok=True)  # of another machine, or other heads
+        workspace.write("profile-begun", inputs, {})
+    folder = workspace.path("ramps")
+    _write_untrained(run, folder)
+    give_back_memory()
+    with run.progress.stage("profile", total=1.0, facts="starting the model as it is served") as bar:
+        profiled = profile(
+            plan.model,
+            folder,
+            plan.depths,
+            enforce_eager=plan.enforce_eager,
+            limit_s=run.schedule.profile_s,
+            log=workspace.path("vllm.log"),
+            keep=workspace.path(TURNS),
+            on_progress=bar.update,
+        )
+    profiled["machine"], profiled["until_s"] = here, round(run.clock.spent_s, 1)
+    return workspace.write("profile", inputs, profiled)
+
+
+def _write_untrained(run: Run, folder: Path) -> None:
+    """Ramps as large as the ones to be trained."""
+    plan, base = run.plan, BaseParts.of(run.plan.model)
+    vocabulary = torch.arange(plan.ramp_vocab)
+    tensors = {VOCABULARY: vocabulary.int()}
+    for depth in plan.depths:
+        settings = TrainSettings(depth=depth, aux_layers=plan.aux_layers, intermediate_size=plan.intermediate_size)
+        weights = new_head(base, vocabulary, settings).state_dict()
+        tensors |= {
+            f"{depth}.{name}": value.to(base.norm.dtype).contiguous()
+            for name, value in weights.items()
+            if name != "head"
+        }
+    Sketch.of(plan.model).save(folder)
+    save_ramps(
+        folder,
+        tensors,
+        kind="fused",
+        base_model=run.base,
+        depths=list(plan.depths),
+        default_depth=plan.depths[0],
+        ramp_vocab=plan.ramp_vocab,
+        intermediate_size=plan.intermediate_size,
+        aux_layers=list(plan.aux_layers),
+        calibration={depth: [AS_IT_IS] * NUM_POSITIONS for depth in plan.depths},
+    )

@@ -1,0 +1,110 @@
+"""The laps of a preparation: when they end, what they say, and the time that all of it takes."""
+
+import math
+
+import pytest
+
+from apparate_llm.prepare import pipeline
+from apparate_llm.prepare.plan import Made
+from apparate_llm.prepare.rows import SPLIT_NAMES
+from apparate_llm.prepare.schedule import Lap
+from tests.preparation import Clock, lines, plan_for, running
+
+
+@pytest.fixture
+def laps_of(tiny_llama, tmp_path, monkeypatch):
+    """Laps whose synthesis ends in time and whose trainings have these scores on (training, validation) rows."""
+
+    def run_laps(scores, *, missing=(), **changes):
+        clock, asked = Clock(), []
+        monkeypatch.setattr("apparate_llm.prepare.schedule.time", clock)
+
+        def synthesise_lap(run, lap):
+            asked.append(lap)
+            clock.now += max(0.0, lap.synthesise_until_s - run.clock.spent_s) if run.plan.tokens is None else 60.0
+            return {"rows": 1000 * (1 + lap.number), "tokens": 200_000 * (1 + lap.number), "seconds": 1}
+
+        def train_depth(run, rows, depth, *, lap=0, after, epochs, until_s):
+            if until_s < math.inf:
+                clock.now += max(1.0, until_s - run.clock.spent_s)
+            on_training, on_validation = scores[lap]
+            record = {"steps": 9, "train_accepted_per_step": on_training, "validation_accepted_per_step": on_validation}
+            asked.append((lap, depth, after, until_s))
+            return record
+
+        monkeypatch.setattr(pipeline, "synthesise_lap", synthesise_lap)
+        monkeypatch.setattr(pipeline, "train_depth", train_depth)
+        splits = iter([*missing, *[[]] * 9])
+        monkeypatch.setattr(pipeline, "_splits_without_rows", lambda run, rows: next(splits))
+        settings = {"tokens": None, "time_budget_s": 7200.0} | changes
+        with running(plan_for(tiny_llama, tmp_path / "out", **settings)) as (run, log):
+            made = pipeline._laps(run)
+        laps = [one for one in asked if isinstance(one, Lap)]
+        return made, laps, [one for one in asked if not isinstance(one, Lap)], lines(log)
+
+    return run_laps
+
+
+def test_a_curve_that_is_flat_ends_the_laps_and_the_last_line_says_so(laps_of):
+    made, laps, _, log = laps_of([(1.5, 1.4), (1.5, 1.402), (9.0, 9.0)])
+    assert len(laps) == 2
+    assert log[-1] == "The next lap would bring next to nothing: this is enough."
+    assert made.outlook == "Another hour would bring next to nothing."
+    assert made.rows["rows"] == 2000 and made.trained[0]["validation_accepted_per_step"] == 1.402
+
+
+def test_a_curve_that_rises_is_gone_on_with_and_what_is_short_gets_more_time(laps_of):
+    for gap, more in ((0.3, "tokens"), (0.01, "training")):
+        made, laps, trainings, log = laps_of([(1.0, 1.0), (1.5 + gap, 1.5), (2.0 + gap, 2.0)])
+        assert len(laps) == 3 and [after for _, _, after, _ in trainings] == [None, 0, 0]
+        planned = plan_for(None, None, tokens=None, time_budget_s=7200.0).schedule.laps()[-1]
+        sign = 1 if more == "tokens" else -1
+        assert sign * (laps[-1].synthesise_until_s - planned.synthesise_until_s) > 60
+        assert f"{more} {'are' if more == 'tokens' else 'is'} short" in log[1]
+        assert made.outlook.startswith("Another hour would bring about ") and made.outlook.endswith(" short.")
+
+
+def test_a_first_lap_without_a_row_of_each_split_is_gone_on_with_and_a_last_one_says_what_to_do(laps_of):
+    _, laps, trainings, _ = laps_of([(1.0, 1.0)] * 3, missing=[["test"]])
+    assert trainings[0][0] == 1 and len(laps) == 3
+    with pytest.raises(RuntimeError, match="answer tokens are too few, none are for test: give more tokens or time"):
+        laps_of([(1.0, 1.0)] * 3, missing=[["test"]] * 3)
+
+
+def test_without_any_row_all_splits_are_missing(tiny_llama, tmp_path):
+    with running(plan_for(tiny_llama, tmp_path)) as (run, _):
+        assert pipeline._splits_without_rows(run, {"rows": 0}) == list(SPLIT_NAMES)
+
+
+@pytest.mark.parametrize("budget_s", [900.0, 1200.0, 2700.0, 7200.0, 36_000.0])
+@pytest.mark.parametrize("slow", [1.0, 3.0])
+def test_a_budget_is_kept_within_a_tenth_with_measuring_and_report_on_a_slow_machine_too(
+    budget_s, slow, laps_of, tiny_llama, tmp_path, monkeypatch
+):
+    """As of 1.5 billion parameters: seconds that starts, steps and reports take, on a machine and on a slower one."""
+    start_s, step_s, report_s = 40.0 * slow, 10.0 * slow, 10.0 * slow
+    clock = Clock()
+    monkeypatch.setattr("apparate_llm.prepare.schedule.time", clock)
+
+    def synthesise_lap(run, lap):
+        if run.clock.spent_s + start_s < lap.synthesise_until_s:
+            clock.now += lap.synthesise_until_s - run.clock.spent_s + step_s / 10
+        return {"rows": 1000, "tokens": 200_000, "seconds": 1}
+
+    def train_depth(run, rows, depth, *, lap=0, after, epochs, until_s):
+        clock.now += max(step_s, until_s - run.clock.spent_s + step_s / 2)
+        return {"steps": 9, "train_accepted_per_step": 1.5, "validation_accepted_per_step": 1.0 + lap}
+
+    monkeypatch.setattr(pipeline, "synthesise_lap", synthesise_lap)
+    monkeypatch.setattr(pipeline, "train_depth", train_depth)
+    monkeypatch.setattr(pipeline, "_splits_without_rows", lambda run, rows: [])
+    with running(plan_for(tiny_llama, tmp_path / "out", tokens=None, time_budget_s=budget_s)) as (run, _):
+        began = clock.now
+        clock.now += 3 * start_s + run.schedule.profile_s  # a start that compiles, and costs
+        run.begins_s = run.clock.spent_s
+        made = pipeline._laps(run)
+        pipeline._other_depths(run, made)
+        clock.now += 4 * max(run.schedule.measure_s, 3 * slow) + report_s
+        took_s = clock.now - began
+    assert isinstance(made, Made)
+    assert 0.9 * budget_s < took_s < 1.1 * budget_s
