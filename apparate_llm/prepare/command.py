@@ -26,7 +26,7 @@ DEFAULT_TIME_BUDGET = "60m"
 UNITS = {"s": 1, "m": 60, "h": 3600}
 COSTS = """\
 what it costs, and what that brings:
-  --time-budget  All stages are within it, half of it writes text. With 45 minutes two cores wrote 403,000
+  --time-budget  All stages are within it, half of it writes text. With 45 minutes two cores wrote 425,000
                  answer tokens of a model with half a billion parameters.
   --tokens       Text is what limits ramps; each doubling brings less than the one before. The shipped
                  ones began with 600,000 and 664,000 tokens. On disk a token takes about 8 bytes times
