@@ -19,9 +19,9 @@ from typing import IO, Any
 
 from apparate_llm.files import private_opener
 from apparate_llm.host.choice import HUGE_PAGES
-from apparate_llm.prepare.measurements import Measurements, kept_in
 from apparate_llm.prepare.records import Profiled
 from apparate_llm.prepare.servers import used_by_servers
+from apparate_llm.prepare.timings import Measurements, kept_in
 
 BATCH_SIZES = (1, 4, 16, 2, 8, 32)  # the first ones always, the others while there is time
 FEWEST_SIZES = 2

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from apparate_llm.machine import machine
+from apparate_llm.prepare.acceptance import NUM_POSITIONS
 from apparate_llm.prepare.draft_data import BaseParts
-from apparate_llm.prepare.measure import NUM_POSITIONS
 from apparate_llm.prepare.needs import give_back_memory
 from apparate_llm.prepare.plan import Run
 from apparate_llm.prepare.profile import profile

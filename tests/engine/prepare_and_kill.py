@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from apparate_llm.prepare import synthesise
-from apparate_llm.prepare.measurements import kept_in
 from apparate_llm.prepare.pipeline import prepare
 from apparate_llm.prepare.plan import Plan
 from apparate_llm.prepare.profile_stage import TURNS
 from apparate_llm.prepare.store import INDEX, RowStore
+from apparate_llm.prepare.timings import kept_in
 from apparate_llm.ramps.checkpoint import RampError, read_manifest
 from tests.harness import hurry_vllm
 

@@ -16,13 +16,13 @@ from apparate_llm.engine.runner import EarlyExitRunner
 from apparate_llm.prepare.capture import DRAWN_FROM, Capture
 from apparate_llm.prepare.chat import ChatFormat
 from apparate_llm.prepare.engine import CACHE_BLOCK, environment, generation_engine, runner_of
-from apparate_llm.prepare.measurements import kept_in
 from apparate_llm.prepare.needs import disk_bytes
 from apparate_llm.prepare.profile import profile
 from apparate_llm.prepare.prompts import KINDS, Prompt, PromptSource
 from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, Rows, rows_of
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise import UNDER_WAY, Answer, Synthesiser, generate_rows
+from apparate_llm.prepare.timings import kept_in
 from apparate_llm.ramps.checkpoint import read_manifest
 from tests.engine.prepare_and_kill import TOKENS, USER_PROMPTS, plan_for
 from tests.environment import clean_environment

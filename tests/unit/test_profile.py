@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from apparate_llm.prepare import measurements
-from apparate_llm.prepare.measurements import KNOWN_FRAC, Measurements
+from apparate_llm.prepare import timings
 from apparate_llm.prepare.profile import BATCH_SIZES, FEWEST_SIZES, FEWEST_STEPS, STEPS, TURNS, Profiler
+from apparate_llm.prepare.timings import KNOWN_FRAC, Measurements
 from tests.preparation import Clock
 
 ALIKE = (1.0,) * TURNS
@@ -48,7 +48,7 @@ class WithoutEngine(Profiler):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(measurements, "time", clock)
+    monkeypatch.setattr(timings, "time", clock)
     return clock
 
 
@@ -103,7 +103,7 @@ def test_time_that_earlier_starts_took_counts(clock, tmp_path):
     for number in range(3):
         with pytest.raises(Killed):
             WithoutEngine(clock, size_s=1.0, turns=APART, kill_at=2).run(Measurements(9.0, keep=keep))
-        assert measurements.kept_in(keep).spent_s == pytest.approx(number + 1)
+        assert timings.kept_in(keep).spent_s == pytest.approx(number + 1)
         clock.now += 1000.0
     last = WithoutEngine(clock, size_s=1.0, turns=APART)
     last.run(Measurements(9.0, keep=keep))
