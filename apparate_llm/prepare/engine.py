@@ -28,6 +28,11 @@ def environment() -> dict[str, str]:
     }
 
 
+def import_vllm() -> None:
+    """What an engine's first start in a process imports."""
+    from vllm import LLM  # noqa: F401
+
+
 @contextmanager
 def generation_engine(model: Path, *, seed: int = 0, **settings: Any) -> Iterator[Any]:
     """A `vllm.LLM` fit for `Capture`; its memory is given back at the end."""

@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from apparate_llm.naming import model_name
+from apparate_llm.prepare.acceptance import Measured, accepted_per_step, measure_head
 from apparate_llm.prepare.chat import Chat
 from apparate_llm.prepare.draft_data import BaseParts, DraftData
-from apparate_llm.prepare.measure import Measured, accepted_per_step, measure_head
 from apparate_llm.prepare.rows import LEAD, Rows
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest

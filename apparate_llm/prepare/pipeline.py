@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.naming import model_name
 from apparate_llm.prepare.calibrate import calibrate_positions
-from apparate_llm.prepare.needs import gib, say_needs
+from apparate_llm.prepare.needs import disk_left, gib, say_needs
 from apparate_llm.prepare.peak_memory import PeakMemory
 from apparate_llm.prepare.plan import Made, Plan, Run
 from apparate_llm.prepare.profile_stage import measure_costs
@@ -35,9 +36,10 @@ from apparate_llm.prepare.schedule import (
     tpt_saved,
     train_until_s,
     what_is_short,
+    without_more_rows,
 )
 from apparate_llm.prepare.store import RowStore
-from apparate_llm.prepare.synthesise_stage import synthesise_lap
+from apparate_llm.prepare.synthesise_stage import start_that_counts, synthesise_lap
 from apparate_llm.prepare.train_stage import epochs_of_lap, head_tensors, measure_depth, train_depth
 from apparate_llm.prepare.verify import verify
 from apparate_llm.prepare.workspace import Workspace
@@ -45,10 +47,14 @@ from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import VOCABULARY, BaseModelInfo, save_ramps
 from apparate_llm.ramps.sketch import Sketch
 
+NO_ROOM_FOR_MORE = "The disk was full: with more room the same command goes on."
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MOST_SAID = 240  # characters of another's error
+
 
 def prepare(plan: Plan, console: Console | None = None) -> Report:
     """Leaves a ramp folder with its report in `plan.out`, and returns the report; raises ValueError for bad input,
-    RuntimeError otherwise."""
+    RuntimeError otherwise. What is refused costs nothing of the time budget, nor does `--verify`."""
     workspace = Workspace(plan.out)
     console = console or Console(stderr=True)
     with (
@@ -59,27 +65,35 @@ def prepare(plan: Plan, console: Console | None = None) -> Report:
     ):
         check_settings(run)
         say_needs(run)
-        profiled = measure_costs(run)
-        run.begins_s = profiled.pop("until_s")
-        made = _laps(run)
-        _other_depths(run, made)
-        for depth in plan.depths:
-            made.measured[depth] = measure_depth(run, made.rows, depth, made.trained[depth])
-            made.calibration[depth] = _calibrate(run, depth)
-            made.conversations[depth] = _conversations(run, depth, made.calibration[depth])
-        with run.progress.stage("predict", total=math.inf, facts="simulating a server", often_brief=True):
-            report = write_report(plan.out, run.base, model_name(plan.model), made, profiled)
-        _write_ramps(run, plan.out, made, default_depth=report["advice"]["depth"])
-        run.clock.keep()
-        run.say(f"peak memory was {gib(memory.peak_bytes)}, pages of files left out")
-        run.say(report["advice"]["sentence"])
-        run.say(made.outlook)
-        if plan.verify:
-            prompts = [Prompt(messages) for messages in plan.user_prompts]
-            kept = workspace.path("verify")
-            report = verify(plan.out, plan.model, report, prompts=prompts, progress=run.progress, keep=kept)
-            run.say(report["verified"]["sentence"])
+        with run.clock:
+            report, made = _prepared(run)
+            run.say(f"peak memory was {gib(memory.peak_bytes)}, pages of files left out")
+            run.say(report["advice"]["sentence"])
+            run.say(made.outlook)
+            run.clock.stop()
+            if plan.verify:
+                prompts = [Prompt(messages) for messages in plan.user_prompts]
+                kept = workspace.path("verify")
+                report = verify(plan.out, plan.model, report, prompts=prompts, progress=run.progress, keep=kept)
+                run.say(report["verified"]["sentence"])
         return report
+
+
+def _prepared(run: Run) -> tuple[Report, Made]:
+    """All that the time budget is for."""
+    plan = run.plan
+    profiled = measure_costs(run)
+    run.begins_s = profiled.pop("until_s")
+    made = _laps(run)
+    _other_depths(run, made)
+    for depth in plan.depths:
+        made.measured[depth] = measure_depth(run, made.rows, depth, made.trained[depth])
+        made.calibration[depth] = _calibrate(run, depth)
+        made.conversations[depth] = _conversations(run, depth, made.calibration[depth])
+    with run.progress.stage("predict", total=math.inf, facts="simulating a server", often_brief=True):
+        report = write_report(plan.out, run.base, model_name(plan.model), made, profiled)
+    _write_ramps(run, plan.out, made, default_depth=report["advice"]["depth"])
+    return report, made
 
 
 @contextmanager
@@ -88,34 +102,62 @@ def disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_full_disk(error):
-            raise RuntimeError(
-                f"no space left in {out}: make room and give the same command again, what is finished is kept"
-            ) from None
+        if (where := _full_disk(error, out)) is not None:
+            raise no_space_left(where) from None
         if isinstance(error, SafetensorError | UnpicklingError | EOFError):
             why = " ".join(str(error).split())[:100]
             raise ValueError(f"a damaged file in {out / 'work'} ({why}): delete that folder to begin anew") from None
         raise
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
-    """safetensors and torch wrap the system's error in ones of their own, or raise another while they tidy up."""
-    if error is None:
-        return False
-    has_code = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    has_text = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-    return has_code or has_text or _is_full_disk(error.__cause__ or error.__context__)
+def no_space_left(where: object) -> RuntimeError:
+    return RuntimeError(
+        f"no space left in {where}: make room and give the same command again, what is finished is kept"
+    )
+
+
+def _full_disk(error: Exception, out: Path) -> str | None:
+    """Where there was no room, if that is what failed: safetensors and torch wrap the system's error in ones of their
+    own, or raise another while they tidy up, and of another process there is what it said."""
+    chain = list(_with_causes(error))
+    refused = [one for one in chain if isinstance(one, OSError) and one.errno in FULL]
+    if refused:
+        names = [one.filename for one in refused if isinstance(one.filename, str | bytes | os.PathLike)]
+        return str(_disk_of(Path(os.fsdecode(names[0])), out) if names else out)
+    said = [str(one) for one in chain if any(os.strerror(code) in str(one) for code in FULL)]
+    return f"{out} or elsewhere ({_in_short(said[0])})" if said else None
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _disk_of(file: Path, out: Path) -> Path:
+    """The folder to make room in."""
+    return out if file.resolve().is_relative_to(out.resolve()) else file.resolve().parent
+
+
+def _in_short(said: str) -> str:
+    """How it begins, which names a log where there is one, and its line about the disk, which may name a file."""
+    lines = [" ".join(line.split()) for line in said.splitlines() if line.strip()]
+    full = next(line for line in lines if any(os.strerror(code) in line for code in FULL))
+    return lines[0][:MOST_SAID] if full == lines[0] else f"{lines[0][:MOST_SAID]} ... {full[-MOST_SAID:]}"
 
 
 @contextmanager
 def running(plan: Plan, workspace: Workspace, console: Console) -> Iterator[Run]:
-    """It goes on in its budget of time, and in what it says, where an earlier start was stopped."""
+    """It goes on in its budget of time, and in what it says, where an earlier start was stopped. The clock is to be
+    entered when the work begins."""
     clock = WorkClock(workspace)
 
     def left_s() -> float | None:
-        return None if plan.time_budget_s is None else max(0.0, plan.time_budget_s - clock.spent_s)
+        if plan.time_budget_s is None or clock.is_stopped:
+            return None
+        return max(0.0, plan.time_budget_s - clock.spent_s)
 
-    with clock, Progress(console, left_s=left_s, before_s=clock.before_s) as progress:
+    with Progress(console, left_s=left_s, before_s=clock.before_s) as progress:
         yield Run(plan, workspace, RowStore(workspace.path("rows")), BaseModelInfo.of(plan.model), clock, progress)
 
 
@@ -140,39 +182,53 @@ def check_settings(run: Run) -> None:
 
 
 def _laps(run: Run) -> Made:
-    """Synthesis and the first depth's training in turn, each lap with twice of what the last one had."""
-    schedule, first = run.schedule, run.plan.depths[0]
-    laps = schedule.laps()
+    """Synthesis and the first depth's training in turn, each lap with twice of what the last one had. A full disk
+    makes a lap the last one."""
+    run.start_s = start_that_counts(run)
     records: list[TrainingRecord] = []
     short = "neither"
-    for lap in laps:
+    for number in count():
+        lap = run.schedule.laps()[number]
         if lap.last:
-            lap = shifted(lap, run.clock.spent_s, schedule.work_s, short)
+            lap = shifted(lap, run.clock.spent_s, run.schedule.work_s, short)
         rows = synthesise_lap(run, lap)
+        if is_full := rows.get("disk_is_full", False):
+            lap = without_more_rows(lap, run.schedule)
+        elif not number:  # its start may have told that there can be no other
+            lap = run.schedule.laps()[number]
         if missing := _splits_without_rows(run, rows):
+            if is_full or disk_left(run) <= 0:
+                raise no_space_left(run.plan.out)
             if not lap.last:
                 continue
             raise RuntimeError(
                 f"{rows['tokens']:,} answer tokens are too few, none are for {missing[0]}: give more tokens or time"
             )
-        record = train_depth(
-            run,
-            rows,
-            first,
-            lap=lap.number,
-            after=first if records else None,
-            epochs=epochs_of_lap(rows["tokens"], lap.fraction, lap.training_share),
-            until_s=train_until_s(lap, run.clock.spent_s, schedule.work_s),
-        )
+        record = _train_lap(run, lap, rows, is_first=not records)
         records.append(record)
         scores = [point(record) for record in records]
         short = what_is_short(record["train_accepted_per_step"], scores[-1])
-        _say_lap(run, lap, len(laps), rows, record, short)
+        _say_lap(run, lap, rows, record, short)
         if not lap.last and _is_enough(scores):
             run.say("The next lap would bring next to nothing: this is enough.")
-            break
-    text = outlook([point(record) for record in records], run.clock.spent_s, short)
-    return Made(rows, trained={first: record}, outlook=text)
+        elif not lap.last:
+            continue
+        text = NO_ROOM_FOR_MORE if is_full else outlook(scores, run.clock.spent_s, short)
+        return Made(rows, trained={run.plan.depths[0]: record}, outlook=text)
+    raise AssertionError("a last lap ends the laps")
+
+
+def _train_lap(run: Run, lap: Lap, rows: SynthesisRecord, *, is_first: bool) -> TrainingRecord:
+    depth = run.plan.depths[0]
+    return train_depth(
+        run,
+        rows,
+        depth,
+        lap=lap.number,
+        after=None if is_first else depth,
+        epochs=epochs_of_lap(rows["tokens"], lap.fraction, lap.training_share),
+        until_s=train_until_s(lap, run.clock.spent_s, run.schedule.work_s),
+    )
 
 
 def _splits_without_rows(run: Run, rows: SynthesisRecord) -> list[str]:
@@ -187,7 +243,8 @@ def _is_enough(scores: list[float]) -> bool:
     return added is not None and tpt_saved(scores[-1], added) < STOP_BELOW
 
 
-def _say_lap(run: Run, lap: Lap, num_laps: int, rows: SynthesisRecord, record: TrainingRecord, short: str) -> None:
+def _say_lap(run: Run, lap: Lap, rows: SynthesisRecord, record: TrainingRecord, short: str) -> None:
+    num_laps = len(run.schedule.laps())
     shortage = "" if short == "neither" else f"; {short} are short" if short == "tokens" else f"; {short} is short"
     run.say(
         f"lap {lap.number + 1} of {num_laps}: {rows['tokens']:,} answer tokens, {record['steps']} steps, "

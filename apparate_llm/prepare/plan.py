@@ -63,10 +63,11 @@ class Run:
     clock: WorkClock
     progress: Progress
     begins_s: float = 0.0  # of the work clock: when laps began
+    start_s: float = 0.0  # of the model, in its first lap; 0: not known
 
     @property
     def schedule(self) -> Schedule:
-        return replace(self.plan.schedule, begins_s=self.begins_s)
+        return replace(self.plan.schedule, begins_s=self.begins_s, start_s=self.start_s)
 
     def say(self, text: str) -> None:
         self.progress.say(text)

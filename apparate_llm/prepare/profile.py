@@ -6,26 +6,29 @@ What was measured stays on disk, size by size, and is not measured again by a ru
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
 from apparate_llm.files import private_opener
 from apparate_llm.host.choice import HUGE_PAGES
-from apparate_llm.prepare.measurements import Measurements, kept_in
 from apparate_llm.prepare.records import Profiled
 from apparate_llm.prepare.servers import used_by_servers
+from apparate_llm.prepare.timings import Measurements, kept_in
 
 BATCH_SIZES = (1, 4, 16, 2, 8, 32)  # the first ones always, the others while there is time
 FEWEST_SIZES = 2
 PLAIN_SIZES = 3  # of them
+PLAIN_SHARE = 0.04  # of the time left, at most, for plain passes of one size
+SIZE_S = 60.0  # of one size, with fewer steps where a pass takes long: what is not kept yet is lost with a kill
 HELD = (1, 3, 7)  # exits checked per request, in passes of at most
 MOST_ROWS = 64
 PROMPTS = (32, 128, 512)  # tokens
@@ -35,9 +38,9 @@ FEWEST_STEPS = 4
 WARM_UP = 2
 PROMPT_TOKENS = 64
 MAX_TOKENS = 400
-CACHE_BLOCK = 128  # tokens; no backend's are larger
-CACHE_BLOCKS = -(-(PROMPT_TOKENS + MAX_TOKENS + max(HELD)) // CACHE_BLOCK)  # of a request
-KV_CACHE_TOKENS = (max(BATCH_SIZES) + 2) * CACHE_BLOCKS * CACHE_BLOCK  # all requests at once, and some to spare
+BLOCK_TOKENS = 128  # of a KV cache's block at most, whatever the backend
+BLOCKS_OF_REQUEST = -(-(PROMPT_TOKENS + MAX_TOKENS + max(HELD)) // BLOCK_TOKENS)
+KV_CACHE_TOKENS = (max(BATCH_SIZES) + 2) * BLOCKS_OF_REQUEST * BLOCK_TOKENS  # all at once, and some to spare
 THREADS_SET = "APPARATE_PROFILE_THREADS"
 
 
@@ -186,45 +189,75 @@ class Profiler:
         for depth in depths:
             self.drafter.model.compile(depth)
         self._number = 0
+        self.pass_ms = 0.0  # the last one known
+        self.plain_ms: dict[int, list[float]] = {}  # by size, of this start
 
     def run(self, measured: Measurements) -> None:
-        """Turn by turn over the sizes that are not known yet; some are left out, and steps, when there is no time."""
-        self._plain(measured)
-        sizes = list(BATCH_SIZES)
+        """Turn by turn over the sizes that are not known yet; some are left out, and steps, when there is no time. The
+        first sizes come before all but plain passes, which have to be first."""
+        self.plain_ms = self._plain(measured)
         for turn in range(TURNS):
+            sizes = BATCH_SIZES[: measured.num_sizes][:: 1 if turn % 2 == 0 else -1]
+            first = min(FEWEST_SIZES, len(sizes)) if turn == 0 else 0
+            self._sizes(measured, turn, sizes, range(first))
             self._prompts(measured, turn)
-            for place, size in enumerate(sizes if turn % 2 == 0 else sizes[::-1]):
-                done_frac, before_s = (turn + place / len(sizes)) / TURNS, measured.spent_s
-                print(json.dumps({"done": done_frac, "text": f"{size} at once"}), flush=True)
-                too_late = measured.left_s <= 0 and (turn or place >= FEWEST_SIZES)
-                is_done = measured.has(turn, "verify", size) or (turn and measured.size_is_known(size))
-                if too_late or is_done:
-                    continue
-                self._size(measured, size, STEPS if measured.left_s > 0 else FEWEST_STEPS)
-                measured.keep()
-                if not turn and (measured.spent_s - before_s) * TURNS > measured.left_s:
-                    sizes = sizes[: max(FEWEST_SIZES, place + 1)]
+            self._sizes(measured, turn, sizes, range(first, len(sizes)))
+
+    def _sizes(self, measured: Measurements, turn: int, sizes: tuple[int, ...], places: range) -> None:
+        for place in places:
+            if not self._is_due(measured, turn, size := sizes[place]):
+                continue
+            done_frac, before_s = (turn + place / len(sizes)) / TURNS, measured.spent_s
+            print(json.dumps({"done": done_frac, "text": f"{size} at once"}), flush=True)
+            self._size(measured, size, self._steps_in(measured))
+            self.pass_ms = measured.of("verify", size)
+            if not turn:
+                if size in self.plain_ms:
+                    measured.add_plain(size, self.plain_ms[size])
+                if (measured.spent_s - before_s) * TURNS > measured.left_s:  # a larger one would take longer
+                    measured.num_sizes = max(FEWEST_SIZES, place + 1)
+            measured.keep()
+
+    def _is_due(self, measured: Measurements, turn: int, size: int) -> bool:
+        place = BATCH_SIZES.index(size)
+        if measured.num_sizes is not None and place >= measured.num_sizes:
+            return False
+        if measured.left_s <= 0 and (turn or place >= FEWEST_SIZES):
+            return False
+        return not measured.has(turn, "verify", size) and not (turn and measured.size_is_known(size))
+
+    def _steps_in(self, measured: Measurements) -> int:
+        """Of each kind: the first sizes are to fit in what is left, by what a pass takes."""
+        size_s = min(SIZE_S, measured.left_s / FEWEST_SIZES)
+        passes = len(HELD) + len(self.depths)
+        return int(min(STEPS, max(FEWEST_STEPS, size_s * 1e3 / max(1e-6, self.pass_ms) / passes - WARM_UP)))
 
     # ---- what is measured
 
-    def _plain(self, measured: Measurements) -> None:
+    def _plain(self, measured: Measurements) -> dict[int, list[float]]:
+        """ms by size, of those whose first turn is still to come; as many as leave time for that. Then the weights go
+        to huge pages, for good."""
         from apparate_llm.engine.huge_pages import use_huge_pages
 
         if os.environ.get(HUGE_PAGES) == "1" and (moving := use_huge_pages()):  # plain vLLM's are, as well
             moving.join()
+        plain_ms: dict[int, list[float]] = {}
         screened, self.runner.screened_head = self.runner.screened_head, None
-        for place, size in enumerate(BATCH_SIZES[:PLAIN_SIZES]):
-            if measured.has(0, "plain", size) or (place and measured.left_s <= 0):
+        for size in BATCH_SIZES[:PLAIN_SIZES]:
+            if not self._is_due(measured, 0, size):
                 continue
+            most_s, before_s = PLAIN_SHARE * measured.left_s, measured.spent_s
             names = self._begin(size)
-            steps = self._steps(1, STEPS if measured.left_s > 0 else FEWEST_STEPS)
             with self._without_drafting():
-                measured.add(("plain", size), _times_ms(self.engine.step, steps))
+                plain_ms[size] = _times_ms(self.engine.step, self._steps(1, STEPS), most_s)
             self._end(names)
-            measured.keep()
+            self.pass_ms = max(plain_ms[size])
+            if measured.spent_s - before_s > most_s:
+                break
         self.runner.screened_head = screened
         if moving := use_huge_pages():
             moving.join()
+        return plain_ms
 
     def _size(self, measured: Measurements, size: int, steps: int) -> None:
         names, left = self._begin(size), self.free_tokens
@@ -255,12 +288,12 @@ class Profiler:
         return max(1, min(steps, self.free_tokens // tokens - WARM_UP))
 
     def _prompts(self, measured: Measurements, turn: int) -> None:
-        for tokens in PROMPTS:
+        for tokens, before in zip(PROMPTS, (None, *PROMPTS), strict=False):
             is_done = measured.has(turn, "prompt", tokens) or measured.is_known("prompt", tokens)
-            if tokens + 2 > self.longest or measured.left_s <= 0 or is_done:
+            if tokens + 2 > self.longest or is_done or not self._prompt_fits(measured, tokens, before):
                 continue
-            spent = []
-            for _ in range(1 + FEWEST_STEPS):
+            spent: list[float] = []
+            while len(spent) < 1 + FEWEST_STEPS and (len(spent) < 2 or measured.left_s > 0):
                 with self._without_drafting():
                     names = self._add(1, tokens)
                     began = time.perf_counter()
@@ -269,6 +302,14 @@ class Profiler:
                 self._end(names)
             measured.add(("prompt", tokens), spent[1:])
             measured.keep()
+
+    def _prompt_fits(self, measured: Measurements, tokens: int, before: int | None) -> bool:
+        """By the length before, as each token of it took."""
+        if before is None:
+            return measured.left_s > 0
+        if not measured.has(0, "prompt", before):
+            return False
+        return measured.of("prompt", before) * tokens / before * (1 + FEWEST_STEPS) <= 1e3 * measured.left_s
 
     def _held_ms(self, size: int, held: int, steps: int) -> tuple[list[float], list[float]]:
         """Steps that check `held` exits of every request, less their draft steps; and those, of all requests."""
@@ -328,34 +369,29 @@ class Profiler:
             self.engine.add_request(names[-1], {"prompt_token_ids": ids}, params)
         return names
 
-    def _without_drafting(self) -> "_Without":
-        return _Without(self.runner)
-
-
-class _Without:
-    """The runner drafts nothing meanwhile."""
-
-    def __init__(self, runner: Any) -> None:
-        self.runner = runner
-
-    def __enter__(self) -> None:
-        self.drafter, self.runner.exit_drafter = self.runner.exit_drafter, None
-
-    def __exit__(self, *_: object) -> None:
-        self.runner.exit_drafter = self.drafter
+    @contextmanager
+    def _without_drafting(self) -> Iterator[None]:
+        drafter, self.runner.exit_drafter = self.runner.exit_drafter, None
+        try:
+            yield
+        finally:
+            self.runner.exit_drafter = drafter
 
 
 def _held(size: int) -> list[int]:
     return [held for held in HELD if size * (1 + held) <= MOST_ROWS]
 
 
-def _times_ms(work: Callable[[], object], times: int) -> list[float]:
-    """Of `times` calls, after some that are not counted: the first at a batch size makes its kernels."""
-    spent = []
-    for _ in range(WARM_UP + times):
+def _times_ms(work: Callable[[], object], times: int, most_s: float = math.inf) -> list[float]:
+    """Of `times` calls, after some that are not counted: the first at a batch size makes its kernels. Of fewer where
+    all of them take more than `most_s`."""
+    spent: list[float] = []
+    while len(spent) < WARM_UP + times:
         began = time.perf_counter()
         work()
         spent.append((time.perf_counter() - began) * 1e3)
+        if sum(spent) > 1e3 * most_s and len(spent) >= WARM_UP + FEWEST_STEPS:
+            break
     return spent[WARM_UP:]
 
 

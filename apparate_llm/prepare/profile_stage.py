@@ -2,13 +2,14 @@
 model that cannot be served ends a preparation before it has cost anything, and the time that is left is known.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
 
 from apparate_llm.machine import machine
+from apparate_llm.prepare.acceptance import NUM_POSITIONS
 from apparate_llm.prepare.draft_data import BaseParts
-from apparate_llm.prepare.measure import NUM_POSITIONS
 from apparate_llm.prepare.needs import give_back_memory
 from apparate_llm.prepare.plan import Run
 from apparate_llm.prepare.profile import profile
@@ -37,28 +38,35 @@ def measure_costs(run: Run) -> Profiled:
         "enforce_eager": plan.enforce_eager,
     }
     done: Profiled | None = workspace.read("profile", inputs)
+    shutil.rmtree(folder := workspace.path("ramps"), ignore_errors=True)  # of a start that was killed
     if done is not None:
         run.say("profile: done")
         return done
     if not workspace.made_from("profile-begun", inputs):
         workspace.path(TURNS).unlink(missing_ok=True)  # of another machine, or other heads
         workspace.write("profile-begun", inputs, {})
-    folder = workspace.path("ramps")
-    _write_untrained(run, folder)
-    give_back_memory()
-    with run.progress.stage("profile", total=1.0, facts="starting the model as it is served") as bar:
-        profiled = profile(
-            plan.model,
-            folder,
-            plan.depths,
-            enforce_eager=plan.enforce_eager,
-            limit_s=run.schedule.profile_s,
-            log=workspace.path("vllm.log"),
-            keep=workspace.path(TURNS),
-            on_progress=bar.update,
-        )
+    try:
+        _write_untrained(run, folder)
+        give_back_memory()
+        profiled = _profiled(run, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # nobody is to serve them
     profiled["machine"], profiled["until_s"] = here, round(run.clock.spent_s, 1)
     return workspace.write("profile", inputs, profiled)
+
+
+def _profiled(run: Run, folder: Path) -> Profiled:
+    with run.progress.stage("profile", total=1.0, facts="starting the model as it is served") as bar:
+        return profile(
+            run.plan.model,
+            folder,
+            run.plan.depths,
+            enforce_eager=run.plan.enforce_eager,
+            limit_s=run.schedule.profile_s,
+            log=run.workspace.path("vllm.log"),
+            keep=run.workspace.path(TURNS),
+            on_progress=bar.update,
+        )
 
 
 def _write_untrained(run: Run, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from apparate_llm.prepare.measure import Measured
+from apparate_llm.prepare.acceptance import Measured
 from apparate_llm.prepare.rows import Rows
 from apparate_llm.ramps.load import calibrated_all
 from apparate_llm.ramps.lookup import MIN_LOOKUP_LENGTH, look_up

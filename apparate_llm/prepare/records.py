@@ -12,6 +12,15 @@ class SynthesisRecord(TypedDict):
     rows: int
     tokens: int  # of answers
     seconds: int  # of the work clock
+    disk_is_full: NotRequired[bool]  # it ended so; never on disk, as a later start goes on
+
+
+class StartRecord(TypedDict):
+    """How long the model took to start, after what it imports."""
+
+    seconds: float  # the fastest
+    number: int
+    first_s: float  # in the first lap; 0: it was started in a later one only
 
 
 class HeadRecord(TypedDict):

@@ -16,10 +16,12 @@ from typing import Self
 from apparate_llm.prepare.records import HeadRecord
 from apparate_llm.prepare.workspace import Workspace
 
-PROFILE_SHARE, MOST_PROFILE_S = 0.05, 90.0  # of the budget, for the costs
+PROFILE_SHARE, MOST_PROFILE_S = 0.05, 300.0  # of the budget, for the costs
+PROFILE_S = 90.0  # without a budget
 RESERVE_SHARE, LEAST_RESERVE_S, MOST_RESERVE_SHARE = 0.02, 40.0, 0.3  # of the budget, for test rows and the report
 MEASURE_SHARE, LEAST_MEASURE_S = 0.003, 4.0  # of the budget, for each depth's rows of a split
 ENOUGH_S, ENOUGH_TOKENS = 900.0, 200_000  # for more than one lap
+MOST_STARTS_SHARE = 0.15  # of the time to write, for starts of the model: one in each lap
 MOST_EPOCHS, FEWEST_EPOCHS = 3.0, 1.5  # of the first depth; the others start from it and take half as many
 ENOUGH_ROWS = 1_280_000  # seen by then, more epochs overfit few rows and only cost time with many
 SHIFT = 0.12  # of the time left, to what is short
@@ -45,30 +47,44 @@ THREE_LAPS = Course((0.25, 0.5, 1.0), (0.2, 0.3, 0.5), 0.6)
 
 
 class WorkClock:
-    """Seconds of work, those of earlier starts included. While it is entered they are kept, whatever goes on."""
+    """Seconds of work, those of earlier starts included. While it is entered they are kept, whatever goes on; from
+    then on they count, until the end or `stop`."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.before_s = float((workspace.read("clock", {}) or {"seconds": 0.0})["seconds"])
         self.began_s = time.monotonic()
+        self._stopped_s: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_on, name="work-clock", daemon=True)
 
     def __enter__(self) -> Self:
+        self.began_s = time.monotonic()
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with suppress(OSError):  # of a full disk the work itself tells
+            self.stop()
+
+    def stop(self) -> None:
+        """What follows is no work of this clock's budget."""
         self._ended.set()
         self._thread.join()
-        with suppress(OSError):  # of a full disk the work itself tells
+        if self._stopped_s is None:
+            self._stopped_s = time.monotonic()
             self.keep()
 
     @property
+    def is_stopped(self) -> bool:
+        return self._stopped_s is not None
+
+    @property
     def spent_s(self) -> float:
-        return self.before_s + time.monotonic() - self.began_s
+        now_s = time.monotonic() if self._stopped_s is None else self._stopped_s
+        return self.before_s + now_s - self.began_s
 
     def keep(self) -> None:
         self.workspace.write("clock", {}, {"seconds": self.spent_s})
@@ -98,18 +114,20 @@ class Schedule:
     time_budget_s: float | None
     num_depths: int
     begins_s: float = 0.0  # of the work clock: when costs were known and laps began
+    start_s: float = 0.0  # of the model, as far as that is known
 
     @property
     def course(self) -> Course:
-        tokens, seconds = self.tokens, self.time_budget_s
-        is_enough = tokens >= ENOUGH_TOKENS if tokens is not None else (seconds or 0.0) >= ENOUGH_S
-        return THREE_LAPS if is_enough else ONE_LAP
+        if self.tokens is not None:
+            return THREE_LAPS if self.tokens >= ENOUGH_TOKENS else ONE_LAP
+        synthesis_s = THREE_LAPS.synthesis_frac * self.whole_s
+        are_cheap = len(THREE_LAPS.laps) * self.start_s <= MOST_STARTS_SHARE * synthesis_s
+        return THREE_LAPS if (self.time_budget_s or 0.0) >= ENOUGH_S and are_cheap else ONE_LAP
 
     @property
     def profile_s(self) -> float:
         """For measuring costs, beside what a model takes to start."""
-        share_s = math.inf if self.time_budget_s is None else PROFILE_SHARE * self.time_budget_s
-        return min(MOST_PROFILE_S, share_s)
+        return PROFILE_S if self.time_budget_s is None else min(MOST_PROFILE_S, PROFILE_SHARE * self.time_budget_s)
 
     @property
     def measure_s(self) -> float:
@@ -124,10 +142,20 @@ class Schedule:
         reserve_s = max(LEAST_RESERVE_S, RESERVE_SHARE * self.time_budget_s)
         return self.time_budget_s - min(reserve_s, MOST_RESERVE_SHARE * self.time_budget_s)
 
+    @property
+    def whole_s(self) -> float:
+        """For synthesis and training."""
+        return max(0.0, self.work_s - self.begins_s)
+
+    @property
+    def first_depth_frac(self) -> float:
+        """Of the time of all trainings: each of the others takes half as long."""
+        return 1 / (0.5 + 0.5 * self.num_depths)
+
     def laps(self) -> list[Lap]:
         """As planned at the beginning."""
-        course, whole_s = self.course, max(0.0, self.work_s - self.begins_s)
-        first_depth_s = whole_s * (1 - course.synthesis_frac) / (0.5 + 0.5 * self.num_depths)
+        course, whole_s = self.course, self.whole_s
+        first_depth_s = whole_s * (1 - course.synthesis_frac) * self.first_depth_frac
         laps, until_s, before = [], self.begins_s, 0.0
         for number, (fraction, share) in enumerate(zip(course.laps, course.training, strict=True)):
             synthesise_until_s = until_s + whole_s * course.synthesis_frac * (fraction - before)
@@ -136,6 +164,16 @@ class Schedule:
             last = number == len(course.laps) - 1
             laps.append(Lap(number, last, fraction, tokens, synthesise_until_s, until_s, share))
         return laps
+
+
+def without_more_rows(lap: Lap, schedule: Schedule) -> Lap:
+    """The lap as the last one: the first depth trains on its rows for all that is left of its training."""
+    later = schedule.laps()[lap.number :]
+    made = replace(lap, last=True, fraction=1.0, training_share=sum(one.training_share for one in later))
+    if math.isinf(schedule.work_s):
+        return made
+    train_s = schedule.first_depth_frac * max(0.0, schedule.work_s - lap.synthesise_until_s)
+    return replace(made, train_until_s=lap.synthesise_until_s + train_s)
 
 
 def shifted(lap: Lap, spent_s: float, work_s: float, short: str) -> Lap:
@@ -197,7 +235,7 @@ def outlook(scores: list[float], spent_s: float, short: str) -> str:
     """The learning curve in one sentence."""
     saved = another_hour(scores, spent_s)
     if saved is None:
-        return "Too short a preparation to tell what more time would bring; from 15 minutes on it can be told."
+        return "Too short a preparation to tell what more time would bring; a longer one can tell."
     if saved < STOP_BELOW:
         return "Another hour would bring next to nothing."
     more = {"tokens": "; tokens are short", "training": "; training is short"}.get(short, "")

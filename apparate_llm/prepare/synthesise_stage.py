@@ -1,19 +1,23 @@
 """Stage synthesise, as part of a preparation: what a lap adds to the store."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from apparate_llm.prepare.chat import ChatFormat
-from apparate_llm.prepare.engine import generation_engine
+from apparate_llm.prepare.engine import generation_engine, import_vllm
 from apparate_llm.prepare.needs import SynthesisLimits, answer_limit, disk_left, give_back_memory, synthesis_limits
 from apparate_llm.prepare.plan import Run
 from apparate_llm.prepare.prompts import PromptSource
-from apparate_llm.prepare.records import SynthesisRecord
+from apparate_llm.prepare.records import StartRecord, SynthesisRecord
 from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import Lap
 from apparate_llm.prepare.synthesise import Synthesiser
-from apparate_llm.progress import SECONDS, number, rate_of
+from apparate_llm.progress import SECONDS, Stage, number, rate_of
 
 MAX_PROMPT_TOKENS = 96  # of one that the model writes
+START = "start"  # the record of how long the model takes to start
+WORTH = 2.0  # starts that a lap must have time for: it writes for as long as it starts, at least
+COLD_FRAC = 0.25  # of the first start, which may have read all from the disk, that counts until there was another
 
 
 def synthesise_lap(run: Run, lap: Lap) -> SynthesisRecord:
@@ -25,7 +29,7 @@ def synthesise_lap(run: Run, lap: Lap) -> SynthesisRecord:
     if done is not None:
         return done
     if not _ended(run, lap):
-        _synthesise(run, lap, synthesis_limits(run))
+        lap = _synthesise(run, lap, synthesis_limits(run))
         give_back_memory()
     counts = store.counts
     seconds = round(run.clock.spent_s)
@@ -33,60 +37,103 @@ def synthesise_lap(run: Run, lap: Lap) -> SynthesisRecord:
     is_short = result["tokens"] < lap.tokens and run.clock.spent_s < lap.synthesise_until_s
     if is_short and disk_left(run) <= 0:
         run.say(f"the disk is full: {result['tokens']:,} answer tokens have to do; make room and start again for more")
-        return result  # a later start goes on
+        return {**result, "disk_is_full": True}  # a later start goes on
     return workspace.write(stage, wanted, result)
 
 
 def _ended(run: Run, lap: Lap) -> bool:
     """Whether there is no use in starting the model (again) for this lap."""
+    if disk_left(run) <= 0:
+        return True
     counts, has_all = run.store.counts, len(run.store.splits()) == len(SPLIT_NAMES)
     if not has_all and lap.last:
         return False
-    start_s = (run.workspace.read("start", {}) or {"seconds": 0.0})["seconds"]
-    is_late = run.clock.spent_s + start_s >= lap.synthesise_until_s
-    return disk_left(run) <= 0 or is_late or (has_all and counts["answer_tokens"] >= lap.tokens)
+    is_late = run.clock.spent_s + WORTH * _expected_start_s(run) >= lap.synthesise_until_s
+    return is_late or (has_all and counts["answer_tokens"] >= lap.tokens)
 
 
-def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> None:
+def _starts(run: Run) -> StartRecord:
+    known: StartRecord | None = run.workspace.read(START, {"format": 2})
+    return known or StartRecord(seconds=0.0, number=0, first_s=0.0)
+
+
+def _expected_start_s(run: Run) -> float:
+    known = _starts(run)
+    return known["seconds"] * (COLD_FRAC if known["number"] == 1 else 1.0)
+
+
+def start_that_counts(run: Run) -> float:
+    """Seconds of the model's start by which the number of laps is chosen, once and for all starts of a preparation;
+    0.0 where it is not known."""
+    return _starts(run)["first_s"]
+
+
+def _keep_start(run: Run, lap: Lap, seconds: float) -> None:
+    known = _starts(run)
+    fastest_s = min(seconds, known["seconds"]) if known["number"] else seconds
+    first_s = seconds if not known["number"] and lap.number == 0 else known["first_s"]
+    run.start_s = first_s
+    made = StartRecord(seconds=fastest_s, number=known["number"] + 1, first_s=first_s)
+    run.workspace.write(START, {"format": 2}, made)
+
+
+def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> Lap:
+    """Returns the lap, which has become the only one where starting the model takes too long for several."""
     plan, clock = run.plan, run.clock
     timed, began_s = plan.tokens is None, clock.spent_s
-    with (
-        run.progress.stage(
-            f"synthesise, lap {lap.number + 1}",
-            total=max(0.0, lap.synthesise_until_s - began_s) if timed else lap.tokens,
-            unit=SECONDS if timed else "tokens",
-            facts="starting the model",
-        ) as bar,
-        generation_engine(
+    with run.progress.stage(
+        f"synthesise, lap {lap.number + 1}",
+        total=max(0.0, lap.synthesise_until_s - began_s) if timed else lap.tokens,
+        unit=SECONDS if timed else "tokens",
+        facts="starting the model",
+    ) as bar:
+        import_vllm()
+        loads_s = clock.spent_s
+        with generation_engine(
             plan.model,
             seed=plan.seed,
             max_num_seqs=limits.slots,
             kv_cache_memory_bytes=limits.kv_cache_bytes,
             enable_prefix_caching=True,
-        ) as llm,
-    ):
-        run.workspace.write("start", {}, {"seconds": clock.spent_s - began_s})
-        synthesiser = _synthesiser(run, llm, limits)
-        rate = _Rate(clock.spent_s, synthesiser.answer_tokens + synthesiser.tokens_under_way)
+        ) as llm:
+            _keep_start(run, lap, clock.spent_s - loads_s)
+            if lap.number == 0 and not lap.last and len(laps := run.schedule.laps()) == 1:
+                lap = laps[0]
+                bar.total = max(0.0, lap.synthesise_until_s - began_s) if timed else lap.tokens
+            synthesiser = _synthesiser(run, llm, limits)
+            _run(run, lap, limits, synthesiser, _teller(run, bar, began_s, synthesiser))
+    return lap
 
-        def on_step() -> None:
-            done = clock.spent_s - began_s if timed else synthesiser.answer_tokens
-            under_way = f"{len(synthesiser.work)} conversations under way"
-            bar.update(min(done, bar.total), rate.facts(synthesiser, clock.spent_s) if timed else under_way)
 
-        def enough() -> bool:
-            late = clock.spent_s >= lap.synthesise_until_s
-            return limits.disk_is_full() or (late and (not lap.last or synthesiser.has_all_splits(cut=timed)))
+def _run(run: Run, lap: Lap, limits: SynthesisLimits, synthesiser: Synthesiser, on_step: Callable[[], None]) -> None:
+    clock, tokens = run.clock, run.plan.tokens
 
-        synthesiser.run(
-            tokens=lap.tokens,
-            most_tokens=float("inf") if timed else float(plan.tokens or 0),
-            enough=enough,
-            on_step=on_step,
-            on_kept=clock.keep,
-        )
-        if lap.last and timed:
-            synthesiser.cut()
+    def enough() -> bool:
+        late = clock.spent_s >= lap.synthesise_until_s
+        return limits.disk_is_full() or (late and (not lap.last or synthesiser.has_all_splits(cut=tokens is None)))
+
+    synthesiser.run(
+        tokens=lap.tokens,
+        most_tokens=float("inf") if tokens is None else float(tokens),
+        enough=enough,
+        on_step=on_step,
+        on_kept=clock.keep,
+    )
+    if lap.last and tokens is None:
+        synthesiser.cut()
+
+
+def _teller(run: Run, bar: Stage, began_s: float, synthesiser: Synthesiser) -> Callable[[], None]:
+    """What the stage's lines say after a step."""
+    clock, timed = run.clock, run.plan.tokens is None
+    rate = _Rate(clock.spent_s, synthesiser.answer_tokens + synthesiser.tokens_under_way)
+
+    def tell() -> None:
+        done = clock.spent_s - began_s if timed else synthesiser.answer_tokens
+        under_way = f"{len(synthesiser.work)} conversations under way"
+        bar.update(min(done, bar.total), rate.facts(synthesiser, clock.spent_s) if timed else under_way)
+
+    return tell
 
 
 class _Rate(NamedTuple):

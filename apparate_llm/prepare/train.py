@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from apparate_llm.prepare.acceptance import accepted_per_step, measure_head
 from apparate_llm.prepare.draft_data import BaseParts, DraftData, starts, thinned
-from apparate_llm.prepare.measure import accepted_per_step, measure_head
 from apparate_llm.prepare.records import HeadRecord
 from apparate_llm.prepare.rows import TRAIN, VALIDATION, Rows
 from apparate_llm.prepare.workspace import save_state

@@ -10,9 +10,9 @@ import torch
 
 from apparate_llm.files import replacing
 from apparate_llm.models.quantised_heads import quantised_head
+from apparate_llm.prepare.acceptance import accepted_per_step, measure_head
 from apparate_llm.prepare.draft_data import BaseParts, DraftData, ramp_vocabulary, starts, thinned, whole_conversations
 from apparate_llm.prepare.evaluate import ceiling
-from apparate_llm.prepare.measure import accepted_per_step, measure_head
 from apparate_llm.prepare.plan import Plan, Run
 from apparate_llm.prepare.recorded import measured_tensors
 from apparate_llm.prepare.records import MeasuredRecord, SynthesisRecord, TrainingRecord

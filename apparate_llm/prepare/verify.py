@@ -34,7 +34,7 @@ from apparate_llm.prepare.records import (
     Verified,
 )
 from apparate_llm.prepare.report import write_pages
-from apparate_llm.prepare.schedule import MOST_PROFILE_S
+from apparate_llm.prepare.schedule import PROFILE_S
 from apparate_llm.prepare.servers import servers_environment
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import RampManifest, read_manifest
@@ -120,7 +120,7 @@ def _profiled(model: Path, folder: Path, depth: int, progress: Progress) -> Prof
             folder,
             (depth,),
             enforce_eager=False,
-            limit_s=MOST_PROFILE_S,
+            limit_s=PROFILE_S,
             log=Path(logs, "log"),
             on_progress=stage.update,
         )

@@ -2,8 +2,8 @@
 
     python -m tests.engine.prepare_and_kill SEED OUT MODEL...
 
-Kills come soon after a start, and soon after costs, a conversation or a head were kept. vLLM is imported once; every
-attempt is a fork. Prints one JSON object per model.
+Kills come soon after a start, and soon after costs, a conversation or the first head were kept. vLLM is imported once;
+every attempt is a fork. Prints one JSON object per model.
 """
 
 import json
@@ -19,18 +19,20 @@ from pathlib import Path
 import torch
 
 from apparate_llm.prepare import synthesise
-from apparate_llm.prepare.measurements import kept_in
 from apparate_llm.prepare.pipeline import prepare
 from apparate_llm.prepare.plan import Plan
 from apparate_llm.prepare.profile_stage import TURNS
 from apparate_llm.prepare.store import INDEX, RowStore
+from apparate_llm.prepare.timings import kept_in
 from apparate_llm.ramps.checkpoint import RampError, read_manifest
 from tests.harness import hurry_vllm
 
 TOKENS = 3000
 START, COSTS, CONVERSATION, HEAD = "start", "costs", "conversation", "head"  # after which a kill comes
 KILLS = ((START, CONVERSATION, HEAD), (COSTS, CONVERSATION, START))  # of one model after the other
+LATEST_S = {START: 7.0, COSTS: 0.5, CONVERSATION: 0.3, HEAD: 0.0}  # after that
 WAIT_S = 180.0  # for one of the others, on a slow machine
+POLL_S = 0.02
 USER_PROMPTS = ["w1 w2 w3 w4", "w5 w6 w7", "w8 w9 w10 w11 w12"]
 
 
@@ -91,8 +93,8 @@ def num_kept(out: Path, kind: str) -> int:
     work = out / "work"
     if kind == COSTS:
         return sum(map(len, kept_in(work / TURNS).turns.values()))
-    if kind == HEAD:
-        return sum(1 for _ in work.glob("head-*"))
+    if kind == HEAD:  # the others follow at once, and then the end
+        return sum(1 for _ in work.glob("head-0.safetensors"))
     return RowStore(work / "rows").counts["conversations"] if (work / "rows" / INDEX).is_file() else 0
 
 
@@ -111,23 +113,22 @@ def loads(out: Path) -> bool:
 def start_and_kill(plan: Plan, kind: str, rng: random.Random) -> bool:
     """Whether it had not ended by itself."""
     kept, pid = num_kept(plan.out, kind), start(plan)
-    if kind == START:
-        time.sleep(rng.uniform(0.1, 7.0))
-    else:
+    if kind != START:
         until = time.monotonic() + WAIT_S
         while num_kept(plan.out, kind) <= kept and is_running(pid) and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0.0, 1.0))
+            time.sleep(POLL_S)
+    time.sleep(rng.uniform(0.0, LATEST_S[kind]))
     os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def prepare_with_kills(model: Path, out: Path, kills: Sequence[str], rng: random.Random) -> dict[str, object]:
     out.mkdir()
-    plan, killed = plan_for(model, out), 0
+    plan = plan_for(model, out)
+    killed: list[tuple[str, bool]] = []
     for kind in kills:
         before = finished_work(out) | measured_costs(out)
-        killed += start_and_kill(plan, kind, rng)
+        killed.append((kind, start_and_kill(plan, kind, rng)))
         after = finished_work(out) | measured_costs(out)
         lost = [name for name, data in before.items() if not after.get(name, b"").startswith(data)]
         assert not lost, f"finished work is gone or changed: {lost}"

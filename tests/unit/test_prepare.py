@@ -9,12 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from apparate_llm.prepare.acceptance import measure_head
 from apparate_llm.prepare.calibrate import calibrate_positions, coverage_curve, fit
 from apparate_llm.prepare.capture import top_tokens
 from apparate_llm.prepare.command import duration, parse_depths
 from apparate_llm.prepare.draft_data import BaseParts, DraftData, ramp_vocabulary, starts
 from apparate_llm.prepare.evaluate import calibration_error, ceiling
-from apparate_llm.prepare.measure import measure_head
 from apparate_llm.prepare.pipeline import disk_errors, running
 from apparate_llm.prepare.plan import Plan, automatic_aux_layers, automatic_depths
 from apparate_llm.prepare.rows import LEAD, TEST, TOP, TRAIN, VALIDATION, Conversation, rows_of

@@ -1,8 +1,13 @@
 """The laps of a preparation: when they end, what they say, and the time that all of it takes."""
 
+import errno
+import json
 import math
+import os
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from apparate_llm.prepare import pipeline
 from apparate_llm.prepare.plan import Made
@@ -15,14 +20,15 @@ from tests.preparation import Clock, lines, plan_for, running
 def laps_of(tiny_llama, tmp_path, monkeypatch):
     """Laps whose synthesis ends in time and whose trainings have these scores on (training, validation) rows."""
 
-    def run_laps(scores, *, missing=(), **changes):
+    def run_laps(scores, *, missing=(), full_from=math.inf, **changes):
         clock, asked = Clock(), []
         monkeypatch.setattr("apparate_llm.prepare.schedule.time", clock)
 
         def synthesise_lap(run, lap):
             asked.append(lap)
             clock.now += max(0.0, lap.synthesise_until_s - run.clock.spent_s) if run.plan.tokens is None else 60.0
-            return {"rows": 1000 * (1 + lap.number), "tokens": 200_000 * (1 + lap.number), "seconds": 1}
+            made = {"rows": 1000 * (1 + lap.number), "tokens": 200_000 * (1 + lap.number), "seconds": 1}
+            return made | ({"disk_is_full": True} if lap.number >= full_from else {})
 
         def train_depth(run, rows, depth, *, lap=0, after, epochs, until_s):
             if until_s < math.inf:
@@ -69,6 +75,127 @@ def test_a_first_lap_without_a_row_of_each_split_is_gone_on_with_and_a_last_one_
     assert trainings[0][0] == 1 and len(laps) == 3
     with pytest.raises(RuntimeError, match="answer tokens are too few, none are for test: give more tokens or time"):
         laps_of([(1.0, 1.0)] * 3, missing=[["test"]] * 3)
+
+
+@pytest.mark.parametrize("full_from", [0, 1, 2])
+@pytest.mark.parametrize("settings", [{}, {"tokens": 1_000_000, "time_budget_s": None}])
+def test_a_lap_that_a_full_disk_has_ended_is_the_last_and_no_doubling(full_from, settings, laps_of):
+    made, laps, trainings, log = laps_of([(1.0, 1.0), (1.5, 1.5), (1.5, 1.5)], full_from=full_from, **settings)
+    assert len(laps) == len(trainings) == full_from + 1
+    assert made.outlook == "The disk was full: with more room the same command goes on."
+    assert not any("this is enough" in line for line in log)
+    if not settings:
+        schedule = plan_for(None, None, tokens=None, time_budget_s=7200.0).schedule
+        (*_, until_s), spent_s = trainings[-1], laps[-1].synthesise_until_s
+        assert (until_s - spent_s) * 1.5 == pytest.approx(schedule.work_s - spent_s), "the second depth has the rest"
+
+
+def test_a_full_disk_with_a_split_missing_is_told_as_one(laps_of):
+    with pytest.raises(RuntimeError, match=r"^no space left in .*/out: make room and give the same command again"):
+        laps_of([(1.0, 1.0)] * 3, missing=[["test"]] * 3, full_from=0)
+
+
+# ---- the whole of it
+
+
+@pytest.fixture
+def stages(tiny_llama, tmp_path, monkeypatch):
+    """A preparation whose stages take a minute of the clock, and its verification an hour; and the clock's file."""
+    clock = Clock()
+    monkeypatch.setattr("apparate_llm.prepare.schedule.time", clock)
+    advice = {"advice": {"depth": 0, "sentence": "Use depth 0."}}
+
+    def taking(seconds, result=None):
+        def stage(*args, **settings):
+            clock.now += seconds
+            return result
+
+        return stage
+
+    made = Made({"rows": 1, "tokens": 1, "seconds": 1}, trained=dict.fromkeys((0, 2)), outlook="Enough.")
+    for name, result in (
+        ("measure_costs", {"until_s": 60.0}),
+        ("_laps", made),
+        *((name, None) for name in ("_other_depths", "measure_depth", "_calibrate", "_conversations", "_write_ramps")),
+        ("write_report", advice),
+    ):
+        monkeypatch.setattr(pipeline, name, taking(60.0, result))
+    monkeypatch.setattr(pipeline, "say_needs", taking(30.0))
+    monkeypatch.setattr(pipeline, "verify", taking(3600.0, advice | {"verified": {"sentence": "Measured."}}))
+    plan = plan_for(tiny_llama, tmp_path / "out", tokens=None, time_budget_s=900.0, verify=True)
+    return plan, plan.out / "work" / "clock.json"
+
+
+def test_a_verification_and_what_is_said_before_cost_nothing_of_the_budget(stages):
+    plan, file = stages
+    pipeline.prepare(plan, Console(quiet=True))
+    assert json.loads(file.read_text())["result"]["seconds"] == 60.0 * (5 + 3 * len(plan.depths))
+
+
+def test_a_verification_that_fails_costs_nothing_either_and_no_time_is_said_to_be_left(stages, monkeypatch):
+    plan, file = stages
+    left = []
+
+    def fails(*args, progress, **settings):
+        left.append(progress.left_s())
+        raise RuntimeError("nothing measured")
+
+    monkeypatch.setattr(pipeline, "verify", fails)
+    with pytest.raises(RuntimeError, match="nothing measured"):
+        pipeline.prepare(plan, Console(quiet=True))
+    assert json.loads(file.read_text())["result"]["seconds"] == 660.0 and left == [None]
+
+
+def test_starts_that_are_refused_cost_nothing(stages, monkeypatch):
+    plan, file = stages
+
+    def refuses(run):
+        raise ValueError("not enough memory")
+
+    monkeypatch.setattr(pipeline, "say_needs", refuses)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="not enough memory"):
+            pipeline.prepare(plan, Console(quiet=True))
+    assert not file.exists()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="other settings"):
+        pipeline.prepare(replace(plan, seed=7), Console(quiet=True))
+    assert not file.exists()
+
+
+# ---- which disk is full
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_disk_that_is_full_is_named(inside, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    (out / "work").mkdir(parents=True)
+    file = out / "work" / "rows" / "index.json" if inside else other / "temporary"
+    named = out if inside else other
+    with pytest.raises(RuntimeError, match=rf"^no space left in {named}: make room"), pipeline.disk_errors(out):
+        raise RuntimeError("wrapped") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+
+def test_a_work_folder_on_another_disk_is_named(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out" / "work").symlink_to(tmp_path / "disk")
+    full = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(tmp_path / "out" / "work" / "head.safetensors"))
+    says = rf"^no space left in {tmp_path / 'disk'}: make room"
+    with pytest.raises(RuntimeError, match=says), pipeline.disk_errors(tmp_path / "out"):
+        raise full
+
+
+def test_what_another_process_said_of_a_full_disk_is_kept_with_its_log_and_file(tmp_path):
+    output = "\n".join(
+        ["Traceback", *["  in a line"] * 99, "OSError: [Errno 28] No space left on device: '/tmp/kernel.so'"]
+    )
+    failed = RuntimeError(f"profile failed with exit code 1, see {tmp_path / 'vllm.log'}: {output}")
+    with pytest.raises(RuntimeError, match=r"^no space left in ") as error, pipeline.disk_errors(tmp_path / "out"):
+        raise failed
+    text = str(error.value)
+    assert str(tmp_path / "vllm.log") in text and "/tmp/kernel.so" in text and "make room" in text
+    assert "\n" not in text and len(text) < 800
 
 
 def test_without_any_row_all_splits_are_missing(tiny_llama, tmp_path):

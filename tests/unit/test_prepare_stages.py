@@ -140,7 +140,7 @@ def test_heads_to_measure_costs_with_load_as_trained_ones_do(without_engine, tin
     from apparate_llm.prepare.draft_data import BaseParts
 
     with running(plan_for(tiny_llama, tmp_path)) as (run, _):
-        profile_stage.measure_costs(run)
+        profile_stage._write_untrained(run, run.workspace.path("ramps"))
         folder, base = run.workspace.path("ramps"), BaseParts.of(tiny_llama)
     manifest = read_manifest(folder)
     for depth in (0, 2):

@@ -18,8 +18,10 @@ from apparate_llm.prepare.schedule import (
     tpt_saved,
     train_until_s,
     what_is_short,
+    without_more_rows,
 )
 from apparate_llm.prepare.workspace import Workspace
+from tests.preparation import Clock
 
 
 @pytest.mark.parametrize("budget_s", [120.0, 600.0, 1200.0, 2700.0, 36000.0])
@@ -47,6 +49,32 @@ def test_laps_share_the_time_that_costs_have_left():
     assert [(lap.synthesise_until_s, lap.train_until_s) for lap in nothing_left] == [(200.0, 200.0)]
 
 
+@pytest.mark.parametrize(
+    ("budget_s", "start_s", "laps"),
+    [(2700.0, 0.0, 3), (2700.0, 25.0, 3), (2700.0, 100.0, 1), (900.0, 20.0, 3), (900.0, 40.0, 1), (36_000.0, 100.0, 3)],
+)
+def test_a_model_that_starts_slowly_has_one_lap(budget_s, start_s, laps):
+    """A start in each of three would take more than 15 % of the time to write."""
+    assert len(Schedule(None, budget_s, 2, begins_s=60.0, start_s=start_s).laps()) == laps
+    assert len(Schedule(1_000_000, None, 2, start_s=start_s).laps()) == 3
+
+
+@pytest.mark.parametrize("num_depths", [1, 2, 3])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_lap_without_more_rows_trains_for_all_that_is_left_of_the_first_depth(number, num_depths):
+    schedule = Schedule(None, 2700.0, num_depths)
+    laps = schedule.laps()
+    full = without_more_rows(laps[number], schedule)
+    assert full.last and full.fraction == 1.0 and full.number == number
+    assert full.training_share == pytest.approx(sum(lap.training_share for lap in laps[number:]))
+    spent_s = laps[number].synthesise_until_s - 100  # when the disk was full
+    until_s = train_until_s(full, spent_s, schedule.work_s)
+    trained_s, left_s = until_s - spent_s, schedule.work_s - spent_s
+    assert trained_s * (1 + 0.5 * (num_depths - 1)) == pytest.approx(left_s)
+    tokens = Schedule(1_000_000, None, num_depths)
+    assert math.isinf(train_until_s(without_more_rows(tokens.laps()[number], tokens), 9.0, tokens.work_s))
+
+
 def test_a_training_gets_its_part_of_what_a_late_synthesis_has_left():
     schedule = Schedule(None, 2700.0, 2)
     *_, lap = schedule.laps()
@@ -63,7 +91,8 @@ def test_a_training_gets_its_part_of_what_a_late_synthesis_has_left():
 def test_costs_and_test_rows_get_a_share_of_the_time():
     for budget_s in (60.0, 180.0, 600.0, 1800.0):
         assert Schedule(None, budget_s, 2).profile_s == pytest.approx(0.05 * budget_s)
-    assert Schedule(None, 36_000.0, 2).profile_s == Schedule(1000, None, 2).profile_s == 90.0
+    assert Schedule(None, 3600.0, 2).profile_s == pytest.approx(180.0)
+    assert Schedule(None, 36_000.0, 2).profile_s == 300.0 and Schedule(1000, None, 2).profile_s == 90.0
     assert Schedule(None, 2700.0, 2).measure_s == pytest.approx(8.1) and math.isinf(Schedule(1000, None, 2).measure_s)
 
 
@@ -81,6 +110,23 @@ def test_the_clock_is_kept_whatever_goes_on_and_counts_all_starts(tmp_path, monk
     with WorkClock(workspace) as again:
         assert again.spent_s >= ended_s
     assert "work-clock" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_clock_counts_from_when_it_is_entered_until_it_is_stopped(tmp_path, monkeypatch):
+    now = Clock()
+    monkeypatch.setattr(module, "time", now)
+    workspace = Workspace(tmp_path)
+    clock = WorkClock(workspace)
+    now.now += 1000.0  # what is refused is refused here
+    assert not workspace.path("clock.json").exists()
+    with clock:
+        now.now += 60.0
+        assert clock.spent_s == 60.0 and not clock.is_stopped
+        clock.stop()
+        now.now += 1000.0  # a verification
+        assert clock.spent_s == 60.0 == WorkClock(workspace).before_s and clock.is_stopped
+        clock.stop()
+    assert WorkClock(workspace).before_s == 60.0
 
 
 def test_a_full_disk_takes_the_clocks_file_and_not_the_work(tmp_path, monkeypatch):

@@ -170,14 +170,18 @@ def lap_of(clock, tokenizer, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(synthesise_stage, "give_back_memory", lambda: None)
     engines = []
 
-    def start(lap, *, step_s=0.1, engine_settings=None, speaks=tokenizer, **changes):
+    def start(lap, *, step_s=0.1, engine_settings=None, speaks=tokenizer, start_s=START_S, import_s=0.0, **changes):
+        def import_vllm():
+            clock.now += import_s
+
         @contextmanager
         def generation_engine(model, **settings):
-            clock.now += START_S
+            clock.now += start_s
             engines.append(FakeEngine(clock, step_s=step_s, **(engine_settings or {})))
             yield FakeLLM(engines[-1], speaks)
 
         monkeypatch.setattr(synthesise_stage, "generation_engine", generation_engine)
+        monkeypatch.setattr(synthesise_stage, "import_vllm", import_vllm)
         with running(plan_for(tiny_llama, tmp_path / "out", **changes)) as (run, log):
             result = synthesise_lap(run, lap)
             splits = run.store.splits()
@@ -219,6 +223,46 @@ def test_a_lap_without_time_for_another_start_of_the_model_is_over(lap_of):
     for number, (until_s, starts) in enumerate([(110.0, 1), (160.0, 2)], 1):
         *_, engines, run = lap_of(timed_lap(until_s, number=number), **TIMED)
         assert len(engines) == starts, run.clock.spent_s
+
+
+def test_a_start_counts_without_what_is_imported_once_and_the_fastest_one_does(lap_of):
+    *_, run = lap_of(timed_lap(100.0), import_s=30.0, **TIMED)
+    assert synthesise_stage._starts(run) == {"seconds": START_S, "number": 1, "first_s": START_S}
+    for number, start_s in enumerate((10.0, 15.0), 1):
+        *_, run = lap_of(timed_lap(100.0 + 60 * number, number=number), start_s=start_s, **TIMED)
+        assert synthesise_stage._starts(run) == {"seconds": 10.0, "number": number + 1, "first_s": START_S}
+
+
+def test_a_lap_has_to_leave_as_long_for_writing_as_the_model_takes_to_start(lap_of):
+    for number, (until_s, starts) in enumerate([(100.0, 1), (160.0, 2), (190.0, 2), (215.0, 3)]):
+        *_, engines, run = lap_of(timed_lap(until_s, number=number), **TIMED)
+        assert len(engines) == starts, run.clock.spent_s
+
+
+def test_one_start_that_read_all_from_the_disk_does_not_end_all_later_laps(lap_of):
+    lap_of(timed_lap(100.0), start_s=60.0, **TIMED)
+    *_, engines, run = lap_of(timed_lap(140.0, number=1), start_s=10.0, **TIMED)
+    assert len(engines) == 2 and synthesise_stage._expected_start_s(run) == 10.0
+
+
+@pytest.mark.parametrize(("start_s", "num_laps"), [(25.0, 3), (120.0, 1)])
+def test_a_first_lap_is_the_only_one_where_the_model_starts_slowly(start_s, num_laps, lap_of, clock):
+    settings = {"tokens": None, "time_budget_s": 2700.0}
+    planned, began = plan_for(None, None, **settings).schedule.laps(), clock.now
+    assert len(planned) == 3
+    *_, run = lap_of(planned[0], start_s=start_s, step_s=10.0, **settings)
+    assert len(run.schedule.laps()) == num_laps and synthesise_stage.start_that_counts(run) == start_s
+    until_s = run.schedule.laps()[0].synthesise_until_s
+    assert until_s <= clock.now - began <= until_s + 20.0
+    *_, run = lap_of(planned[0], start_s=1.0, **settings)
+    assert synthesise_stage.start_that_counts(run) == start_s, "the next start goes on with the same laps"
+
+
+def test_a_full_disk_is_looked_at_before_the_model_is_started_for_a_split_that_is_missing(lap_of, monkeypatch):
+    for module in (needs, synthesise_stage):
+        monkeypatch.setattr(module, "disk_left", lambda run: 0)
+    result, splits, _, engines, _ = lap_of(timed_lap(100.0), **TIMED)
+    assert not engines and not splits and result["disk_is_full"]
 
 
 def test_a_lap_that_an_earlier_start_has_ended_is_not_told_of_again(lap_of):

@@ -11,9 +11,9 @@ from apparate_llm.eval.client import Completion
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.store import Block, BlockKey
 from apparate_llm.prepare import verify as verify_module
-from apparate_llm.prepare.measurements import Measurements, kept_in
 from apparate_llm.prepare.profile import TURNS, profile
 from apparate_llm.prepare.report import advice, write_pages
+from apparate_llm.prepare.timings import Measurements, kept_in
 from apparate_llm.prepare.verify import SYSTEM, YOURS, chosen, compared, digest_of, store_in, verify, verify_folder
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import read_manifest

@@ -12,6 +12,7 @@ from apparate_llm.prepare.records import Profiled
 
 Key = tuple[Any, ...]  # what was timed, and with what numbers
 Turns = dict[Key, list[list[float]]]  # ms
+KEYS = {"plain": 1, "verify": 1, "pass": 2, "prompt": 1, "draft_step": 2}  # what was timed -> how many numbers
 UNKNOWN_ERROR_FRAC = 0.1  # where there was one turn only
 KNOWN_FRAC = 0.05  # two turns that agree so well are enough: simulations are off by as much
 
@@ -21,6 +22,7 @@ class Kept(NamedTuple):
 
     turns: Turns
     spent_s: float
+    num_sizes: int | None = None  # the first ones, that there is time for; None: all
 
 
 def kept_in(file: Path) -> Kept:
@@ -29,10 +31,29 @@ def kept_in(file: Path) -> Kept:
         return Kept({}, 0.0)
     try:
         kept = json.loads(file.read_bytes())
-        turns = {tuple(key): [list(map(float, spent_ms)) for spent_ms in turns] for key, turns in kept["turns"]}
-        return Kept(turns, float(kept["spent_s"]))
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        turns = {_key(key): [_times(spent_ms) for spent_ms in turns] for key, turns in kept["turns"]}
+        if not all(turns.values()):
+            raise ValueError("a key without a turn")
+        num_sizes = kept.get("num_sizes")
+        if num_sizes is not None and (type(num_sizes) is not int or num_sizes < 1):
+            raise ValueError(f"num_sizes must be a number of sizes, got {num_sizes!r}")
+        return Kept(turns, float(kept["spent_s"]), num_sizes)
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise ValueError(f"damaged {file}: {error!r}; delete it, and costs are measured anew") from None
+
+
+def _key(key: list[object]) -> Key:
+    kind, *numbers = key
+    if not isinstance(kind, str) or KEYS.get(kind) != len(numbers) or not all(type(one) is int for one in numbers):
+        raise ValueError(f"a key must be one of {', '.join(KEYS)} and its numbers, got {key!r}")
+    return (kind, *numbers)
+
+
+def _times(spent_ms: list[object]) -> list[float]:
+    times = [float(ms) for ms in spent_ms if isinstance(ms, int | float)]
+    if not times or len(times) < len(spent_ms) or not all(0 < ms < math.inf for ms in times):
+        raise ValueError(f"times of a turn must be ms, got {spent_ms!r:.80}")
+    return times
 
 
 class Measurements:
@@ -45,12 +66,12 @@ class Measurements:
 
     def __init__(self, limit_s: float, *, keep: Path | None = None) -> None:
         self.limit_s, self.file = limit_s, keep
-        self.turns, self.before_s = Kept({}, 0.0) if keep is None else kept_in(keep)
+        self.turns, self.before_s, self.num_sizes = Kept({}, 0.0) if keep is None else kept_in(keep)
         self.began_s = time.monotonic()
 
     def keep(self) -> None:
         if self.file is not None:
-            kept = {"spent_s": self.spent_s, "turns": list(self.turns.items())}
+            kept = {"spent_s": self.spent_s, "num_sizes": self.num_sizes, "turns": list(self.turns.items())}
             write_atomically(self.file, json.dumps(kept).encode(), private=True)
 
     def has(self, turn: int, *key: str | int) -> bool:
@@ -60,6 +81,10 @@ class Measurements:
     def add(self, key: Key, spent_ms: list[float]) -> None:
         if spent_ms:
             self.turns.setdefault(key, []).append(spent_ms)
+
+    def add_plain(self, size: int, spent_ms: list[float]) -> None:
+        """Beside the first turn with so many requests, of the same start: only those are compared."""
+        self.turns["plain", size] = [spent_ms]
 
     @property
     def spent_s(self) -> float:
@@ -99,7 +124,7 @@ class Measurements:
         }
 
     def plain_frac(self) -> float:
-        """Of turns as plain vLLM's, and as ours."""
+        """Of turns as plain vLLM's, and as ours, both of one start."""
         known = [key for key in self.turns if key[0] == "plain"]
         times = [
             median(self.turns[key][0]) / median(self.turns["verify", key[1]][0])
