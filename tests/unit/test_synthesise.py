@@ -13,16 +13,12 @@ from apparate_llm.prepare.schedule import Lap
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise import UNDER_WAY, Synthesiser
 from apparate_llm.prepare.synthesise_stage import synthesise_lap
-from tests.preparation import CONTEXT, Clock, FakeCapture, FakeEngine, FakeLLM, lines, plan_for, running
+from tests.preparation import CONTEXT, Clock, FakeCapture, FakeEngine, FakeLLM, Killed, lines, plan_for, running
 from tests.tiny import CHAT_TEMPLATE
 
 SLOTS = 4
 START_S = 20.0
 LIMIT_S = 120.0  # of work that a kill may lose
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture
