@@ -9,10 +9,11 @@ import torch
 
 from apparate_llm.prepare import train, train_stage
 from apparate_llm.prepare.draft_data import BaseParts
-from apparate_llm.prepare.measure import Measured
+from apparate_llm.prepare.measure import Measured, measure_head
 from apparate_llm.prepare.rows import TOP, Conversation
 from apparate_llm.prepare.splits import split_of
 from apparate_llm.prepare.train import TrainSettings
+from apparate_llm.prepare.workspace import save_state
 from tests.preparation import Clock
 
 VOCAB, HIDDEN = 50, 16
@@ -53,7 +54,7 @@ class Slow(Clock):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, step_s: float, row_s: float, save_s: float = 0.0) -> None:
         self.now, self.evaluations, self.saves = 0.0, list[int](), list[float]()
-        loss, measure, save = train.batch_loss, train.measure_head, train.save_state
+        loss = train.batch_loss
 
         def slow_loss(*args: Any) -> torch.Tensor:
             self.now += step_s
@@ -62,12 +63,12 @@ class Slow(Clock):
         def slow_measure(head: Any, data: Any, index: torch.Tensor, **others: Any) -> Sequence[Measured]:
             self.now += row_s * len(index)
             self.evaluations.append(len(index))
-            return measure(head, data, index, **others)
+            return measure_head(head, data, index, **others)
 
         def slow_save(state: Any, path: Path) -> None:
             self.now += save_s
             self.saves.append(self.now)
-            save(state, path)
+            save_state(state, path)
 
         monkeypatch.setattr(train, "time", self)
         monkeypatch.setattr(train, "batch_loss", slow_loss)

@@ -10,6 +10,7 @@ from apparate_llm.prepare.measure import measure_head
 from apparate_llm.prepare.rows import TEST, TRAIN, rows_of
 from apparate_llm.prepare.train import batch_loss, new_head, train_head
 from tests.made_rows import VOCAB, Slow, base_parts, made_conversations, settings
+from tests.preparation import Killed
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +96,6 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(base, rows, tmp_pa
     monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
     checkpoint = tmp_path / "train.pt"
 
-    class Killed(Exception):
-        pass
-
     for stop_at in (0.3, 0.7):
 
         def kill(done_frac, facts, stop_at=stop_at):
@@ -147,16 +145,7 @@ def test_a_training_of_a_large_model_ends_in_time_and_does_not_only_evaluate(bas
 
 @pytest.mark.parametrize(("step_s", "row_s"), [(0.5, 0.05), (10.0, 0.2), (50.0, 0.3)])
 def test_a_training_is_kept_every_two_minutes_on_any_model(base, rows, step_s, row_s, tmp_path, monkeypatch):
-    from apparate_llm.prepare import train
-
-    machine = Slow(monkeypatch, step_s=step_s, row_s=row_s)
-    kept, save = [0.0], train.save_state
-
-    def kept_now(state, path):
-        kept.append(machine.now)
-        save(state, path)
-
-    monkeypatch.setattr(train, "save_state", kept_now)
+    machine = Slow(monkeypatch, step_s=step_s, row_s=row_s, save_s=8.0)
     train_head(rows, base, ramp_vocabulary(rows, VOCAB), settings(epochs=20.0), checkpoint=tmp_path / "train.pt")
-    assert len(kept) > 1
-    assert max(after - before for before, after in pairwise(kept)) <= 120.0
+    assert machine.saves
+    assert max(after - before for before, after in pairwise([0.0, *machine.saves])) <= 120.0
