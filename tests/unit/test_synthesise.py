@@ -125,6 +125,33 @@ def test_a_kill_soon_after_a_start_leaves_what_earlier_starts_kept(prompt_words,
     assert kept_tokens(tmp_path, tokenizer) >= kept + SLOTS * 15
 
 
+def test_a_kill_between_two_files_has_no_prompt_written_again(clock, tokenizer, tmp_path, monkeypatch):
+    """The store has the conversations, and what is beside it still the drafts that they came of."""
+    settings, save = {"max_answer_tokens": 16}, synthesise.save_state
+    left = iter(range(10))
+    first = synthesiser_on(FakeEngine(clock, step_s=1.0, prompt_words=50), tokenizer, tmp_path, **settings)
+    first.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
+    assert [len(under_way) for under_way in torch.load(tmp_path / UNDER_WAY, weights_only=True)] == SLOTS * [3]
+
+    def killed(*args, **others):
+        raise Killed
+
+    monkeypatch.setattr(synthesise, "save_state", killed)
+    second = synthesiser_on(FakeEngine(clock, step_s=1.0), tokenizer, tmp_path, **settings)
+    assert len(second.work) == SLOTS
+    with pytest.raises(Killed):
+        second.run(tokens=16 * SLOTS, most_tokens=16 * SLOTS, enough=lambda: False)
+    for _ in range(2):
+        again = synthesiser_on(FakeEngine(clock, step_s=1.0), tokenizer, tmp_path, **settings)
+        assert not again.work and again.store.counts["conversations"] == SLOTS
+        with pytest.raises(Killed):
+            again.keep()
+    monkeypatch.setattr(synthesise, "save_state", save)
+    again.keep()
+    again.keep()
+    assert RowStore(tmp_path).ended == [], "they are not on disk any more"
+
+
 @pytest.mark.parametrize(("slots", "then"), [(4, 4), (8, 8), (16, 16), (20, 16), (64, 16)])
 def test_slow_steps_never_lead_to_more_conversations_at_once(slots, then, clock, tokenizer, tmp_path):
     """Memory may allow for few only."""
