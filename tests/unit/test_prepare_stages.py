@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 
 from apparate_llm import files
-from apparate_llm.prepare import needs, pipeline, profile_stage, train
+from apparate_llm.prepare import needs, pipeline, profile_stage, schedule, train
 from apparate_llm.prepare.pipeline import prepare
 from apparate_llm.prepare.rows import TRAIN
 from apparate_llm.prepare.train_stage import head_tensors, train_depth
 from apparate_llm.prepare.workspace import Workspace, save_state
 from apparate_llm.ramps.checkpoint import MANIFEST, WEIGHTS, RampError, read_manifest
 from apparate_llm.ramps.load import load_ramps
-from tests.full_disk import on_full_disk
+from tests.full_disk import on_full_device, on_full_disk
 from tests.preparation import Killed, conversations, lines, plan_for, running
 
 NUMBER = 200
@@ -206,12 +206,14 @@ def full_disk():
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize("further", [3, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("failure", [Killed, full_disk], ids=["killed", "disk full"])
 def test_whatever_write_fails_the_same_command_goes_on_and_ends_as_without(
-    failure, without_engine, tiny_llama, tmp_path, monkeypatch
+    failure, further, without_engine, tiny_llama, tmp_path, monkeypatch
 ):
-    """Each start gets one or two writes further than the last one."""
+    """Each start gets `further` writes further than the last one, and leaves what a kill does."""
     monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(schedule, "KEEP_CLOCK_EVERY_S", 1e6)  # its thread would write whenever it comes to that
     undisturbed = plan_for(tiny_llama, tmp_path / "undisturbed")
     writes, fsync = [0, math.inf], os.fsync
 
@@ -228,15 +230,15 @@ def test_whatever_write_fails_the_same_command_goes_on_and_ends_as_without(
     without_engine.clear()
     while not ended:
         starts += 1
-        writes[:] = [0, 1 + 2 * starts]
+        writes[:] = [0, 1 + further * starts]
         try:
             prepare(plan, quiet())
             ended = True
         except Killed:
-            pass
+            (plan.out / "work" / f".train-0.pt.{starts}{files.PART}").write_bytes(b"half of it")
         except RuntimeError as error:
             assert str(error).startswith(f"no space left in {plan.out}: make room and give the same command again")
-        assert not list(plan.out.rglob("*.part"))
+    assert not list(plan.out.rglob(f"*{files.PART}"))
     assert 5 < starts < total
     assert without_engine["synthesise"] <= 2
     assert (plan.out / WEIGHTS).read_bytes() == (undisturbed.out / WEIGHTS).read_bytes()
@@ -244,8 +246,14 @@ def test_whatever_write_fails_the_same_command_goes_on_and_ends_as_without(
     assert reports[0]["advice"] == reports[1]["advice"]
 
 
-@pytest.mark.parametrize("save", ["torch", "safetensors", "plain"])
-def test_a_full_disk_is_known_by_what_each_library_says_of_it(save, tmp_path):
+@pytest.mark.parametrize(
+    ("save", "full"),
+    [
+        *((save, on_full_disk) for save in ("torch", "safetensors", "plain")),
+        *((save, on_full_device) for save in ("torch", "plain")),  # safetensors opens files by itself
+    ],
+)
+def test_a_full_disk_is_known_by_what_each_library_says_of_it(save, full, tmp_path):
     from safetensors.torch import save_file
 
     state, path = {"weights": torch.zeros(1 << 20)}, tmp_path / "file"
@@ -258,17 +266,18 @@ def test_a_full_disk_is_known_by_what_each_library_says_of_it(save, tmp_path):
                 torch.save(state, file) if save == "torch" else file.write(bytes(1 << 20))
 
     with pytest.raises(RuntimeError, match=r"^no space left in "), pipeline.disk_errors(tmp_path):
-        on_full_disk(write)
+        full(write)
     write()
     assert path.stat().st_size >= 1 << 20, "it was the disk"
 
 
-def test_a_state_that_finds_no_room_leaves_the_old_one(tmp_path):
+@pytest.mark.parametrize("full", [on_full_disk, on_full_device])
+def test_a_state_that_finds_no_room_leaves_the_old_one(full, tmp_path):
     path = tmp_path / "train.pt"
     save_state({"steps": 1}, path)
     for size in (1, 1 << 20):  # of which all is written at the end, and most before
         with pytest.raises(RuntimeError, match=r"^no space left in "), pipeline.disk_errors(tmp_path):
-            on_full_disk(partial(save_state, {"steps": 2, "weights": torch.zeros(size)}, path))
+            full(partial(save_state, {"steps": 2, "weights": torch.zeros(size)}, path))
     assert torch.load(path, weights_only=True) == {"steps": 1} and list(tmp_path.iterdir()) == [path]
 
 
