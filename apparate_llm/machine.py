@@ -132,3 +132,8 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": packages,
     }
+
+
+def what_times_depend_on() -> dict[str, object]:
+    """Of the machine: what was measured where these are the same is comparable."""
+    return {name: value for name, value in machine().items() if name in ("cpu", "cores", "packages")}

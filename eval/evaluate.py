@@ -67,6 +67,20 @@ class Evaluation:
     def is_done(self, system: System) -> bool:
         return all(self.store.has(key) for key, *_ in self.keys(system))
 
+    def settle(self) -> None:
+        """Know which loads an earlier start has measured often enough; one that began another repeat had not."""
+        for load in range(len(self.loads)):
+            unfinished = (repeat for repeat in range(self.repeat) if not all(self._has(load, repeat)))
+            repeats = next(unfinished, self.repeat)
+            if 0 < repeats < self.repeat and not any(self._has(load, repeats)) and self.enough(load):
+                self.repeats[load] = repeats
+
+    def _has(self, load: int, repeat: int) -> list[bool]:
+        """Whether each block of a repeat is there, of all systems that can be measured."""
+        systems = [one for one in self.systems if one.problem is None and is_served(one, self.loads[load])]
+        blocks = range(len(self.loads[load].blocks))
+        return [self.store.has(BlockKey(load, repeat, block, one.name)) for one in systems for block in blocks]
+
 
 def is_served(system: System, load: Load) -> bool:
     """Whether the system is measured under a load: one that takes a request at a time says nothing about more."""
@@ -75,6 +89,7 @@ def is_served(system: System, load: Load) -> bool:
 
 def evaluate(evaluation: Evaluation, progress: Progress) -> None:
     """Fills `evaluation.store`; raises RuntimeError if the baseline cannot run."""
+    evaluation.settle()
     with ExitStack() as stack:
         servers = _start(evaluation, stack, progress)
         total, done = _requests(evaluation, servers)
@@ -82,7 +97,8 @@ def evaluate(evaluation: Evaluation, progress: Progress) -> None:
             stage.update(done)
             for number, load in enumerate(evaluation.loads):
                 taking_part = [server for server in servers if is_served(server.system, load)]
-                _measure(evaluation, number, load, taking_part, progress, stage)
+                if number not in evaluation.repeats:
+                    _measure(evaluation, number, load, taking_part, progress, stage)
 
 
 def _requests(evaluation: Evaluation, servers: list[Server]) -> tuple[int, int]:
@@ -134,6 +150,7 @@ def _measure(
     settled: set[str] = set()
     order = list(servers)
     for repeat in range(evaluation.repeat):
+        is_new = False
         for block, asks in enumerate(load.blocks):
             for server in order:
                 name = server.system.name
@@ -157,9 +174,10 @@ def _measure(
                     stage.update(before)
                     continue
                 evaluation.store.add(measured)
+                is_new = True
                 stage.update(before + len(asks), stage.facts)
             order.reverse()
-        if evaluation.enough(number):
+        if is_new and evaluation.enough(number):
             evaluation.repeats[number] = repeat + 1
             stage.total, _ = _requests(evaluation, servers)
             break

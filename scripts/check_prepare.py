@@ -32,6 +32,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from apparate_llm.files import PART
 from apparate_llm.launch import server_environment
 from apparate_llm.prepare.command import duration
 from apparate_llm.prepare.store import RowStore
@@ -39,14 +40,14 @@ from apparate_llm.progress import AT_LEAST_EVERY_S, FIRST_EVERY_S, FIRST_S
 from scripts.random_model import build_model
 
 LATE_S = 5.0  # that a line may be late on a busy machine
-KILLS = (("synthesise", 150.0), ("train depth", 90.0))  # stage, and seconds that it has been at work
-AT_WORK_FRAC = 0.08  # of the budget, at most so many
+# Stage, seconds that it has been at work, and the files in which it keeps its work.
+KILLS = (("synthesise", 150.0, "rows/*"), ("train depth", 90.0, "train-*.pt"))
+AT_WORK_FRAC, LEAST_AT_WORK_S = 0.08, 75.0  # of the budget, at most so many; by the latter it has kept something
 DISK_FULL = 0.65  # of the budget
 LOST_S = 120.0
 CLOCK_S = 15.0  # of the time budget, that a kill may lose
 MOST_LINES = 80  # of an hour's log, or a shorter one's
 END_TIMEOUT_S = 900.0
-NO_WORK = ("clock.json", "start.json", "lock")  # files that change while nothing is done
 STARTING = "starting the model"
 WITH_RATE = re.compile(r"\d\d:\d\d:\d\d  (\w+).* (?:\d+ %|\(\d+ %\)).*/(?:s|min|h)\b.*stage left .*whole left ")
 STATED = re.compile(r"peak memory about ([\d.]+) ([GM])iB")
@@ -156,10 +157,10 @@ class Run:
         return len(alive)
 
 
-def last_kept_s(work: Path, began: float) -> float:
-    """Seconds since work was left on the disk, or this start of it."""
-    files = [path for path in work.rglob("*") if path.suffix not in (".part", ".log") and path.name not in NO_WORK]
-    return time.time() - max([began, *(path.stat().st_mtime for path in files if path.is_file())])
+def last_kept_s(work: Path, files: str, began: float) -> float:
+    """Seconds since a stage left work in its files, or this start of it."""
+    kept = [path for path in work.glob(files) if path.suffix != PART]
+    return time.time() - max([began, *(path.stat().st_mtime for path in kept)])
 
 
 def kept_tokens(work: Path) -> int:
@@ -205,10 +206,10 @@ def left_alone(run: Run, code: int | None, budget_s: float) -> list[Row]:
 
 def disturbed(start: Callable[[], Run], out: Path, budget_s: float, is_small: bool) -> list[Row]:
     rows, spent_s, tokens = [], 0.0, 0
-    for stage, seconds in KILLS:
+    for stage, seconds, files in KILLS:
         run, began = start(), time.time()
-        code = run.wait_at_work(stage, min(seconds, AT_WORK_FRAC * budget_s), budget_s)
-        rows.append(at_most(f"{stage}: last work kept, ago", LOST_S, last_kept_s(out / "work", began)))
+        code = run.wait_at_work(stage, min(seconds, max(LEAST_AT_WORK_S, AT_WORK_FRAC * budget_s)), budget_s)
+        rows.append(at_most(f"{stage}: last work kept, ago", LOST_S, last_kept_s(out / "work", files, began)))
         if code is not None:
             return [*rows, Row("still at work", "yes", f"exit code {code}", False)]
         spent_s += run.spent_s()

@@ -24,6 +24,10 @@ CONTEXT = 512
 STATES = (1, 2, 3)
 
 
+class Killed(BaseException):
+    """As by `kill -9`, as far as a test can."""
+
+
 class Clock:
     """In the place of the module `time`."""
 

@@ -53,13 +53,20 @@ def thinned(index: torch.Tensor, most: int) -> torch.Tensor:
     return index[:: max(1, math.ceil(len(index) / most))]
 
 
-def whole_conversations(rows: Rows, index: torch.Tensor, most: int) -> torch.Tensor:
+def whole_conversations(
+    rows: Rows, index: torch.Tensor, most: int, *, first: torch.Tensor | None = None, num_first: int = 0
+) -> torch.Tensor:
     """Of the rows `index` those of some conversations, at most `most` rows or one conversation: a text with gaps says
-    nothing of exits one after the other."""
+    nothing of exits one after the other. They are drawn at random, `num_first` of the conversations `first` before all
+    others."""
     owners, sizes = rows.conversations[index].unique(return_counts=True)
     if int(sizes.sum()) <= most:
         return index
     order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(0))
+    if first is not None:
+        is_first = torch.isin(owners[order], first.to(owners.dtype))
+        is_first &= is_first.cumsum(0) <= num_first
+        order = torch.cat([order[is_first], order[~is_first]])
     number = max(1, int((sizes[order].cumsum(0) <= most).sum()))
     return index[torch.isin(rows.conversations[index], owners[order[:number]])]
 

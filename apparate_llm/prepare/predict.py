@@ -89,16 +89,16 @@ def predict_both(
     conversations: Sequence[Recorded], profiled: Profiled, *, depth: int, num_layers: int, seed: int = 0
 ) -> dict[str, Predicted]:
     """`predict` on prompts like the model's own, each with `users`: what is expected on users' prompts."""
-    few = thinned(conversations, MOST_CONVERSATIONS, seed=seed)
+    few = some_of(conversations, MOST_CONVERSATIONS, seed=seed)
     by_clients = predict(few, profiled, depth=depth, num_layers=num_layers, seed=seed)
-    known = thinned(_of_users(conversations), MOST_CONVERSATIONS, seed=seed) if users_are_given(conversations) else few
+    known = some_of(_of_users(conversations), MOST_CONVERSATIONS, seed=seed) if users_are_given(conversations) else few
     users = predict(as_users_ask(known, seed=seed), profiled, depth=depth, num_layers=num_layers, seed=seed)
     for number, item in by_clients.items():
         item["users"] = {"tpt_ratio": users[number]["tpt_ratio"], "ci95": users[number]["ci95"]}
     return by_clients
 
 
-def thinned(conversations: Sequence[Recorded], most: int, *, seed: int = 0) -> list[Recorded]:
+def some_of(conversations: Sequence[Recorded], most: int, *, seed: int = 0) -> list[Recorded]:
     """At most so many of them, in a random order, so that clients ask prompts of different kinds at once."""
     order = np.random.default_rng(seed).permutation(len(conversations))
     return [conversations[index] for index in order[:most]]

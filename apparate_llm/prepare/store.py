@@ -6,7 +6,7 @@ writes over them.
 
 import json
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -52,6 +52,7 @@ class RowStore:
         self.counts = dict.fromkeys(COUNTS, 0)
         self.columns: dict[str, Column] = {}  # by name
         self.facts: dict[str, int] = {}  # what the writer wants to find again
+        self.ended: list[int] = []  # numbers of drafts that the last conversations came of
         if (path := folder / INDEX).is_file():
             self._take(path)
 
@@ -59,20 +60,22 @@ class RowStore:
         index = read_object(path)
         try:
             self.counts, self.facts = {name: int(index["counts"][name]) for name in COUNTS}, dict(index["facts"])
+            self.ended = [int(number) for number in index.get("ended", ())]  # not in older ones
             self.columns = {ROW_COLUMNS.get(name, name): _column(made) for name, made in index["columns"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"damaged {path}: {type(error).__name__}: {error}") from None
 
-    def append(self, conversations: list[Conversation], **facts: int) -> None:
+    def append(self, conversations: list[Conversation], *, ended: Sequence[int] = (), **facts: int) -> None:
         """All of it counts at once, or nothing: OSError where there is no room."""
         self.facts |= facts
+        self.ended = list(ended)
         if conversations:
             counts = dict(self.counts)
             for name, (count, tensor) in _columns_of(conversations, self.counts["conversations"]).items():
                 self._write(name, count, tensor)
                 counts[count] = self.counts[count] + len(tensor)
             self.counts = counts
-        document = {"counts": self.counts, "columns": self.columns, "facts": self.facts}
+        document = {"counts": self.counts, "columns": self.columns, "facts": self.facts, "ended": self.ended}
         write_atomically(self.folder / INDEX, json.dumps(document).encode(), private=True)
 
     def _write(self, name: str, count: str, tensor: torch.Tensor) -> None:

@@ -44,6 +44,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     earlier: dict[int | str, torch.Tensor] = field(default_factory=dict)  # rows from before this start
     began_s: float = field(default_factory=lambda: time.monotonic())  # its prompt, where the model wrote that
+    draft: int | None = None  # number of the draft that its prompt was
 
 
 @dataclass(slots=True)
@@ -77,6 +78,7 @@ class Synthesiser:
         self.number = int(store.facts.get("next_number", 0))  # of the next conversation
         self.work: dict[str, Answer | Draft] = {}  # by request
         self.finished: list[Conversation] = []  # not in the store yet
+        self.ended = list(store.ended)  # drafts of finished conversations, which may be on disk as under way
         self.step_s: list[float] = []
         self.failures = self.requests = 0
         self.kept_at = time.monotonic()
@@ -205,7 +207,7 @@ class Synthesiser:
                 self._failed()
             else:
                 temperature = TEMPERATURES[work.number % len(TEMPERATURES)]
-                self._answer(Answer(prompt, temperature, began_s=work.began_s))
+                self._answer(Answer(prompt, temperature, began_s=work.began_s, draft=work.number))
 
     def _finish(self, request: str, work: Answer) -> None:
         del self.work[request]
@@ -217,6 +219,8 @@ class Synthesiser:
         self.capture.forget(request)
         made = conversation_of(work.prompt.ids, work.tokens, rows)
         self.finished.append(made._replace(split=work.prompt.split, kind=work.prompt.kind))
+        if work.draft is not None:
+            self.ended.append(work.draft)
         self.splits.add(work.prompt.split)
         self.prompts.answered(work.prompt, work.tokens)
         self.failures = 0
@@ -239,7 +243,7 @@ class Synthesiser:
 
     def keep(self, *, all_under_way: bool = False) -> None:
         """Put what is finished into the store, and what has been under way for long beside it."""
-        self.store.append(self.finished, next_number=self.number, **self.prompts.facts())
+        self.store.append(self.finished, ended=self.ended, next_number=self.number, **self.prompts.facts())
         self.finished.clear()
         self.kept_at = now = time.monotonic()
         long = [(request, work) for request, work in self.work.items() if all_under_way or now - work.began_s > LONG_S]
@@ -252,22 +256,24 @@ class Synthesiser:
             kept = len(rows["final"]) - 1 if rows else 0  # the last token's row is not computed yet
             unfinished.append((tuple(work.prompt), work.temperature, work.tokens[:kept], rows if kept > 0 else {}))
         save_state(unfinished, self.store.folder / UNDER_WAY, private=True)
+        self.ended.clear()
 
     def _go_on(self) -> None:
-        """With what an earlier start left unfinished."""
+        """With what an earlier start left unfinished; one that was killed between two files may have finished it."""
         path = self.store.folder / UNDER_WAY
         if not path.is_file():
             return
         for kept in torch.load(path, weights_only=True):
             if len(kept) == NUM_DRAFT_FIELDS:
                 number, opening, text = kept
+                if number in self.ended:
+                    continue
                 self.prompts.goes_on(Opening(*opening))
                 self._write(Draft(number, Opening(*opening), text, began_s=LONG_AGO))
                 continue
             prompt, temperature, tokens, rows = kept
             asked = Prompt(*prompt)
             if self.prompts.is_new(asked.ids) and len(tokens) < self.max_answer_tokens:
-                self.prompts.asked(asked.ids)
                 self.prompts.goes_on(asked)
                 self._answer(Answer(asked, temperature, list(tokens), rows, began_s=LONG_AGO))
 

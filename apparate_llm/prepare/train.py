@@ -132,14 +132,17 @@ def train_head(
     checkpoint: Path | None = None,
     on_progress: Callable[[float, dict[str, float]], None] = lambda done, facts: None,
     release: Callable[[], None] = lambda: None,
+    left_s: Callable[[], float] = lambda: math.inf,
 ) -> tuple[FusedHead, HeadRecord]:
     """Train until `epochs` or the time budget is used up; the learning rate follows whichever ends first.
+
+    left_s: of the time budget, for all that takes time beside steps: loading, saves, starts again, what a kill lost.
 
     Returns the state that was best on validation rows, and the training record. `initial` weights, of another depth's
     head, save a good part of the way: only what reads the hidden state differs. With `checkpoint` the training goes on
     from that file after an interruption; time spent before counts. `release` gives memory of mapped rows back.
     """
-    run = _Training(rows, base, vocabulary, settings)
+    run = _Training(rows, base, vocabulary, settings, left_s)
     if initial is not None:
         run.head.load_state_dict({name: value.float() for name, value in initial.items()}, strict=False)
     if checkpoint is not None and checkpoint.is_file():
@@ -154,7 +157,7 @@ def train_head(
         if run.steps % RELEASE_EVERY == 0:
             release()
         unsaved_s = time.monotonic() - saved_at
-        if checkpoint is not None and unsaved_s > min(CHECKPOINT_EVERY_S, KEPT_WITHIN_S - run.next_s):
+        if checkpoint is not None and unsaved_s > min(CHECKPOINT_EVERY_S, KEPT_WITHIN_S - run.next_s - run.save_s):
             run.save(checkpoint)
             saved_at = time.monotonic()
     if checkpoint is not None:
@@ -163,8 +166,15 @@ def train_head(
 
 
 class _Training:
-    def __init__(self, rows: Rows, base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        rows: Rows,
+        base: BaseParts,
+        vocabulary: torch.Tensor,
+        settings: TrainSettings,
+        left_s: Callable[[], float],
+    ) -> None:
+        self.settings, self.left_s = settings, left_s
         self.dtype = rows.final.dtype
         self.data = DraftData(rows, base, depth=settings.depth, aux_layers=settings.aux_layers, vocabulary=vocabulary)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -176,8 +186,8 @@ class _Training:
         )
         self.index = starts(rows, split=TRAIN)
         self.validation = starts(rows, split=VALIDATION)
-        self.num_evaluated: int | None = None  # rows of an evaluation; known by the first one
-        self.evaluate_s = 0.0
+        self.num_evaluated: int | None = None  # rows of an evaluation, at most; known by the first one
+        self.evaluate_s = self.save_s = 0.0  # the last one
         self.evaluated_at = -1  # steps
         self.total = max(1, int(settings.epochs * len(self.index) / settings.batch_rows))
         self.order = torch.randperm(len(self.index), generator=self.generator)
@@ -190,16 +200,24 @@ class _Training:
 
     @property
     def done_frac(self) -> float:
-        closing_s = CLOSING * self.evaluate_s
-        return max(self.steps / self.total, (self.spent_s + closing_s) / self.settings.time_budget_s)
+        closing_s = CLOSING * self.evaluate_s + self.save_s
+        return max(self.steps / self.total, (self.used_s + closing_s) / self.settings.time_budget_s)
+
+    @property
+    def used_s(self) -> float:
+        """Of the time budget."""
+        left_s = self.left_s()
+        return self.spent_s if math.isinf(left_s) else max(self.spent_s, self.settings.time_budget_s - left_s)
 
     @property
     def finished(self) -> bool:
-        return self.done_frac >= 1.0
+        """A late one has a step, too."""
+        return self.steps > 0 and self.done_frac >= 1.0
 
     @property
     def evaluation_is_due(self) -> bool:
-        return self.evaluated_at != self.steps and self.done_frac >= min(1.0, self.next_evaluation)
+        is_new = self.steps > 0 and self.evaluated_at != self.steps
+        return is_new and self.done_frac >= min(1.0, self.next_evaluation)
 
     @property
     def next_s(self) -> float:
@@ -235,8 +253,7 @@ class _Training:
         if len(self.validation):
             if self.num_evaluated is None:
                 self.num_evaluated = self._affordable_rows(head)
-            rows = thinned(self.validation, self.num_evaluated)
-            score = accepted_per_step(measure_head(head, self.data, rows))
+            score = accepted_per_step(measure_head(head, self.data, thinned(self.validation, self.num_evaluated)))
         self.evaluated_at = self.steps
         self.evaluate_s = time.monotonic() - began
         self.spent_s += self.evaluate_s
@@ -278,15 +295,16 @@ class _Training:
             "steps": self.steps,
             "seconds": round(self.spent_s),
             "validation_accepted_per_step": round(self.best_score, 4),
-            "evaluated_rows": self.num_evaluated,
+            "evaluated_rows": len(thinned(self.validation, self.num_evaluated)) if self.num_evaluated else None,
             "evaluate_s": round(self.evaluate_s, 3),
         }
 
     PLAIN = ("offset", "steps", "spent_s", "next_evaluation", "recent_loss", "best_score")
-    TIMED = ("num_evaluated", "evaluate_s", "evaluated_at")  # not in checkpoints of before
+    TIMED = ("num_evaluated", "evaluate_s", "evaluated_at", "save_s")  # not in checkpoints of before
 
     def save(self, path: Path) -> None:
         """Atomically: a kill leaves the last checkpoint."""
+        began = time.monotonic()
         state = {name: getattr(self, name) for name in (*self.PLAIN, *self.TIMED)}
         state |= {
             "head": {name: value for name, value in self.head.state_dict().items() if name != "head"},
@@ -297,6 +315,8 @@ class _Training:
             "best": self.best,
         }
         save_state(state, path)
+        self.save_s = time.monotonic() - began
+        self.spent_s += self.save_s
 
     def restore(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)

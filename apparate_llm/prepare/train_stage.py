@@ -14,6 +14,8 @@ from apparate_llm.prepare.acceptance import accepted_per_step, measure_head
 from apparate_llm.prepare.draft_data import BaseParts, DraftData, ramp_vocabulary, starts, thinned, whole_conversations
 from apparate_llm.prepare.evaluate import ceiling
 from apparate_llm.prepare.plan import Plan, Run
+from apparate_llm.prepare.predict import ENOUGH_USERS, USERS_KIND
+from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.recorded import measured_tensors
 from apparate_llm.prepare.records import MeasuredRecord, SynthesisRecord, TrainingRecord
 from apparate_llm.prepare.rows import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Rows
@@ -63,13 +65,15 @@ def train_depth(
         if after not in (None, depth):  # a lap has a line of its own
             run.say(f"train depth {depth}: done")
         return done
-    settings = replace(settings, time_budget_s=_budget_s(run, stage, inputs, depth, until_s))
-    record = _train(run, rows_record, settings, after)
+    budget_s, until_s = _times(run, stage, inputs, depth, until_s)
+    record = _train(run, rows_record, replace(settings, time_budget_s=budget_s), after, until_s)
     run.clock.keep()
     return workspace.write(stage, inputs, record)
 
 
-def _train(run: Run, rows_record: SynthesisRecord, settings: TrainSettings, after: int | None) -> TrainingRecord:
+def _train(
+    run: Run, rows_record: SynthesisRecord, settings: TrainSettings, after: int | None, until_s: float
+) -> TrainingRecord:
     """Leaves the head; returns what its training was, with its score on rows that it was trained on."""
     plan, workspace, depth = run.plan, run.workspace, settings.depth
     with run.progress.stage(f"train depth {depth}", total=1.0) as bar:
@@ -88,6 +92,7 @@ def _train(run: Run, rows_record: SynthesisRecord, settings: TrainSettings, afte
             checkpoint=workspace.path(f"train-{depth}.pt"),
             on_progress=partial(_tell, bar),
             release=run.store.release,
+            left_s=lambda: until_s - run.clock.spent_s,
         )
     tensors = {name: value.contiguous() for name, value in head.state_dict().items() if name != "head"}
     _save_tensors(workspace.path(f"head-{depth}.safetensors"), tensors | {VOCABULARY: vocabulary.int()})
@@ -98,14 +103,19 @@ def _train(run: Run, rows_record: SynthesisRecord, settings: TrainSettings, afte
     return {**record, "train_accepted_per_step": round(accepted_per_step(known), 4), "settings": repr(settings)}
 
 
-def _budget_s(run: Run, stage: str, inputs: Mapping[str, object], depth: int, until_s: float) -> float:
-    """Of a training: as it was when it began, also if it goes on after an interruption."""
+def _times(run: Run, stage: str, inputs: Mapping[str, object], depth: int, until_s: float) -> tuple[float, float]:
+    """The time budget of a training, and its end on the work clock: as they were when it began, also if it goes on
+    after an interruption. Both infinite without a time budget."""
     begun = run.workspace.read(f"{stage}-begun", inputs)
     if begun is None:
         run.workspace.path(f"train-{depth}.pt").unlink(missing_ok=True)  # of a training on other rows
-        budget_s = max(1.0, until_s - run.clock.spent_s)
-        begun = run.workspace.write(f"{stage}-begun", inputs, {"budget_s": None if math.isinf(budget_s) else budget_s})
-    return math.inf if begun["budget_s"] is None else float(begun["budget_s"])
+        begun = {"budget_s": None, "until_s": None}
+        if math.isfinite(until_s):
+            until_s = max(until_s, run.clock.spent_s + 1.0)
+            begun = {"budget_s": until_s - run.clock.spent_s, "until_s": until_s}
+        run.workspace.write(f"{stage}-begun", inputs, begun)
+    budget_s, ends_s = begun["budget_s"], begun.get("until_s")  # the latter not in older ones
+    return math.inf if budget_s is None else float(budget_s), math.inf if ends_s is None else float(ends_s)
 
 
 def _tell(bar: Stage, done_frac: float, facts: dict[str, float]) -> None:
@@ -132,7 +142,9 @@ def _measure_split(
         return done
     head, vocabulary = head_tensors(workspace, depth)
     rows = run.store.rows(depths=_depths(depth, plan.aux_layers), num_rows=rows_record["rows"])
-    index = whole_conversations(rows, starts(rows, split=split), _affordable_rows(run, trained))
+    users = torch.nonzero(run.store.kinds() == KINDS.index(USERS_KIND))[:, 0]
+    most, all_rows = _affordable_rows(run, trained), starts(rows, split=split)
+    index = whole_conversations(rows, all_rows, most, first=users, num_first=ENOUGH_USERS)
     unit = f"{SPLIT_NAMES[split]} rows"
     with run.progress.stage(f"measure depth {depth}", total=len(index), unit=unit, often_brief=True) as bar:
         bar.update(0)

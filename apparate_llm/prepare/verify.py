@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from apparate_llm.eval.prompts import Prompt, load_prompts
 from apparate_llm.eval.store import Block, Store
 from apparate_llm.eval.systems import BASELINE, ModelChoice, System, early_exits, plain_alike, tuned
+from apparate_llm.machine import what_times_depend_on
 from apparate_llm.naming import model_name
 from apparate_llm.prepare.engine import context_length
 from apparate_llm.prepare.predict import MAX_TOKENS, predict
@@ -41,6 +42,7 @@ from apparate_llm.ramps.checkpoint import RampManifest, read_manifest
 
 if TYPE_CHECKING:
     from apparate_llm.eval.summary import SystemUnderLoad
+    from apparate_llm.eval.workloads import Load
 
 CLIENTS = (1, 4, 16)
 YOURS, EVALS = "your", "eval's"  # prompts
@@ -179,9 +181,12 @@ def measure(
     from apparate_llm.eval.workloads import closed
 
     loads = [closed(len(prompts), number, max_tokens=max_tokens, length="free") for number in clients]
-    made_of = {"loads": [[load.name, load.fixed_length] for load in loads], "max_tokens": max_tokens}
-    with servers_environment(), store_in(keep, {**made_of, "asked": digest_of(ramps, prompts)}) as store:
+    with servers_environment(), ExitStack() as stack:
         systems = systems_with(model, ramps)
+        made_of = measured_from(loads, max_tokens, systems) | {"asked": digest_of(ramps, prompts)}
+        store = stack.enter_context(store_in(keep, made_of))
+        if kept := sum(1 for _ in store.blocks()):
+            progress.say(f"verify: {kept} blocks of requests count that an earlier start measured")
         evaluation = Evaluation(
             model=model,
             systems=systems,
@@ -212,6 +217,25 @@ def systems_with(model: Path, ramps: Path) -> list[System]:
     return [replace(plain_alike(choice), name=BASELINE), early_exits(SYSTEM, choice, *options)]
 
 
+def measured_from(loads: Sequence["Load"], max_tokens: int, systems: Sequence[System]) -> dict[str, object]:
+    """What the blocks of a measurement have in common, beside the ramps and what is asked."""
+    return {
+        "loads": [[load.name, load.fixed_length] for load in loads],
+        "max_tokens": max_tokens,
+        "machine": what_times_depend_on(),
+        "systems": [started_as(system) for system in systems],
+    }
+
+
+def started_as(system: System) -> str:
+    """By which command; the size of the cache, which goes by what is free just then, left out."""
+    command, name = list(system.command), "--kv-cache-memory-bytes"
+    if name in command:
+        place = command.index(name)
+        del command[place : place + 2]
+    return replace(system, command=tuple(command)).started_by
+
+
 def measured_ratio(ours: "SystemUnderLoad", plain: "SystemUnderLoad") -> MeasuredRatio:
     """Under one load."""
     from apparate_llm.eval.intervals import ratio_interval, sums_of
@@ -230,8 +254,8 @@ def measured_ratio(ours: "SystemUnderLoad", plain: "SystemUnderLoad") -> Measure
 @contextmanager
 def store_in(keep: Path | None, made_of: Mapping[str, object]) -> Iterator[Store]:
     """For blocks that are made of just this, those of an earlier start included; without a folder a temporary one."""
-    with tempfile.TemporaryDirectory(prefix="apparate-verify-") as folder:
-        store = Store(keep or Path(folder))
+    with ExitStack() as stack:
+        store = Store(keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="apparate-verify-"))))
         is_there = (store.folder / "plan.json").is_file()
         if keep is not None and not is_there:  # of a start that was killed, or had no room, before it had a plan
             shutil.rmtree(keep, ignore_errors=True)

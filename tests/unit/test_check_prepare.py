@@ -4,7 +4,7 @@ import os
 import time
 
 from scripts import check_prepare
-from scripts.check_prepare import WITH_RATE, last_kept_s, left_alone
+from scripts.check_prepare import KILLS, WITH_RATE, last_kept_s, left_alone
 
 
 class Left:
@@ -45,16 +45,73 @@ def test_a_run_that_says_what_it_does_and_keeps_its_budget_is_as_expected():
     assert faults([(1, MEMORY), (30, without_rate), (60, TRAINING), (90, TRAINING)]) == ["amount, rate, time left"]
 
 
-def test_a_clock_that_is_kept_is_no_work_that_is(tmp_path):
-    rows = tmp_path / "rows"
-    rows.mkdir()
+def test_what_a_stage_says_of_itself_is_no_work_that_is_kept(tmp_path):
+    (tmp_path / "rows").mkdir()
     now = time.time()
-    for path, ago_s in ((tmp_path / "clock.json", 1), (tmp_path / "vllm.log", 2), (rows / "index.json", 70)):
-        path.touch()
-        os.utime(path, (now - ago_s, now - ago_s))
-    assert 69 < last_kept_s(tmp_path, now - 500) < 80
-    assert 9 < last_kept_s(tmp_path, now - 10) < 20, "this start is no longer ago"
+    ages = {"clock.json": 1, "lap-0.json": 2, "train-0-lap-0-begun.json": 3, "rows/index.json": 70, "train-0.pt": 90}
+    for name, ago_s in ages.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (now - ago_s, now - ago_s))
+    (_, _, rows), (_, _, heads) = KILLS
+    assert 69 < last_kept_s(tmp_path, rows, now - 500) < 80
+    assert 89 < last_kept_s(tmp_path, heads, now - 500) < 100
+    assert 9 < last_kept_s(tmp_path, heads, now - 10) < 20, "this start is no longer ago"
+    (tmp_path / "train-0.pt").unlink()
+    assert last_kept_s(tmp_path, heads, now - 500) > 499
 
 
-def test_it_kills_in_two_stages():
-    assert [stage for stage, _ in check_prepare.KILLS] == ["synthesise", "train depth"]
+class WallClock:
+    now = 1e9
+
+    def time(self):
+        return self.now
+
+
+class Start:
+    """A start that is at a stage for 400 s of the clock, and has last kept something so long ago."""
+
+    def __init__(self, out, clock, kept_s):
+        self.out, self.clock, self.kept_s = out, clock, kept_s
+        self.at_work = None  # stage, and for how long it was to be waited
+
+    def wait_at_work(self, stage, seconds, timeout_s):
+        self.at_work = stage, seconds
+        self.clock.now += 400
+        for name in ("lap-0.json", "train-0-lap-0-begun.json", "rows/index.json", "train-0.pt"):
+            path, ago_s = self.out / "work" / name, self.kept_s if name in ("rows/index.json", "train-0.pt") else 1
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (self.clock.now - ago_s,) * 2)
+
+    def wait(self, timeout_s):
+        (self.out / "ramps.json").touch()
+        return 0
+
+    def spent_s(self):
+        return 100.0
+
+    took_s = spent_s
+
+    def kill(self):
+        return 0
+
+
+def test_it_kills_where_work_is_kept_and_says_what_was_not(tmp_path, monkeypatch):
+    clock = WallClock()
+    monkeypatch.setattr(check_prepare, "time", clock)
+    monkeypatch.setattr(check_prepare, "kept_tokens", lambda work: 0)
+
+    def disturbed(kept_s, budget_s):
+        starts = []
+
+        def start():
+            starts.append(Start(tmp_path, clock, kept_s))
+            return starts[-1]
+
+        rows = check_prepare.disturbed(start, tmp_path, budget_s, False)
+        return [one.at_work for one in starts], [row.what for row in rows if row.holds is False]
+
+    assert disturbed(60, 2700.0) == ([("synthesise", 150.0), ("train depth", 90.0), None], [])
+    starts, faults = disturbed(130, 480.0)
+    assert starts == [("synthesise", 75.0), ("train depth", 75.0), None], "a checkpoint is due by then"
+    assert faults == ["synthesise: last work kept, ago", "train depth: last work kept, ago"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from apparate_llm.machine import available_memory_bytes
+from apparate_llm import machine
 from apparate_llm.prepare import needs
 from apparate_llm.prepare.needs import (
     FEWEST_SLOTS,
@@ -59,9 +59,10 @@ def test_the_peak_is_said_before_anything_begins_and_is_the_largest_stages(free,
     assert second.startswith("3,000 answer tokens need ") and str(tmp_path / "work") in second
 
 
-def test_what_is_free_is_what_the_control_group_leaves():
-    """Which tests/unit/test_machine.py knows of both versions."""
-    assert needs.available_memory_bytes is available_memory_bytes
+def test_what_is_free_is_what_the_control_group_leaves(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_group_limits", lambda root: [(GIB, 7 * GIB // 8)])
+    with pytest.raises(ValueError, match=r"^not enough memory: about .* needed, 128 MiB free$"):
+        lines_of(plan_for(tiny_llama, tmp_path))
 
 
 def test_a_peak_that_cannot_fit_is_refused_in_one_line(free, tiny_llama, tmp_path):

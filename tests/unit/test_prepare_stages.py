@@ -10,19 +10,17 @@ from functools import partial
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from apparate_llm import files
-from apparate_llm.prepare import needs, pipeline, profile_stage, train, train_stage
-from apparate_llm.prepare.draft_data import whole_conversations
+from apparate_llm.prepare import needs, pipeline, profile_stage, schedule, train
 from apparate_llm.prepare.pipeline import prepare
-from apparate_llm.prepare.rows import TEST, TRAIN, VALIDATION, rows_of
-from apparate_llm.prepare.train_stage import head_tensors, measure_depth, train_depth
+from apparate_llm.prepare.rows import TRAIN
+from apparate_llm.prepare.train_stage import head_tensors, train_depth
 from apparate_llm.prepare.workspace import Workspace, save_state
 from apparate_llm.ramps.checkpoint import MANIFEST, WEIGHTS, RampError, read_manifest
 from apparate_llm.ramps.load import load_ramps
-from tests.full_disk import on_full_disk
-from tests.preparation import conversations, lines, plan_for, running
+from tests.full_disk import on_full_device, on_full_disk
+from tests.preparation import Killed, conversations, lines, plan_for, running
 
 NUMBER = 200
 COSTS = {
@@ -204,20 +202,18 @@ def test_the_report_has_a_prediction_with_interval_by_clients_and_says_for_whose
 # ---- kills and full disks
 
 
-class Killed(BaseException):
-    pass
-
-
 def full_disk():
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize("further", [3, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("failure", [Killed, full_disk], ids=["killed", "disk full"])
 def test_whatever_write_fails_the_same_command_goes_on_and_ends_as_without(
-    failure, without_engine, tiny_llama, tmp_path, monkeypatch
+    failure, further, without_engine, tiny_llama, tmp_path, monkeypatch
 ):
-    """Each start gets one or two writes further than the last one."""
+    """Each start gets `further` writes further than the last one, and leaves what a kill does."""
     monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(schedule, "KEEP_CLOCK_EVERY_S", 1e6)  # its thread would write whenever it comes to that
     undisturbed = plan_for(tiny_llama, tmp_path / "undisturbed")
     writes, fsync = [0, math.inf], os.fsync
 
@@ -234,15 +230,15 @@ def test_whatever_write_fails_the_same_command_goes_on_and_ends_as_without(
     without_engine.clear()
     while not ended:
         starts += 1
-        writes[:] = [0, 1 + 2 * starts]
+        writes[:] = [0, 1 + further * starts]
         try:
             prepare(plan, quiet())
             ended = True
         except Killed:
-            pass
+            (plan.out / "work" / f".train-0.pt.{starts}{files.PART}").write_bytes(b"half of it")
         except RuntimeError as error:
             assert str(error).startswith(f"no space left in {plan.out}: make room and give the same command again")
-        assert not list(plan.out.rglob("*.part"))
+    assert not list(plan.out.rglob(f"*{files.PART}"))
     assert 5 < starts < total
     assert without_engine["synthesise"] <= 2
     assert (plan.out / WEIGHTS).read_bytes() == (undisturbed.out / WEIGHTS).read_bytes()
@@ -250,8 +246,14 @@ def test_whatever_write_fails_the_same_command_goes_on_and_ends_as_without(
     assert reports[0]["advice"] == reports[1]["advice"]
 
 
-@pytest.mark.parametrize("save", ["torch", "safetensors", "plain"])
-def test_a_full_disk_is_known_by_what_each_library_says_of_it(save, tmp_path):
+@pytest.mark.parametrize(
+    ("save", "full"),
+    [
+        *((save, on_full_disk) for save in ("torch", "safetensors", "plain")),
+        *((save, on_full_device) for save in ("torch", "plain")),  # safetensors opens files by itself
+    ],
+)
+def test_a_full_disk_is_known_by_what_each_library_says_of_it(save, full, tmp_path):
     from safetensors.torch import save_file
 
     state, path = {"weights": torch.zeros(1 << 20)}, tmp_path / "file"
@@ -264,17 +266,18 @@ def test_a_full_disk_is_known_by_what_each_library_says_of_it(save, tmp_path):
                 torch.save(state, file) if save == "torch" else file.write(bytes(1 << 20))
 
     with pytest.raises(RuntimeError, match=r"^no space left in "), pipeline.disk_errors(tmp_path):
-        on_full_disk(write)
+        full(write)
     write()
     assert path.stat().st_size >= 1 << 20, "it was the disk"
 
 
-def test_a_state_that_finds_no_room_leaves_the_old_one(tmp_path):
+@pytest.mark.parametrize("full", [on_full_disk, on_full_device])
+def test_a_state_that_finds_no_room_leaves_the_old_one(full, tmp_path):
     path = tmp_path / "train.pt"
     save_state({"steps": 1}, path)
     for size in (1, 1 << 20):  # of which all is written at the end, and most before
         with pytest.raises(RuntimeError, match=r"^no space left in "), pipeline.disk_errors(tmp_path):
-            on_full_disk(partial(save_state, {"steps": 2, "weights": torch.zeros(size)}, path))
+            full(partial(save_state, {"steps": 2, "weights": torch.zeros(size)}, path))
     assert torch.load(path, weights_only=True) == {"steps": 1} and list(tmp_path.iterdir()) == [path]
 
 
@@ -290,59 +293,3 @@ def test_no_ramps_are_there_before_the_report_is(without_engine, tiny_llama, tmp
     assert not (plan.out / MANIFEST).exists()
     with pytest.raises(RampError):
         read_manifest(plan.out)
-
-
-# ---- three sets of conversations
-
-
-def test_weights_are_chosen_by_validation_rows_and_reported_from_test_rows(tiny_llama, tmp_path):
-    """Other test rows change nothing but the report, of a head that has learnt what is to be known."""
-    made = conversations(NUMBER)
-
-    def results(folder, changed_split):
-        changed = [one._replace(top_ids=(one.top_ids + 1) % 160) if one.split == changed_split else one for one in made]
-        with running(plan_for(tiny_llama, folder)) as (run, _):
-            run.store.append(changed)
-            counts = run.store.counts
-            rows = {"rows": counts["rows"], "tokens": counts["answer_tokens"]}
-            record = train_depth(run, rows, 0, after=None, epochs=30.0)
-            measured = measure_depth(run, rows, 0, record)
-            head, vocabulary = head_tensors(run.workspace, 0)
-            names = ("validation", "measured")
-            tensors = [load_file(run.workspace.path(f"{name}-0.safetensors")) for name in names]
-        return head, vocabulary, record, measured, tensors
-
-    plain, other_test = results(tmp_path / "plain", None), results(tmp_path / "test", TEST)
-    for name, value in plain[0].items():
-        assert torch.equal(value, other_test[0][name]), name
-    assert torch.equal(plain[1], other_test[1])
-    assert plain[2]["validation_accepted_per_step"] == other_test[2]["validation_accepted_per_step"]
-    assert plain[3]["acceptance_rates"][0] > other_test[3]["acceptance_rates"][0] + 0.1
-    validation, test = plain[4]
-    split_of_conversation = torch.tensor([one.split for one in made])
-    assert set(split_of_conversation[validation["0.conversation"].long()].tolist()) == {VALIDATION}
-    assert set(split_of_conversation[test["0.conversation"].long()].tolist()) == {TEST}
-    assert torch.equal(validation["0.confidence"], other_test[4][0]["0.confidence"])
-
-
-def test_conversations_are_measured_whole_or_not_at_all():
-    """With gaps a simulation would take a draft step's neighbour for it."""
-    rows = rows_of(conversations(100))
-    index = torch.nonzero((rows.answer_index >= 0) & (rows.split == TRAIN))[:, 0]
-    assert torch.equal(whole_conversations(rows, index, len(index)), index)
-    few = whole_conversations(rows, index, 400)
-    owners = rows.conversations[few].unique()
-    assert 300 < len(few) <= 400 and len(few) == 18 * len(owners)
-    assert owners.float().mean() == pytest.approx(50, abs=15), "of early and of late ones"
-    assert len(whole_conversations(rows, index, 1)) == 18
-
-
-def test_a_slow_model_is_measured_on_fewer_rows(tiny_llama, tmp_path):
-    with running(plan_for(tiny_llama, tmp_path, tokens=None, time_budget_s=1200.0)) as (run, _):
-        fast, slow = ({"evaluated_rows": 6000, "evaluate_s": seconds} for seconds in (0.5, 30.0))
-        assert train_stage._affordable_rows(run, fast) == train_stage.MOST_MEASURED_ROWS
-        assert train_stage._affordable_rows(run, slow) == train_stage.FEWEST_MEASURED_ROWS
-        assert train_stage._affordable_rows(run, {"evaluated_rows": 6000, "evaluate_s": 6.0}) == 4000
-        assert train_stage._affordable_rows(run, {"evaluated_rows": None, "evaluate_s": 0.0}) == 24_000
-    with running(plan_for(tiny_llama, tmp_path / "tokens")) as (run, _):
-        assert train_stage._affordable_rows(run, slow) == train_stage.MOST_MEASURED_ROWS

@@ -10,16 +10,9 @@ import pytest
 from rich.console import Console
 
 from apparate_llm.progress import Progress, Stage, number, rate_of, time_span
+from tests.preparation import Clock, Killed
 
 NEVER_S = 1e6  # the thread stays out of tests that call tick() themselves
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Terminal(io.StringIO):
@@ -29,7 +22,7 @@ class Terminal(io.StringIO):
 
 def log(clock: Clock, **options) -> tuple[io.StringIO, Progress]:
     file = io.StringIO()
-    return file, Progress(Console(file=file, width=40), clock=clock, poll_s=NEVER_S, **options)
+    return file, Progress(Console(file=file, width=40), clock=clock.monotonic, poll_s=NEVER_S, **options)
 
 
 def lines(file: io.StringIO) -> list[str]:
@@ -108,10 +101,6 @@ def test_after_a_restart_lines_are_as_far_apart_as_they_were():
     assert counts == {0.0: 1 + 8, 100.0: 1 + 4 + 1, 1000.0: 1 + 3}
 
 
-class Killed(Exception):
-    pass
-
-
 BRIEF = ("measure", "predict")  # stages that are told only if they take long
 SILENT = (*BRIEF, "synthesise", "train 0")  # where an earlier start has ended them; a lap has a line of its own
 
@@ -185,7 +174,7 @@ def test_a_silent_stage_still_shows_life_from_a_thread_of_its_own(monkeypatch):
 
 def test_what_was_done_before_counts_neither_into_the_rate_nor_does_the_start_of_the_model():
     clock = Clock()
-    stage = Stage("train", 1000, "steps", "", clock)
+    stage = Stage("train", 1000, "steps", "", clock.monotonic)
     clock.now += 100
     stage.update(600)
     assert stage.rate_per_s is None and stage.left_s is None
@@ -198,7 +187,7 @@ def test_what_was_done_before_counts_neither_into_the_rate_nor_does_the_start_of
 
 def test_seconds_are_shown_as_times_and_need_no_rate():
     clock = Clock()
-    stage = Stage("synthesise", 1485, "s", "", clock)
+    stage = Stage("synthesise", 1485, "s", "", clock.monotonic)
     stage.update(200)
     assert stage.amount() == "3m 20s/25m (13 %)"
     assert stage.rate() == "" and stage.left_s == 1285
@@ -206,7 +195,7 @@ def test_seconds_are_shown_as_times_and_need_no_rate():
 
 def test_slow_work_has_its_rate_per_minute_or_hour():
     clock = Clock()
-    stage = Stage("eval", 100, "blocks", "", clock)
+    stage = Stage("eval", 100, "blocks", "", clock.monotonic)
     stage.update(0)
     clock.now += 60
     stage.update(12)
@@ -259,7 +248,7 @@ def test_on_a_terminal_there_are_bars_and_a_finished_stage_stays_as_one_line(mon
     monkeypatch.setenv("TERM", "xterm-256color")
     file, clock = Terminal(), Clock()
     console = Console(file=file, width=120, force_terminal=True)
-    with Progress(console, left_s=lambda: 2460, clock=clock) as progress:
+    with Progress(console, left_s=lambda: 2460, clock=clock.monotonic) as progress:
         with progress.stage("train depth 0", total=100, unit="steps") as stage:
             stage.update(0)
             clock.now += 10

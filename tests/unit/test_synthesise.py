@@ -13,16 +13,12 @@ from apparate_llm.prepare.schedule import Lap
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise import UNDER_WAY, Synthesiser
 from apparate_llm.prepare.synthesise_stage import synthesise_lap
-from tests.preparation import CONTEXT, Clock, FakeCapture, FakeEngine, FakeLLM, lines, plan_for, running
+from tests.preparation import CONTEXT, Clock, FakeCapture, FakeEngine, FakeLLM, Killed, lines, plan_for, running
 from tests.tiny import CHAT_TEMPLATE
 
 SLOTS = 4
 START_S = 20.0
 LIMIT_S = 120.0  # of work that a kill may lose
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture
@@ -127,6 +123,33 @@ def test_a_kill_soon_after_a_start_leaves_what_earlier_starts_kept(prompt_words,
             again._take(output)
     again.keep()
     assert kept_tokens(tmp_path, tokenizer) >= kept + SLOTS * 15
+
+
+def test_a_kill_between_two_files_has_no_prompt_written_again(clock, tokenizer, tmp_path, monkeypatch):
+    """The store has the conversations, and what is beside it still the drafts that they came of."""
+    settings, save = {"max_answer_tokens": 16}, synthesise.save_state
+    left = iter(range(10))
+    first = synthesiser_on(FakeEngine(clock, step_s=1.0, prompt_words=50), tokenizer, tmp_path, **settings)
+    first.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
+    assert [len(under_way) for under_way in torch.load(tmp_path / UNDER_WAY, weights_only=True)] == SLOTS * [3]
+
+    def killed(*args, **others):
+        raise Killed
+
+    monkeypatch.setattr(synthesise, "save_state", killed)
+    second = synthesiser_on(FakeEngine(clock, step_s=1.0), tokenizer, tmp_path, **settings)
+    assert len(second.work) == SLOTS
+    with pytest.raises(Killed):
+        second.run(tokens=16 * SLOTS, most_tokens=16 * SLOTS, enough=lambda: False)
+    for _ in range(2):
+        again = synthesiser_on(FakeEngine(clock, step_s=1.0), tokenizer, tmp_path, **settings)
+        assert not again.work and again.store.counts["conversations"] == SLOTS
+        with pytest.raises(Killed):
+            again.keep()
+    monkeypatch.setattr(synthesise, "save_state", save)
+    again.keep()
+    again.keep()
+    assert RowStore(tmp_path).ended == [], "they are not on disk any more"
 
 
 @pytest.mark.parametrize(("slots", "then"), [(4, 4), (8, 8), (16, 16), (20, 16), (64, 16)])

@@ -1,20 +1,36 @@
 """What a report says of predictions and of what was measured afterwards."""
 
 import html
+import io
 import json
 import os
+import tempfile
 
 import pytest
 from rich.console import Console
 
-from apparate_llm.eval.client import Completion
+from apparate_llm import machine
+from apparate_llm.engine import vllm_settings
+from apparate_llm.eval.client import Chunk, Completion
 from apparate_llm.eval.prompts import Prompt
 from apparate_llm.eval.store import Block, BlockKey
 from apparate_llm.prepare import verify as verify_module
 from apparate_llm.prepare.profile import TURNS, profile
 from apparate_llm.prepare.report import advice, write_pages
 from apparate_llm.prepare.timings import Measurements, kept_in
-from apparate_llm.prepare.verify import SYSTEM, YOURS, chosen, compared, digest_of, store_in, verify, verify_folder
+from apparate_llm.prepare.verify import (
+    SYSTEM,
+    YOURS,
+    chosen,
+    compared,
+    digest_of,
+    measure,
+    measured_from,
+    store_in,
+    systems_with,
+    verify,
+    verify_folder,
+)
 from apparate_llm.progress import Progress
 from apparate_llm.ramps.checkpoint import read_manifest
 from tests.tiny import build_fused_ramps
@@ -119,7 +135,9 @@ def test_the_report_shows_the_measurement_beside_the_prediction(tmp_path, monkey
     assert "users&#39; prompts" in page or "users' prompts" in page
 
 
-def test_blocks_of_a_verification_that_was_killed_count_for_the_same_ramps_and_prompts(tiny_llama, tmp_path):
+def test_blocks_of_a_verification_that_was_killed_count_for_the_same_ramps_and_prompts(
+    tiny_llama, tmp_path, monkeypatch
+):
     ramps = build_fused_ramps(tmp_path / "ramps", tiny_llama, depth=2)
     keep, asked = tmp_path / "work" / "verify", [Prompt([{"role": "user", "content": text}]) for text in ("a", "b")]
     done = Completion(prompt_index=0, started_s=0.0, text="an answer")
@@ -140,6 +158,55 @@ def test_blocks_of_a_verification_that_was_killed_count_for_the_same_ramps_and_p
     with store_in(None, {}) as store:
         folder = store.folder
     assert not folder.exists()
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", None)
+    assert blocks_of(asked) == 0, "a folder that is kept needs no other"
+
+
+def test_blocks_count_for_one_machine_and_one_way_to_start_servers(tiny_llama, tmp_path, monkeypatch):
+    ramps = build_fused_ramps(tmp_path / "ramps", tiny_llama, depth=2)
+
+    def made_of():
+        return measured_from([], 64, systems_with(tiny_llama, ramps))
+
+    monkeypatch.setattr(vllm_settings, "is_cpu_build", lambda: True)
+    known = made_of()
+    assert [name.split()[0] for name in known["systems"]] == ["python", "python"] and "--ramps" in known["systems"][1]
+    monkeypatch.setattr(vllm_settings, "available_memory_bytes", lambda: 3 << 30)
+    assert made_of() == known, "what is free just then decides on the cache only"
+    monkeypatch.setattr(verify_module, "context_length", lambda model: 99)
+    assert made_of() != known
+    monkeypatch.undo()
+    assert made_of() == known
+    for name, value in (("cpu_name", "another"), ("version", "9.9")):
+        with monkeypatch.context() as changed:
+            changed.setattr(machine, name, lambda *args, value=value: value)
+            assert made_of() != known
+
+
+def test_blocks_of_an_earlier_start_are_said_and_count_on_the_same_machine_only(tiny_llama, tmp_path, monkeypatch):
+    ramps, there = build_fused_ramps(tmp_path / "ramps", tiny_llama, depth=2), []
+    chunks = [Chunk(0.1, 1, 1), Chunk(0.2, 2, 2)]
+    done = Completion(prompt_index=0, started_s=0.0, chunks=chunks, text="ab", output_tokens=2)
+
+    def evaluate(evaluation, progress):
+        there.append(sum(1 for _ in evaluation.store.blocks()))
+        for system in evaluation.systems:
+            evaluation.store.add(Block(BlockKey(0, 0, 0, system.name), [done], 1.0, None, None, None, None, 1.0, 0.0))
+
+    monkeypatch.setattr("apparate_llm.eval.evaluate.evaluate", evaluate)
+
+    def said():
+        log, asked = io.StringIO(), [Prompt([{"role": "user", "content": "a"}])]
+        with Progress(Console(file=log, width=200)) as progress:
+            ratios = measure(tiny_llama, ramps, asked, (1,), progress=progress, max_tokens=8, keep=tmp_path / "verify")
+        assert ratios["1"]["tpt_ratio"] == 1.0
+        return [line[10:] for line in log.getvalue().splitlines()]
+
+    assert said() == []
+    assert said() == ["verify: 2 blocks of requests count that an earlier start measured"]
+    monkeypatch.setattr(machine, "cpu_name", lambda: "another")
+    assert said() == []
+    assert there == [0, 2, 0]
 
 
 def test_servers_do_not_get_the_threads_of_a_preparation(monkeypatch):
