@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from apparate_llm.machine import machine
+from apparate_llm.machine import what_times_depend_on
 from apparate_llm.prepare.acceptance import NUM_POSITIONS
 from apparate_llm.prepare.draft_data import BaseParts
 from apparate_llm.prepare.needs import give_back_memory
@@ -26,7 +26,7 @@ AS_IT_IS = (1.0, 0.0)  # a calibration
 def measure_costs(run: Run) -> Profiled:
     """What a verification pass and each depth's draft step cost on this machine, and `until_s` of the work clock."""
     plan, workspace = run.plan, run.workspace
-    here = {key: value for key, value in machine().items() if key in ("cpu", "cores", "packages")}
+    here = what_times_depend_on()
     inputs = {
         "machine": here,
         "tuning": used_by_servers(plan.model).choice.model_dump(),

@@ -156,8 +156,7 @@ def train_head(
         on_progress(run.done_frac, run.facts())
         if run.steps % RELEASE_EVERY == 0:
             release()
-        unsaved_s = time.monotonic() - saved_at
-        if checkpoint is not None and unsaved_s > min(CHECKPOINT_EVERY_S, KEPT_WITHIN_S - run.next_s - run.save_s):
+        if checkpoint is not None and time.monotonic() - saved_at > run.keep_after_s:
             run.save(checkpoint)
             saved_at = time.monotonic()
     if checkpoint is not None:
@@ -218,6 +217,11 @@ class _Training:
     def evaluation_is_due(self) -> bool:
         is_new = self.steps > 0 and self.evaluated_at != self.steps
         return is_new and self.done_frac >= min(1.0, self.next_evaluation)
+
+    @property
+    def keep_after_s(self) -> float:
+        """How old the last checkpoint may be when the next step begins."""
+        return min(CHECKPOINT_EVERY_S, KEPT_WITHIN_S - self.next_s - self.save_s)
 
     @property
     def next_s(self) -> float:
