@@ -124,8 +124,8 @@ def _full_disk(error: Exception, out: Path) -> str | None:
     if refused:
         names = [one.filename for one in refused if isinstance(one.filename, str | bytes | os.PathLike)]
         return str(_disk_of(Path(os.fsdecode(names[0])), out) if names else out)
-    said = [str(one) for one in chain if any(os.strerror(code) in str(one) for code in FULL)]
-    return f"{out} or elsewhere ({_in_short(said[0])})" if said else None
+    messages = [str(one) for one in chain if any(os.strerror(code) in str(one) for code in FULL)]
+    return f"{out} or elsewhere ({_in_short(messages[0])})" if messages else None
 
 
 def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -139,9 +139,9 @@ def _disk_of(file: Path, out: Path) -> Path:
     return out if file.resolve().is_relative_to(out.resolve()) else file.resolve().parent
 
 
-def _in_short(said: str) -> str:
+def _in_short(message: str) -> str:
     """How it begins, which names a log where there is one, and its line about the disk, which may name a file."""
-    lines = [" ".join(line.split()) for line in said.splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
     full = next(line for line in lines if any(os.strerror(code) in line for code in FULL))
     return lines[0][:MOST_SAID] if full == lines[0] else f"{lines[0][:MOST_SAID]} ... {full[-MOST_SAID:]}"
 

@@ -195,17 +195,17 @@ def test_blocks_of_an_earlier_start_are_said_and_count_on_the_same_machine_only(
 
     monkeypatch.setattr("apparate_llm.eval.evaluate.evaluate", evaluate)
 
-    def said():
+    def lines():
         log, asked = io.StringIO(), [Prompt([{"role": "user", "content": "a"}])]
         with Progress(Console(file=log, width=200)) as progress:
             ratios = measure(tiny_llama, ramps, asked, (1,), progress=progress, max_tokens=8, keep=tmp_path / "verify")
         assert ratios["1"]["tpt_ratio"] == 1.0
         return [line[10:] for line in log.getvalue().splitlines()]
 
-    assert said() == []
-    assert said() == ["verify: 2 blocks of requests count that an earlier start measured"]
+    assert lines() == []
+    assert lines() == ["verify: 2 blocks of requests count that an earlier start measured"]
     monkeypatch.setattr(machine, "cpu_name", lambda: "another")
-    assert said() == []
+    assert lines() == []
     assert there == [0, 2, 0]
 
 
