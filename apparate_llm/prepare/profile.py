@@ -22,7 +22,7 @@ from apparate_llm.files import private_opener
 from apparate_llm.host.choice import HUGE_PAGES
 from apparate_llm.prepare.records import Profiled
 from apparate_llm.prepare.servers import used_by_servers
-from apparate_llm.prepare.timings import Measurements, kept_in
+from apparate_llm.prepare.timings import FEWEST_STEPS, WARM_UP, Measurements, kept_in, times_ms
 
 BATCH_SIZES = (1, 4, 16, 2, 8, 32)  # the first ones always, the others while there is time
 FEWEST_SIZES = 2
@@ -34,8 +34,6 @@ MOST_ROWS = 64
 PROMPTS = (32, 128, 512)  # tokens
 TURNS = 3  # over all sizes, so that a machine that is slower for a while is slower for all
 STEPS = 12  # of each kind and turn
-FEWEST_STEPS = 4
-WARM_UP = 2
 PROMPT_TOKENS = 64
 MAX_TOKENS = 400
 BLOCK_TOKENS = 128  # of a KV cache's block at most, whatever the backend
@@ -191,6 +189,7 @@ class Profiler:
         self._number = 0
         self.pass_ms = 0.0  # the last one known
         self.plain_ms: dict[int, list[float]] = {}  # by size, of this start
+        self.has_plain_pages = os.environ.get(HUGE_PAGES) == "1"  # plain vLLM's weights are in huge pages as well
 
     def run(self, measured: Measurements) -> None:
         """Turn by turn over the sizes that are not known yet; some are left out, and steps, when there is no time. The
@@ -236,33 +235,37 @@ class Profiler:
 
     def _plain(self, measured: Measurements) -> dict[int, list[float]]:
         """ms by size, of those whose first turn is still to come; as many as leave time for that. Then the weights go
-        to huge pages, for good."""
+        to huge pages, for good. Where plain vLLM's weights are there as well, its passes have turns like all others,
+        and this only says how long a pass is."""
         from apparate_llm.engine.huge_pages import use_huge_pages
 
-        if os.environ.get(HUGE_PAGES) == "1" and (moving := use_huge_pages()):  # plain vLLM's are, as well
+        if self.has_plain_pages and (moving := use_huge_pages()):
             moving.join()
         plain_ms: dict[int, list[float]] = {}
-        screened, self.runner.screened_head = self.runner.screened_head, None
-        for size in BATCH_SIZES[:PLAIN_SIZES]:
+        for size in BATCH_SIZES[: 1 if self.has_plain_pages else PLAIN_SIZES]:
             if not self._is_due(measured, 0, size):
                 continue
             most_s, before_s = PLAIN_SHARE * measured.left_s, measured.spent_s
             names = self._begin(size)
-            with self._without_drafting():
-                plain_ms[size] = _times_ms(self.engine.step, self._steps(1, STEPS), most_s)
+            plain_ms[size] = self._plain_ms(STEPS, most_s)
             self._end(names)
             self.pass_ms = max(plain_ms[size])
             if measured.spent_s - before_s > most_s:
                 break
-        self.runner.screened_head = screened
         if moving := use_huge_pages():
             moving.join()
-        return plain_ms
+        return {} if self.has_plain_pages else plain_ms
 
     def _size(self, measured: Measurements, size: int, steps: int) -> None:
         names, left = self._begin(size), self.free_tokens
+        if self.has_plain_pages and size in BATCH_SIZES[:PLAIN_SIZES]:
+            measured.add(("plain", size), self._plain_ms(steps))
+            left -= WARM_UP + steps
+            if WARM_UP + steps > left:
+                self._end(names)
+                names, left = self._begin(size), self.free_tokens
         with self._without_drafting():
-            measured.add(("verify", size), _times_ms(self.engine.step, self._steps(1, steps)))
+            measured.add(("verify", size), times_ms(self.engine.step, self._steps(1, steps)))
         left -= WARM_UP + steps
         for depth in self.depths:
             self.drafter.policy.depth = depth
@@ -282,6 +285,14 @@ class Profiler:
             if self.runner.safety.num_failures or not drafting_ms:
                 raise RuntimeError(f"draft steps at depth {depth} with {size} requests do not run")
         self._end(names)
+
+    def _plain_ms(self, steps: int, most_s: float = math.inf) -> list[float]:
+        """Without drafting, and with the whole head."""
+        screened, self.runner.screened_head = self.runner.screened_head, None
+        with self._without_drafting():
+            spent = times_ms(self.engine.step, self._steps(1, steps), most_s)
+        self.runner.screened_head = screened
+        return spent
 
     def _steps(self, tokens: int, steps: int) -> int:
         """As many as new requests have room for, with so many tokens each."""
@@ -380,19 +391,6 @@ class Profiler:
 
 def _held(size: int) -> list[int]:
     return [held for held in HELD if size * (1 + held) <= MOST_ROWS]
-
-
-def _times_ms(work: Callable[[], object], times: int, most_s: float = math.inf) -> list[float]:
-    """Of `times` calls, after some that are not counted: the first at a batch size makes its kernels. Of fewer where
-    all of them take more than `most_s`."""
-    spent: list[float] = []
-    while len(spent) < WARM_UP + times:
-        began = time.perf_counter()
-        work()
-        spent.append((time.perf_counter() - began) * 1e3)
-        if sum(spent) > 1e3 * most_s and len(spent) >= WARM_UP + FEWEST_STEPS:
-            break
-    return spent[WARM_UP:]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from apparate_llm.prepare.records import Profiled
 Key = tuple[Any, ...]  # what was timed, and with what numbers
 Turns = dict[Key, list[list[float]]]  # ms
 KEYS = {"plain": 1, "verify": 1, "pass": 2, "prompt": 1, "draft_step": 2}  # what was timed -> how many numbers
+WARM_UP, FEWEST_STEPS = 2, 4
 UNKNOWN_ERROR_FRAC = 0.1  # where there was one turn only
 KNOWN_FRAC = 0.05  # two turns that agree so well are enough: simulations are off by as much
 
@@ -124,12 +126,14 @@ class Measurements:
         }
 
     def plain_frac(self) -> float:
-        """Of turns as plain vLLM's, and as ours, both of one start."""
-        known = [key for key in self.turns if key[0] == "plain"]
+        """Passes as plain vLLM's / as ours, each of one turn and start: what else ran then made both slower."""
         times = [
-            median(self.turns[key][0]) / median(self.turns["verify", key[1]][0])
-            for key in known
-            if ("verify", key[1]) in self.turns
+            median(plain_ms) / median(ours_ms)
+            for kind, *size in self.turns
+            if kind == "plain"
+            for plain_ms, ours_ms in zip(
+                self.turns["plain", *size], self.turns.get(("verify", *size), []), strict=False
+            )
         ]
         return round(max(1.0, median(times)), 4) if times else 1.0
 
@@ -147,3 +151,16 @@ class Measurements:
 def _size_of(key: Key) -> int | None:
     """Requests of a key that is measured turn by turn with them."""
     return {"verify": key[1], "pass": key[1], "draft_step": key[-1]}.get(key[0])
+
+
+def times_ms(work: Callable[[], object], times: int, most_s: float = math.inf) -> list[float]:
+    """Of `times` calls, after some that are not counted: the first at a batch size makes its kernels. Of fewer where
+    all of them take more than `most_s`."""
+    spent: list[float] = []
+    while len(spent) < WARM_UP + times:
+        began = time.perf_counter()
+        work()
+        spent.append((time.perf_counter() - began) * 1e3)
+        if sum(spent) > 1e3 * most_s and len(spent) >= WARM_UP + FEWEST_STEPS:
+            break
+    return spent[WARM_UP:]

@@ -37,6 +37,7 @@ class WithoutEngine(Profiler):
 
     def __init__(self, clock, *, size_s=0.1, turns=ALIKE, others=None, kill_at=None):
         self.clock, self.size_s, self.turns, self.others, self.kill_at = clock, size_s, turns, others or {}, kill_at
+        self.has_plain_pages = False
         self.measured = []  # sizes and steps
         self.depths, self.pass_ms = [0], 0.0
 
@@ -148,18 +149,22 @@ def test_a_kill_after_sizes_were_cut_off_does_not_bring_them_back(kill_at, clock
 
 
 class SlowEngine(Profiler):
-    """Its passes take `pass_s` of the clock, a prompt's as much for each 128 tokens, and nothing else any time."""
+    """Its passes take `pass_s` of the clock, `screened_frac` of it with a screened head, and longer in the first `busy_s`
+    seconds; a prompt's take as much for each 128 tokens, and nothing else takes any time."""
 
-    def __init__(self, clock, pass_s):
+    def __init__(self, clock, pass_s, *, has_plain_pages=False, screened_frac=1.0, busy_s=0.0):
         self.clock, self.pass_s, self.depths = clock, pass_s, [0, 2]
+        self.has_plain_pages, self.screened_frac, self.busy_until_s = has_plain_pages, screened_frac, clock.now + busy_s
         self.longest, self.free_tokens, self.pass_ms = 1024, 398, 0.0
         self.engine = SimpleNamespace(step=lambda: self._pass(1.0))
-        self.runner = SimpleNamespace(screened_head=None, safety=SimpleNamespace(num_failures=0), exit_drafter=None)
+        self.runner = SimpleNamespace(screened_head=object(), safety=SimpleNamespace(num_failures=0), exit_drafter=None)
         self.drafter = SimpleNamespace(policy=SimpleNamespace(depth=0))
         self.begun = []  # sizes, and lengths of prompts
 
     def _pass(self, number):
-        self.clock.now += number * self.pass_s
+        busy = 1.0 + max(0.0, self.busy_until_s - self.clock.now) / 10.0
+        screened = self.screened_frac if self.runner.screened_head else 1.0
+        self.clock.now += number * self.pass_s * busy * screened
 
     def _size(self, measured, size, steps):
         self.begun.append(("size", size))
@@ -197,13 +202,17 @@ def slow_clock(monkeypatch):
     return clock
 
 
+@pytest.mark.parametrize("has_plain_pages", [False, True])
 @pytest.mark.parametrize("limit_s", [60.0, 135.0])
 @pytest.mark.parametrize("pass_s", [0.02, 0.2, 0.7, 1.0])
-def test_a_slow_models_first_sizes_come_before_prompts_and_all_of_it_ends_in_time(pass_s, limit_s, slow_clock):
-    engine, began_s = SlowEngine(slow_clock, pass_s), slow_clock.now
+def test_a_slow_models_first_sizes_come_before_prompts_and_all_of_it_ends_in_time(
+    pass_s, limit_s, has_plain_pages, slow_clock
+):
+    engine = SlowEngine(slow_clock, pass_s, has_plain_pages=has_plain_pages)
+    began_s = slow_clock.now
     measured = Measurements(limit_s)
     engine.run(measured)
-    first, steps = FEWEST_SIZES * (len(engine.depths) + 3), 2 + FEWEST_STEPS
+    first, steps = FEWEST_SIZES * (len(engine.depths) + 3 + has_plain_pages), 2 + FEWEST_STEPS
     least_s = (1 + steps + first * steps + FEWEST_SIZES) * pass_s  # plain passes, and the first sizes
     assert slow_clock.now - began_s <= max(limit_s, least_s) + 5 * steps * pass_s
     assert {("verify", size) for size in BATCH_SIZES[:FEWEST_SIZES]} <= measured.turns.keys()
@@ -248,6 +257,14 @@ class TwoStarts(WithoutEngine):
 
     def _plain(self, measured):
         return {size: [11.0 * self.factor] for size in BATCH_SIZES[:3] if self._is_due(measured, 0, size)}
+
+
+@pytest.mark.parametrize("busy_s", [0.0, 5.0, 20.0])
+def test_what_else_ran_at_first_does_not_make_plain_passes_longer(busy_s, slow_clock):
+    engine = SlowEngine(slow_clock, 0.02, has_plain_pages=True, screened_frac=0.8, busy_s=busy_s)
+    engine.run(measured := Measurements(300.0))
+    assert len(measured.turns["plain", 1]) == len(measured.turns["verify", 1]) >= 2
+    assert measured.plain_frac() == pytest.approx(1.25, rel=0.05)
 
 
 @pytest.mark.parametrize("kill_at", [1, 2, 3])
