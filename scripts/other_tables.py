@@ -1,4 +1,4 @@
-"""Tables whose rows are not one system's under several loads: texts, targets, shares, passes, int8, replays."""
+"""Tables whose rows are no system's under several loads: texts, targets, shares, passes, int8, predictions, replays."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from apparate_llm.eval.compare import load_results
 from apparate_llm.eval.systems import OFF
-from apparate_llm.eval.tables import at_worst_frac, number, percent, share_rows
+from apparate_llm.eval.tables import at_worst_frac, number, percent, share_rows, with_interval
 from scripts.kept import QWEN, RESULTS, SMOLLM, is_kept, link, read, table_of
 
 BOTH = (QWEN, SMOLLM)
@@ -95,6 +95,16 @@ def replays(file: str) -> list[list[str]]:
     ]
 
 
+def predictions(file: str) -> list[list[str]]:
+    """By clients, of `ramps verify`: the ratio of TPT that was predicted, the one that was measured, how far apart."""
+    rows = []
+    for clients, level in read(file)["clients"].items():
+        predicted, found = level["predicted"], level["measured"]
+        both = [with_interval(one["tpt_ratio"], one.get("ci95")) for one in (predicted, found)]
+        rows.append([clients, *both, number(found["tpt_ratio"] / predicted["tpt_ratio"])])
+    return rows
+
+
 OTHERS: dict[str, Other] = {
     "texts": Other(
         {QWEN: "texts-qwen.json", SMOLLM: "texts-smollm2.json"},
@@ -113,6 +123,11 @@ OTHERS: dict[str, Other] = {
         {QWEN: "passes-qwen.json", SMOLLM: "passes-smollm2.json"}, tuple(f"{n}, ms" for n in (1, 2, 4, 8)), passes
     ),
     "int8": Other({QWEN: "int8-qwen.json"}, ("greedy tokens", "the same in int8, %", "KL, nats"), int8),
+    "predictions": Other(
+        {QWEN: "verify-qwen.json", SMOLLM: "verify-smollm2.json"},
+        ("clients", "predicted", "measured", "measured / predicted"),
+        predictions,
+    ),
     "replay": Other(
         {QWEN: "replay-qwen.json", SMOLLM: "replay-smollm2.json"},
         ("bound", "TPT / plain, adaptive", "static", "apparate", "oracle", "nats per token, adaptive", *POLICIES[1:]),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tables of README.md, docs/benchmarks.md and docs/controller.md, out of the results in docs/results:
+"""The tables of README.md, docs/benchmarks.md, controller.md and prepare.md, out of the results in docs/results:
 
 python -m scripts.results_table        # writes all of them anew
 
@@ -19,7 +19,7 @@ from apparate_llm.eval.tables import number, with_interval
 from scripts.kept import QWEN, RESULTS, ROOT, SMOLLM, Measured, is_kept, link, measured, table_of
 from scripts.other_tables import OTHERS
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "controller.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / page for page in ("benchmarks.md", "controller.md", "prepare.md")))
 MARK = re.compile(r"^<!-- table: ([\w-]+) -->\n(?:\|.*\n)*", re.M)
 PLAIN = ("vllm-tuned",)  # plain vLLM with this machine used as ours use it
 LLAMA = ("llama.cpp bf16", "llama.cpp Q8_0")  # in the precision of ours
@@ -74,7 +74,7 @@ MANY = (
     Rows(f"{QWEN}, code", "steady-qwen-code.json", ("16 clients",)),
     Rows(f"{SMOLLM}, Spec-Bench", "steady-smollm2-spec-bench.json", ("16 clients",)),
 )
-FIRST_TOKENS = Rows(SMOLLM, "ttft-smollm2.json", tuple(f"1 client, {n}-token prompts" for n in (100, 600, 2100)))
+FIRST_TOKENS = Rows(QWEN, "ttft-qwen.json", tuple(f"1 client, {n}-token prompts" for n in (100, 600, 2100)))
 TABLES: dict[str, Table] = {
     "readme": Table(
         (QWEN_BF16, MANY[0], SMOLLM_BF16, MANY[1]),

@@ -149,8 +149,8 @@ def test_a_kill_after_sizes_were_cut_off_does_not_bring_them_back(kill_at, clock
 
 
 class SlowEngine(Profiler):
-    """Its passes take `pass_s` of the clock, `screened_frac` of it with a screened head, and longer in the first `busy_s`
-    seconds; a prompt's take as much for each 128 tokens, and nothing else takes any time."""
+    """Its passes take `pass_s` of the clock, `screened_frac` of it with a screened head, and longer in the first
+    `busy_s` seconds; a prompt's take as much for each 128 tokens, and nothing else takes any time."""
 
     def __init__(self, clock, pass_s, *, has_plain_pages=False, screened_frac=1.0, busy_s=0.0):
         self.clock, self.pass_s, self.depths = clock, pass_s, [0, 2]
