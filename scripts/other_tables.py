@@ -99,9 +99,9 @@ def predictions(file: str) -> list[list[str]]:
     """By clients, of `ramps verify`: the ratio of TPT that was predicted, the one that was measured, how far apart."""
     rows = []
     for clients, level in read(file)["clients"].items():
-        predicted, found = level["predicted"], level["measured"]
-        both = [with_interval(one["tpt_ratio"], one.get("ci95")) for one in (predicted, found)]
-        rows.append([clients, *both, number(found["tpt_ratio"] / predicted["tpt_ratio"])])
+        predicted, measured = level["predicted"], level["measured"]
+        both = [with_interval(one["tpt_ratio"], one.get("ci95")) for one in (predicted, measured)]
+        rows.append([clients, *both, number(measured["tpt_ratio"] / predicted["tpt_ratio"])])
     return rows
 
 

@@ -228,12 +228,17 @@ def test_waiting_engines_and_workers_that_block_take_no_processor(started, answe
     spent = {}
     for flags in ((), BLOCKING):
         with started(*flags) as server:
-            answer_of(server)
             worker = server.named("VLLM::Worker")
-            before = cpu_s(worker)
-            time.sleep(0.7)  # of the second for which a reader spins
-            spent[flags] = cpu_s(worker) - before
+            spent[flags] = max(cpu_s_after(answer_of, server, worker) for _ in range(3))  # what else runs takes it away
     assert spent[BLOCKING] < 0.2 < spent[()], spent
+
+
+def cpu_s_after(answer_of, server, worker: psutil.Process) -> float:
+    """Of the second for which a reader spins."""
+    answer_of(server)
+    before = cpu_s(worker)
+    time.sleep(0.7)
+    return cpu_s(worker) - before
 
 
 def cpu_s(process: psutil.Process) -> float:

@@ -165,4 +165,4 @@ def test_a_replay_has_each_policys_fastest_setting_and_the_oracle_beside_lossles
 
 
 def test_a_table_without_a_kept_result_has_no_rows(folder):
-    assert [made(name, HERE) for name in (*results_table.TABLES, *other_tables.OTHERS)] == [""] * 10
+    assert {made(name, HERE) for name in (*results_table.TABLES, *other_tables.OTHERS)} == {""}
