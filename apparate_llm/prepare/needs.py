@@ -29,6 +29,8 @@ TYPICAL_ANSWER_TOKENS = 150
 PROCESS_BYTES = 700 << 20  # Python, torch, vLLM
 ROWS_UNDER_WAY = 96  # of a slot: what is not in the store yet
 SCORE_COPIES = 12  # of all slots' scores in float32, while tokens are drawn and the best ones kept
+KEPT_COPIES = 40  # of those that glibc keeps when they are freed, with rows between them
+KEPT_BYTES = 32 << 20  # larger ones it gives back at once
 NUM_SERVERS = 2  # beside each other, to verify
 STEPS_IN_MEMORY = 3  # draft steps of a training batch
 SPARE_FRAC = 0.1  # of free memory and disk stays free
@@ -100,10 +102,11 @@ def kv_cache_bytes(sizes: Sizes, slots: int, context: int) -> int:
 def synthesis_bytes(plan: Plan, sizes: Sizes, slots: int) -> int:
     """Peak of the process while the model writes."""
     batch = MAX_NUM_BATCHED_TOKENS * (4 * sizes.hidden + 2 * sizes.intermediate) * ELEMENT_SIZE
-    logits = slots * sizes.vocab * 4 * SCORE_COPIES
+    scores = slots * sizes.vocab * 4
+    copies = KEPT_COPIES if scores < KEPT_BYTES else SCORE_COPIES
     row = bytes_per_row(sizes.hidden, len(plan.states), ELEMENT_SIZE)
     kv = kv_cache_bytes(sizes, slots, context_length(plan.model))
-    return PROCESS_BYTES + loaded_bytes(sizes) + kv + batch + logits + slots * ROWS_UNDER_WAY * row
+    return PROCESS_BYTES + loaded_bytes(sizes) + kv + batch + copies * scores + slots * ROWS_UNDER_WAY * row
 
 
 def loaded_bytes(sizes: Sizes) -> int:
