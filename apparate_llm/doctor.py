@@ -14,6 +14,7 @@ from apparate_llm.default_model import PACKAGE as MODEL_PACKAGE
 from apparate_llm.default_model import PACKAGE_VERSION as MODEL_VERSION
 from apparate_llm.flags import Commands
 from apparate_llm.host.choice import ZENTORCH
+from apparate_llm.host.dtype import has_16_bit_kernels
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.store import huge_pages_given
 from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
@@ -203,9 +204,8 @@ def check_cpu() -> list[Finding]:
         return [Finding("ok", "CPU features unknown (no /proc/cpuinfo)")]
     names = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     what = f"{len(os.sched_getaffinity(0))} CPU cores, features: {', '.join(names) or 'none of AVX2 and later'}"
-    if platform.machine() == "x86_64" and "avx512f" not in flags:
-        slow = "; without AVX-512 vLLM computes bfloat16 row by row: prompts and batches are slow, exits do not pay"
-        return [Finding("note", what + slow, "serve with --dtype float32")]
+    if not has_16_bit_kernels(CPU_INFO):
+        what += "; no AVX-512, in 16 bits models would be slow: `serve` takes float32 where that fits in memory"
     return [Finding("ok", what)]
 
 

@@ -13,11 +13,11 @@ from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitCon
 from apparate_llm.controller.state import NONE as NO_STATE
 from apparate_llm.default_model import ARCHITECTURE as DEFAULT_ARCHITECTURE
 from apparate_llm.default_model import NAME
-from apparate_llm.doctor import check_cpu
 from apparate_llm.engine.vllm_settings import DEFAULTS, SPECULATION, as_flags, memory_flags, own_options, settings_of
 from apparate_llm.engine.vllm_start import start_vllm, vllm_parser
 from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
 from apparate_llm.host.chosen import choose
+from apparate_llm.host.dtype import dtype_flags, dtype_line
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.options import Tuning, add_tuning, check_tuning, tuning_from
 from apparate_llm.hub import Origin
@@ -121,8 +121,6 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
     if given_value(rest, "uds") is None and (problem := port_problem(args.host or "", args.port)):
         raise ConfigError(problem)
     reexec_with_libraries()  # before anything heavy is imported
-    if given_value(rest, "dtype") is None:
-        note_dtype()
     lines: list[str] = []  # on what is started, and how
     if model is None or args.weights == INT8:
         model, names, lines = bring_model(args, model, config, vllm_flags)
@@ -131,6 +129,11 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         if given_value(rest, "served-model-name") is None:
             rest = [*rest, "--served-model-name", *names]
     announce(fitting)
+    if given_value(rest, "dtype") is None:
+        dtype = dtype_flags(model, rest)
+        vllm_flags, rest = [*vllm_flags, *dtype], [*rest, *dtype]
+        if line := dtype_line(rest):
+            print(line, file=sys.stderr, flush=True)
     lines += use_machine(tuning, model, vllm_flags, config, wanted)
     return start(args, model, config, wanted, rest, lines)
 
@@ -231,12 +234,6 @@ def origin_of(config: EarlyExitConfig, vllm_flags: list[str], weights: str = AS_
         load_format=QUANTISABLE_FORMAT if weights == INT8 and wanted == "auto" else wanted,
         with_exits=config.policy != "off" or weights == INT8,
     )
-
-
-def note_dtype() -> None:
-    for finding in check_cpu():
-        if finding.level == "note":
-            print(f"Note: {finding.what}: {finding.fix}", file=sys.stderr, flush=True)
 
 
 def use_machine(

@@ -18,6 +18,7 @@ from apparate_llm.eval.client import Fields
 from apparate_llm.flags import config_of
 from apparate_llm.host.choice import AS_VLLM, RESERVED, Choice, Worker, environment
 from apparate_llm.host.chosen import choose
+from apparate_llm.host.dtype import dtype_flags
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.options import KeptTuning, num_ranks, parse_kept_tuning
 from apparate_llm.launch import clean_environment, is_cpu_build, server_environment
@@ -123,7 +124,10 @@ class ModelChoice:
 
 
 def tuned(choice: ModelChoice, tuning: KeptTuning) -> ModelChoice:
-    """For servers that all use this machine as `serve` does; raises ConfigError."""
+    """For servers that all use this machine as `serve` does, in one dtype; raises ConfigError."""
+    choice = replace(
+        choice, vllm_flags=(*choice.vllm_flags, *dtype_flags(choice.model, normalised([*choice.vllm_flags])))
+    )
     flags, config = normalised([*choice.vllm_flags]), config_of(choice.options)
     without_pages = parse_config(config.model_dump(exclude_unset=True, exclude={"huge_pages"}))
     chosen = choose(tuning, choice.model, flags, without_pages)
@@ -325,6 +329,8 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
 
 def _hugging_face(name: str, choice: ModelChoice) -> System:
     command: tuple[str, ...] = (sys.executable, "-m", "apparate_llm.eval.hf_server", "--model", str(choice.model))
+    if (dtype := given_value(normalised([*choice.vllm_flags]), "dtype") or "auto") != "auto":
+        command = (*command, "--dtype", dtype)
     if name == "hf-early-exit":
         layer = choice.hf_layer or layers_of(choice.model) // 2
         command = (*command, "--early-exit", str(layer))

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from apparate_llm.host.dtype import dtype_of, element_size
+
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 128
 MAX_NUM_BATCHED_TOKENS = 2048
 KV_CACHE_GIB = 2
 CACHE_BLOCK = 32  # tokens of which a prefix cache holds all or none
 CONTEXT_LENGTHS = ("max_position_embeddings", "model_max_length")  # in config.json
-ELEMENT_SIZE = 2  # bytes of a state's value: vLLM by itself runs models in bfloat16 or float16
 
 
 def environment() -> dict[str, str]:
@@ -42,6 +43,7 @@ def generation_engine(model: Path, *, seed: int = 0, **settings: Any) -> Iterato
     llm = LLM(
         str(model),
         **{
+            "dtype": dtype_of(model),
             "max_model_len": context_length(model),
             "max_num_seqs": MAX_NUM_SEQS,
             "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
@@ -73,7 +75,7 @@ def kv_bytes_per_token(model: Path) -> int:
     heads = config.get("num_attention_heads") or 1
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads") or heads
-    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * ELEMENT_SIZE)
+    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * element_size(model))
 
 
 def context_length(model: Path) -> int:

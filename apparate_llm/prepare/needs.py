@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from apparate_llm.host.dtype import element_size
 from apparate_llm.machine import available_memory_bytes
 from apparate_llm.models.quantised_heads import has_fast_int8
-from apparate_llm.prepare.engine import ELEMENT_SIZE, MAX_NUM_BATCHED_TOKENS, context_length, kv_bytes_per_token
+from apparate_llm.prepare.engine import MAX_NUM_BATCHED_TOKENS, context_length, kv_bytes_per_token
 from apparate_llm.prepare.plan import Plan, Run
 from apparate_llm.prepare.profile import KV_CACHE_TOKENS
 from apparate_llm.prepare.rows import bytes_per_row
@@ -59,13 +60,15 @@ class Sizes:
     vocab: int  # tokens
     hidden: int
     intermediate: int
+    value: int = 2  # that is computed with
 
     @classmethod
     def of(cls, model: Path, base: BaseModelInfo) -> "Sizes":
-        config = json.loads((model / "config.json").read_text())
+        config, value = json.loads((model / "config.json").read_text()), element_size(model)
         return cls(
-            layers=_layer_parameters(model) * ELEMENT_SIZE,
-            table=base.vocab_size * base.hidden_size * ELEMENT_SIZE,
+            value=value,
+            layers=_layer_parameters(model) * value,
+            table=base.vocab_size * base.hidden_size * value,
             tables=1 if config.get("tie_word_embeddings", False) else 2,
             kv_per_token=kv_bytes_per_token(model),
             vocab=base.vocab_size,
@@ -101,10 +104,10 @@ def kv_cache_bytes(sizes: Sizes, slots: int, context: int) -> int:
 
 def synthesis_bytes(plan: Plan, sizes: Sizes, slots: int) -> int:
     """Peak of the process while the model writes."""
-    batch = MAX_NUM_BATCHED_TOKENS * (4 * sizes.hidden + 2 * sizes.intermediate) * ELEMENT_SIZE
+    batch = MAX_NUM_BATCHED_TOKENS * (4 * sizes.hidden + 2 * sizes.intermediate) * sizes.value
     scores = slots * sizes.vocab * 4
     copies = KEPT_COPIES if scores < KEPT_BYTES else SCORE_COPIES
-    row = bytes_per_row(sizes.hidden, len(plan.states), ELEMENT_SIZE)
+    row = bytes_per_row(sizes.hidden, len(plan.states), sizes.value)
     kv = kv_cache_bytes(sizes, slots, context_length(plan.model))
     return PROCESS_BYTES + loaded_bytes(sizes) + kv + batch + copies * scores + slots * ROWS_UNDER_WAY * row
 
@@ -117,7 +120,7 @@ def loaded_bytes(sizes: Sizes) -> int:
 def screened_bytes(sizes: Sizes) -> int:
     """The int8 copy of the head in an engine that serves exits (models/screened_head.py). The synthesis has none: its
     engine runs vLLM's own worker."""
-    return sizes.table // ELEMENT_SIZE if has_fast_int8() else 0
+    return sizes.table // sizes.value if has_fast_int8() else 0
 
 
 def profile_bytes(sizes: Sizes) -> int:
@@ -160,7 +163,7 @@ def disk_bytes(plan: Plan, base: BaseModelInfo, tokens: float) -> int:
     rows = tokens * (1 + 1 / TYPICAL_ANSWER_TOKENS)
     text = tokens * 4 * 2
     checkpoints = len(plan.depths) * (head_parameters(plan, sizes) * 4 * 5 + rows * 8)  # order of the rows
-    return int(rows * bytes_per_row(sizes.hidden, len(plan.states), ELEMENT_SIZE) + text + checkpoints)
+    return int(rows * bytes_per_row(sizes.hidden, len(plan.states), sizes.value) + text + checkpoints)
 
 
 def synthesis_limits(run: Run) -> SynthesisLimits:

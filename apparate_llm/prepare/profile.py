@@ -160,6 +160,7 @@ class Profiler:
 
         from apparate_llm.config import parse_config
         from apparate_llm.engine.vllm_args import vllm_args
+        from apparate_llm.host.dtype import dtype_of
         from apparate_llm.models.architectures import architecture_of
         from apparate_llm.prepare.engine import context_length, kv_bytes_per_token, runner_of
 
@@ -173,6 +174,7 @@ class Profiler:
         self.llm = LLM(
             str(model),
             **vllm_args(config, architecture_of(model)),
+            dtype=dtype_of(model),
             max_model_len=self.longest,
             max_num_seqs=max(BATCH_SIZES),
             kv_cache_memory_bytes=KV_CACHE_TOKENS * kv_bytes_per_token(model),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from apparate_llm.host.dtype import dtype_of
 from apparate_llm.machine import what_times_depend_on
 from apparate_llm.prepare.acceptance import NUM_POSITIONS
 from apparate_llm.prepare.draft_data import BaseParts
@@ -26,7 +27,7 @@ AS_IT_IS = (1.0, 0.0)  # a calibration
 def measure_costs(run: Run) -> Profiled:
     """What a verification pass and each depth's draft step cost on this machine, and `until_s` of the work clock."""
     plan, workspace = run.plan, run.workspace
-    here = what_times_depend_on()
+    here, dtype = what_times_depend_on(), dtype_of(plan.model)
     inputs = {
         "machine": here,
         "tuning": used_by_servers(plan.model).choice.model_dump(),
@@ -36,6 +37,7 @@ def measure_costs(run: Run) -> Profiled:
         "ramp_vocab": plan.ramp_vocab,
         "intermediate_size": plan.intermediate_size,
         "enforce_eager": plan.enforce_eager,
+        **({} if dtype == "auto" else {"dtype": dtype}),  # not in older ones
     }
     done: Profiled | None = workspace.read("profile", inputs)
     shutil.rmtree(folder := workspace.path("ramps"), ignore_errors=True)  # of a start that was killed

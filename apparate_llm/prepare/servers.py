@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from apparate_llm.host.chosen import Chosen, choose
+from apparate_llm.host.dtype import dtype_flags
 from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.launch import server_environment
 from apparate_llm.prepare.engine import environment
@@ -14,7 +15,7 @@ from apparate_llm.prepare.engine import environment
 def used_by_servers(model: Path) -> Chosen:
     """How servers of the model, with exits, use this machine."""
     given = {name: value for name, value in server_environment().items() if name not in _of_our_engine()}
-    return choose(kept_tuning_from(), model, given=given)
+    return choose(kept_tuning_from(), model, dtype_flags(model, ()), given=given)
 
 
 @contextmanager

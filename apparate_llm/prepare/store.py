@@ -79,6 +79,9 @@ class RowStore:
         write_atomically(self.folder / INDEX, json.dumps(document).encode(), private=True)
 
     def _write(self, name: str, count: str, tensor: torch.Tensor) -> None:
+        """A column keeps the dtype that it was begun in, though another machine may serve the model in another one."""
+        if (begun := self.columns.get(name)) is not None and tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, begun["dtype"]))
         width = tensor.shape[1] if tensor.dim() > 1 else 0
         made: Column = {"count": count, "dtype": str(tensor.dtype).removeprefix("torch."), "width": width}
         assert self.columns.setdefault(name, made) == made, f"column {name} changed"

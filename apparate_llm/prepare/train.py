@@ -96,13 +96,14 @@ class _Distillation(torch.autograd.Function):
 def batch_loss(head: FusedHead, data: DraftData, index: torch.Tensor, step_weights: tuple[float, ...]) -> torch.Tensor:
     loss = torch.zeros(())
     weight = torch.ones(len(index))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    in_16_bits = data.rows.final.dtype != torch.float32  # as the model is served
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_16_bits):
         state = data.enter(head, index)
     for number, step_weight in enumerate(step_weights):
         later, inside = data.follows(index, number)
         position, probability = data.targets(later)
         hidden, lookup = data.inputs(later)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_16_bits):
             scores, state = head(hidden, state, lookup)
         weight = weight * inside
         top = scores.detach().amax(-1)

@@ -88,6 +88,7 @@ def run_tune(args: argparse.Namespace) -> int:
     """Raises ValueError for bad input, RuntimeError where servers do not run."""
     from apparate_llm.eval.plan import check_model
     from apparate_llm.host.chosen import choose
+    from apparate_llm.host.dtype import dtype_flags
     from apparate_llm.host.options import Tuning
     from apparate_llm.machine import writable_cache
     from apparate_llm.vllm_flags import normalised, split_flag
@@ -99,6 +100,8 @@ def run_tune(args: argparse.Namespace) -> int:
         raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
     flags = normalised([part for text in args.vllm_flag for part in split_flag(text)])
     model = model_of(args, check_model)
+    if dtype := dtype_flags(model, flags):
+        flags, args.vllm_flag = [*flags, *dtype], [*args.vllm_flag, " ".join(dtype)]
     options = options_of_servers(args, model)
     chosen = choose(Tuning(), model, flags, config_of(options))
     if args.print_env:

@@ -1,0 +1,151 @@
+"""In which dtype a model is served: float32 on CPUs without AVX-512, where nobody asks for another one."""
+
+import json
+import platform
+from types import SimpleNamespace
+
+import pytest
+
+from apparate_llm import serve
+from apparate_llm.cli import main
+from apparate_llm.eval.systems import ModelChoice, systems_of, tuned
+from apparate_llm.host import dtype
+from apparate_llm.host.dtype import dtype_flags, dtype_of, element_size
+from apparate_llm.host.options import KeptTuning
+
+has_16_bit_kernels = dtype.has_16_bit_kernels  # before the tests' fixture takes its place
+
+
+@pytest.fixture
+def without_avx512(monkeypatch):
+    monkeypatch.setattr(dtype, "has_16_bit_kernels", lambda: False)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """model(**config): a folder with 2 MB of weights in bfloat16."""
+
+    def made(**config):
+        (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", **config}))
+        (tmp_path / "model.safetensors").write_bytes(bytes(2_000_000))
+        return tmp_path
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "machine", "has"),
+    [
+        ("flags\t\t: fpu avx avx2 bmi2\n", "x86_64", False),
+        ("flags\t\t: fpu avx avx2 avx512f avx512bw\n", "x86_64", True),
+        ("Features\t: fp asimd bf16\n", "aarch64", True),
+        (None, "x86_64", True),
+    ],
+)
+def test_avx512_is_looked_for_where_linux_says_it(text, machine, has, tmp_path, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert has_16_bit_kernels(tmp_path / "cpuinfo") is has
+
+
+def test_with_avx512_vllm_chooses(model):
+    assert dtype_of(model()) == "auto" and dtype_flags(model(), []) == [] and element_size(model()) == 2
+
+
+def test_without_avx512_it_is_float32(model, without_avx512):
+    for flags in ([], ["--dtype", "auto"], ["--seed", "3"]):
+        assert dtype_of(model(), flags) == "float32" and dtype_flags(model(), flags) == ["--dtype", "float32"]
+    assert element_size(model()) == 4
+
+
+@pytest.mark.parametrize("asked", ["bfloat16", "half", "float32"])
+def test_what_is_asked_for_is_taken(model, without_avx512, asked):
+    assert dtype_of(model(), [f"--dtype={asked}"]) == asked and dtype_flags(model(), [f"--dtype={asked}"]) == []
+
+
+def test_quantised_models_are_left_as_they_are(model, without_avx512):
+    assert dtype_of(model(quantization_config={"quant_method": "awq"})) == "auto"
+    assert dtype_of(model(), ["--quantization", "fp8"]) == "auto"
+
+
+@pytest.mark.parametrize(("stored", "copies"), [("bfloat16", 4), ("float32", 2)])
+def test_what_does_not_fit_in_memory_is_left_as_it_is(model, without_avx512, monkeypatch, stored, copies):
+    needed = 2_000_000 * copies / dtype.MOST_FRAC
+    for memory, expected in ((needed + 1, "float32"), (needed - 1, "auto")):
+        monkeypatch.setattr(dtype, "total_memory_bytes", lambda memory=memory: memory)
+        assert dtype_of(model(torch_dtype=stored)) == expected
+
+
+def test_other_builds_of_vllm_choose_by_themselves(model, without_avx512, monkeypatch):
+    monkeypatch.setattr(dtype, "is_cpu_build", lambda: False)
+    assert dtype_of(model()) == "auto" and dtype.dtype_line([]) is None
+
+
+# ---- who asks
+
+
+@pytest.fixture
+def started(monkeypatch):
+    starts = []
+    monkeypatch.setattr(serve, "start_vllm", lambda flags, wanted: starts.append(" ".join(flags)) or 0)
+    monkeypatch.setattr(serve, "reexec_with_libraries", lambda: None)
+    monkeypatch.setattr(serve, "hides_log", lambda **how: False)
+    return starts
+
+
+def test_serve_says_which_dtype_it_takes(tiny_llama, without_avx512, started, capsys):
+    assert main(["serve", str(tiny_llama), "--policy", "off", "--port", "0"]) == 0
+    assert "--dtype float32" in started[0]
+    assert "Dtype: float32, which is faster on a CPU without AVX-512" in capsys.readouterr().err
+
+
+def test_serve_takes_the_one_that_is_asked_for(tiny_llama, without_avx512, started, capsys):
+    assert main(["serve", str(tiny_llama), "--policy", "off", "--port", "0", "--dtype", "bfloat16"]) == 0
+    assert "--dtype bfloat16" in started[0] and "float32" not in started[0] + capsys.readouterr().err
+
+
+def test_serve_says_what_is_slow(tiny_llama, without_avx512, started, monkeypatch, capsys):
+    monkeypatch.setattr(dtype, "total_memory_bytes", lambda: 1)
+    assert main(["serve", str(tiny_llama), "--policy", "off", "--port", "0"]) == 0
+    assert "--dtype" not in started[0] and "exits do not pay" in capsys.readouterr().err
+
+
+def test_all_servers_of_an_evaluation_have_one_dtype(model, without_avx512):
+    choice = tuned(ModelChoice(model(num_hidden_layers=4)), KeptTuning(tuning="off"))
+    for system in systems_of(["vllm", "vllm-tuned", "off", "ngram", "hf"], [], choice):
+        assert "--dtype float32" in " ".join(system.command), system.name
+
+
+def test_a_preparation_measures_servers_as_they_start(model, without_avx512, monkeypatch):
+    from apparate_llm.prepare import servers
+
+    chosen = SimpleNamespace()
+    monkeypatch.setattr(servers, "choose", lambda tuning, model, flags, **given: vars(chosen).update(flags=flags))
+    servers.used_by_servers(model())
+    assert chosen.flags == ["--dtype", "float32"]
+
+
+def test_a_preparation_counts_memory_and_rows_in_the_dtype_of_its_engine(tiny_llama, without_avx512, monkeypatch):
+    from apparate_llm.prepare.engine import kv_bytes_per_token
+    from apparate_llm.prepare.needs import Sizes
+    from apparate_llm.ramps.checkpoint import BaseModelInfo
+
+    in_float32, kv = Sizes.of(tiny_llama, BaseModelInfo.of(tiny_llama)), kv_bytes_per_token(tiny_llama)
+    monkeypatch.setattr(dtype, "has_16_bit_kernels", lambda: True)
+    in_16_bits = Sizes.of(tiny_llama, BaseModelInfo.of(tiny_llama))
+    assert (in_float32.layers, in_float32.table, in_float32.value) == (2 * in_16_bits.layers, 2 * in_16_bits.table, 4)
+    assert kv == 2 * kv_bytes_per_token(tiny_llama)
+
+
+def test_a_column_of_rows_keeps_its_dtype(tmp_path):
+    """Of a preparation that goes on on another machine, or by a newer version."""
+    import torch
+
+    from apparate_llm.prepare.store import RowStore
+    from tests.made_rows import base_parts, made_conversations
+
+    store, given = RowStore(tmp_path), made_conversations(base_parts())
+    store.append([given[0]._replace(final=given[0].final.bfloat16())])
+    store.append([given[1]._replace(final=given[1].final.float())])
+    assert store.rows(depths=()).final.dtype == torch.bfloat16
