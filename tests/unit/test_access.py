@@ -5,8 +5,10 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -17,7 +19,8 @@ from apparate_llm.admin import digest_of
 from apparate_llm.api import metrics, plugin
 from apparate_llm.api.access import PROXY_HEADERS, Access, is_local
 from apparate_llm.api.answers import AnswerMiddleware, Caller, tenants_by_key
-from apparate_llm.api.plugin import ExitServer, page, router, watch_requests
+from apparate_llm.api.exit_server import ExitServer
+from apparate_llm.api.plugin import page, router, watch_requests
 from apparate_llm.config import (
     KEY_TENANT_PROOF,
     ConfigError,
@@ -31,12 +34,15 @@ from apparate_llm.config import (
 from apparate_llm.exits.tenants import UNNAMED, shares_of
 
 LOCAL, STRANGER = ("127.0.0.1", 1), ("192.0.2.7", 1)
-TENANTS = {
+TENANTS: dict[str, dict[str, Any]] = {
     "mine": {"api_keys_sha256": [digest_of("sk-mine")], "accuracy_bound": 0.004},
     "theirs": {"api_keys_sha256": [digest_of("sk-theirs")], "tpt_target_ms": 33.25},
     "open": {},
 }
-CHANGES = (("PATCH", "/config", {"json": {"accuracy_bound": 0.05}}), ("POST", "/reset", {}))
+CHANGES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("PATCH", "/config", {"json": {"accuracy_bound": 0.05}}),
+    ("POST", "/reset", {}),
+)
 FORWARDED = [
     {"X-Forwarded-For": "127.0.0.1"},
     {"X-Forwarded-For": "192.0.2.7, 127.0.0.1"},
@@ -61,7 +67,7 @@ class Engine:
         for number, share in enumerate(self.shares.values()):
             share.emitted, share.divergences = 1000 + number, number
 
-    async def collective_rpc(self, method, args=()):
+    async def collective_rpc(self, method: str, args: Sequence[Any] = ()) -> list[dict[str, Any] | None]:
         self.asked.append(method)
         await asyncio.sleep(0.002)
         if self.fails:
@@ -88,24 +94,36 @@ class Engine:
     def num_asked(self) -> int:
         return self.asked.count("early_exit_status")
 
-    def generate(self, prompt, sampling_params):
+    def generate(self, prompt: str, sampling_params: Any) -> Any:
         return sampling_params
 
 
-def served(*, keys=(), admin=(), tenants=None) -> tuple[FastAPI, Engine]:
+def served(
+    *, keys: Sequence[str] = (), admin: Sequence[str] = (), tenants: dict[str, dict[str, Any]] | None = None
+) -> tuple[FastAPI, Engine]:
     config = parse_config({"tenants": tenants or {}})
     app, engine = FastAPI(), Engine(config)
     app.include_router(page)
     app.include_router(router)
     app.state.early_exit_access = Access(keys, [digest_of(key) for key in admin])
-    app.state.early_exit = ExitServer(engine, config, tenants_by_key=tenants_by_key(config))
+    server = ExitServer(engine, config, tenants_by_key=tenants_by_key(config))  # type: ignore[arg-type]  # a fake engine
+    app.state.early_exit = server
     return app, engine
 
 
-def ask(app, method, path, *, client=LOCAL, key=None, headers=None, **kwargs) -> httpx.Response:
+def ask(
+    app: FastAPI,
+    method: str,
+    path: str,
+    *,
+    client: tuple[str, int] = LOCAL,
+    key: str | None = None,
+    headers: Any = None,
+    **kwargs: Any,
+) -> httpx.Response:
     own = {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def answer():
+    async def answer() -> httpx.Response:
         transport = httpx.ASGITransport(app=app, client=client)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000/early_exit") as http:
             return await http.request(method, path, headers={**own, **(headers or {})}, **kwargs)
