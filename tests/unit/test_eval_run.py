@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,6 +19,7 @@ from apparate_llm.eval.client import Chunk, Completion
 from apparate_llm.eval.evaluate import Evaluation, difference, evaluate
 from apparate_llm.eval.notes import notes_of
 from apparate_llm.eval.prompts import Prompt
+from apparate_llm.eval.schema import Ratio, Run
 from apparate_llm.eval.servers import Server, free_port
 from apparate_llm.eval.store import Block, BlockKey, Store
 from apparate_llm.eval.summary import Summary, cells_of, quality_of, ratios_of, runs_of
@@ -42,7 +44,7 @@ def prompts(*texts: str) -> list[Prompt]:
     return [Prompt([{"role": "user", "content": text}]) for text in texts]
 
 
-def evaluation_of(folder: Path, systems: list[System], asked: list[Prompt], **changes) -> Evaluation:
+def evaluation_of(folder: Path, systems: list[System], asked: list[Prompt], **changes: Any) -> Evaluation:
     loads = [closed(len(asked), clients, max_tokens=9, length="free") for clients in (1, 2)]
     store = Store(folder)
     store.open({"loads": [[load.name, False] for load in loads]}, fresh=False)
@@ -50,7 +52,9 @@ def evaluation_of(folder: Path, systems: list[System], asked: list[Prompt], **ch
     return replace(made, **changes)
 
 
-def results_of(evaluation: Evaluation, phases: tuple[tuple[str, int], ...] = ()):
+def results_of(
+    evaluation: Evaluation, phases: tuple[tuple[str, int], ...] = ()
+) -> tuple[list[Run], list[Ratio], list[Block]]:
     blocks = list(evaluation.store.blocks())
     cells = cells_of(blocks, evaluation.systems, evaluation.loads)
     summary = Summary(Path("fake"), 4, evaluation.prompts, phases, {"tpt": 55.0}, evaluation.sampling)
