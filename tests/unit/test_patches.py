@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from apparate_llm import patches
+from apparate_llm.engine.vllm_args import PROPOSER_CLASS
 from apparate_llm.eval.servers import free_port
 from apparate_llm.patches import guard
 from apparate_llm.patches.cpu_expand_kernel import expand
@@ -22,6 +23,7 @@ from apparate_llm.patches.ledger import LEDGER, apply_all
 from apparate_llm.patches.overrides import OVERRIDES
 from tests.logged import logged
 
+ROOT = Path(__file__).parents[2]
 FOLDER = Path(next(iter(patches.__path__))).resolve()
 FRAMEWORK = {"__init__", "guard", "ledger", "overrides"}
 NOT_METHODS = {"__module__", "__doc__", "__qualname__", "__annotations__", "__dict__", "__weakref__", "_abc_impl"}
@@ -390,7 +392,8 @@ def test_weights_go_to_huge_pages_where_no_runner_of_ours_moves_them(monkeypatch
     load = plain_pages.wrapped(lambda self, *, load_dummy_weights=False: moved.append(load_dummy_weights))
     load(SimpleNamespace(vllm_config=SimpleNamespace(speculative_config=None)), load_dummy_weights=True)
     assert moved == [True, "moved"]
-    load(SimpleNamespace(vllm_config=SimpleNamespace(speculative_config=OURS)))
+    ours = SimpleNamespace(method="custom_class", model=PROPOSER_CLASS)
+    load(SimpleNamespace(vllm_config=SimpleNamespace(speculative_config=ours)))
     assert moved == [True, "moved", False], "with exits it is the option's"
 
     monkeypatch.setattr(Worker, "load_model", Worker.load_model)
@@ -417,7 +420,7 @@ def test_vllms_own_platform_is_taken_where_its_kernels_are_wanted(monkeypatch):
     for value in ("", "zentorch"):
         monkeypatch.setenv("APPARATE_KERNELS", value)
         assert platform() is None
-    points = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]["entry-points"]
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     assert points["vllm.platform_plugins"] == {"apparate": "apparate_llm.plugin:platform"}
 
 
