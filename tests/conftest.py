@@ -1,11 +1,13 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
+
     from tests.fake_hub import Hub
 
 # Before vLLM is imported: engines live in the test's own process, nothing is looked up outside, kernels are vLLM's
@@ -19,6 +21,21 @@ os.environ.update(
     APPARATE_TUNING="off",
     APPARATE_KERNELS="stock",
 )
+
+
+ONE_SERVER = "tests/e2e/server/"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileScheduling | None":
+    """One worker gets all files of the folder that shares a server: two workers would start it twice."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    scheduling = LoadFileScheduling(config, log)
+    file_of = scheduling._split_scope
+    scheduling._split_scope = lambda test: ONE_SERVER if test.startswith(ONE_SERVER) else file_of(test)
+    return scheduling
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

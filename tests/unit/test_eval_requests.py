@@ -20,8 +20,8 @@ from apparate_llm.eval.workloads import LEAD_IN_S, closed, poisson
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.progress import Progress
 from tests.eval_results import a_result, text_of
+from tests.evaluations import evaluation_of, prompts, results_of
 from tests.fake_server import bodies, fake_server
-from tests.unit.test_eval_run import evaluation_of, prompts, results_of
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from apparate_llm.eval import evaluate as module
 from apparate_llm.eval.evaluate import evaluate
 from apparate_llm.eval.systems import System
 from apparate_llm.progress import Progress
+from tests.evaluations import evaluation_of, prompts
 from tests.fake_server import fake_server
-from tests.unit.test_eval_run import evaluation_of, prompts
 
 ENOUGH = 2  # repeats
 

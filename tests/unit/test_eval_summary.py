@@ -14,7 +14,7 @@ from apparate_llm.eval.summary import Summary, cells_of, ratios_of, runs_of, ste
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.tables import DASH, divergence_frac, share_rows, tables
 from tests.eval_results import a_result, text_of
-from tests.unit.test_eval_run import evaluation_of, prompts, results_of
+from tests.evaluations import evaluation_of, prompts, results_of
 
 
 def block_of(key: BlockKey, *tpt_ms: float, ttft_ms: float = 100.0) -> Block:
