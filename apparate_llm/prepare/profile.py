@@ -173,8 +173,7 @@ class Profiler:
         self.free_tokens = min(MAX_TOKENS, self.longest - self.prompt_tokens) - 2  # tokens that a request can generate
         self.llm = LLM(
             str(model),
-            **vllm_args(config, architecture_of(model)),
-            dtype=dtype_of(model),
+            **vllm_args(config, architecture_of(model)) | {"dtype": dtype_of(model)},
             max_model_len=self.longest,
             max_num_seqs=max(BATCH_SIZES),
             kv_cache_memory_bytes=KV_CACHE_TOKENS * kv_bytes_per_token(model),
