@@ -1,4 +1,4 @@
-"""The way of a few tokens through two steps, as docs/concepts.md tells it. A row of a pass gives the token that follows
+"""The way of a few tokens through two steps, as the README tells it. A row of a pass gives the token that follows
 its own: the verdict on a guess stands above the row before it."""
 
 from scripts.svg import Drawing, Theme
