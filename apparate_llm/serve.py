@@ -74,7 +74,7 @@ def add_serve(subparsers: Commands) -> None:
         "--verbose",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="show vLLM's log on a terminal, too; elsewhere it always is on stderr and stdout",
+        help="show vLLM's log on a terminal, and write no file; elsewhere it always is on stderr and stdout",
     )
     add_options(parser)
     add_tuning(parser)
