@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apparate_llm.config import EarlyExitConfig
+from apparate_llm.host.dtype import check_kernels
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of, early_exit_architecture
 from apparate_llm.ramps.checkpoint import choose_depth
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 def preflight(config: EarlyExitConfig, model: Path, vllm_flags: list[str]) -> "tuple[str, Fitting | None]":
     """The architecture of a model that is here and its ramps; nothing where nobody asks."""
+    check_kernels(model)
     if config.policy == "off":
         return "", None
     architecture = architecture_of(model)
@@ -27,6 +29,7 @@ def preflight_config(config: EarlyExitConfig, folder: Path) -> str:
     empty where nobody asks."""
     from apparate_llm.ramps.fitting import check_might_fit
 
+    check_kernels(folder)
     if config.policy == "off":
         return ""
     architecture = architecture_of(folder)

@@ -31,6 +31,7 @@ from apparate_llm.eval.systems import (
 )
 from apparate_llm.eval.workloads import Load, closed
 from apparate_llm.flags import check_new_folder, options_from
+from apparate_llm.host.dtype import check_kernels
 from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of, layers_of
@@ -121,7 +122,9 @@ def quick_plan(args: argparse.Namespace) -> EvalPlan:
 
 
 def check_model(folder: Path) -> None:
-    """Raises UnsupportedModelError for a model that no report could be made of."""
+    """Raises UnsupportedModelError for a model that no report could be made of, ConfigError for one that cannot be
+    served here."""
+    check_kernels(folder)
     architecture_of(folder)
     layers_of(folder)
 

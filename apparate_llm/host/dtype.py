@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from apparate_llm.config import ConfigError
 from apparate_llm.launch import is_cpu_build
 from apparate_llm.machine import total_memory_bytes
 from apparate_llm.vllm_flags import given_value
@@ -16,6 +17,8 @@ NEEDED = "avx512f"  # of a CPU by Intel or AMD
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 FLOAT32 = "float32"
 SIZES = {FLOAT32: 4}  # bytes of a stored value; 2 of all others
+FOUR_BITS, BITS = 4, ("bits", "w_bit", "num_bits")  # names in a quantization_config
+ACTIVATIONS = "input_activations"
 COPIES = 2  # vLLM keeps weights as they were loaded, and packed for its kernels
 MOST_FRAC = 0.6  # of this machine's memory, for the weights in float32
 
@@ -59,6 +62,26 @@ def dtype_line(vllm_flags: Sequence[str]) -> str | None:
 def element_size(model: Path) -> int:
     """Bytes of a value that is computed with."""
     return SIZES.get(dtype_of(model), 2)
+
+
+def check_kernels(model: Path) -> None:
+    """Raises ConfigError for a model folder in 4 bits where vLLM's build for this CPU has no kernels for them."""
+    if has_16_bit_kernels() or not is_cpu_build():
+        return
+    how = _config_of(model).get("quantization_config")
+    if isinstance(how, dict) and FOUR_BITS in _bits_in(how):
+        raise ConfigError(
+            f"cannot serve {model}: its weights are in 4 bits ({how.get('quant_method')}), and vLLM has no kernels for "
+            "these on a CPU without AVX-512 (allowed: models in 16 or 32 bits, and in int8)"
+        )
+
+
+def _bits_in(how: object) -> set[object]:
+    """Of weights, wherever a quantization_config says them: AWQ and GPTQ at the top, compressed-tensors by group."""
+    if not isinstance(how, dict):
+        return set()
+    inner = [bits for name, part in how.items() if name != ACTIVATIONS for bits in _bits_in(part)]
+    return {how[name] for name in BITS if isinstance(how.get(name), int)} | set(inner)
 
 
 def _fits(model: Path, config: dict[str, Any]) -> bool:

@@ -233,9 +233,11 @@ def plan_of(args: argparse.Namespace, model: Path, user_prompts: "list[Messages]
 
 
 def check_architecture(folder: Path) -> None:
-    """Raises UnsupportedModelError."""
+    """Raises UnsupportedModelError, or ConfigError for one that cannot be served here."""
+    from apparate_llm.host.dtype import check_kernels
     from apparate_llm.models.architectures import architecture_of, early_exit_architecture
 
+    check_kernels(folder)
     early_exit_architecture(architecture_of(folder))
 
 

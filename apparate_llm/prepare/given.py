@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def ramps_and_model(args: argparse.Namespace, *, siblings: bool = True) -> "tuple[RampManifest, Path]":
     """The checked manifest and the model folder it is for, or a sibling's where `siblings` will do; in a process with
     the performance libraries."""
+    from apparate_llm.host.dtype import check_kernels
     from apparate_llm.launch import check_build, reexec_with_libraries
     from apparate_llm.preflight import announce
     from apparate_llm.prepare.engine import environment
@@ -25,7 +26,12 @@ def ramps_and_model(args: argparse.Namespace, *, siblings: bool = True) -> "tupl
     check_build()
     reexec_with_libraries(environment())
     exit_on_sigterm()
-    model = model_of(args, lambda folder: check_might_fit(folder, args.folder))
+
+    def check(folder: Path) -> None:
+        check_kernels(folder)
+        check_might_fit(folder, args.folder)
+
+    model = model_of(args, check)
     weights = BaseWeights.of(model)
     if siblings:
         announce(fitting_ramps(weights, model, args.folder))

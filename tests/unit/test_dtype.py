@@ -8,6 +8,7 @@ import pytest
 
 from apparate_llm import serve
 from apparate_llm.cli import main
+from apparate_llm.config import ConfigError
 from apparate_llm.eval.systems import ModelChoice, systems_of, tuned
 from apparate_llm.host import dtype
 from apparate_llm.host.dtype import dtype_flags, dtype_of, element_size
@@ -80,6 +81,43 @@ def test_what_does_not_fit_in_memory_is_left_as_it_is(model, without_avx512, mon
 def test_other_builds_of_vllm_choose_by_themselves(model, without_avx512, monkeypatch):
     monkeypatch.setattr(dtype, "is_cpu_build", lambda: False)
     assert dtype_of(model()) == "auto" and dtype.dtype_line([]) is None
+
+
+INT8_GROUPS = {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 4}}}
+INT4_GROUPS = {"group_0": {"weights": {"num_bits": 8}}, "group_1": {"weights": {"num_bits": 4}}}
+
+
+@pytest.mark.parametrize(
+    ("how", "is_refused"),
+    [
+        ({"quant_method": "awq", "bits": 4}, True),
+        ({"quant_method": "awq", "w_bit": 4}, True),
+        ({"quant_method": "gptq", "bits": 8}, False),
+        ({"quant_method": "compressed-tensors", "config_groups": INT4_GROUPS}, True),
+        ({"quant_method": "compressed-tensors", "config_groups": INT8_GROUPS}, False),
+        ("damaged", False),
+    ],
+)
+def test_weights_in_4_bits_are_refused_where_there_are_no_kernels(model, without_avx512, monkeypatch, how, is_refused):
+    folder = model(quantization_config=how)
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"4 bits .*no kernels .*without AVX-512 \(allowed: "):
+            dtype.check_kernels(folder)
+    else:
+        dtype.check_kernels(folder)
+    monkeypatch.setattr(dtype, "has_16_bit_kernels", lambda: True)
+    dtype.check_kernels(folder)
+
+
+@pytest.mark.parametrize("command", ["serve", "serve --policy off", "prepare --out new", "eval tpt --out new", "tune"])
+def test_every_command_refuses_them_at_once(model, without_avx512, monkeypatch, tmp_path, capsys, command):
+    folder = model(
+        architectures=["LlamaForCausalLM"], num_hidden_layers=4, quantization_config={"quant_method": "awq", "bits": 4}
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "its weights are in 4 bits (awq)" in error and len(error.splitlines()) == 1
 
 
 # ---- who asks

@@ -171,11 +171,11 @@ def test_blocks_count_for_one_machine_and_one_way_to_start_servers(tiny_llama, t
     monkeypatch.setattr(vllm_settings, "is_cpu_build", lambda: True)
     known = made_of()
     assert [name.split()[0] for name in known["systems"]] == ["python", "python"] and "--ramps" in known["systems"][1]
-    monkeypatch.setattr(vllm_settings, "available_memory_bytes", lambda: 3 << 30)
-    assert made_of() == known, "what is free just then decides on the cache only"
-    monkeypatch.setattr(verify_module, "context_length", lambda model: 99)
-    assert made_of() != known
-    monkeypatch.undo()
+    with monkeypatch.context() as changed:
+        changed.setattr(vllm_settings, "available_memory_bytes", lambda: 3 << 30)
+        assert made_of() == known, "what is free just then decides on the cache only"
+        changed.setattr(verify_module, "context_length", lambda model: 99)
+        assert made_of() != known
     assert made_of() == known
     for name, value in (("cpu_name", "another"), ("version", "9.9")):
         with monkeypatch.context() as changed:
