@@ -34,6 +34,7 @@ MOST_ROWS = 64
 PROMPTS = (32, 128, 512)  # tokens
 TURNS = 3  # over all sizes, so that a machine that is slower for a while is slower for all
 STEPS = 12  # of each kind and turn
+BATCHED_TOKENS = 1024  # of a pass at most: while it starts, the engine reads as many, by itself four times these
 PROMPT_TOKENS = 64
 MAX_TOKENS = 400
 BLOCK_TOKENS = 128  # of a KV cache's block at most, whatever the backend
@@ -176,6 +177,7 @@ class Profiler:
             **vllm_args(config, architecture_of(model)) | {"dtype": dtype_of(model)},
             max_model_len=self.longest,
             max_num_seqs=max(BATCH_SIZES),
+            max_num_batched_tokens=BATCHED_TOKENS,
             kv_cache_memory_bytes=KV_CACHE_TOKENS * kv_bytes_per_token(model),
             enable_prefix_caching=False,
             enforce_eager=eager,
