@@ -13,8 +13,8 @@ from apparate_llm.coverage import VLLM_KERNELS, kept
 from apparate_llm.default_model import PACKAGE as MODEL_PACKAGE
 from apparate_llm.default_model import PACKAGE_VERSION as MODEL_VERSION
 from apparate_llm.flags import Commands
+from apparate_llm.host import dtype
 from apparate_llm.host.choice import ZENTORCH
-from apparate_llm.host.dtype import has_16_bit_kernels
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.store import huge_pages_given
 from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
@@ -204,7 +204,7 @@ def check_cpu() -> list[Finding]:
         return [Finding("ok", "CPU features unknown (no /proc/cpuinfo)")]
     names = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     what = f"{len(os.sched_getaffinity(0))} CPU cores, features: {', '.join(names) or 'none of AVX2 and later'}"
-    if not has_16_bit_kernels(CPU_INFO):
+    if not dtype.has_16_bit_kernels(CPU_INFO):
         what += "; no AVX-512, in 16 bits models would be slow: `serve` takes float32 where that fits in memory"
     return [Finding("ok", what)]
 

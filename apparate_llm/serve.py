@@ -17,7 +17,7 @@ from apparate_llm.engine.vllm_settings import DEFAULTS, SPECULATION, as_flags, m
 from apparate_llm.engine.vllm_start import start_vllm, vllm_parser
 from apparate_llm.flags import Commands, OneLineParser, add_options, options_from
 from apparate_llm.host.chosen import choose
-from apparate_llm.host.dtype import dtype_flags, dtype_line
+from apparate_llm.host.dtype import asked_dtype, dtype_flags, dtype_line
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.options import Tuning, add_tuning, check_tuning, tuning_from
 from apparate_llm.hub import Origin
@@ -129,10 +129,10 @@ def run_serve(args: argparse.Namespace, vllm_flags: list[str]) -> int:
         if given_value(rest, "served-model-name") is None:
             rest = [*rest, "--served-model-name", *names]
     announce(fitting)
-    if given_value(rest, "dtype") is None:
+    if asked_dtype(rest) == "auto":
         dtype = dtype_flags(model, rest)
         vllm_flags, rest = [*vllm_flags, *dtype], [*rest, *dtype]
-        if line := dtype_line(rest):
+        if line := dtype_line(model, rest):
             print(line, file=sys.stderr, flush=True)
     lines += use_machine(tuning, model, vllm_flags, config, wanted)
     return start(args, model, config, wanted, rest, lines)

@@ -31,7 +31,7 @@ from apparate_llm.eval.systems import (
 )
 from apparate_llm.eval.workloads import Load, closed
 from apparate_llm.flags import check_new_folder, options_from
-from apparate_llm.host.dtype import check_kernels
+from apparate_llm.host.dtype import asked_dtype, check_kernels
 from apparate_llm.host.options import kept_tuning_from
 from apparate_llm.launch import check_build
 from apparate_llm.models.architectures import architecture_of, layers_of
@@ -40,7 +40,7 @@ from apparate_llm.naming import model_name
 from apparate_llm.preflight import preflight_ramps
 from apparate_llm.redact import redacted
 from apparate_llm.renamed import OPTIONS
-from apparate_llm.vllm_flags import given_value, one_spelling, split_flag
+from apparate_llm.vllm_flags import given_value, normalised, one_spelling, split_flag
 
 SET_HERE = ("model", "revision", "download-dir", "host", "port", "uds")
 LEAST_TURN_S, MOST_TURN_S = 1.0, 300.0  # a client waits for an answer no longer than twice that
@@ -352,11 +352,19 @@ def _settings(
         "systems": [system.name for system in systems],
         "options": option_flags(args) + getattr(args, "system", []),
         "vllm_flags": redacted(args.vllm_flag),
+        **_dtype_settings(args, choice),
         "hf_layer": getattr(args, "hf_layer", None),
         **_sampling_settings(_sampling(args)),
         **_llama_cpp_settings(args),
         **_request_fields(systems),
     }
+
+
+def _dtype_settings(args: argparse.Namespace, choice: ModelChoice) -> dict[str, object]:
+    """Where nobody asked for the one that servers have."""
+    given = asked_dtype(normalised([part for text in args.vllm_flag for part in split_flag(text)]))
+    taken = asked_dtype(normalised([*choice.vllm_flags]))
+    return {} if taken == given else {"dtype": taken}
 
 
 def _labels(sets: list[PromptSet]) -> dict[str, object]:

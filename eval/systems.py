@@ -18,7 +18,7 @@ from apparate_llm.eval.client import Fields
 from apparate_llm.flags import config_of
 from apparate_llm.host.choice import AS_VLLM, RESERVED, Choice, Worker, environment
 from apparate_llm.host.chosen import choose
-from apparate_llm.host.dtype import dtype_flags
+from apparate_llm.host.dtype import asked_dtype, dtype_flags
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.options import KeptTuning, num_ranks, parse_kept_tuning
 from apparate_llm.launch import clean_environment, is_cpu_build, server_environment
@@ -42,7 +42,7 @@ SUFFIX_PACKAGE = "arctic_inference"
 GREEDY_ONLY = ("hf", "hf-early-exit")
 SHARES = (BASELINE, "+threads", "+worker", "+pages", "+head", "+exits")  # each has all that those before it have
 NAMES = {
-    "vllm": "plain vLLM as it starts, the baseline",
+    "vllm": "plain vLLM as it starts, in our servers' dtype: the baseline",
     "lossless": "early exits, accuracy bound 0",
     "early-exit": "early exits, once for each of --accuracy-bounds",
     "off": "our server with --policy off",
@@ -126,7 +126,8 @@ class ModelChoice:
 def tuned(choice: ModelChoice, tuning: KeptTuning) -> ModelChoice:
     """For servers that all use this machine as `serve` does, in one dtype; raises ConfigError."""
     choice = replace(
-        choice, vllm_flags=(*choice.vllm_flags, *dtype_flags(choice.model, normalised([*choice.vllm_flags])))
+        choice,
+        vllm_flags=(*choice.vllm_flags, *dtype_flags(choice.model, normalised([*choice.vllm_flags]), num_servers=2)),
     )
     flags, config = normalised([*choice.vllm_flags]), config_of(choice.options)
     without_pages = parse_config(config.model_dump(exclude_unset=True, exclude={"huge_pages"}))
@@ -329,7 +330,7 @@ def early_exits(name: str, choice: ModelChoice, *options: str) -> System:
 
 def _hugging_face(name: str, choice: ModelChoice) -> System:
     command: tuple[str, ...] = (sys.executable, "-m", "apparate_llm.eval.hf_server", "--model", str(choice.model))
-    if (dtype := given_value(normalised([*choice.vllm_flags]), "dtype") or "auto") != "auto":
+    if (dtype := asked_dtype(normalised([*choice.vllm_flags]))) != "auto":
         command = (*command, "--dtype", dtype)
     if name == "hf-early-exit":
         layer = choice.hf_layer or layers_of(choice.model) // 2

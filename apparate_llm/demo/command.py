@@ -123,6 +123,7 @@ def server_to_ask(args: argparse.Namespace, console: "Console") -> Iterator["Cha
 
 def own_system(args: argparse.Namespace) -> "System":
     from apparate_llm.eval.systems import ModelChoice, early_exits
+    from apparate_llm.host.dtype import check_kernels
     from apparate_llm.launch import check_build
     from apparate_llm.named_model import model_folder
     from apparate_llm.vllm_flags import split_flag
@@ -130,7 +131,9 @@ def own_system(args: argparse.Namespace) -> "System":
     check_build()
     flags = tuple(part for text in args.vllm_flag or () for part in split_flag(text))
     options = () if args.ramps is None else ("--ramps", args.ramps)
-    choice = ModelChoice(model_folder(args.model), vllm_flags=flags, options=options, api_key=args.api_key)
+    choice = ModelChoice(
+        model_folder(args.model, check=check_kernels), vllm_flags=flags, options=options, api_key=args.api_key
+    )
     system = early_exits("the server", choice, "--accuracy-bound", f"{args.accuracy_bound:g}")
     if system.problem is not None:
         raise ValueError(system.problem)

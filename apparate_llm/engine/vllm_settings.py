@@ -7,6 +7,7 @@ from typing import Any
 
 from apparate_llm.config import ADDITIONAL_CONFIG_KEY, ConfigError, EarlyExitConfig
 from apparate_llm.engine.vllm_args import vllm_args
+from apparate_llm.host.dtype import DEFAULT_KV_CACHE_BYTES
 from apparate_llm.launch import is_cpu_build
 from apparate_llm.machine import available_memory_bytes
 from apparate_llm.vllm_flags import given_value, normalised, parse_object, without
@@ -15,7 +16,6 @@ SPECULATION = "speculative_config"  # a setting of every server with exits, and 
 SPECULATION_FLAGS = ("spec-method", "spec-model", "spec-tokens")  # parts of it
 DEFAULTS = ("", "None", "auto")  # values by which a flag of vLLM's is as if it were not given
 YOURS = "contradicts early exits; with --policy off it is yours"
-MAX_DEFAULT_KV_CACHE_BYTES = 4 << 30
 
 
 def settings_of(config: EarlyExitConfig, architecture: str, vllm_flags: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -78,5 +78,5 @@ def memory_flags(vllm_flags: list[str], num_servers: int = 1) -> list[str]:
         return []
     if "VLLM_CPU_KVCACHE_SPACE" in os.environ or not is_cpu_build():
         return []
-    size = min(MAX_DEFAULT_KV_CACHE_BYTES, available_memory_bytes() // (4 * num_servers))
+    size = min(DEFAULT_KV_CACHE_BYTES, available_memory_bytes() // (4 * num_servers))
     return ["--kv-cache-memory-bytes", str(size)]

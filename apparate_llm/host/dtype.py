@@ -1,9 +1,10 @@
 """In which dtype a model is served on this machine. vLLM by itself takes one of 16 bits, and on CPUs without AVX-512 it
-has no kernels for these: every row reads all weights again, prompts and batches are slow, and exits cannot pay."""
+has no kernels for these: every row reads all weights again, so prompts and batches are slow."""
 
 import json
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ from apparate_llm.vllm_flags import given_value
 CPU_INFO = Path("/proc/cpuinfo")
 NEEDED = "avx512f"  # of a CPU by Intel or AMD
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+WHOLE = "consolidated"  # Mistral's own file, beside the others
 FLOAT32 = "float32"
+SHORT_NAMES = {"half": "float16", "float": FLOAT32}  # that vLLM takes as well
 SIZES = {FLOAT32: 4}  # bytes of a stored value; 2 of all others
-FOUR_BITS, BITS = 4, ("bits", "w_bit", "num_bits")  # names in a quantization_config
-ACTIVATIONS = "input_activations"
 COPIES = 2  # vLLM keeps weights as they were loaded, and packed for its kernels
 MOST_FRAC = 0.6  # of this machine's memory, for the weights in float32
+DEFAULT_KV_CACHE_BYTES = 4 << 30  # at most, where nobody says how many
+KV_FLAGS = ("kv-cache-memory-bytes", "gpu-memory-utilization", "max-model-len")  # whoever gives one knows what fits
+QUANTISATION = ("quantization_config", "compression_config")  # in config.json
+QUANTISATION_FILE = "hf_quant_config.json"
+FOUR_BITS, BITS = 4, ("bits", "w_bit", "num_bits")  # names in a quantization_config
+NEED_KERNELS, COMPRESSED, PACKED = ("awq", "gptq"), "compressed-tensors", "pack-quantized"
 
 
 def has_16_bit_kernels(cpu_info: Path = CPU_INFO) -> bool:
@@ -33,30 +40,39 @@ def has_16_bit_kernels(cpu_info: Path = CPU_INFO) -> bool:
         return True
 
 
-def dtype_of(model: Path, vllm_flags: Sequence[str] = ()) -> str:
-    """What to give to vLLM for a model folder: float32 where that is faster and fits in memory, else what was asked
-    for. vllm_flags: in one spelling."""
-    asked = given_value([*vllm_flags], "dtype") or "auto"
+def dtype_of(model: Path, vllm_flags: Sequence[str] = (), *, num_servers: int = 1) -> str:
+    """What to give to vLLM for a model folder: float32 where prompts and batches are faster in it and `num_servers`
+    beside each other fit in memory, else what was asked for. vllm_flags: in one spelling."""
+    asked = asked_dtype(vllm_flags)
     if asked != "auto" or not is_cpu_build() or has_16_bit_kernels():
         return asked
     config = _config_of(model)
-    is_quantised = "quantization_config" in config or given_value([*vllm_flags], "quantization") is not None
-    return asked if is_quantised or not _fits(model, config) else FLOAT32
+    is_quantised = _is_quantised(model, config) or given_value([*vllm_flags], "quantization") is not None
+    return asked if not config or is_quantised or not _fits(model, config, vllm_flags, num_servers) else FLOAT32
 
 
-def dtype_flags(model: Path, vllm_flags: Sequence[str]) -> list[str]:
+def asked_dtype(vllm_flags: Sequence[str]) -> str:
+    name = given_value([*vllm_flags], "dtype") or "auto"
+    return SHORT_NAMES.get(name, name)
+
+
+def dtype_flags(model: Path, vllm_flags: Sequence[str], *, num_servers: int = 1) -> list[str]:
     """To be added to these, so that vLLM takes the dtype of `dtype_of`."""
-    asked, dtype = given_value([*vllm_flags], "dtype") or "auto", dtype_of(model, vllm_flags)
-    return [] if dtype == asked else ["--dtype", dtype]
+    dtype = dtype_of(model, vllm_flags, num_servers=num_servers)
+    return [] if dtype == asked_dtype(vllm_flags) else ["--dtype", dtype]
 
 
-def dtype_line(vllm_flags: Sequence[str]) -> str | None:
-    """On these flags, `dtype_flags` among them, for whoever gave none."""
+def dtype_line(model: Path, vllm_flags: Sequence[str]) -> str | None:
+    """On these flags, `dtype_flags` among them, for whoever asked for none."""
     if has_16_bit_kernels() or not is_cpu_build():
         return None
-    if given_value([*vllm_flags], "dtype") == FLOAT32:
-        return "Dtype: float32, which is faster on a CPU without AVX-512 (--dtype bfloat16: as vLLM by itself)"
-    return "Note: this CPU has no AVX-512: models in 16 bits and quantised ones are slow here, and exits do not pay"
+    if asked_dtype(vllm_flags) == FLOAT32:
+        return (
+            "Dtype: float32, in which prompts and several clients are faster without AVX-512 (vLLM's: --dtype bfloat16)"
+        )
+    if _is_quantised(model, _config_of(model)):
+        return None
+    return "Note: without AVX-512 models in 16 bits are slow, and this one may not fit in memory in float32"
 
 
 def element_size(model: Path) -> int:
@@ -68,26 +84,66 @@ def check_kernels(model: Path) -> None:
     """Raises ConfigError for a model folder in 4 bits where vLLM's build for this CPU has no kernels for them."""
     if has_16_bit_kernels() or not is_cpu_build():
         return
-    how = _config_of(model).get("quantization_config")
-    if isinstance(how, dict) and FOUR_BITS in _bits_in(how):
+    how = _config_of(model).get(QUANTISATION[0])
+    if isinstance(how, dict) and _needs_kernels(how):
         raise ConfigError(
             f"cannot serve {model}: its weights are in 4 bits ({how.get('quant_method')}), and vLLM has no kernels for "
             "these on a CPU without AVX-512 (allowed: models in 16 or 32 bits, and in int8)"
         )
 
 
-def _bits_in(how: object) -> set[object]:
-    """Of weights, wherever a quantization_config says them: AWQ and GPTQ at the top, compressed-tensors by group."""
-    if not isinstance(how, dict):
-        return set()
-    inner = [bits for name, part in how.items() if name != ACTIVATIONS for bits in _bits_in(part)]
-    return {how[name] for name in BITS if isinstance(how.get(name), int)} | set(inner)
+def _needs_kernels(how: dict[str, Any]) -> bool:
+    """AWQ and GPTQ say their bits at the top, compressed-tensors for each group, whose format may be its own."""
+    if how.get("quant_method") in NEED_KERNELS:
+        return any(how.get(name) == FOUR_BITS for name in BITS)
+    groups = how.get("config_groups")
+    if how.get("quant_method") != COMPRESSED or not isinstance(groups, dict):
+        return False
+    return any(
+        (group.get("format") or how.get("format")) == PACKED
+        and isinstance(weights := group.get("weights"), dict)
+        and weights.get("num_bits") == FOUR_BITS
+        for group in groups.values()
+        if isinstance(group, dict)
+    )
 
 
-def _fits(model: Path, config: dict[str, Any]) -> bool:
-    size = next((size for kind in WEIGHTS if (size := sum(path.stat().st_size for path in model.glob(kind)))), 0)
+def _is_quantised(model: Path, config: dict[str, Any]) -> bool:
+    inner = config.get("text_config")
+    places = [config, inner] if isinstance(inner, dict) else [config]
+    return (model / QUANTISATION_FILE).exists() or any(place.get(name) for place in places for name in QUANTISATION)
+
+
+def _fits(model: Path, config: dict[str, Any], vllm_flags: Sequence[str], num_servers: int) -> bool:
+    """The weights, and a KV cache for the model's whole context."""
     stored = SIZES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
-    return size / stored * SIZES[FLOAT32] * COPIES <= MOST_FRAC * total_memory_bytes()
+    weights = _weight_bytes(model) / stored * SIZES[FLOAT32] * COPIES
+    if any(given_value([*vllm_flags], name) is not None for name in KV_FLAGS):
+        needed = 0.0
+    else:
+        needed = kv_bytes_per_token(config, SIZES[FLOAT32]) * (config.get("max_position_embeddings") or 0)
+    return weights * num_servers <= MOST_FRAC * total_memory_bytes() and needed <= DEFAULT_KV_CACHE_BYTES
+
+
+def _weight_bytes(model: Path) -> int:
+    for kind in WEIGHTS:
+        files = [*model.glob(kind)]
+        parts = [path for path in files if not path.name.startswith(WHOLE)] or files
+        size = 0
+        for path in parts:
+            with suppress(OSError):  # whoever loads it says what is wrong
+                size += path.stat().st_size
+        if size:
+            return size
+    return 0
+
+
+def kv_bytes_per_token(config: dict[str, Any], value_bytes: int) -> int:
+    """Of the KV cache, by a model's config.json; 0 where that does not say."""
+    heads = config.get("num_attention_heads") or 1
+    head_dim = config.get("head_dim") or (config.get("hidden_size") or 0) // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    return int(2 * (config.get("num_hidden_layers") or 0) * kv_heads * head_dim * value_bytes)
 
 
 def _config_of(model: Path) -> dict[str, Any]:

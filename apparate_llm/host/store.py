@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from apparate_llm.config import EarlyExitConfig
 from apparate_llm.files import PRIVATE_FOLDER, write_atomically
 from apparate_llm.host.choice import ZENTORCH, Choice
+from apparate_llm.host.dtype import asked_dtype
 from apparate_llm.host.limits import CpuLimits
 from apparate_llm.launch import server_environment
 from apparate_llm.machine import cpu_name
@@ -55,7 +56,7 @@ def key_of(model: Path, flags: Sequence[str], limits: CpuLimits, config: EarlyEx
     except (OSError, ValueError):  # whoever serves it says what is wrong
         config_json = {}
     shapes = config_json if isinstance(config_json, dict) else {}
-    dtype = given_value([*flags], "dtype") or "auto"
+    dtype = asked_dtype(flags)
     if dtype == "auto":
         dtype = str(shapes.get("dtype") or shapes.get("torch_dtype"))
     preloads = server_environment().get("LD_PRELOAD", "").replace(":", " ").split()

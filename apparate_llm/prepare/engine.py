@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apparate_llm.host.dtype import dtype_of, element_size
+from apparate_llm.host import dtype
 
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 128
@@ -43,7 +43,7 @@ def generation_engine(model: Path, *, seed: int = 0, **settings: Any) -> Iterato
     llm = LLM(
         str(model),
         **{
-            "dtype": dtype_of(model),
+            "dtype": dtype.dtype_of(model),
             "max_model_len": context_length(model),
             "max_num_seqs": MAX_NUM_SEQS,
             "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
@@ -71,11 +71,7 @@ def runner_of(llm: Any) -> Any:
 
 def kv_bytes_per_token(model: Path) -> int:
     """Of the KV cache."""
-    config = json.loads((model / "config.json").read_text())
-    heads = config.get("num_attention_heads") or 1
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * element_size(model))
+    return dtype.kv_bytes_per_token(json.loads((model / "config.json").read_text()), dtype.element_size(model))
 
 
 def context_length(model: Path) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from apparate_llm.host.dtype import element_size
+from apparate_llm.host.dtype import DEFAULT_KV_CACHE_BYTES, element_size
 from apparate_llm.machine import available_memory_bytes
 from apparate_llm.models.quantised_heads import has_fast_int8
 from apparate_llm.prepare.engine import MAX_NUM_BATCHED_TOKENS, context_length, kv_bytes_per_token
@@ -131,9 +131,7 @@ def profile_bytes(sizes: Sizes) -> int:
 
 def verification_bytes(sizes: Sizes) -> int:
     """Peak of this process and of the two servers that `--verify` starts: an API and an engine each, one with exits."""
-    from apparate_llm.engine.vllm_settings import MAX_DEFAULT_KV_CACHE_BYTES
-
-    kv = min(MAX_DEFAULT_KV_CACHE_BYTES, available_memory_bytes() // (4 * NUM_SERVERS))
+    kv = min(DEFAULT_KV_CACHE_BYTES, available_memory_bytes() // (4 * NUM_SERVERS))
     return PROCESS_BYTES + NUM_SERVERS * (2 * PROCESS_BYTES + loaded_bytes(sizes) + kv) + screened_bytes(sizes)
 
 
@@ -147,12 +145,14 @@ def training_bytes(plan: Plan, sizes: Sizes) -> int:
     """Peak of the process while it trains: weights, gradient, two moments, the best ones, a copy to measure with, and
     a batch; rows stay on disk."""
     parameters = head_parameters(plan, sizes)
-    scores = STEPS_IN_MEMORY * BATCH_ROWS * plan.ramp_vocab * 6
+    scores = STEPS_IN_MEMORY * BATCH_ROWS * plan.ramp_vocab * 3 * sizes.value
+    widened = sizes.table if sizes.value > 2 else 0  # the embedding, as rows are
     return (
         PROCESS_BYTES
         + sizes.tables * sizes.table
-        + parameters * (5 * 4 + 2)
-        + plan.ramp_vocab * sizes.hidden * 6
+        + widened
+        + parameters * (5 * 4 + sizes.value)
+        + plan.ramp_vocab * sizes.hidden * (4 + sizes.value)
         + scores
     )
 

@@ -19,7 +19,7 @@ from apparate_llm.prepare.calibrate import calibrate_positions
 from apparate_llm.prepare.needs import disk_left, gib, say_needs
 from apparate_llm.prepare.peak_memory import PeakMemory
 from apparate_llm.prepare.plan import Made, Plan, Run
-from apparate_llm.prepare.profile_stage import measure_costs
+from apparate_llm.prepare.profile_stage import measure_costs, seconds_of_row
 from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.recorded import Recorded, recorded
 from apparate_llm.prepare.records import CalibrationRecord, Report, SynthesisRecord, TrainingRecord
@@ -83,7 +83,7 @@ def _prepared(run: Run) -> tuple[Report, Made]:
     """All that the time budget is for."""
     plan = run.plan
     profiled = measure_costs(run)
-    run.begins_s = profiled.pop("until_s")
+    run.begins_s, run.row_s = profiled.pop("until_s"), seconds_of_row(profiled)
     made = _laps(run)
     _other_depths(run, made)
     for depth in plan.depths:

@@ -57,6 +57,12 @@ def measure_costs(run: Run) -> Profiled:
     return workspace.write("profile", inputs, profiled)
 
 
+def seconds_of_row(profiled: Profiled) -> float:
+    """Of the largest pass with a row for each request; that of a larger one takes no longer."""
+    largest = max(map(int, profiled["verify_ms"]))
+    return profiled["verify_ms"][str(largest)] / largest / 1e3
+
+
 def _profiled(run: Run, folder: Path) -> Profiled:
     with run.progress.stage("profile", total=1.0, facts="starting the model as it is served") as bar:
         return profile(

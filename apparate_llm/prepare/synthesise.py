@@ -58,6 +58,8 @@ class Draft:
 
 
 class Synthesiser:
+    """slots: conversations at once, at most; row_s: what each of them may add to a step, at most; 0: not known."""
+
     def __init__(
         self,
         llm: Any,
@@ -69,12 +71,14 @@ class Synthesiser:
         max_answer_tokens: int,
         slots: int,
         seed: int,
+        row_s: float = 0.0,
     ) -> None:
         self.engine = llm.llm_engine
         self.store, self.prompts = store, prompts
         self.capture = Capture(llm, depths=depths)
         self.max_prompt_tokens, self.max_answer_tokens = max_prompt_tokens, max_answer_tokens
-        self.slots = slots
+        self.most_slots = slots
+        self.slots = slots if row_s <= 0 else min(slots, max(FEWEST_SLOTS, int(STEP_TARGET_S / row_s)))
         self.number = int(store.facts.get("next_number", 0))  # of the next conversation
         self.work: dict[str, Answer | Draft] = {}  # by request
         self.finished: list[Conversation] = []  # not in the store yet
@@ -231,12 +235,15 @@ class Synthesiser:
             raise RuntimeError(f"the last {self.failures} prompts were empty, too long, known or without an answer")
 
     def _adapt_slots(self, step_s: float) -> None:
-        """Fewer slots where a step takes long; the fastest of several steps counts, as others may use the machine."""
+        """Fewer slots where a step takes long, more where it does not; the fastest of several steps counts, as others
+        may use the machine."""
         self.step_s.append(step_s)
         if len(self.step_s) >= STEPS_TIMED:
             fastest = min(self.step_s)
             if len(self.work) >= self.slots > FEWEST_SLOTS and fastest > STEP_TARGET_S:
                 self.slots = max(FEWEST_SLOTS, int(self.slots * STEP_TARGET_S / fastest))
+            elif len(self.work) >= self.slots and fastest < STEP_TARGET_S / 2:
+                self.slots = min(self.most_slots, 2 * self.slots)
             self.step_s.clear()
 
     # ---- on disk

@@ -163,4 +163,5 @@ def _synthesiser(run: Run, llm: Any, limits: SynthesisLimits) -> Synthesiser:
         max_answer_tokens=answer_limit(length),
         slots=limits.slots,
         seed=plan.seed,
+        row_s=run.row_s,
     )

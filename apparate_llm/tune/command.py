@@ -100,26 +100,28 @@ def run_tune(args: argparse.Namespace) -> int:
         raise ValueError("--max-tokens: at least 2, as a single token has no time per output token, got 1")
     flags = normalised([part for text in args.vllm_flag for part in split_flag(text)])
     model = model_of(args, check_model)
-    if dtype := dtype_flags(model, flags):
+    if dtype := dtype_flags(model, flags, num_servers=2):
         flags, args.vllm_flag = [*flags, *dtype], [*args.vllm_flag, " ".join(dtype)]
     options = options_of_servers(args, model)
     chosen = choose(Tuning(), model, flags, config_of(options))
     if args.print_env:
-        print_variables(chosen)
+        print_variables(chosen, flags)
         return 0
     writable_cache()
     measure_and_keep(plan_of(args, model, options, chosen), flags, args.json)
     return 0
 
 
-def print_variables(chosen: "Chosen") -> None:
-    """As a shell reads them, libraries to preload included."""
+def print_variables(chosen: "Chosen", flags: list[str]) -> None:
+    """As a shell reads them, libraries to preload included. flags: of the servers that were measured."""
     from apparate_llm.launch import server_environment
 
     env = {"LD_PRELOAD": server_environment().get("LD_PRELOAD", "")} | chosen.environment
     for name, value in env.items():
         if value:
             print(f"export {name}={shlex.quote(value)}")
+    if flags:
+        print(f"# for servers with {shlex.join(flags)}")
 
 
 def options_of_servers(args: argparse.Namespace, model: Path) -> tuple[str, ...]:

@@ -17,12 +17,14 @@ from apparate_llm.eval.servers import Server
 from apparate_llm.eval.steady import measure_level
 from apparate_llm.eval.systems import ModelChoice, System, early_exits
 from apparate_llm.host.choice import ZENTORCH, Choice, has_zentorch, num_threads
+from apparate_llm.host.dtype import asked_dtype
 from apparate_llm.host.limits import CpuLimits
 from apparate_llm.host.store import huge_pages_given
 from apparate_llm.naming import model_name
 from apparate_llm.progress import SECONDS, Progress
 from apparate_llm.tune.candidates import flags_of, name_of, of_kernels, of_pages, of_processes
 from apparate_llm.tune.decide import Times, Trial
+from apparate_llm.vllm_flags import normalised
 
 TURN_S = 3.0
 SETTLE_S = 3.0  # of each server with each number of clients, not counted
@@ -153,12 +155,13 @@ def variance(plan: TunePlan, choice: Choice) -> str | None:
     """Why this choice's texts would depend on the load, by what the server has found at its start; None: they do
     not."""
     kernels = choice.kernels or (ZENTORCH if has_zentorch() else VLLM_KERNELS)
-    number = num_threads(choice, plan.limits)
+    number, dtype = num_threads(choice, plan.limits), asked_dtype(normalised([*plan.served.vllm_flags]))
     records = [
         one
         for one in kept(plan.cache)
         if one["model"] == model_name(plan.served.model)
         and one["kernels"] == kernels
+        and dtype in ("auto", one["dtype"])
         and (number is None or one["threads"] == number)
     ]
     if not records:

@@ -135,7 +135,7 @@ def started(monkeypatch):
 def test_serve_says_which_dtype_it_takes(tiny_llama, without_avx512, started, capsys):
     assert main(["serve", str(tiny_llama), "--policy", "off", "--port", "0"]) == 0
     assert "--dtype float32" in started[0]
-    assert "Dtype: float32, which is faster on a CPU without AVX-512" in capsys.readouterr().err
+    assert "Dtype: float32, in which prompts and several clients are faster" in capsys.readouterr().err
 
 
 def test_serve_takes_the_one_that_is_asked_for(tiny_llama, without_avx512, started, capsys):
@@ -146,7 +146,7 @@ def test_serve_takes_the_one_that_is_asked_for(tiny_llama, without_avx512, start
 def test_serve_says_what_is_slow(tiny_llama, without_avx512, started, monkeypatch, capsys):
     monkeypatch.setattr(dtype, "total_memory_bytes", lambda: 1)
     assert main(["serve", str(tiny_llama), "--policy", "off", "--port", "0"]) == 0
-    assert "--dtype" not in started[0] and "exits do not pay" in capsys.readouterr().err
+    assert "--dtype" not in started[0] and "Note: without AVX-512" in capsys.readouterr().err
 
 
 def test_all_servers_of_an_evaluation_have_one_dtype(model, without_avx512):

@@ -114,7 +114,7 @@ def stages(tiny_llama, tmp_path, monkeypatch):
 
     made = Made({"rows": 1, "tokens": 1, "seconds": 1}, trained=dict.fromkeys((0, 2)), outlook="Enough.")
     for name, result in (
-        ("measure_costs", {"until_s": 60.0}),
+        ("measure_costs", {"until_s": 60.0, "verify_ms": {"1": 20.0, "32": 64.0}}),
         ("_laps", made),
         *((name, None) for name in ("_other_depths", "measure_depth", "_calibrate", "_conversations", "_write_ramps")),
         ("write_report", advice),

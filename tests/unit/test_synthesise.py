@@ -38,7 +38,7 @@ def tokenizer(tiny_llama):
 
 
 def synthesiser_on(
-    engine, tokenizer, folder, *, max_prompt_tokens=96, max_answer_tokens=256, user_prompts=(), slots=SLOTS
+    engine, tokenizer, folder, *, max_prompt_tokens=96, max_answer_tokens=256, user_prompts=(), slots=SLOTS, row_s=0.0
 ):
     chat = ChatFormat(tokenizer, max_model_len=CONTEXT, max_answer_tokens=max_answer_tokens)
     return Synthesiser(
@@ -50,6 +50,7 @@ def synthesiser_on(
         max_answer_tokens=max_answer_tokens,
         slots=slots,
         seed=0,
+        row_s=row_s,
     )
 
 
@@ -159,6 +160,23 @@ def test_slow_steps_never_lead_to_more_conversations_at_once(slots, then, clock,
     left = iter(range(50))
     synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
     assert synthesiser.slots == then
+
+
+@pytest.mark.parametrize(("row_s", "at_first"), [(0.0, 128), (0.001, 128), (0.01, 50), (0.03, 16), (1.0, 16)])
+def test_where_a_row_is_known_to_take_long_few_conversations_begin(row_s, at_first, clock, tokenizer, tmp_path):
+    """Else the first answers of a slow model come when the time is over."""
+    synthesiser = synthesiser_on(FakeEngine(clock, step_s=0.4), tokenizer, tmp_path, slots=128, row_s=row_s)
+    assert synthesiser.slots == at_first
+    left = iter(range(100))
+    synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
+    assert synthesiser.slots == at_first, "a step takes about as long as it should"
+
+
+def test_fast_steps_lead_to_as_many_conversations_as_memory_allows(clock, tokenizer, tmp_path):
+    synthesiser = synthesiser_on(FakeEngine(clock, step_s=0.1), tokenizer, tmp_path, slots=100, row_s=0.03)
+    left = iter(range(100))
+    synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
+    assert synthesiser.slots == 100
 
 
 def test_what_is_left_of_a_prompt_is_all_that_may_be_written(clock, tokenizer, tmp_path):
