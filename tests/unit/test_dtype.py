@@ -60,14 +60,25 @@ def test_without_avx512_it_is_float32(model, without_avx512):
     assert element_size(model()) == 4
 
 
-@pytest.mark.parametrize("asked", ["bfloat16", "half", "float32"])
-def test_what_is_asked_for_is_taken(model, without_avx512, asked):
-    assert dtype_of(model(), [f"--dtype={asked}"]) == asked and dtype_flags(model(), [f"--dtype={asked}"]) == []
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [("bfloat16", "bfloat16"), ("half", "float16"), ("float", "float32"), ("float32", "float32")],
+)
+def test_what_is_asked_for_is_taken(model, without_avx512, asked, name):
+    assert dtype_of(model(), [f"--dtype={asked}"]) == name and dtype_flags(model(), [f"--dtype={asked}"]) == []
 
 
 def test_quantised_models_are_left_as_they_are(model, without_avx512):
     assert dtype_of(model(quantization_config={"quant_method": "awq"})) == "auto"
-    assert dtype_of(model(), ["--quantization", "fp8"]) == "auto"
+    assert dtype_of(model(quantization_config=None), ["--quantization", "fp8"]) == "auto"
+    assert dtype_of(model(text_config={"quantization_config": {"quant_method": "fp8"}})) == "auto"
+    assert dtype_of(model()) == "float32", "a config that says null is of a model that is not quantised"
+    (model() / "hf_quant_config.json").write_text("{}")
+    assert dtype_of(model()) == "auto"
+
+
+def test_a_folder_without_a_config_is_left_to_vllm(tmp_path, without_avx512):
+    assert dtype_of(tmp_path) == "auto"
 
 
 @pytest.mark.parametrize(("stored", "copies"), [("bfloat16", 4), ("float32", 2)])
@@ -76,15 +87,35 @@ def test_what_does_not_fit_in_memory_is_left_as_it_is(model, without_avx512, mon
     for memory, expected in ((needed + 1, "float32"), (needed - 1, "auto")):
         monkeypatch.setattr(dtype, "total_memory_bytes", lambda memory=memory: memory)
         assert dtype_of(model(torch_dtype=stored)) == expected
+    assert dtype_of(model(torch_dtype=stored), num_servers=2) == "auto"
+
+
+def test_mistrals_own_file_beside_the_others_is_not_counted(model, without_avx512, monkeypatch):
+    folder = model()
+    (folder / "consolidated.safetensors").write_bytes(bytes(2_000_000))
+    (folder / "gone.safetensors").symlink_to(folder / "nowhere")
+    monkeypatch.setattr(dtype, "total_memory_bytes", lambda: 2_000_000 * 4 / dtype.MOST_FRAC + 1)
+    assert dtype_of(folder) == "float32"
+
+
+def test_a_long_context_whose_cache_would_be_refused_is_left_as_it_is(model, without_avx512):
+    """8 GiB for one request in float32, where 4 GiB are given by default."""
+    shapes = {"num_hidden_layers": 16, "num_key_value_heads": 8, "num_attention_heads": 32, "hidden_size": 2048}
+    folder = model(**shapes, max_position_embeddings=131_072)
+    assert dtype_of(folder) == "auto"
+    assert dtype_of(folder, ["--max-model-len", "4096"]) == "float32"
+    assert dtype_of(model(**shapes, max_position_embeddings=65_536)) == "float32"
 
 
 def test_other_builds_of_vllm_choose_by_themselves(model, without_avx512, monkeypatch):
     monkeypatch.setattr(dtype, "is_cpu_build", lambda: False)
-    assert dtype_of(model()) == "auto" and dtype.dtype_line([]) is None
+    assert dtype_of(model()) == "auto" and dtype.dtype_line(model(), []) is None
 
 
-INT8_GROUPS = {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 4}}}
-INT4_GROUPS = {"group_0": {"weights": {"num_bits": 8}}, "group_1": {"weights": {"num_bits": 4}}}
+def compressed(*bits, fmt="pack-quantized", own=None):
+    """A quantization_config of compressed-tensors, a group for each of `bits`."""
+    groups = {f"group_{i}": {"weights": {"num_bits": number}, "format": own} for i, number in enumerate(bits)}
+    return {"quant_method": "compressed-tensors", "format": fmt, "config_groups": groups}
 
 
 @pytest.mark.parametrize(
@@ -93,8 +124,12 @@ INT4_GROUPS = {"group_0": {"weights": {"num_bits": 8}}, "group_1": {"weights": {
         ({"quant_method": "awq", "bits": 4}, True),
         ({"quant_method": "awq", "w_bit": 4}, True),
         ({"quant_method": "gptq", "bits": 8}, False),
-        ({"quant_method": "compressed-tensors", "config_groups": INT4_GROUPS}, True),
-        ({"quant_method": "compressed-tensors", "config_groups": INT8_GROUPS}, False),
+        (compressed(8, 4), True),
+        (compressed(4, fmt="mixed-precision", own="pack-quantized"), True),
+        (compressed(8), False),
+        (compressed(4, fmt="int-quantized"), False),  # W4A8, by a kernel of torch's
+        ({"quant_method": "compressed-tensors", "config_groups": [4]}, False),
+        ({"quant_method": "auto-round", "bits": 4}, False),
         ("damaged", False),
     ],
 )
@@ -109,7 +144,18 @@ def test_weights_in_4_bits_are_refused_where_there_are_no_kernels(model, without
     dtype.check_kernels(folder)
 
 
-@pytest.mark.parametrize("command", ["serve", "serve --policy off", "prepare --out new", "eval tpt --out new", "tune"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "serve",
+        "serve --policy off",
+        "serve --weights int8",
+        "prepare --out new",
+        "eval quick",
+        "eval tpt --out new",
+        "tune",
+    ],
+)
 def test_every_command_refuses_them_at_once(model, without_avx512, monkeypatch, tmp_path, capsys, command):
     folder = model(
         architectures=["LlamaForCausalLM"], num_hidden_layers=4, quantization_config={"quant_method": "awq", "bits": 4}
@@ -147,6 +193,35 @@ def test_serve_says_what_is_slow(tiny_llama, without_avx512, started, monkeypatc
     monkeypatch.setattr(dtype, "total_memory_bytes", lambda: 1)
     assert main(["serve", str(tiny_llama), "--policy", "off", "--port", "0"]) == 0
     assert "--dtype" not in started[0] and "Note: without AVX-512" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [[], ["--dtype", "auto"]])
+def test_auto_is_the_same_as_nothing(tiny_llama, without_avx512, started, given):
+    assert main(["serve", str(tiny_llama), "--policy", "off", "--port", "0", *given]) == 0
+    assert started[0].endswith("--dtype float32") or "--dtype float32 " in started[0]
+
+
+def test_hugging_faces_server_knows_the_short_names(model):
+    choice = ModelChoice(model(num_hidden_layers=4), vllm_flags=("--dtype", "half"))
+    (system,) = systems_of(["hf"], [], choice)
+    assert system.command[-2:] == ("--dtype", "float16")
+
+
+def test_engines_of_a_preparation_have_it(model, without_avx512, monkeypatch):
+    import vllm
+
+    from apparate_llm.prepare.engine import generation_engine
+
+    started = []
+
+    def engine(folder, **settings):
+        started.append(settings["dtype"])
+        raise InterruptedError
+
+    monkeypatch.setattr(vllm, "LLM", engine)
+    with pytest.raises(InterruptedError), generation_engine(model(max_position_embeddings=64)):
+        pass
+    assert started == ["float32"]
 
 
 def test_all_servers_of_an_evaluation_have_one_dtype(model, without_avx512):

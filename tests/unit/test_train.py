@@ -42,8 +42,10 @@ def test_training_learns_the_rows_at_every_position(base, rows, depth, aux_layer
     assert record["steps"] == int(30 * len(starts(rows, split=TRAIN)) / 256)
 
 
-def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
-    """Against the same loss written out and differentiated by torch."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_is_cross_entropy_with_the_gradient_of_it(dtype, base, rows):
+    """Against the same loss written out and differentiated by torch, in the dtype that the model was served in."""
+    rows = rows._replace(final=rows.final.to(dtype), states={k: v.to(dtype) for k, v in rows.states.items()})
     vocabulary = ramp_vocabulary(rows, 30)  # some targets are outside
     head = new_head(base, vocabulary, settings(dropout=0.0))
     data = DraftData(rows, base, depth=0, aux_layers=(), vocabulary=vocabulary)
@@ -52,14 +54,14 @@ def test_the_loss_is_cross_entropy_with_the_gradient_of_it(base, rows):
     hidden, lookup = data.inputs(index)
 
     def reference():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             scores, _ = head(hidden, data.enter(head, index), lookup)
         logs = scores.float().log_softmax(-1).gather(1, columns)
         return -(torch.where(probability > 0, logs, 0.0) * probability).sum(-1).mean()
 
     expected = torch.autograd.grad(reference(), head.fuse)[0]
     loss = batch_loss(head, data, index, (1.0,))
-    assert loss.item() == pytest.approx(reference().item(), rel=0.02)
+    assert loss.item() == pytest.approx(reference().item(), rel=0.02 if dtype == torch.bfloat16 else 1e-5)
     got = torch.autograd.grad(loss, head.fuse)[0]
     assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.99
     assert got.norm() == pytest.approx(expected.norm().item(), rel=0.05)
