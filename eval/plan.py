@@ -185,6 +185,7 @@ def steady_plan(args: argparse.Namespace) -> SteadyPlan:
         | {"vllm_flags": redacted(args.vllm_flag), "tuning": choice.used.model_dump()}
         | {**_sampling_settings(sampling), **_labels([asked])}
         | _llama_cpp_settings(args)
+        | _dtype_settings(args, choice)
         | _request_fields(systems),
         folder=_new_folder(args.out, fresh=args.fresh),
         start_timeout_s=args.start_timeout_s,

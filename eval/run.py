@@ -15,7 +15,7 @@ from rich.console import Console
 
 from apparate_llm.eval.compare import compare, is_old, load_results
 from apparate_llm.eval.evaluate import Evaluation, evaluate
-from apparate_llm.eval.notes import cache_notes, notes_of, sampling_notes, saturation_notes
+from apparate_llm.eval.notes import cache_notes, dtype_notes, notes_of, sampling_notes, saturation_notes
 from apparate_llm.eval.oracle import oracle_ratios
 from apparate_llm.eval.plan import (
     STEADY_RESULTS,
@@ -78,7 +78,7 @@ def run_steady(args: argparse.Namespace) -> int:
         settings=plan.settings,
         systems={system.name: system.started_by for system in plan.systems},
         levels=[],
-        notes=sampling_notes(plan.sampling) + cache_notes(plan.systems),
+        notes=dtype_notes(plan.settings) + sampling_notes(plan.sampling) + cache_notes(plan.systems),
     )
     path, console = plan.folder / STEADY_RESULTS, Console(stderr=True)
     private_folder(plan.folder / "logs")
@@ -190,6 +190,7 @@ def summarise(plan: EvalPlan, blocks: list[Block], dead: dict[str, str], started
         steps=steps_of(cells, runs),
         oracle_ratio=oracle_ratios(model, concurrencies),
         notes=[
+            *dtype_notes(plan.settings),
             *sampling_notes(plan.sampling),
             *notes_of(blocks, plan.systems, plan.loads),
             *prompt_notes(cells, baseline),

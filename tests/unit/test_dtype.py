@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from apparate_llm import serve
-from apparate_llm.cli import main
+from apparate_llm.cli import build_parser, main, spelt_out
 from apparate_llm.config import ConfigError
 from apparate_llm.eval.systems import ModelChoice, systems_of, tuned
 from apparate_llm.host import dtype
@@ -149,7 +149,6 @@ def test_weights_in_4_bits_are_refused_where_there_are_no_kernels(model, without
     [
         "serve",
         "serve --policy off",
-        "serve --weights int8",
         "prepare --out new",
         "eval quick",
         "eval tpt --out new",
@@ -193,6 +192,19 @@ def test_serve_says_what_is_slow(tiny_llama, without_avx512, started, monkeypatc
     monkeypatch.setattr(dtype, "total_memory_bytes", lambda: 1)
     assert main(["serve", str(tiny_llama), "--policy", "off", "--port", "0"]) == 0
     assert "--dtype" not in started[0] and "Note: without AVX-512" in capsys.readouterr().err
+
+
+def test_an_evaluation_says_so_and_goes_on_in_the_same_dtype_only(model, monkeypatch):
+    from apparate_llm.eval import plan
+    from apparate_llm.eval.notes import dtype_notes
+
+    folder, settings = model(num_hidden_layers=4), []
+    for has_kernels in (True, False):
+        monkeypatch.setattr(dtype, "has_16_bit_kernels", lambda has_kernels=has_kernels: has_kernels)
+        args = build_parser().parse_args(spelt_out(["eval", "quick", str(folder)]))
+        settings.append(plan._dtype_settings(args, tuned(ModelChoice(folder), KeptTuning(tuning="off"))))
+    assert settings == [{}, {"dtype": "float32"}]
+    assert dtype_notes({}) == [] and "compute in float32" in dtype_notes(settings[1])[0]
 
 
 @pytest.mark.parametrize("given", [[], ["--dtype", "auto"]])

@@ -61,7 +61,7 @@ def test_the_loss_is_cross_entropy_with_the_gradient_of_it(dtype, base, rows):
 
     expected = torch.autograd.grad(reference(), head.fuse)[0]
     loss = batch_loss(head, data, index, (1.0,))
-    assert loss.item() == pytest.approx(reference().item(), rel=0.02 if dtype == torch.bfloat16 else 1e-5)
+    assert loss.item() == pytest.approx(reference().item(), rel=0.02 if dtype == torch.bfloat16 else 1e-4)
     got = torch.autograd.grad(loss, head.fuse)[0]
     assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.99
     assert got.norm() == pytest.approx(expected.norm().item(), rel=0.05)
