@@ -5,6 +5,7 @@ import ctypes
 import gc
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from apparate_llm.prepare.train import BATCH_ROWS
 from apparate_llm.progress import time_span
 from apparate_llm.ramps.checkpoint import BaseModelInfo
 
+JOINED = re.compile(r"\b(?:([qkv])|gate|up)_proj\b")
 TABLES = ("embed_tokens.weight", "lm_head.weight", "tok_embeddings.weight", "output.weight")
 MAX_ANSWER_TOKENS = 256
 MOST_SLOTS, FEWEST_SLOTS = 128, 8  # conversations at once
@@ -31,7 +33,7 @@ PROCESS_BYTES = 700 << 20  # Python, torch, vLLM
 ROWS_UNDER_WAY = 96  # of a slot: what is not in the store yet
 SCORE_COPIES = 12  # of all slots' scores in float32, while tokens are drawn and the best ones kept
 KEPT_COPIES = 40  # of those that glibc keeps when they are freed, with rows between them
-KEPT_BYTES = 32 << 20  # larger ones it gives back at once
+KEPT_BYTES = 32 << 20  # larger ones, of whatever kind, it gives back at once
 NUM_SERVERS = 2  # beside each other, to verify
 STEPS_IN_MEMORY = 3  # draft steps of a training batch
 SPARE_FRAC = 0.1  # of free memory and disk stays free
@@ -61,13 +63,16 @@ class Sizes:
     hidden: int
     intermediate: int
     value: int = 2  # that is computed with
+    twice: int | None = None  # of the layers, what stays with malloc once it is packed; None: all
 
     @classmethod
     def of(cls, model: Path, base: BaseModelInfo) -> "Sizes":
         config, value = json.loads((model / "config.json").read_text()), element_size(model)
+        layers = [number * value for number in _layer_parameters(model)]
         return cls(
             value=value,
-            layers=_layer_parameters(model) * value,
+            layers=sum(layers),
+            twice=sum(size for size in layers if size < KEPT_BYTES),
             table=base.vocab_size * base.hidden_size * value,
             tables=1 if config.get("tie_word_embeddings", False) else 2,
             kv_per_token=kv_bytes_per_token(model),
@@ -77,18 +82,24 @@ class Sizes:
         )
 
 
-def _layer_parameters(model: Path) -> int:
-    """All but embedding and head."""
+def _layer_parameters(model: Path) -> list[int]:
+    """Of each tensor in vLLM, which joins some of them: all but embedding and head."""
     from safetensors import safe_open
 
     from apparate_llm.ramps.fingerprint import weight_files
 
-    number = 0
+    numbers: dict[str, int] = {}
     for file in weight_files(model):
         with safe_open(file, framework="pt") as tensors:
             names = [name for name in tensors.keys() if not name.endswith(TABLES)]  # noqa: SIM118 - it is no mapping
-            number += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    return number
+            for name in names:
+                joined = JOINED.sub(_joined_name, name)
+                numbers[joined] = numbers.get(joined, 0) + math.prod(tensors.get_slice(name).get_shape())
+    return [*numbers.values()]
+
+
+def _joined_name(found: re.Match[str]) -> str:
+    return "qkv" if found[1] else "gate_up"
 
 
 def answer_limit(context: int) -> int:
@@ -113,8 +124,10 @@ def synthesis_bytes(plan: Plan, sizes: Sizes, slots: int) -> int:
 
 
 def loaded_bytes(sizes: Sizes) -> int:
-    """Weights in vLLM. On a CPU it keeps what it multiplies with twice: as loaded, and packed for the kernels."""
-    return 2 * sizes.layers + (sizes.tables + 1) * sizes.table
+    """Weights in vLLM. On a CPU it packs what it multiplies with. What was loaded goes, but for the embedding, and for
+    what malloc keeps of small tensors."""
+    twice = sizes.layers if sizes.twice is None else sizes.twice
+    return sizes.layers + twice + (sizes.tables + 1) * sizes.table
 
 
 def screened_bytes(sizes: Sizes) -> int:

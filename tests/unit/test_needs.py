@@ -109,6 +109,18 @@ def test_a_model_of_one_and_a_half_billion_parameters_needs_what_it_weighs_twice
     assert 2 * layers + (3 if untied else 2) * table < whole < 2 * layers + 3 * table + 5 * GIB
 
 
+def test_what_is_large_is_given_back_once_it_is_packed(tiny_llama, monkeypatch):
+    """vLLM joins gate and up, and queries, keys and values: by what they are then."""
+    config, info = json.loads((tiny_llama / "config.json").read_text()), BaseModelInfo.of(tiny_llama)
+    gate_up = 2 * config["intermediate_size"] * info.hidden_size * 2
+    small, all_kept = Sizes.of(tiny_llama, info), needs.loaded_bytes(Sizes.of(tiny_llama, info))
+    assert small.twice == small.layers
+    monkeypatch.setattr(needs, "KEPT_BYTES", gate_up)
+    large = Sizes.of(tiny_llama, info)
+    assert large.layers == small.layers and large.twice == small.layers - info.num_hidden_layers * gate_up
+    assert needs.loaded_bytes(large) == all_kept - info.num_hidden_layers * gate_up
+
+
 def test_the_int8_copy_of_the_head_counts_where_exits_are_served(free, tiny_llama, tmp_path, monkeypatch):
     """In the process that measures costs, and in one of the two servers that verify."""
     sizes = replace(Sizes.of(tiny_llama, BaseModelInfo.of(tiny_llama)), table=GIB)
