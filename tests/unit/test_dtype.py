@@ -129,7 +129,7 @@ def compressed(*bits, fmt="pack-quantized", own=None):
         (compressed(8), False),
         (compressed(4, fmt="int-quantized"), False),  # W4A8, by a kernel of torch's
         ({"quant_method": "compressed-tensors", "config_groups": [4]}, False),
-        ({"quant_method": "auto-round", "bits": 4}, False),
+        ({"quant_method": "bitsandbytes", "bits": 4}, False),
         ("damaged", False),
     ],
 )
