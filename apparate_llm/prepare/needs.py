@@ -98,8 +98,8 @@ def _layer_parameters(model: Path) -> list[int]:
     return [*numbers.values()]
 
 
-def _joined_name(found: re.Match[str]) -> str:
-    return "qkv" if found[1] else "gate_up"
+def _joined_name(match: re.Match[str]) -> str:
+    return "qkv" if match[1] else "gate_up"
 
 
 def answer_limit(context: int) -> int:
