@@ -182,15 +182,17 @@ def small_disk(folder: Path, gib: float) -> Iterator[bool]:
 
 def left_alone(run: Run, code: int | None, budget_s: float) -> list[Row]:
     took_s = run.took_s()
-    gaps = [(b - a, a) for a, b in pairwise([0.0, *(at_s for at_s, _ in run.lines), took_s])]
+    gaps = [(b - a, b) for a, b in pairwise([0.0, *(at_s for at_s, _ in run.lines), took_s])]  # and when they ended
     stated = next((match for _, line in run.lines if (match := STATED.search(line))), None)
     stated_gib = 0.0 if stated is None else float(stated[1]) / (1 if stated[2] == "G" else 1024)
     peak = run.peak_gib["needed"]
     rated = sorted({match[1] for _, line in run.lines if (match := WITH_RATE.match(line))})
     return [
         Row("exit code", "0", str(code), code == 0),
-        at_most("silence at first", FIRST_EVERY_S + LATE_S, max(gap for gap, at_s in gaps if at_s <= FIRST_S)),
-        at_most("later", AT_LEAST_EVERY_S + LATE_S, max((gap for gap, at_s in gaps if at_s > FIRST_S), default=0.0)),
+        at_most("silence at first", FIRST_EVERY_S + LATE_S, max(gap for gap, ended_s in gaps if ended_s <= FIRST_S)),
+        at_most(
+            "later", AT_LEAST_EVERY_S + LATE_S, max((gap for gap, ended_s in gaps if ended_s > FIRST_S), default=0.0)
+        ),
         lines_of([run]),
         Row(
             "amount, rate, time left",
