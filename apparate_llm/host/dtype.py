@@ -2,6 +2,7 @@
 has no kernels for these: every row reads all weights again, so prompts and batches are slow."""
 
 import json
+import math
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 from apparate_llm.config import ConfigError
 from apparate_llm.launch import is_cpu_build
 from apparate_llm.machine import total_memory_bytes
-from apparate_llm.vllm_flags import given_value
+from apparate_llm.vllm_flags import given_value, value_of
 
 CPU_INFO = Path("/proc/cpuinfo")
 NEEDED = "avx512f"  # of a CPU by Intel or AMD
@@ -23,7 +24,7 @@ SIZES = {FLOAT32: 4}  # bytes of a stored value; 2 of all others
 COPIES = 2  # vLLM keeps weights as they were loaded, and packed for its kernels
 MOST_FRAC = 0.6  # of this machine's memory, for the weights in float32
 DEFAULT_KV_CACHE_BYTES = 4 << 30  # at most, where nobody says how many
-KV_FLAGS = ("kv-cache-memory-bytes", "gpu-memory-utilization", "max-model-len")  # whoever gives one knows what fits
+CACHE_FLAG, SHARE_FLAG, CONTEXT_FLAG = "kv-cache-memory-bytes", "gpu-memory-utilization", "max-model-len"
 QUANTISATION = ("quantization_config", "compression_config")  # in config.json
 QUANTISATION_FILE = "hf_quant_config.json"
 FOUR_BITS, BITS = 4, ("bits", "w_bit", "num_bits")  # names in a quantization_config
@@ -118,11 +119,18 @@ def _fits(model: Path, config: dict[str, Any], vllm_flags: Sequence[str], num_se
     """The weights, and a KV cache for the model's whole context."""
     stored = SIZES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
     weights = _weight_bytes(model) / stored * SIZES[FLOAT32] * COPIES
-    if any(given_value([*vllm_flags], name) is not None for name in KV_FLAGS):
-        needed = 0.0
-    else:
-        needed = kv_bytes_per_token(config, SIZES[FLOAT32]) * (config.get("max_position_embeddings") or 0)
-    return weights * num_servers <= MOST_FRAC * total_memory_bytes() and needed <= DEFAULT_KV_CACHE_BYTES
+    context = _number(vllm_flags, CONTEXT_FLAG, config.get("max_position_embeddings") or 0)
+    cache = (
+        math.inf if given_value([*vllm_flags], SHARE_FLAG) else _number(vllm_flags, CACHE_FLAG, DEFAULT_KV_CACHE_BYTES)
+    )
+    has_cache = kv_bytes_per_token(config, SIZES[FLOAT32]) * context <= cache
+    return has_cache and weights * num_servers <= MOST_FRAC * total_memory_bytes()
+
+
+def _number(vllm_flags: Sequence[str], name: str, default: float) -> float:
+    """That a flag gives; what is none, vLLM finds out."""
+    number = value_of(given_value([*vllm_flags], name) or "")
+    return number if isinstance(number, int | float) else default
 
 
 def _weight_bytes(model: Path) -> int:

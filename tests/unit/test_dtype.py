@@ -103,7 +103,11 @@ def test_a_long_context_whose_cache_would_be_refused_is_left_as_it_is(model, wit
     shapes = {"num_hidden_layers": 16, "num_key_value_heads": 8, "num_attention_heads": 32, "hidden_size": 2048}
     folder = model(**shapes, max_position_embeddings=131_072)
     assert dtype_of(folder) == "auto"
-    assert dtype_of(folder, ["--max-model-len", "4096"]) == "float32"
+    for enough in ("--max-model-len=4096", "--max-model-len=4K", f"--kv-cache-memory-bytes={8 << 30}"):
+        assert dtype_of(folder, [enough]) == "float32"
+    for short in ("--max-model-len=128K", "--max-model-len=auto", "--kv-cache-memory-bytes=2G"):
+        assert dtype_of(folder, [short]) == "auto"
+    assert dtype_of(folder, ["--gpu-memory-utilization", "0.5"]) == "float32"
     assert dtype_of(model(**shapes, max_position_embeddings=65_536)) == "float32"
 
 
