@@ -62,8 +62,8 @@ class Sizes:
     vocab: int  # tokens
     hidden: int
     intermediate: int
-    value: int = 2  # that is computed with
-    twice: int | None = None  # of the layers, what stays with malloc once it is packed; None: all
+    value: int  # that is computed with
+    twice: int  # of the layers, what stays with malloc once it is packed
 
     @classmethod
     def of(cls, model: Path, base: BaseModelInfo) -> "Sizes":
@@ -126,8 +126,7 @@ def synthesis_bytes(plan: Plan, sizes: Sizes, slots: int) -> int:
 def loaded_bytes(sizes: Sizes) -> int:
     """Weights in vLLM. On a CPU it packs what it multiplies with. What was loaded goes, but for the embedding, and for
     what malloc keeps of small tensors."""
-    twice = sizes.layers if sizes.twice is None else sizes.twice
-    return sizes.layers + twice + (sizes.tables + 1) * sizes.table
+    return sizes.layers + sizes.twice + (sizes.tables + 1) * sizes.table
 
 
 def screened_bytes(sizes: Sizes) -> int:

@@ -102,7 +102,7 @@ def test_memory_of_a_training_does_not_grow_with_the_tokens(free, tiny_llama, tm
 def test_a_model_of_one_and_a_half_billion_parameters_needs_what_it_weighs_twice(untied, tmp_path):
     """On a CPU vLLM keeps what it multiplies with as loaded and packed; embedding and head are one table or two."""
     layers, table = 2_620 << 20, 445 << 20
-    sizes = Sizes(layers, table, 2 if untied else 1, 28 << 10, 151_936, 1536, 8960)
+    sizes = Sizes(layers, table, 2 if untied else 1, 28 << 10, 151_936, 1536, 8960, value=2, twice=layers)
     plan = plan_for(tmp_path, tmp_path / "out", aux_layers=(14, 21), ramp_vocab=8192, intermediate_size=4096)
     (tmp_path / "config.json").write_text("{}")
     whole = synthesis_bytes(plan, sizes, MOST_SLOTS)
