@@ -134,6 +134,7 @@ def answer(
         answers = generate_rows(
             llm, capture, [ids for _, ids in asked], temperature=0.0, max_tokens=max_tokens, on_answers=stage.update
         )
+        del capture, llm  # what vLLM imports keeps exceptions, and with them this frame
     for conversation in answers:
         if conversation is None:
             left_out.add(LeftOut(NOT_ANSWERED))

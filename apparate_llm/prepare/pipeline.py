@@ -30,6 +30,8 @@ from apparate_llm.prepare.schedule import (
     Lap,
     WorkClock,
     after_doublings,
+    epochs_of_lap,
+    epochs_of_other_depth,
     outlook,
     point,
     shifted,
@@ -40,7 +42,8 @@ from apparate_llm.prepare.schedule import (
 )
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise_stage import start_that_counts, synthesise_lap
-from apparate_llm.prepare.train_stage import epochs_of_lap, head_tensors, measure_depth, train_depth
+from apparate_llm.prepare.train import BATCH_ROWS
+from apparate_llm.prepare.train_stage import head_tensors, measure_depth, train_depth
 from apparate_llm.prepare.verify import verify
 from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.progress import Progress
@@ -84,6 +87,7 @@ def _prepared(run: Run) -> tuple[Report, Made]:
     plan = run.plan
     profiled = measure_costs(run)
     run.begins_s, run.row_s = profiled.pop("until_s"), seconds_of_row(profiled)
+    run.trained_row_s = profiled.pop("trained_row_s", 0.0)
     made = _laps(run)
     _other_depths(run, made)
     for depth in plan.depths:
@@ -206,6 +210,7 @@ def _laps(run: Run) -> Made:
             )
         record = _train_lap(run, lap, rows, is_first=not records)
         records.append(record)
+        run.trained_row_s = _seconds_of_trained_row(record) or run.trained_row_s
         scores = [point(record) for record in records]
         short = what_is_short(record["train_accepted_per_step"], scores[-1])
         _say_lap(run, lap, rows, record, short)
@@ -226,9 +231,13 @@ def _train_lap(run: Run, lap: Lap, rows: SynthesisRecord, *, is_first: bool) -> 
         depth,
         lap=lap.number,
         after=None if is_first else depth,
-        epochs=epochs_of_lap(rows["tokens"], lap.fraction, lap.training_share),
+        epochs=epochs_of_lap(lap, rows["tokens"]),
         until_s=train_until_s(lap, run.clock.spent_s, run.schedule.work_s),
     )
+
+
+def _seconds_of_trained_row(record: TrainingRecord) -> float:
+    return record["seconds"] / (max(1, record["steps"]) * BATCH_ROWS)
 
 
 def _splits_without_rows(run: Run, rows: SynthesisRecord) -> list[str]:
@@ -263,7 +272,7 @@ def _other_depths(run: Run, made: Made) -> None:
             made.rows,
             depth,
             after=first,
-            epochs=epochs_of_lap(made.rows["tokens"], 1.0, 0.5),
+            epochs=epochs_of_other_depth(made.rows["tokens"]),
             until_s=run.clock.spent_s + left_s / (len(others) - number),
         )
 

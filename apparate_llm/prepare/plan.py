@@ -65,6 +65,7 @@ class Run:
     begins_s: float = 0.0  # of the work clock: when laps began
     start_s: float = 0.0  # of the model, in its first lap; 0: not known
     row_s: float = 0.0  # of a pass, for each request in it, with as many as were measured; 0: not known
+    trained_row_s: float = 0.0  # of a training, for each row and epoch; 0: not known
 
     @property
     def schedule(self) -> Schedule:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from apparate_llm.host.dtype import dtype_of
+from apparate_llm.host.dtype import dtype_of, element_size
 from apparate_llm.machine import what_times_depend_on
 from apparate_llm.prepare.acceptance import NUM_POSITIONS
 from apparate_llm.prepare.draft_data import BaseParts
 from apparate_llm.prepare.needs import give_back_memory
-from apparate_llm.prepare.plan import Run
+from apparate_llm.prepare.plan import Plan, Run
 from apparate_llm.prepare.profile import profile
 from apparate_llm.prepare.records import Profiled
 from apparate_llm.prepare.servers import used_by_servers
-from apparate_llm.prepare.train import TrainSettings, new_head
+from apparate_llm.prepare.train import TrainSettings, new_head, seconds_of_trained_row
 from apparate_llm.ramps.checkpoint import VOCABULARY, save_ramps
 from apparate_llm.ramps.sketch import Sketch
 
@@ -49,12 +49,23 @@ def measure_costs(run: Run) -> Profiled:
         workspace.write("profile-begun", inputs, {})
     try:
         _write_untrained(run, folder)
+        trained_row_s = _seconds_of_trained_row(plan)
         give_back_memory()
         profiled = _profiled(run, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # nobody is to serve them
     profiled["machine"], profiled["until_s"] = here, round(run.clock.spent_s, 1)
+    profiled["trained_row_s"] = trained_row_s
     return workspace.write("profile", inputs, profiled)
+
+
+def _seconds_of_trained_row(plan: Plan) -> float:
+    base, dtype = BaseParts.of(plan.model), torch.float32 if element_size(plan.model) == 4 else torch.bfloat16
+    return seconds_of_trained_row(base, torch.arange(plan.ramp_vocab), _settings(plan, plan.depths[0]), dtype)
+
+
+def _settings(plan: Plan, depth: int) -> TrainSettings:
+    return TrainSettings(depth=depth, aux_layers=plan.aux_layers, intermediate_size=plan.intermediate_size)
 
 
 def seconds_of_row(profiled: Profiled) -> float:
@@ -83,8 +94,7 @@ def _write_untrained(run: Run, folder: Path) -> None:
     vocabulary = torch.arange(plan.ramp_vocab)
     tensors = {VOCABULARY: vocabulary.int()}
     for depth in plan.depths:
-        settings = TrainSettings(depth=depth, aux_layers=plan.aux_layers, intermediate_size=plan.intermediate_size)
-        weights = new_head(base, vocabulary, settings).state_dict()
+        weights = new_head(base, vocabulary, _settings(plan, depth)).state_dict()
         tensors |= {
             f"{depth}.{name}": value.to(base.norm.dtype).contiguous()
             for name, value in weights.items()

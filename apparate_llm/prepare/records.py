@@ -74,6 +74,7 @@ class Profiled(TypedDict):
     threads: NotRequired[int]
     machine: NotRequired[dict[str, object]]
     until_s: NotRequired[float]  # of the work clock, when they were known; not in the report
+    trained_row_s: NotRequired[float]  # of a training, for each row and epoch; neither in the report, nor in older ones
 
 
 class TptRatio(TypedDict):

@@ -4,6 +4,7 @@ Row r of a conversation stands for the token before answer token r: row 0 is the
 before it is there for its full-depth state only.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +75,24 @@ def _rows_of_one(number: int, conversation: Conversation) -> Rows:
         lookup_lengths=torch.from_numpy(lengths[keep].copy()),
         top_ids=conversation.top_ids.int(),
         top_logprobs=conversation.top_logprobs.half(),
+    )
+
+
+def meaningless_rows(number: int, hidden_size: int, depths: Iterable[int], dtype: torch.dtype) -> Rows:
+    """Rows to train on, and a lead row before them, of one conversation."""
+    size = number + 1
+    states = {depth: torch.randn(size, hidden_size).to(dtype) for depth in depths}
+    return Rows(
+        tokens=torch.zeros(size, dtype=torch.int32),
+        conversations=torch.zeros(size, dtype=torch.int32),
+        split=torch.full((size,), TRAIN, dtype=torch.int8),
+        answer_index=torch.arange(LEAD, number, dtype=torch.int32),
+        states=states,
+        final=torch.randn(size, hidden_size).to(dtype),
+        lookup_tokens=torch.zeros(size, dtype=torch.int32),
+        lookup_lengths=torch.zeros(size, dtype=torch.int8),
+        top_ids=torch.arange(TOP, dtype=torch.int32).expand(size, TOP),
+        top_logprobs=torch.full((size, TOP), -1.0, dtype=torch.float16),
     )
 
 

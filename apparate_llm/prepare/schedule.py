@@ -24,6 +24,7 @@ ENOUGH_S, ENOUGH_TOKENS = 900.0, 200_000  # for more than one lap
 MOST_STARTS_SHARE = 0.15  # of the time to write, for starts of the model: one in each lap
 MOST_EPOCHS, FEWEST_EPOCHS = 3.0, 1.5  # of the first depth; the others start from it and take half as many
 ENOUGH_ROWS = 1_280_000  # seen by then, more epochs overfit few rows and only cost time with many
+TRAINING_MARGIN = 1.15  # of the time that trainings should take: evaluations, saves
 SHIFT = 0.12  # of the time left, to what is short
 OVERFITTED, UNDERFITTED = 0.05, 0.02  # TPT on training rows lower by that than on others
 KEEP_CLOCK_EVERY_S = 15.0
@@ -188,6 +189,23 @@ def shifted(lap: Lap, spent_s: float, work_s: float, short: str) -> Lap:
     return replace(lap, synthesise_until_s=until_s, train_until_s=until_s + train_s)
 
 
+def write_until_s(
+    lap: Lap, schedule: Schedule, *, spent_s: float, tokens: int, tokens_per_s: float, row_s: float
+) -> float:
+    """When a lap's synthesis is to end; that of the last one goes on for as long as trainings have too few rows to
+    fill the time that is left.
+
+    tokens: answer tokens at `spent_s` of the work clock; tokens_per_s: how many are added; row_s: what a training
+    takes for a row and epoch. 0.0: not known.
+    """
+    if not lap.last or schedule.time_budget_s is None or min(tokens_per_s, row_s) <= 0:
+        return lap.synthesise_until_s
+    epochs = epochs_of_lap(lap, tokens) + (schedule.num_depths - 1) * epochs_of_other_depth(tokens)
+    token_s = TRAINING_MARGIN * epochs * row_s
+    spare_s = schedule.work_s - spent_s - token_s * tokens
+    return max(lap.synthesise_until_s, spent_s + spare_s / (1 + token_s * tokens_per_s))
+
+
 def train_until_s(lap: Lap, spent_s: float, work_s: float) -> float:
     """When the training of a lap whose synthesis has just ended is to end: it gets its part of the time that is left,
     whenever the synthesis was to end."""
@@ -227,7 +245,16 @@ def another_hour(scores: list[float], spent_s: float) -> float | None:
     return None if added is None else tpt_saved(scores[-1], added)
 
 
-def epochs_for(tokens: float) -> float:
+def epochs_of_lap(lap: Lap, tokens: float) -> float:
+    """Of the first depth's training, over the lap's `tokens`."""
+    return round(_epochs_for(tokens / lap.fraction) * lap.training_share / lap.fraction, 2)
+
+
+def epochs_of_other_depth(tokens: float) -> float:
+    return round(_epochs_for(tokens) * 0.5, 2)
+
+
+def _epochs_for(tokens: float) -> float:
     return round(min(MOST_EPOCHS, max(FEWEST_EPOCHS, ENOUGH_ROWS / max(1.0, tokens))), 2)
 
 

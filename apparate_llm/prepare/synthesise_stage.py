@@ -1,6 +1,5 @@
 """Stage synthesise, as part of a preparation: what a lap adds to the store."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from apparate_llm.prepare.chat import ChatFormat
@@ -10,7 +9,7 @@ from apparate_llm.prepare.plan import Run
 from apparate_llm.prepare.prompts import PromptSource
 from apparate_llm.prepare.records import StartRecord, SynthesisRecord
 from apparate_llm.prepare.rows import SPLIT_NAMES
-from apparate_llm.prepare.schedule import Lap
+from apparate_llm.prepare.schedule import Lap, write_until_s
 from apparate_llm.prepare.synthesise import Synthesiser
 from apparate_llm.progress import SECONDS, Stage, number, rate_of
 
@@ -101,15 +100,27 @@ def _synthesise(run: Run, lap: Lap, limits: SynthesisLimits) -> Lap:
                 lap = laps[0]
                 bar.total = max(0.0, lap.synthesise_until_s - began_s) if timed else lap.tokens
             synthesiser = _synthesiser(run, llm, limits)
-            _run(run, lap, limits, synthesiser, _teller(run, bar, began_s, synthesiser))
+            _run(run, lap, limits, synthesiser, bar, began_s)
+            del synthesiser, llm  # what vLLM imports keeps exceptions, and with them this frame
     return lap
 
 
-def _run(run: Run, lap: Lap, limits: SynthesisLimits, synthesiser: Synthesiser, on_step: Callable[[], None]) -> None:
+def _run(run: Run, lap: Lap, limits: SynthesisLimits, synthesiser: Synthesiser, bar: Stage, began_s: float) -> None:
     clock, tokens = run.clock, run.plan.tokens
+    rate, until_s = _Rate(clock.spent_s, _tokens(synthesiser)), lap.synthesise_until_s
+
+    def on_step() -> None:
+        nonlocal until_s
+        now_s = clock.spent_s
+        if tokens is not None:
+            bar.update(synthesiser.answer_tokens, f"{len(synthesiser.work)} conversations under way")
+            return
+        until_s = rate.until_s(run, lap, synthesiser, now_s)
+        bar.total = max(0.0, until_s - began_s)
+        bar.update(min(now_s - began_s, bar.total), rate.facts(synthesiser, now_s))
 
     def enough() -> bool:
-        late = clock.spent_s >= lap.synthesise_until_s
+        late = clock.spent_s >= until_s
         return limits.disk_is_full() or (late and (not lap.last or synthesiser.has_all_splits(cut=tokens is None)))
 
     synthesiser.run(
@@ -123,17 +134,8 @@ def _run(run: Run, lap: Lap, limits: SynthesisLimits, synthesiser: Synthesiser, 
         synthesiser.cut()
 
 
-def _teller(run: Run, bar: Stage, began_s: float, synthesiser: Synthesiser) -> Callable[[], None]:
-    """What the stage's lines say after a step."""
-    clock, timed = run.clock, run.plan.tokens is None
-    rate = _Rate(clock.spent_s, synthesiser.answer_tokens + synthesiser.tokens_under_way)
-
-    def tell() -> None:
-        done = clock.spent_s - began_s if timed else synthesiser.answer_tokens
-        under_way = f"{len(synthesiser.work)} conversations under way"
-        bar.update(min(done, bar.total), rate.facts(synthesiser, clock.spent_s) if timed else under_way)
-
-    return tell
+def _tokens(synthesiser: Synthesiser) -> int:
+    return synthesiser.answer_tokens + synthesiser.tokens_under_way
 
 
 class _Rate(NamedTuple):
@@ -142,12 +144,24 @@ class _Rate(NamedTuple):
     began_s: float
     tokens: int
 
+    def per_s(self, tokens: int, now_s: float) -> float:
+        return (tokens - self.tokens) / (now_s - self.began_s) if now_s > self.began_s else 0.0
+
     def facts(self, synthesiser: Synthesiser, now_s: float) -> str:
-        tokens = synthesiser.answer_tokens + synthesiser.tokens_under_way
-        written = f"{number(tokens)} answer tokens"
-        if tokens <= self.tokens or now_s <= self.began_s:
-            return written
-        return f"{written}, {rate_of((tokens - self.tokens) / (now_s - self.began_s), 'tokens')}"
+        tokens = _tokens(synthesiser)
+        written, per_s = f"{number(tokens)} answer tokens", self.per_s(tokens, now_s)
+        return f"{written}, {rate_of(per_s, 'tokens')}" if per_s > 0 else written
+
+    def until_s(self, run: Run, lap: Lap, synthesiser: Synthesiser, now_s: float) -> float:
+        tokens = _tokens(synthesiser)
+        return write_until_s(
+            lap,
+            run.schedule,
+            spent_s=now_s,
+            tokens=tokens,
+            tokens_per_s=self.per_s(tokens, now_s),
+            row_s=run.trained_row_s,
+        )
 
 
 def _synthesiser(run: Run, llm: Any, limits: SynthesisLimits) -> Synthesiser:

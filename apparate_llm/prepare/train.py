@@ -8,7 +8,7 @@ disagreed counts little there, since serving would have stopped.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from apparate_llm.prepare.acceptance import accepted_per_step, measure_head
 from apparate_llm.prepare.draft_data import BaseParts, DraftData, starts, thinned
 from apparate_llm.prepare.records import HeadRecord
-from apparate_llm.prepare.rows import TRAIN, VALIDATION, Rows
+from apparate_llm.prepare.rows import TRAIN, VALIDATION, Rows, meaningless_rows
 from apparate_llm.prepare.workspace import save_state
 from apparate_llm.ramps.checkpoint import HeadShape
 from apparate_llm.ramps.heads import FusedHead
@@ -32,6 +32,7 @@ MAX_EVALUATED_ROWS, MIN_EVALUATED_ROWS, PROBED_ROWS = 12_000, 2_000, 256
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.03, 0.2  # of a training's time, for one evaluation and for all of them
 CLOSING = 2  # evaluations after the last step: of the last weights, and of the best ones on training rows
 RELEASE_EVERY = 4  # steps, after which mapped rows are given back
+TIMED_ROWS, TIMED_STEPS = 256, 3  # to know what a row costs: the fastest step counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,21 @@ def train_head(
     if checkpoint is not None:
         run.save(checkpoint)
     return run.best_head(), run.record()
+
+
+def seconds_of_trained_row(
+    base: BaseParts, vocabulary: torch.Tensor, settings: TrainSettings, dtype: torch.dtype
+) -> float:
+    """That a training takes for a row and epoch, by rows in `dtype` that mean nothing."""
+    hidden_size, depths = base.norm.shape[0], {settings.depth, *settings.aux_layers} - {0}
+    rows = meaningless_rows(TIMED_ROWS, hidden_size, depths, dtype)
+    run = _Training(rows, base, vocabulary, replace(settings, batch_rows=TIMED_ROWS), lambda: math.inf)
+    spent_s = []
+    for _ in range(TIMED_STEPS):
+        before_s = run.spent_s
+        run.step()
+        spent_s.append(run.spent_s - before_s)
+    return min(spent_s) / TIMED_ROWS
 
 
 class _Training:

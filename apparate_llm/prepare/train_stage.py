@@ -19,7 +19,6 @@ from apparate_llm.prepare.prompts import KINDS
 from apparate_llm.prepare.recorded import measured_tensors
 from apparate_llm.prepare.records import MeasuredRecord, SynthesisRecord, TrainingRecord
 from apparate_llm.prepare.rows import SPLIT_NAMES, TEST, TRAIN, VALIDATION, Rows
-from apparate_llm.prepare.schedule import epochs_for
 from apparate_llm.prepare.train import MAX_EVALUATED_ROWS, TrainSettings, new_head, train_head, working_copy
 from apparate_llm.prepare.workspace import Workspace
 from apparate_llm.progress import Stage, rate_of
@@ -182,11 +181,6 @@ def _restored(
     made = new_head(base, vocabulary, settings)
     made.load_state_dict({name: value.float() for name, value in head.items()}, strict=False)
     return working_copy(made, dtype)
-
-
-def epochs_of_lap(tokens: float, fraction: float, share: float) -> float:
-    """Epochs over a lap's `tokens`, which are `fraction` of those at the end, for `share` of the whole training."""
-    return round(epochs_for(tokens / fraction) * share / fraction, 2)
 
 
 def _part(rows: Rows, index: torch.Tensor) -> Rows:

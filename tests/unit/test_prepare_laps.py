@@ -34,7 +34,12 @@ def laps_of(tiny_llama, tmp_path, monkeypatch):
             if until_s < math.inf:
                 clock.now += max(1.0, until_s - run.clock.spent_s)
             on_training, on_validation = scores[lap]
-            record = {"steps": 9, "train_accepted_per_step": on_training, "validation_accepted_per_step": on_validation}
+            record = {
+                "steps": 9,
+                "seconds": 18,
+                "train_accepted_per_step": on_training,
+                "validation_accepted_per_step": on_validation,
+            }
             asked.append((lap, depth, after, until_s))
             return record
 
@@ -57,6 +62,14 @@ def test_a_curve_that_is_flat_ends_the_laps_and_the_last_line_says_so(laps_of):
     assert log[-1] == "The next lap would bring next to nothing: this is enough."
     assert made.outlook == "Another hour would bring next to nothing."
     assert made.rows["rows"] == 2000 and made.trained[0]["validation_accepted_per_step"] == 1.402
+
+
+def test_the_last_lap_knows_what_the_trainings_before_took(laps_of, monkeypatch):
+    """Until then what a step took before all of them counts."""
+    known, say_lap = [], pipeline._say_lap
+    monkeypatch.setattr(pipeline, "_say_lap", lambda run, *said: (known.append(run.trained_row_s), say_lap(run, *said)))
+    laps_of([(1.0, 1.0), (1.5, 1.5), (2.0, 2.0)])
+    assert known == [18 / 9 / 1024] * 3
 
 
 def test_a_curve_that_rises_is_gone_on_with_and_what_is_short_gets_more_time(laps_of):
@@ -114,7 +127,7 @@ def stages(tiny_llama, tmp_path, monkeypatch):
 
     made = Made({"rows": 1, "tokens": 1, "seconds": 1}, trained=dict.fromkeys((0, 2)), outlook="Enough.")
     for name, result in (
-        ("measure_costs", {"until_s": 60.0, "verify_ms": {"1": 20.0, "32": 64.0}}),
+        ("measure_costs", {"until_s": 60.0, "trained_row_s": 0.01, "verify_ms": {"1": 20.0, "32": 64.0}}),
         ("_laps", made),
         *((name, None) for name in ("_other_depths", "measure_depth", "_calibrate", "_conversations", "_write_ramps")),
         ("write_report", advice),
@@ -220,7 +233,7 @@ def test_a_budget_is_kept_within_a_tenth_with_measuring_and_report_on_a_slow_mac
 
     def train_depth(run, rows, depth, *, lap=0, after, epochs, until_s):
         clock.now += max(step_s, until_s - run.clock.spent_s + step_s / 2)
-        return {"steps": 9, "train_accepted_per_step": 1.5, "validation_accepted_per_step": 1.0 + lap}
+        return {"steps": 9, "seconds": 9, "train_accepted_per_step": 1.5, "validation_accepted_per_step": 1.0 + lap}
 
     monkeypatch.setattr(pipeline, "synthesise_lap", synthesise_lap)
     monkeypatch.setattr(pipeline, "train_depth", train_depth)

@@ -1,5 +1,7 @@
 """A lap's synthesis on an engine whose clock the test moves: what a kill loses, when it ends, what it says."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -211,8 +213,20 @@ def lap_of(clock, tokenizer, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(synthesise_stage, "give_back_memory", lambda: None)
     engines = []
 
-    def start(lap, *, step_s=0.1, engine_settings=None, speaks=tokenizer, start_s=START_S, import_s=0.0, **changes):
+    def start(
+        lap,
+        *,
+        step_s=0.1,
+        engine_settings=None,
+        speaks=tokenizer,
+        start_s=START_S,
+        import_s=0.0,
+        imports=lambda: None,
+        trained_row_s=0.0,
+        **changes,
+    ):
         def import_vllm():
+            imports()
             clock.now += import_s
 
         @contextmanager
@@ -224,6 +238,7 @@ def lap_of(clock, tokenizer, tiny_llama, tmp_path, monkeypatch):
         monkeypatch.setattr(synthesise_stage, "generation_engine", generation_engine)
         monkeypatch.setattr(synthesise_stage, "import_vllm", import_vllm)
         with running(plan_for(tiny_llama, tmp_path / "out", **changes)) as (run, log):
+            run.trained_row_s = trained_row_s
             result = synthesise_lap(run, lap)
             splits = run.store.splits()
         return result, splits, lines(log), engines, run
@@ -256,6 +271,42 @@ def test_a_budget_shorter_than_the_models_start_still_makes_rows_of_each_split(l
     result, splits, *_ = lap_of(timed_lap(5.0), step_s=1.0, **TIMED)
     assert len(splits) == len(SPLIT_NAMES) and result["tokens"] > 0
     assert clock.now - began < START_S + 60.0
+
+
+@pytest.mark.parametrize("row_s", [0.0, 1e-4, 1e-3, 0.1])
+def test_the_last_lap_writes_for_as_long_as_its_rows_leave_time_to_train(row_s, lap_of, clock):
+    """Both depths train for 4.5 epochs in all."""
+    result, _, log, _, run = lap_of(timed_lap(300.0), step_s=0.5, trained_row_s=row_s, **TIMED)
+    planned, spent_s, needed_s = row_s in (0.0, 0.1), run.clock.spent_s, 1.15 * 4.5 * row_s * result["tokens"]
+    assert (spent_s == pytest.approx(300.0, abs=2.0)) == planned
+    if not planned:
+        assert spent_s + needed_s == pytest.approx(run.schedule.work_s, rel=0.03)
+        assert " (100 %), " in log[-1] and "took" in log[-1]
+
+
+def test_an_engine_is_given_back_after_its_lap_though_an_import_kept_an_exception(lap_of, monkeypatch):
+    """Or the next lap's is started beside it."""
+    kept, engines, make_synthesiser = [], [], synthesise_stage._synthesiser
+
+    def imports():
+        try:
+            raise ImportError("an optional package")
+        except ImportError as error:
+            kept.append(error)
+
+    def synthesiser(run, llm, limits):
+        engines.append(weakref.ref(llm))
+        return make_synthesiser(run, llm, limits)
+
+    monkeypatch.setattr(synthesise_stage, "_synthesiser", synthesiser)
+    lap_of(timed_lap(100.0), imports=imports, **TIMED)
+    gc.collect()
+    assert [engine() for engine in engines] == [None] and kept
+
+
+def test_no_lap_but_the_last_writes_for_longer_than_planned(lap_of, clock):
+    *_, run = lap_of(timed_lap(300.0, last=False), step_s=0.5, trained_row_s=1e-4, **TIMED)
+    assert run.clock.spent_s == pytest.approx(300.0, abs=2.0)
 
 
 def test_a_lap_without_time_for_another_start_of_the_model_is_over(lap_of):

@@ -8,7 +8,7 @@ import torch
 from apparate_llm.prepare.acceptance import measure_head
 from apparate_llm.prepare.draft_data import DraftData, ramp_vocabulary, starts
 from apparate_llm.prepare.rows import TEST, TRAIN, rows_of
-from apparate_llm.prepare.train import batch_loss, new_head, train_head
+from apparate_llm.prepare.train import TIMED_ROWS, batch_loss, new_head, seconds_of_trained_row, train_head
 from tests.made_rows import VOCAB, Slow, base_parts, made_conversations, settings
 from tests.preparation import Killed
 
@@ -118,6 +118,13 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(base, rows, tmp_pa
     assert resumed_from[0] > 0.6
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_row_costs_in_a_training_is_known_before_there_are_rows(dtype, base, monkeypatch):
+    Slow(monkeypatch, step_s=0.5, row_s=1.0)
+    made = settings(depth=2, aux_layers=(1, 3))
+    assert seconds_of_trained_row(base, torch.arange(VOCAB), made, dtype) == pytest.approx(0.5 / TIMED_ROWS)
 
 
 def test_a_time_budget_ends_the_training_and_what_was_spent_before_counts(base, rows, tmp_path):
