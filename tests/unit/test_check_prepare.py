@@ -4,7 +4,7 @@ import os
 import time
 
 from scripts import check_prepare
-from scripts.check_prepare import KILLS, WITH_RATE, last_kept_s, left_alone
+from scripts.check_prepare import KILLS, WITH_RATE, last_kept_s, left_alone, memory_of
 
 
 class Left:
@@ -43,6 +43,24 @@ def test_a_run_that_says_what_it_does_and_keeps_its_budget_is_as_expected():
     without_rate = SYNTHESIS.replace(", 400 tokens/s", "")
     assert WITH_RATE.match(SYNTHESIS) and not WITH_RATE.match(without_rate)
     assert faults([(1, MEMORY), (30, without_rate), (60, TRAINING), (90, TRAINING)]) == ["amount, rate, time left"]
+
+
+def test_starts_that_go_on_may_need_as_much_memory_as_is_stated():
+    runs = [Left([(1.0, MEMORY)], took_s=9.0, peak_gib=peak_gib) for peak_gib in (1.0, 5.0)]
+    assert memory_of(runs).holds and not memory_of([*runs, Left([], took_s=9.0, peak_gib=5.1)]).holds
+
+
+def test_a_training_is_at_work_from_its_first_file_to_its_record(tmp_path):
+    run = check_prepare.Run.__new__(check_prepare.Run)
+    run.out, run.lines, work = tmp_path, [(1.0, "13:11:39  synthesise, lap 1  0s/1m (0 %), starting the model")], []
+    (tmp_path / "work").mkdir()
+    for name in ("train-0-lap-0-begun", "train-0-lap-0", "train-2-lap-0-begun", "train-2-lap-0"):
+        (tmp_path / "work" / f"{name}.json").touch()
+        work.append(run._is_at_work("train"))
+    assert work == [True, False, True, False]
+    assert not run._is_at_work("synthesise")
+    run.lines.append((2.0, SYNTHESIS))
+    assert run._is_at_work("synthesise")
 
 
 def test_what_a_stage_says_of_itself_is_no_work_that_is_kept(tmp_path):
@@ -111,7 +129,7 @@ def test_it_kills_where_work_is_kept_and_says_what_was_not(tmp_path, monkeypatch
         rows = check_prepare.disturbed(start, tmp_path, budget_s, False)
         return [one.at_work for one in starts], [row.what for row in rows if row.holds is False]
 
-    assert disturbed(60, 2700.0) == ([("synthesise", 150.0), ("train depth", 90.0), None], [])
+    assert disturbed(60, 2700.0) == ([("synthesise", 150.0), ("train", 90.0), None], [])
     starts, faults = disturbed(130, 480.0)
-    assert starts == [("synthesise", 75.0), ("train depth", 75.0), None], "a checkpoint is due by then"
-    assert faults == ["synthesise: last work kept, ago", "train depth: last work kept, ago"]
+    assert starts == [("synthesise", 75.0), ("train", 75.0), None], "a checkpoint is due by then"
+    assert faults == ["synthesise: last work kept, ago", "train: last work kept, ago"]
