@@ -17,6 +17,7 @@ from apparate_llm.host.choice import (
     OWN_PROCESS,
     QUEUES,
     RESERVED,
+    THREADS,
     WORKER,
     Choice,
     environment,
@@ -87,6 +88,17 @@ def test_a_variable_set_by_hand_stays_and_what_belongs_to_it_is_not_set(given, l
     everything = variables(choice, FOUR)
     assert environment(choice, FOUR, {}) == everything
     assert environment(choice, FOUR, given) == {k: v for k, v in everything.items() if k not in left_out}
+
+
+def test_openmps_number_of_threads_gives_way_with_a_share_of_the_time_as_without(zentorch):
+    """Images set it. Where threads are bound vLLM goes over it itself."""
+    given = {THREADS: "64", "KMP_BLOCKTIME": "0"}
+    for choice, number in ((ALL_CORES, "2"), (Choice(threads=1), "1")):
+        env = environment(choice, SHARED, given)
+        assert (env[BIND], env[THREADS]) == ("nobind", number) and "KMP_BLOCKTIME" not in env
+    by_hand = environment(ALL_CORES, SHARED, given | {BIND: "nobind"})
+    assert not {BIND, THREADS} & by_hand.keys(), "who binds none by hand says how many"
+    assert environment(ALL_CORES, FOUR, given) == {BIND: "0,1,2,3"}
 
 
 def test_the_line_says_what_is_in_force(zentorch):
