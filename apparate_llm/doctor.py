@@ -14,7 +14,7 @@ from apparate_llm.default_model import PACKAGE as MODEL_PACKAGE
 from apparate_llm.default_model import PACKAGE_VERSION as MODEL_VERSION
 from apparate_llm.flags import Commands
 from apparate_llm.host import dtype
-from apparate_llm.host.choice import ZENTORCH
+from apparate_llm.host.choice import ZENTORCH, takes_zentorch
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.store import huge_pages_given
 from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
@@ -213,15 +213,6 @@ def check_threads() -> list[Finding]:
     limits = cpu_limits()
     plural = "s" * (limits.threads != 1)
     return [Finding("ok", f"{limits.threads} thread{plural} may compute: {limits.sentence()}")]
-
-
-def takes_zentorch() -> bool:
-    """Whether vLLM would use it here, were it installed."""
-    try:
-        text = CPU_INFO.read_text()
-    except OSError:
-        return False
-    return "AuthenticAMD" in text and "avx512" in text and is_cpu_build()
 
 
 def check_kernels() -> list[Finding]:

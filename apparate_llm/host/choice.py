@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from apparate_llm.host.dtype import CPU_INFO
 from apparate_llm.host.limits import CpuLimits
+from apparate_llm.launch import is_cpu_build
 
 Kernels = Literal["stock", "zentorch"]
 Queues = Literal["spin", "block"]
@@ -48,7 +50,17 @@ ALL_CORES = Choice(threads="all")
 
 
 def has_zentorch() -> bool:
-    return importlib.util.find_spec(ZENTORCH) is not None
+    """Whether vLLM uses it here, unless it is told otherwise."""
+    return importlib.util.find_spec(ZENTORCH) is not None and takes_zentorch()
+
+
+def takes_zentorch(cpu_info: Path = CPU_INFO) -> bool:
+    """Whether vLLM would use it on this CPU, were it installed: as its `_is_amd_zen_cpu` has it."""
+    try:
+        text = cpu_info.read_text()
+    except OSError:
+        return False
+    return "AuthenticAMD" in text and "avx512" in text and is_cpu_build()
 
 
 def num_threads(choice: Choice, limits: CpuLimits) -> int | None:

@@ -85,14 +85,3 @@ def test_doctor_installs_nothing_where_all_is_there(missing, pip, monkeypatch):
     monkeypatch.setattr(doctor, "find_performance_libraries", lambda: dict.fromkeys(doctor.LIBRARY_FIX, Path("/x")))
     log = pip()
     assert main(["doctor", "--fix"]) == 0 and log.read_text() == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "takes"),
-    [("vendor_id: AuthenticAMD\nflags: avx512f", True), ("vendor_id: GenuineIntel\nflags: avx512f", False)],
-)
-def test_zentorch_is_for_amds_cpus(text, takes, monkeypatch, tmp_path):
-    (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(doctor, "CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(doctor, "is_cpu_build", lambda: True)
-    assert doctor.takes_zentorch() == takes

@@ -6,6 +6,7 @@ import pytest
 
 from apparate_llm.cli import main
 from apparate_llm.config import ConfigError, parse_config
+from apparate_llm.host import choice as choice_module
 from apparate_llm.host import chosen, options
 from apparate_llm.host.choice import (
     ALL_CORES,
@@ -69,6 +70,32 @@ def test_zentorchs_passes_are_compiled_into_a_place_of_their_own(zentorch, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     env = variables(Choice(kernels="zentorch"), FOUR)
     assert env == {KERNELS: "zentorch", "VLLM_CACHE_ROOT": str(tmp_path / "vllm" / "zentorch")}
+
+
+@pytest.mark.parametrize(
+    ("text", "takes"),
+    [
+        ("vendor_id: AuthenticAMD\nflags: avx512f", True),
+        ("vendor_id: AuthenticAMD\nflags: avx2", False),
+        ("vendor_id: GenuineIntel\nflags: avx512f", False),
+    ],
+)
+def test_zentorch_is_for_amds_cpus_wherever_it_is_installed(text, takes, monkeypatch, tmp_path):
+    """An image may bring it to any machine."""
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(choice_module, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(choice_module.importlib.util, "find_spec", lambda name: object())
+    assert choice_module.takes_zentorch(tmp_path / "cpuinfo") == takes
+    monkeypatch.setattr(choice_module, "takes_zentorch", lambda: takes)
+    assert choice_module.has_zentorch() == takes
+    assert (choice_module.kernels_text(AS_VLLM) == "stock kernels") == (not takes)
+
+
+def test_kernels_that_this_cpu_cannot_have_are_refused_without_a_fix_that_is_none(zentorch, monkeypatch):
+    monkeypatch.setattr(options, "takes_zentorch", lambda: False)
+    monkeypatch.setattr(options, "cpu_name", lambda: "a CPU of Intel's")
+    with pytest.raises(ConfigError, match=r"AMD's CPUs with AVX-512 only, got a CPU of Intel's \(allowed: auto or"):
+        options.check_tuning(parse_tuning({"kernels": "zentorch"}), FOUR, [], {}, parse_config({}))
 
 
 @pytest.mark.parametrize(
