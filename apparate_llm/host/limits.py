@@ -19,7 +19,12 @@ class CpuLimits:
 
     @property
     def threads(self) -> int:
-        return max(1, min(len(self.cores), int(self.quota) if self.quota is not None else len(self.cores)))
+        return min(len(self.cores), self.logical_threads)
+
+    @property
+    def logical_threads(self) -> int:
+        """The same where a thread may take each logical CPU."""
+        return self.num_cpus if self.quota is None else max(1, min(self.num_cpus, int(self.quota)))
 
     @property
     def is_shared(self) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from apparate_llm.cli import build_parser
+from apparate_llm.eval import llama_cpp
 from apparate_llm.eval.client import PlannedRequest
 from apparate_llm.eval.closed_loop import engine_steps
 from apparate_llm.eval.evaluate import Evaluation, evaluate
@@ -34,13 +35,14 @@ from apparate_llm.eval.store import Store
 from apparate_llm.eval.summary import Summary, cells_of, prompt_notes, ratios_of, runs_of
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.workloads import closed
+from apparate_llm.host.limits import CpuLimits, cpu_limits
 from apparate_llm.launch import clean_environment
 from apparate_llm.progress import SECONDS, Progress
 from tests.fake_server import fake_server
 from tests.unit.test_steady import plan_of
 
 DEMAND = Demand(num_slots=4, slot_tokens=300)
-THREADS = str(len(os.sched_getaffinity(0)))
+THREADS = str(cpu_limits().logical_threads)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,13 @@ def test_what_the_flags_leave_open_is_set(gguf):
         "--cache-ram": "0",
     }
     assert "--ctx-size 2048" in system.started_by
+
+
+def test_it_has_no_more_threads_than_there_is_time_for(gguf, monkeypatch):
+    """As ours: with more of them than a control group gives time for all wait for each other."""
+    monkeypatch.setattr(llama_cpp, "cpu_limits", lambda: CpuLimits(num_cpus=64, cores=tuple(range(64)), quota=2.5))
+    (system,) = llama_cpp_systems([f"llama='{gguf}'"], Path("x"), DEMAND)
+    assert settings_of(system.command)["--threads"] == "2"
 
 
 def test_what_the_flags_say_stays(gguf):
