@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apparate_llm.config import ConfigError
+from apparate_llm.host.dtype import quantisation_of
 from apparate_llm.machine import cache_folder, writable_cache
 from apparate_llm.models.architectures import ARCHITECTURES, architecture_of
 from apparate_llm.naming import model_name
@@ -27,6 +28,7 @@ FORMAT = "int-quantized"
 LOAD_FORMAT = "hf"  # vLLM's, of the weights that are taken
 HEAD = "lm_head"
 LINEAR = re.compile(r"model\.layers\.\d+\..+_proj\.weight")
+LAYERS = "model.layers.N.*_proj.weight"  # for a user
 SAFETENSORS, INDEX = ".safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (SAFETENSORS, ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -42,15 +44,13 @@ def check_quantisable(model: Path) -> None:
 
 def check_config(model: Path) -> None:
     """The same of a folder whose weights need not be there yet."""
-    from apparate_llm.ramps.sketch import read_config
-
     if find_spec("compressed_tensors") is None:
         raise ConfigError("quantising needs the package compressed-tensors, which comes with vLLM")
     if (architecture := architecture_of(model)) not in ARCHITECTURES:
         raise ConfigError(f"cannot quantise {model}: architecture {architecture} (allowed: {', '.join(ARCHITECTURES)})")
-    if (there := read_config(model).get("quantization_config")) is not None:
-        method = there.get("quant_method") if isinstance(there, dict) else None
-        raise ConfigError(f"cannot quantise {model}: it is quantised already ({method or 'in an unknown way'})")
+    if (there := quantisation_of(model)) is not None:
+        method = there.get("quant_method") or "in an unknown way"
+        raise ConfigError(f"cannot quantise {model}: it is quantised already ({method})")
 
 
 def int8_model(model: Path) -> Path:
@@ -78,11 +78,13 @@ def write_w8a8(model: Path, out: Path, stage: Stage) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    from apparate_llm.ramps.fingerprint import weight_files
+    from apparate_llm.ramps.fingerprint import WeightsError, weight_files
 
     files = weight_files(model)
     copy_others(model, out)
     stage.unit, stage.total = "layers", sum(1 for file in files for name in names_of(file) if LINEAR.fullmatch(name))
+    if not stage.total:
+        raise WeightsError(f"cannot quantise {model}: no tensor of its weights is called {LAYERS}")
     stage.update(0, stage.facts)
     places: dict[str, str] = {}
     done = num_bytes = 0
@@ -116,7 +118,8 @@ def quantised(name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
 
     if weight.dim() != 2 or not weight.numel():
         raise WeightsError(f"{name} has shape {tuple(weight.shape)}, rows and columns of a layer are expected")
-    if not (weight.is_floating_point() and weight.isfinite().all()):
+    is_whole = weight.is_floating_point() and weight.dtype.itemsize > 1  # no float8, which are codes
+    if not (is_whole and weight.isfinite().all()):
         raise WeightsError(f"{name} holds values that are not finite, or no numbers of a layer ({weight.dtype})")
     scheme, values = w8a8_scheme(), weight.float()
     scale, _ = calculate_qparams(values.amin(1, keepdim=True), values.amax(1, keepdim=True), scheme.weights)
