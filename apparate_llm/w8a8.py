@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from apparate_llm.machine import cache_folder, writable_cache
 from apparate_llm.models.architectures import ARCHITECTURES, architecture_of
 from apparate_llm.naming import model_name
 from apparate_llm.progress import Stage
+from apparate_llm.ramps.checkpoint import sha256_of
 from apparate_llm.sealed import COMPLETE, is_complete, made_once
 
 if TYPE_CHECKING:
@@ -54,12 +56,10 @@ def check_config(model: Path) -> None:
 
 
 def int8_model(model: Path) -> Path:
-    """The W8A8 folder of a model in the cache, made on the first call. Raises as `check_quantisable` does, and
-    ConfigError where it cannot be written."""
-    from apparate_llm.ramps.fingerprint import fingerprint_of
-
+    """The W8A8 folder of a model in the cache, made on the first call, known by the content of the model's files.
+    Raises as `check_quantisable` does, and ConfigError where it cannot be written."""
     check_quantisable(model)
-    name = f"{model_name(model.resolve()).replace('/', '--')}-{SCHEME}-{fingerprint_of(model)[:12]}"
+    name = f"{model_name(model.resolve()).replace('/', '--')}-{SCHEME}-{_digest(model)[:12]}"
     folder = cache_folder() / "int8" / name
     if is_complete(folder):  # in a cache that need not be writable
         return folder
@@ -150,11 +150,30 @@ def describe(folder: Path) -> None:
 
 
 def copy_others(model: Path, out: Path) -> None:
+    for path in _others(model):
+        shutil.copyfile(path, out / path.name)
+
+
+def _others(model: Path) -> list[Path]:
     """All files of a model folder but its weights."""
-    for path in sorted(model.iterdir()):
-        is_index = path.name.endswith(".index.json")
-        if path.is_file() and not is_index and path.suffix not in WEIGHT_SUFFIXES and path.name != COMPLETE:
-            shutil.copyfile(path, out / path.name)
+    return [
+        path
+        for path in sorted(model.iterdir())
+        if path.is_file()
+        and not path.name.endswith(".index.json")
+        and path.suffix not in WEIGHT_SUFFIXES
+        and path.name != COMPLETE
+    ]
+
+
+def _digest(model: Path) -> str:
+    """Of all that its W8A8 folder is made of: a chat template or a row may change without all else."""
+    from apparate_llm.ramps.fingerprint import weight_files
+
+    whole = sha256()
+    for path in (*_others(model), *weight_files(model)):
+        whole.update(f"{path.name} {sha256_of(path)}\n".encode())
+    return whole.hexdigest()
 
 
 def names_of(file: Path) -> Iterator[str]:

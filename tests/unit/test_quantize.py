@@ -276,6 +276,21 @@ def test_int8_weights_are_made_once_for_each_model(tiny_llama, tmp_path, cache, 
     assert w8a8.int8_model(model) != folder  # another model of the same name
 
 
+def test_int8_weights_are_made_anew_where_a_file_of_the_model_has_changed(tiny_llama, tmp_path, cache):
+    """In a folder of the same name."""
+    model = shutil.copytree(tiny_llama, tmp_path / "llama")
+    before = w8a8.int8_model(model)
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with_template = w8a8.int8_model(model)
+    assert (with_template / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][[100, 101]] = weights["model.embed_tokens.weight"][[101, 100]]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with_rows = w8a8.int8_model(model)
+    assert layers_of(with_rows)["model.embed_tokens.weight"].equal(weights["model.embed_tokens.weight"])
+    assert len({before, with_template, with_rows}) == 3 and w8a8.int8_model(model) == with_rows
+
+
 @pytest.fixture
 def started(monkeypatch):
     """The flags that vLLM would be started with."""
