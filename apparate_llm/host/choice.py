@@ -64,7 +64,9 @@ def takes_zentorch(cpu_info: Path = CPU_INFO) -> bool:
 
 
 def num_threads(choice: Choice, limits: CpuLimits) -> int | None:
-    return limits.threads if choice.threads == "all" else choice.threads
+    if choice.threads is None:
+        return None
+    return limits.threads if choice.threads == "all" else min(choice.threads, limits.threads)
 
 
 def variables(choice: Choice, limits: CpuLimits) -> dict[str, str]:

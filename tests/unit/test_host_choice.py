@@ -155,6 +155,8 @@ def test_the_default_has_all_cores_and_no_queues(zentorch):
 def test_all_cores_are_never_more_than_there_is_time_for(zentorch):
     little = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=0.5)
     assert variables(ALL_CORES, little)["OMP_NUM_THREADS"] == "1"
+    edited = Choice(threads=99)  # in a file that is kept
+    assert variables(edited, SHARED)["OMP_NUM_THREADS"] == "2" and "4 of 4 threads" in line(edited, FOUR, {}, "")
 
 
 # ---- by hand
