@@ -53,7 +53,7 @@ def find_server(given: Path | None) -> Path:
         return Path(path)
     if not given.is_file() or not os.access(given, os.X_OK):
         raise ValueError(f"--llama-server: not a program that can be run: {given}")
-    return given
+    return given.absolute()  # a bare name would be looked for on PATH
 
 
 def version_of(server: Path) -> str:

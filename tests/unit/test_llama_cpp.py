@@ -135,6 +135,16 @@ def test_its_program_is_found_on_the_path_or_where_it_is_said_to_be(program, tmp
             find_server(given)
 
 
+@pytest.mark.parametrize("given", ["llama-server", "./llama-server"])
+def test_a_program_in_this_folder_is_that_one(given, tmp_path, monkeypatch):
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+        script(tmp_path / name / "llama-server", f"echo version: {name}")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'elsewhere'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path / "here")
+    assert version_of(find_server(Path(given))) == "version: here"
+
+
 def test_its_version_is_what_it_says(program, tmp_path):
     assert version_of(program) == "version: 11434 (fake)"
     broken = script(tmp_path / "broken", "echo a library is missing >&2; exit 127")
