@@ -362,7 +362,8 @@ def test_serve_measures_again_if_asked_to(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serve, "choose", lambda *_, **__: choose(parse_tuning({"tuning": "off"}), tmp_path, given={}))
     again = parse_tuning({"tuning": "again"})
     config = parse_config({"policy": "off"})
-    serve.use_machine(again, tmp_path, ["--dtype", "float32"], config, {})
+    where = ["--uds", "/run/a.sock", "--ssl-keyfile=key", "--ssl-certfile", "certificate", "--revision", "main"]
+    serve.use_machine(again, tmp_path, [*where, "--dtype", "float32"], config, {})
     (line,) = asked
     assert line[:5] == [sys.executable, "-m", "apparate_llm.cli", "tune", str(tmp_path)]
     assert line[5:9] == ["--policy", "off", "--batch-invariant", "True"]
