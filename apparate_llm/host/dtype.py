@@ -112,13 +112,13 @@ def _needs_kernels(how: dict[str, Any]) -> bool:
 def quantisation_of(model: Path) -> dict[str, Any] | None:
     """What a model folder says of how its weights are quantised, where vLLM looks for it; empty where only that they
     are, None where they are not."""
-    said = _said_of_quantisation(_config_of(model))
-    if said is None and not (model / QUANTISATION_FILE).exists():
+    how = _how_quantised(_config_of(model))
+    if how is None and not (model / QUANTISATION_FILE).exists():
         return None
-    return said if isinstance(said, dict) else {}
+    return how if isinstance(how, dict) else {}
 
 
-def _said_of_quantisation(config: dict[str, Any]) -> object | None:
+def _how_quantised(config: dict[str, Any]) -> object | None:
     inner = config.get("text_config")
     places = [config, inner] if isinstance(inner, dict) else [config]
     return next((how for place in places for name in QUANTISATION if (how := place.get(name))), None)
