@@ -116,6 +116,24 @@ def _cached(stat: Path, prefix: str) -> int:
         return 0
 
 
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """CPUs whose time the control groups give: the least of ours and all above it. None: as much as there is."""
+    shares = (_cpu_share(version, folder) for version, folder in control_groups(root, "cpu"))
+    return min((share for share in shares if share is not None), default=None)
+
+
+def _cpu_share(version: int, group: Path) -> float | None:
+    """CPUs whose time one control group has; None where it has no limit."""
+    try:
+        if version == 2:
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or `max`
+        return None
+
+
 def machine() -> dict[str, object]:
     """What a measurement says of where it was made."""
     packages = {}
