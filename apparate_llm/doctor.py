@@ -14,7 +14,7 @@ from apparate_llm.default_model import PACKAGE as MODEL_PACKAGE
 from apparate_llm.default_model import PACKAGE_VERSION as MODEL_VERSION
 from apparate_llm.flags import Commands
 from apparate_llm.host import dtype
-from apparate_llm.host.choice import ZENTORCH
+from apparate_llm.host.choice import ZENTORCH, takes_zentorch
 from apparate_llm.host.limits import cpu_limits
 from apparate_llm.host.store import huge_pages_given
 from apparate_llm.launch import build_problem, find_performance_libraries, is_cpu_build, preloaded, vllm_build
@@ -154,9 +154,9 @@ def check_torch_extras() -> list[Finding]:
 def missing_packages() -> list[str]:
     """Of those that make this machine faster, as pip takes them."""
     missing = []
-    if platform.machine() == "x86_64" and find_performance_libraries()[OPENMP] is None:
+    if takes_intel_openmp() and find_performance_libraries()[OPENMP] is None:
         missing.append(PINNED[OPENMP])
-    if takes_zentorch() and installed(ZENTORCH) is None:
+    if takes_zentorch() and (installed(ZENTORCH) is None or is_of_another_torch()):
         missing.append(PINNED[ZENTORCH])
     return missing
 
@@ -184,10 +184,17 @@ def run_pip(*arguments: str) -> None:
         raise RuntimeError(f"pip ended with exit code {code}; nothing else was changed")
 
 
+def takes_intel_openmp() -> bool:
+    """Intel makes it for no other CPUs."""
+    return platform.machine() == "x86_64"
+
+
 def check_libraries() -> list[Finding]:
     findings = []
     for name, path in find_performance_libraries().items():
         stem = name.split(".so")[0]
+        if path is None and name == OPENMP and not takes_intel_openmp():
+            continue
         if path is None:
             findings.append(Finding("note", f"{name} not found: the CPU backend is slower without", LIBRARY_FIX[name]))
         elif stem in preloaded():
@@ -215,13 +222,10 @@ def check_threads() -> list[Finding]:
     return [Finding("ok", f"{limits.threads} thread{plural} may compute: {limits.sentence()}")]
 
 
-def takes_zentorch() -> bool:
-    """Whether vLLM would use it here, were it installed."""
-    try:
-        text = CPU_INFO.read_text()
-    except OSError:
-        return False
-    return "AuthenticAMD" in text and "avx512" in text and is_cpu_build()
+def is_of_another_torch() -> bool:
+    """Whether zentorch was built for another release of torch than the installed one: vLLM then does without it."""
+    releases = [(installed(name) or "").split(".")[:2] for name in (ZENTORCH, "torch")]
+    return releases[0] != releases[1]
 
 
 def check_kernels() -> list[Finding]:
@@ -229,6 +233,9 @@ def check_kernels() -> list[Finding]:
         return []
     if (version := installed(ZENTORCH)) is None:
         return [Finding("note", f"{ZENTORCH} is missing: AMD's kernels, often faster than vLLM's own", FIX)]
+    if is_of_another_torch():
+        what = f"{ZENTORCH} {version} was not built for torch {installed('torch')}: vLLM uses its own kernels"
+        return [Finding("note", what, FIX)]
     return [Finding("ok", f"{ZENTORCH} {version}; `apparate-llm tune` says whether it pays")]
 
 

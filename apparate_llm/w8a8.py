@@ -8,15 +8,18 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apparate_llm.config import ConfigError
+from apparate_llm.host.dtype import quantisation_of
 from apparate_llm.machine import cache_folder, writable_cache
 from apparate_llm.models.architectures import ARCHITECTURES, architecture_of
 from apparate_llm.naming import model_name
 from apparate_llm.progress import Stage
+from apparate_llm.ramps.checkpoint import sha256_of
 from apparate_llm.sealed import COMPLETE, is_complete, made_once
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ FORMAT = "int-quantized"
 LOAD_FORMAT = "hf"  # vLLM's, of the weights that are taken
 HEAD = "lm_head"
 LINEAR = re.compile(r"model\.layers\.\d+\..+_proj\.weight")
+LAYERS = "model.layers.N.*_proj.weight"  # for a user
 SAFETENSORS, INDEX = ".safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (SAFETENSORS, ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -42,24 +46,20 @@ def check_quantisable(model: Path) -> None:
 
 def check_config(model: Path) -> None:
     """The same of a folder whose weights need not be there yet."""
-    from apparate_llm.ramps.sketch import read_config
-
     if find_spec("compressed_tensors") is None:
         raise ConfigError("quantising needs the package compressed-tensors, which comes with vLLM")
     if (architecture := architecture_of(model)) not in ARCHITECTURES:
         raise ConfigError(f"cannot quantise {model}: architecture {architecture} (allowed: {', '.join(ARCHITECTURES)})")
-    if (there := read_config(model).get("quantization_config")) is not None:
-        method = there.get("quant_method") if isinstance(there, dict) else None
-        raise ConfigError(f"cannot quantise {model}: it is quantised already ({method or 'in an unknown way'})")
+    if (there := quantisation_of(model)) is not None:
+        method = there.get("quant_method") or "in an unknown way"
+        raise ConfigError(f"cannot quantise {model}: it is quantised already ({method})")
 
 
 def int8_model(model: Path) -> Path:
-    """The W8A8 folder of a model in the cache, made on the first call. Raises as `check_quantisable` does, and
-    ConfigError where it cannot be written."""
-    from apparate_llm.ramps.fingerprint import fingerprint_of
-
+    """The W8A8 folder of a model in the cache, made on the first call, known by the content of the model's files.
+    Raises as `check_quantisable` does, and ConfigError where it cannot be written."""
     check_quantisable(model)
-    name = f"{model_name(model.resolve()).replace('/', '--')}-{SCHEME}-{fingerprint_of(model)[:12]}"
+    name = f"{model_name(model.resolve()).replace('/', '--')}-{SCHEME}-{_digest(model)[:12]}"
     folder = cache_folder() / "int8" / name
     if is_complete(folder):  # in a cache that need not be writable
         return folder
@@ -78,11 +78,13 @@ def write_w8a8(model: Path, out: Path, stage: Stage) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    from apparate_llm.ramps.fingerprint import weight_files
+    from apparate_llm.ramps.fingerprint import WeightsError, weight_files
 
     files = weight_files(model)
     copy_others(model, out)
     stage.unit, stage.total = "layers", sum(1 for file in files for name in names_of(file) if LINEAR.fullmatch(name))
+    if not stage.total:
+        raise WeightsError(f"cannot quantise {model}: no tensor of its weights is called {LAYERS}")
     stage.update(0, stage.facts)
     places: dict[str, str] = {}
     done = num_bytes = 0
@@ -116,7 +118,8 @@ def quantised(name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
 
     if weight.dim() != 2 or not weight.numel():
         raise WeightsError(f"{name} has shape {tuple(weight.shape)}, rows and columns of a layer are expected")
-    if not (weight.is_floating_point() and weight.isfinite().all()):
+    is_whole = weight.is_floating_point() and weight.dtype.itemsize > 1  # no float8, which are codes
+    if not (is_whole and weight.isfinite().all()):
         raise WeightsError(f"{name} holds values that are not finite, or no numbers of a layer ({weight.dtype})")
     scheme, values = w8a8_scheme(), weight.float()
     scale, _ = calculate_qparams(values.amin(1, keepdim=True), values.amax(1, keepdim=True), scheme.weights)
@@ -147,11 +150,30 @@ def describe(folder: Path) -> None:
 
 
 def copy_others(model: Path, out: Path) -> None:
+    for path in _others(model):
+        shutil.copyfile(path, out / path.name)
+
+
+def _others(model: Path) -> list[Path]:
     """All files of a model folder but its weights."""
-    for path in sorted(model.iterdir()):
-        is_index = path.name.endswith(".index.json")
-        if path.is_file() and not is_index and path.suffix not in WEIGHT_SUFFIXES and path.name != COMPLETE:
-            shutil.copyfile(path, out / path.name)
+    return [
+        path
+        for path in sorted(model.iterdir())
+        if path.is_file()
+        and not path.name.endswith(".index.json")
+        and path.suffix not in WEIGHT_SUFFIXES
+        and path.name != COMPLETE
+    ]
+
+
+def _digest(model: Path) -> str:
+    """Of all that its W8A8 folder is made of: a chat template or a row may change without all else."""
+    from apparate_llm.ramps.fingerprint import weight_files
+
+    whole = sha256()
+    for path in (*_others(model), *weight_files(model)):
+        whole.update(f"{path.name} {sha256_of(path)}\n".encode())
+    return whole.hexdigest()
 
 
 def names_of(file: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from apparate_llm.eval.client import Fields
 from apparate_llm.eval.prompt_lengths import tokenizer_of
 from apparate_llm.eval.prompts import Prompt, text_of
 from apparate_llm.eval.systems import System
+from apparate_llm.host.limits import cpu_limits
 from apparate_llm.launch import clean_environment
 
 PROGRAM = "llama-server"
@@ -38,7 +39,8 @@ class Demand(NamedTuple):
 
 def llama_cpp_systems(given: Sequence[str], server: Path, demand: Demand, temperature: float = 0.0) -> list[System]:
     """Systems of `NAME=FILE.gguf FLAGS`. What the flags leave open is set so that llama.cpp has what the others have:
-    all threads, a slot for each client and room in it, no prompt that was answered before. Raises ValueError."""
+    all threads that may compute, a slot for each client and room in it, no prompt that was answered before. Raises
+    ValueError."""
     return [_system(*_parsed(text), server, demand, temperature) for text in given]
 
 
@@ -51,7 +53,7 @@ def find_server(given: Path | None) -> Path:
         return Path(path)
     if not given.is_file() or not os.access(given, os.X_OK):
         raise ValueError(f"--llama-server: not a program that can be run: {given}")
-    return given
+    return given.absolute()  # a bare name would be looked for on PATH
 
 
 def version_of(server: Path) -> str:
@@ -135,7 +137,7 @@ def _left_open(flags: list[str], demand: Demand) -> list[str]:
     slot_tokens = CONTEXT_STEP * math.ceil(demand.slot_tokens / CONTEXT_STEP)
     num_slots = _number(flags, SLOTS) or demand.num_slots
     settings = {
-        THREADS: len(os.sched_getaffinity(0)),
+        THREADS: cpu_limits().logical_threads,
         SLOTS: num_slots,
         CONTEXT: num_slots * slot_tokens,
         PROMPT_CACHE: 0,

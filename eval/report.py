@@ -22,6 +22,7 @@ from apparate_llm.eval.tables import (
     flat,
     load_name,
     loads_of,
+    machine_text,
     number,
     percent,
     prompts_text,
@@ -73,6 +74,7 @@ def render(results: Results, points: Points) -> str:
         sections=sections(results),
         figures=figures(results, points),
         machine=flat(results.machine),
+        machine_text=machine_text(results.machine),
         settings=flat({name: value for name, value in results.settings.items() if name not in SHOWN_ELSEWHERE}),
         dash=DASH,
     )

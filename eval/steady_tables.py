@@ -3,7 +3,15 @@
 from rich.table import Table
 
 from apparate_llm.eval.schema import Distribution, SteadyRatio, SteadyResults, SteadyRun
-from apparate_llm.eval.tables import DASH, WITH_INTERVAL, console_table, number, prompts_text, with_interval
+from apparate_llm.eval.tables import (
+    DASH,
+    WITH_INTERVAL,
+    console_table,
+    machine_text,
+    number,
+    prompts_text,
+    with_interval,
+)
 
 PARTS = {  # of the wait for a first token
     "step under way": "step_under_way_ms",
@@ -14,10 +22,9 @@ PARTS = {  # of the wait for a first token
 
 def steady_tables(results: SteadyResults) -> list[Table]:
     """Speed, ratios to the baseline, and what first tokens waited for; of at most 120 columns."""
-    cores, cpu = results.machine.get("cores", DASH), results.machine.get("cpu", DASH)
     tables = [
         console_table(
-            f"Clients in a closed loop, {cpu}, {cores} cores",
+            f"Clients in a closed loop, {machine_text(results.machine)}",
             ["system", "clients", "TPT ms mean", "p99", "TTFT ms mean", "p99", "tokens/s", "step ms", "failed"],
             [
                 [

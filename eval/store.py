@@ -52,6 +52,11 @@ class Block:
         return output_tokens(self.completions) + sum(done.tokens_until(math.inf) for done in self.uncounted)
 
 
+def file_name(system: str) -> str:
+    """What stands for a system's name in those of its files."""
+    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in system)
+
+
 class Store:
     """`plan.json`: the settings that all blocks share; `blocks/`: one file each; `logs/`: the servers' own. Answers are
     in these two, and maybe prompts, so only their owner can read them."""
@@ -115,7 +120,7 @@ class Store:
         return sum(block.wall_s for block in self.blocks())
 
     def _path(self, key: BlockKey) -> Path:
-        system = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in key.system)
+        system = file_name(key.system)
         return self.folder / "blocks" / f"{key.load:02}-{key.repeat:02}-{key.block:04}-{system}.json"
 
 

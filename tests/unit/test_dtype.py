@@ -148,6 +148,13 @@ def test_weights_in_4_bits_are_refused_where_there_are_no_kernels(model, without
     dtype.check_kernels(folder)
 
 
+def test_weights_in_4_bits_are_seen_by_the_older_key_too(model, without_avx512):
+    group = {"weights": {"num_bits": 4}}
+    how = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    with pytest.raises(ConfigError, match=r"4 bits .compressed-tensors"):
+        dtype.check_kernels(model(compression_config=how))
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -9,7 +9,7 @@ from apparate_llm.eval.compare import compare
 from apparate_llm.eval.figures import Points, figures, system_colors
 from apparate_llm.eval.headline import summary_sentence, verdict
 from apparate_llm.eval.report import render, sections, write_report
-from apparate_llm.eval.tables import DASH, number, small, tables
+from apparate_llm.eval.tables import DASH, machine_text, number, small, tables
 from tests.eval_results import (
     a_ratio,
     a_result,
@@ -337,6 +337,15 @@ def test_the_report_is_written_whole(tmp_path):
     path = write_report(tmp_path / "new", results, Points())
     assert path.read_text() == render(results, Points())
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_a_quota_of_cpu_time_is_part_of_the_machine():
+    """64 cores of a host say nothing of a container that has the time of two."""
+    machine = {"cpu": "EPYC", "cores": 64, "cpu_quota": 2.5}
+    results = a_result([a_run()], machine=machine)
+    says = "EPYC, 64 cores, time of 2.5 CPUs"
+    assert says in text_of(tables(results)) and says in render(results, some_points(results))
+    assert machine_text({"cpu": "EPYC", "cores": 2}) == "EPYC, 2 cores" and machine_text({}) == f"{DASH}, {DASH} cores"
 
 
 def test_console_tables_fit_and_tell_the_same():

@@ -14,7 +14,7 @@ from apparate_llm.eval import plan as plans
 from apparate_llm.eval import systems as systems_module
 from apparate_llm.eval.evaluate import evaluate
 from apparate_llm.eval.servers import Server
-from apparate_llm.eval.systems import ModelChoice, System, baselines_of, plain_vllm, systems_of
+from apparate_llm.eval.systems import ModelChoice, System, baselines_of, check_names, plain_vllm, systems_of
 from apparate_llm.host.choice import BIND
 from apparate_llm.host.limits import CpuLimits
 from apparate_llm.progress import Progress
@@ -110,6 +110,15 @@ def test_without_plain_vllm_another_baseline_must_be_named(tiny_llama, tmp_path)
     again = [*argv, "--baseline", "ngram", "--system", "ngram=--policy off"]
     with pytest.raises(ValueError, match="two systems are called ngram"):
         plans.tpt_plan(build_parser().parse_args(again))
+
+
+@pytest.mark.parametrize("names", [("Q4 n-gram", "Q4-n-gram"), ("q4(1)", "q4:1:")], ids=str)
+def test_systems_that_would_have_the_same_files_are_refused(names):
+    """Of the second one nothing would be measured: its blocks would be there already."""
+    systems = [System(name, command=("x",)) for name in names]
+    with pytest.raises(ValueError, match=r"systems '.*' and '.*' would have the same files: choose another name"):
+        check_names(systems)
+    check_names([systems[0], System("vllm"), System("vllm-tuned")])
 
 
 def test_a_server_that_wants_a_key_gets_it_and_one_that_wants_another_is_said_at_once(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from apparate_llm.cli import main
 from apparate_llm.config import ConfigError, parse_config
+from apparate_llm.host import choice as choice_module
 from apparate_llm.host import chosen, options
 from apparate_llm.host.choice import (
     ALL_CORES,
@@ -17,6 +18,7 @@ from apparate_llm.host.choice import (
     OWN_PROCESS,
     QUEUES,
     RESERVED,
+    THREADS,
     WORKER,
     Choice,
     environment,
@@ -71,6 +73,32 @@ def test_zentorchs_passes_are_compiled_into_a_place_of_their_own(zentorch, monke
 
 
 @pytest.mark.parametrize(
+    ("text", "takes"),
+    [
+        ("vendor_id: AuthenticAMD\nflags: avx512f", True),
+        ("vendor_id: AuthenticAMD\nflags: avx2", False),
+        ("vendor_id: GenuineIntel\nflags: avx512f", False),
+    ],
+)
+def test_zentorch_is_for_amds_cpus_wherever_it_is_installed(text, takes, monkeypatch, tmp_path):
+    """An image may bring it to any machine."""
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(choice_module, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(choice_module.importlib.util, "find_spec", lambda name: object())
+    assert choice_module.takes_zentorch(tmp_path / "cpuinfo") == takes
+    monkeypatch.setattr(choice_module, "takes_zentorch", lambda: takes)
+    assert choice_module.has_zentorch() == takes
+    assert (choice_module.kernels_text(AS_VLLM) == "stock kernels") == (not takes)
+
+
+def test_kernels_that_this_cpu_cannot_have_are_refused_without_a_fix_that_is_none(zentorch, monkeypatch):
+    monkeypatch.setattr(options, "takes_zentorch", lambda: False)
+    monkeypatch.setattr(options, "cpu_name", lambda: "a CPU of Intel's")
+    with pytest.raises(ConfigError, match=r"AMD's CPUs with AVX-512 only, got a CPU of Intel's \(allowed: auto or"):
+        options.check_tuning(parse_tuning({"kernels": "zentorch"}), FOUR, [], {}, parse_config({}))
+
+
+@pytest.mark.parametrize(
     ("given", "left_out"),
     [
         ({BIND: "0"}, [BIND]),
@@ -87,6 +115,17 @@ def test_a_variable_set_by_hand_stays_and_what_belongs_to_it_is_not_set(given, l
     everything = variables(choice, FOUR)
     assert environment(choice, FOUR, {}) == everything
     assert environment(choice, FOUR, given) == {k: v for k, v in everything.items() if k not in left_out}
+
+
+def test_openmps_number_of_threads_gives_way_with_a_share_of_the_time_as_without(zentorch):
+    """Images set it. Where threads are bound vLLM goes over it itself."""
+    given = {THREADS: "64", "KMP_BLOCKTIME": "0"}
+    for choice, number in ((ALL_CORES, "2"), (Choice(threads=1), "1")):
+        env = environment(choice, SHARED, given)
+        assert (env[BIND], env[THREADS]) == ("nobind", number) and "KMP_BLOCKTIME" not in env
+    by_hand = environment(ALL_CORES, SHARED, given | {BIND: "nobind"})
+    assert not {BIND, THREADS} & by_hand.keys(), "who binds none by hand says how many"
+    assert environment(ALL_CORES, FOUR, given) == {BIND: "0,1,2,3"}
 
 
 def test_the_line_says_what_is_in_force(zentorch):
@@ -116,6 +155,8 @@ def test_the_default_has_all_cores_and_no_queues(zentorch):
 def test_all_cores_are_never_more_than_there_is_time_for(zentorch):
     little = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=0.5)
     assert variables(ALL_CORES, little)["OMP_NUM_THREADS"] == "1"
+    edited = Choice(threads=99)  # in a file that is kept
+    assert variables(edited, SHARED)["OMP_NUM_THREADS"] == "2" and "4 of 4 threads" in line(edited, FOUR, {}, "")
 
 
 # ---- by hand

@@ -87,7 +87,7 @@ def test_threads_are_no_more_than_control_groups_give_time_for(name, tmp_path):
     cgroup, files, quota, threads = QUOTAS[name]
     limits = cpu_limits(fake_root(tmp_path, cgroup, files), mask={0, 1, 2, 3})
     assert (limits.quota, limits.threads, limits.num_cpus) == (quota, threads, 4)
-    assert limits.is_shared == (quota is not None and quota < 4)
+    assert limits.is_shared == (quota is not None and quota < 4) and limits.logical_threads == threads
 
 
 CORES = {
@@ -108,6 +108,7 @@ def test_one_thread_computes_on_each_core_of_the_node_that_vllm_uses(name, tmp_p
     siblings, nodes, mems, mask, cores = CORES[name]
     limits = cpu_limits(fake_root(tmp_path, files=topology(siblings, nodes), mems=mems), mask)
     assert (limits.cores, limits.num_cpus, limits.threads) == (cores, len(mask), len(cores))
+    assert limits.logical_threads == len(mask)
 
 
 def test_the_memory_node_may_be_chosen_by_vllms_variable(tmp_path, monkeypatch):
@@ -121,6 +122,14 @@ def test_the_memory_node_may_be_chosen_by_vllms_variable(tmp_path, monkeypatch):
 def test_limits_here_are_within_the_affinity_mask():
     limits = cpu_limits()
     assert set(limits.cores) <= os.sched_getaffinity(0) and 1 <= limits.threads <= len(limits.cores)
+
+
+def test_a_preparation_has_no_more_threads_than_there_is_time_for(monkeypatch):
+    from apparate_llm.prepare import engine
+
+    for limits, number in ((SHARED, "2"), (CpuLimits(num_cpus=8, cores=(4, 5, 6, 7), quota=None), "8")):
+        monkeypatch.setattr(engine, "cpu_limits", lambda limits=limits: limits)
+        assert engine.environment()["OMP_NUM_THREADS"] == number
 
 
 def test_doctor_says_how_many_threads_may_compute(monkeypatch):

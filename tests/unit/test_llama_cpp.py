@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from apparate_llm.cli import build_parser
+from apparate_llm.eval import llama_cpp
 from apparate_llm.eval.client import PlannedRequest
 from apparate_llm.eval.closed_loop import engine_steps
 from apparate_llm.eval.evaluate import Evaluation, evaluate
@@ -34,13 +35,14 @@ from apparate_llm.eval.store import Store
 from apparate_llm.eval.summary import Summary, cells_of, prompt_notes, ratios_of, runs_of
 from apparate_llm.eval.systems import System
 from apparate_llm.eval.workloads import closed
+from apparate_llm.host.limits import CpuLimits, cpu_limits
 from apparate_llm.launch import clean_environment
 from apparate_llm.progress import SECONDS, Progress
 from tests.fake_server import fake_server
 from tests.unit.test_steady import plan_of
 
 DEMAND = Demand(num_slots=4, slot_tokens=300)
-THREADS = str(len(os.sched_getaffinity(0)))
+THREADS = str(cpu_limits().logical_threads)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,13 @@ def test_what_the_flags_leave_open_is_set(gguf):
         "--cache-ram": "0",
     }
     assert "--ctx-size 2048" in system.started_by
+
+
+def test_it_has_no_more_threads_than_there_is_time_for(gguf, monkeypatch):
+    """As ours: with more of them than a control group gives time for all wait for each other."""
+    monkeypatch.setattr(llama_cpp, "cpu_limits", lambda: CpuLimits(num_cpus=64, cores=tuple(range(64)), quota=2.5))
+    (system,) = llama_cpp_systems([f"llama='{gguf}'"], Path("x"), DEMAND)
+    assert settings_of(system.command)["--threads"] == "2"
 
 
 def test_what_the_flags_say_stays(gguf):
@@ -124,6 +133,16 @@ def test_its_program_is_found_on_the_path_or_where_it_is_said_to_be(program, tmp
     for given in (tmp_path / "none", tmp_path, Path(__file__)):
         with pytest.raises(ValueError, match="--llama-server: not a program that can be run"):
             find_server(given)
+
+
+@pytest.mark.parametrize("given", ["llama-server", "./llama-server"])
+def test_a_program_in_this_folder_is_that_one(given, tmp_path, monkeypatch):
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+        script(tmp_path / name / "llama-server", f"echo version: {name}")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'elsewhere'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path / "here")
+    assert version_of(find_server(Path(given))) == "version: here"
 
 
 def test_its_version_is_what_it_says(program, tmp_path):

@@ -7,10 +7,18 @@ import psutil
 import pytest
 
 from apparate_llm import doctor, launch, serve
+from apparate_llm import machine as machine_module
 from apparate_llm.cli import main
 from apparate_llm.config import ConfigError
 from apparate_llm.engine import vllm_settings
-from apparate_llm.machine import available_memory_bytes, cache_folder, machine, total_memory_bytes, writable_cache
+from apparate_llm.machine import (
+    available_memory_bytes,
+    cache_folder,
+    machine,
+    total_memory_bytes,
+    what_times_depend_on,
+    writable_cache,
+)
 
 GIB = 1 << 30
 GROUPS = {
@@ -88,6 +96,13 @@ def test_without_a_limit_memory_is_the_machines(monkeypatch, tmp_path):
     memory_of(monkeypatch, available=GIB)
     root = fake_root(tmp_path / "tight", "0::/\n", {"": (4 * GIB, GIB, 0)})
     assert available_memory_bytes(root) == GIB
+
+
+def test_a_measurement_says_of_which_share_of_the_time_it_was(monkeypatch):
+    monkeypatch.setattr(machine_module, "cpu_quota", lambda: 2.5)
+    assert machine()["cpu_quota"] == what_times_depend_on()["cpu_quota"] == 2.5
+    monkeypatch.setattr(machine_module, "cpu_quota", lambda: None)
+    assert "cpu_quota" not in machine()
 
 
 def test_the_kv_cache_and_doctor_go_by_it(monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -202,6 +203,49 @@ def test_it_refuses_what_is_there_or_cannot_be_taken(tiny_llama, tmp_path, capsy
     assert "must be seconds, at least 0, got 'nan'" in capsys.readouterr().err
 
 
+def other_config(model, folder, **changes):
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_model_is_quantised_already_wherever_it_says_so(tiny_llama, tmp_path):
+    """vLLM reads all of these."""
+    how = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    ways = {
+        "an older key": ({"compression_config": how}, "compressed-tensors"),
+        "the text's own": ({"text_config": {"quantization_config": how}}, "compressed-tensors"),
+        "no more than that": ({"quantization_config": True}, "in an unknown way"),
+    }
+    for name, (changes, says) in ways.items():
+        with pytest.raises(ConfigError, match=f"it is quantised already .{says}"):
+            w8a8.check_quantisable(other_config(tiny_llama, tmp_path / name, **changes))
+    of_its_own = shutil.copytree(tiny_llama, tmp_path / "file")
+    (of_its_own / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(ConfigError, match=r"it is quantised already .in an unknown way"):
+        w8a8.check_quantisable(of_its_own)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda name, tensor: (name, tensor.to(torch.float8_e4m3fn)), r"no numbers of a layer \(torch.float8_e4m3fn\)"),
+        (lambda name, tensor: (name, tensor.to(torch.int8)), r"no numbers of a layer \(torch.int8\)"),
+        (lambda name, tensor: (name.replace("weight", "weight_packed"), tensor), "no tensor of its weights is called"),
+    ],
+    ids=["float8", "int8", "packed"],
+)
+def test_codes_that_nothing_is_said_of_are_not_quantised_again(change, says, tiny_llama, tmp_path, capsys):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    changed = dict(change(*one) if w8a8.LINEAR.fullmatch(one[0]) else one for one in weights.items())
+    save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["quantize", str(model), "--out", str(tmp_path / "new"), "--measure-s", "0"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(says, error) and sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_weights_that_are_no_numbers_leave_no_folder(tiny_llama, tmp_path, capsys):
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     weights = load_file(model / "model.safetensors")
@@ -230,6 +274,21 @@ def test_int8_weights_are_made_once_for_each_model(tiny_llama, tmp_path, cache, 
     weights = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert w8a8.int8_model(model) != folder  # another model of the same name
+
+
+def test_int8_weights_are_made_anew_where_a_file_of_the_model_has_changed(tiny_llama, tmp_path, cache):
+    """In a folder of the same name."""
+    model = shutil.copytree(tiny_llama, tmp_path / "llama")
+    before = w8a8.int8_model(model)
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with_template = w8a8.int8_model(model)
+    assert (with_template / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][[100, 101]] = weights["model.embed_tokens.weight"][[101, 100]]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with_rows = w8a8.int8_model(model)
+    assert layers_of(with_rows)["model.embed_tokens.weight"].equal(weights["model.embed_tokens.weight"])
+    assert len({before, with_template, with_rows}) == 3 and w8a8.int8_model(model) == with_rows
 
 
 @pytest.fixture

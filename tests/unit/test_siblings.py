@@ -90,6 +90,23 @@ def test_rows_that_stand_for_other_tokens_are_seen(copy, ramps):
         fitting(copy, ramps)
 
 
+def test_rows_that_are_no_numbers_are_like_none(copy, ramps):
+    def damaged(name, tensor):
+        return tensor.index_fill(0, evenly_spread(VOCAB_SIZE)[:1], float("nan")) if "embed_tokens" in name else tensor
+
+    change_weights(copy, lambda name, tensor: damaged(name, tensor.bfloat16()))
+    with pytest.raises(RampError, match="rows of its embedding has a cosine of nan"):
+        fitting(copy, ramps)
+
+
+@pytest.mark.parametrize(("name", "size"), [("lm_head", (VOCAB_SIZE - 8, 64)), ("embed_tokens", (VOCAB_SIZE, 32))])
+def test_tables_of_another_size_than_the_configuration_says_are_named(name, size, copy, ramps):
+    """As where embeddings were resized and config.json was not."""
+    change_weights(copy, lambda of, tensor: tensor[: size[0], : size[1]].contiguous() if name in of else tensor)
+    with pytest.raises(RampError, match=rf"has shape \({size[0]}, {size[1]}\), not \({VOCAB_SIZE}, {HIDDEN_SIZE}\)"):
+        fitting(copy, ramps)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

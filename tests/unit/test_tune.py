@@ -292,6 +292,17 @@ def test_the_best_is_kept_and_then_in_force(measured, capsys):
     assert choose(Tuning(), model, ["--dtype", "float32"], without).choice == DEFAULT
 
 
+def test_what_cannot_be_kept_is_shown_and_written_all_the_same(measured, capsys):
+    """It has taken 20 minutes."""
+    model = measured(trial_of((scaled(STEADY, 0.6), STEADY)))
+    (model / "cache").mkdir()
+    (model / "cache" / "host").write_text("no folder")
+    assert tune(model, "--json", str(model / "out.json")) == 2
+    output = capsys.readouterr()
+    assert "0.600 (" in output.out and str(model / "cache" / "host") in output.err and "kept:" not in output.err
+    assert len(json.loads((model / "out.json").read_text())["table"]) == 1
+
+
 def test_where_nothing_is_faster_the_old_choice_stays(measured, capsys):
     model = measured(trial_of((scaled(STEADY, 0.99), STEADY)), Trial(AS_VLLM, problem="ended with exit code 1"))
     assert tune(model) == 0
@@ -351,7 +362,8 @@ def test_serve_measures_again_if_asked_to(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serve, "choose", lambda *_, **__: choose(parse_tuning({"tuning": "off"}), tmp_path, given={}))
     again = parse_tuning({"tuning": "again"})
     config = parse_config({"policy": "off"})
-    serve.use_machine(again, tmp_path, ["--dtype", "float32"], config, {})
+    where = ["--uds", "/run/a.sock", "--ssl-keyfile=key", "--ssl-certfile", "certificate", "--revision", "main"]
+    serve.use_machine(again, tmp_path, [*where, "--dtype", "float32"], config, {})
     (line,) = asked
     assert line[:5] == [sys.executable, "-m", "apparate_llm.cli", "tune", str(tmp_path)]
     assert line[5:9] == ["--policy", "off", "--batch-invariant", "True"]
