@@ -7,11 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from rich.console import Console
 
-from apparate_llm.prepare import schedule, synthesise
 from apparate_llm.prepare.plan import Plan, Run
 from apparate_llm.prepare.rows import TOP, Conversation
 from apparate_llm.prepare.schedule import WorkClock
@@ -38,15 +36,6 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
-
-
-def clock_of_synthesis(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of a Synthesiser that has no model."""
-    clock = Clock()
-    for module in (schedule, synthesise):
-        monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(synthesise, "Capture", FakeCapture)
-    return clock
 
 
 def plan_for(model: Path, out: Path, **changes: Any) -> Plan:

@@ -48,8 +48,7 @@ def measure_costs(run: Run) -> Profiled:
         workspace.path(TURNS).unlink(missing_ok=True)  # of another machine, or other heads
         workspace.write("profile-begun", inputs, {})
     try:
-        _write_untrained(run, folder)
-        trained_row_s = _seconds_of_trained_row(plan)
+        trained_row_s = _write_untrained(run, folder)
         give_back_memory()
         profiled = _profiled(run, folder)
     finally:
@@ -57,11 +56,6 @@ def measure_costs(run: Run) -> Profiled:
     profiled["machine"], profiled["until_s"] = here, round(run.clock.spent_s, 1)
     profiled["trained_row_s"] = trained_row_s
     return workspace.write("profile", inputs, profiled)
-
-
-def _seconds_of_trained_row(plan: Plan) -> float:
-    base, dtype = BaseParts.of(plan.model), torch.float32 if element_size(plan.model) == 4 else torch.bfloat16
-    return seconds_of_trained_row(base, torch.arange(plan.ramp_vocab), _settings(plan, plan.depths[0]), dtype)
 
 
 def _settings(plan: Plan, depth: int) -> TrainSettings:
@@ -88,8 +82,9 @@ def _profiled(run: Run, folder: Path) -> Profiled:
         )
 
 
-def _write_untrained(run: Run, folder: Path) -> None:
-    """Ramps as large as the ones to be trained."""
+def _write_untrained(run: Run, folder: Path) -> float:
+    """Ramps as large as the ones to be trained; returns what a training of the first one takes for a row and epoch, in
+    seconds."""
     plan, base = run.plan, BaseParts.of(run.plan.model)
     vocabulary = torch.arange(plan.ramp_vocab)
     tensors = {VOCABULARY: vocabulary.int()}
@@ -113,3 +108,5 @@ def _write_untrained(run: Run, folder: Path) -> None:
         aux_layers=list(plan.aux_layers),
         calibration={depth: [AS_IT_IS] * NUM_POSITIONS for depth in plan.depths},
     )
+    dtype = torch.float32 if element_size(plan.model) == torch.float32.itemsize else torch.bfloat16
+    return seconds_of_trained_row(base, vocabulary, _settings(plan, plan.depths[0]), dtype)

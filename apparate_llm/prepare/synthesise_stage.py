@@ -113,7 +113,8 @@ def _run(run: Run, lap: Lap, limits: SynthesisLimits, synthesiser: Synthesiser, 
         nonlocal until_s
         now_s = clock.spent_s
         if tokens is not None:
-            bar.update(synthesiser.answer_tokens, f"{len(synthesiser.work)} conversations under way")
+            done = min(synthesiser.answer_tokens, bar.total)
+            bar.update(done, f"{len(synthesiser.work)} conversations under way")
             return
         until_s = rate.until_s(run, lap, synthesiser, now_s)
         bar.total = max(0.0, until_s - began_s)

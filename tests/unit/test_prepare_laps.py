@@ -145,6 +145,24 @@ def test_a_verification_and_what_is_said_before_cost_nothing_of_the_budget(stage
     assert json.loads(file.read_text())["result"]["seconds"] == 60.0 * (5 + 3 * len(plan.depths))
 
 
+def test_laps_know_what_was_measured_and_the_report_has_what_a_server_pays(stages, monkeypatch):
+    plan, known = stages[0], []
+    laps, write_report = pipeline._laps, pipeline.write_report
+
+    def known_laps(run):
+        known.append((run.begins_s, run.row_s, run.trained_row_s))
+        return laps(run)
+
+    def known_report(out, base, name, made, profiled):
+        known.append(profiled)
+        return write_report()
+
+    monkeypatch.setattr(pipeline, "_laps", known_laps)
+    monkeypatch.setattr(pipeline, "write_report", known_report)
+    pipeline.prepare(plan, Console(quiet=True))
+    assert known == [(60.0, 0.002, 0.01), {"verify_ms": {"1": 20.0, "32": 64.0}}]
+
+
 def test_a_verification_that_fails_costs_nothing_either_and_no_time_is_said_to_be_left(stages, monkeypatch):
     plan, file = stages
     left = []

@@ -116,6 +116,7 @@ def test_costs_are_measured_anew_for_other_heads_only(without_engine, tiny_llama
     with running(plan_for(tiny_llama, tmp_path / "out")) as (run, log):
         first = profile_stage.measure_costs(run)
         assert profile_stage.measure_costs(run) == first and "profile: done" in lines(log)
+        assert 0 < first["trained_row_s"] < 1
     with running(plan_for(tiny_llama, tmp_path / "out", depths=(0, 1))) as (run, _):
         profile_stage.measure_costs(run)
     assert kept == [False, False], "what was measured of other heads does not count"

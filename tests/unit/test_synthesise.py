@@ -9,22 +9,10 @@ from apparate_llm.prepare.prompts import Opening, PromptSource
 from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.store import RowStore
 from apparate_llm.prepare.synthesise import UNDER_WAY, Synthesiser
-from tests.preparation import CONTEXT, FakeEngine, FakeLLM, Killed, clock_of_synthesis
+from tests.preparation import CONTEXT, FakeEngine, FakeLLM, Killed
 
 SLOTS = 4
 LIMIT_S = 120.0  # of work that a kill may lose
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return clock_of_synthesis(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_llama)
 
 
 def synthesiser_on(
@@ -56,26 +44,26 @@ def kept_tokens(folder, tokenizer):
 @pytest.mark.parametrize("killed_s", [118, 143, 200, 260, 330, 480])
 @pytest.mark.parametrize("step_s", [0.5, 1.5, 4.0])
 def test_a_kill_loses_less_than_two_minutes_of_work_however_slow_the_model_is(
-    killed_s, step_s, clock, tokenizer, tmp_path
+    killed_s, step_s, synthesis_clock, tiny_tokenizer, tmp_path
 ):
     """Prompts and answers take minutes each."""
-    engine = FakeEngine(clock, step_s=step_s, prompt_words=96)
-    until = clock.now + killed_s
+    engine = FakeEngine(synthesis_clock, step_s=step_s, prompt_words=96)
+    until = synthesis_clock.now + killed_s
     step = engine.step
 
     def killed_some_time():
-        if clock.now >= until:
+        if synthesis_clock.now >= until:
             raise Killed
         return step()
 
     engine.step = killed_some_time
-    synthesiser = synthesiser_on(engine, tokenizer, tmp_path)
+    synthesiser = synthesiser_on(engine, tiny_tokenizer, tmp_path)
     with pytest.raises(Killed):
         synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda: False)
-    lost_s = (engine.generated - kept_tokens(tmp_path, tokenizer)) * step_s / SLOTS
+    lost_s = (engine.generated - kept_tokens(tmp_path, tiny_tokenizer)) * step_s / SLOTS
     assert lost_s < LIMIT_S
-    again = FakeEngine(clock, step_s=step_s, prompt_words=96)
-    gone_on = synthesiser_on(again, tokenizer, tmp_path)
+    again = FakeEngine(synthesis_clock, step_s=step_s, prompt_words=96)
+    gone_on = synthesiser_on(again, tiny_tokenizer, tmp_path)
     assert len(gone_on.work) <= SLOTS
     gone_on.run(tokens=600, most_tokens=1e9, enough=lambda: False)
     store = RowStore(tmp_path)
@@ -84,43 +72,50 @@ def test_a_kill_loses_less_than_two_minutes_of_work_however_slow_the_model_is(
     assert store.counts["rows"] == store.counts["answer_tokens"] + store.counts["conversations"]
 
 
-def test_a_prompt_that_was_being_written_goes_on_where_it_was(clock, tokenizer, tmp_path):
-    engine = FakeEngine(clock, step_s=1.0, prompt_words=50)
-    synthesiser = synthesiser_on(engine, tokenizer, tmp_path)
+def test_a_prompt_that_was_being_written_goes_on_where_it_was(synthesis_clock, tiny_tokenizer, tmp_path):
+    engine = FakeEngine(synthesis_clock, step_s=1.0, prompt_words=50)
+    synthesiser = synthesiser_on(engine, tiny_tokenizer, tmp_path)
     left = iter(range(30))
     synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
     texts = [draft.text for draft in synthesiser.work.values()]
     assert len(texts) == SLOTS and all(text.count("w") == 30 for text in texts)
     assert (tmp_path / UNDER_WAY).stat().st_mode & 0o777 == 0o600
-    again = synthesiser_on(FakeEngine(clock, step_s=1.0), tokenizer, tmp_path)
+    again = synthesiser_on(FakeEngine(synthesis_clock, step_s=1.0), tiny_tokenizer, tmp_path)
     assert [draft.text for draft in again.work.values()] == texts
     for name, draft in again.work.items():
         asked = again.engine.requests[name]
-        assert asked.ids == tokenizer.encode(draft.opening.before + draft.opening.text + draft.text)[-len(asked.ids) :]
+        assert (
+            asked.ids
+            == tiny_tokenizer.encode(draft.opening.before + draft.opening.text + draft.text)[-len(asked.ids) :]
+        )
     assert sum(again.prompts._counts.values()) == SLOTS, "they count for their splits"
 
 
 @pytest.mark.parametrize(("prompt_words", "fields"), [(96, 3), (8, 4)])
-def test_a_kill_soon_after_a_start_leaves_what_earlier_starts_kept(prompt_words, fields, clock, tokenizer, tmp_path):
+def test_a_kill_soon_after_a_start_leaves_what_earlier_starts_kept(
+    prompt_words, fields, synthesis_clock, tiny_tokenizer, tmp_path
+):
     """Prompts that were being written, or answers: they are young in the next start, which keeps in its turn."""
-    until = clock.now + 60
-    first = synthesiser_on(FakeEngine(clock, step_s=1.0, prompt_words=prompt_words), tokenizer, tmp_path)
-    first.run(tokens=1e9, most_tokens=1e9, enough=lambda: clock.now >= until)
+    until = synthesis_clock.now + 60
+    first = synthesiser_on(FakeEngine(synthesis_clock, step_s=1.0, prompt_words=prompt_words), tiny_tokenizer, tmp_path)
+    first.run(tokens=1e9, most_tokens=1e9, enough=lambda: synthesis_clock.now >= until)
     assert [len(under_way) for under_way in torch.load(tmp_path / UNDER_WAY, weights_only=True)] == SLOTS * [fields]
-    kept = kept_tokens(tmp_path, tokenizer)
-    again = synthesiser_on(FakeEngine(clock, step_s=1.0, prompt_words=96), tokenizer, tmp_path)
+    kept = kept_tokens(tmp_path, tiny_tokenizer)
+    again = synthesiser_on(FakeEngine(synthesis_clock, step_s=1.0, prompt_words=96), tiny_tokenizer, tmp_path)
     for _ in range(20):
         for output in again.engine.step():
             again._take(output)
     again.keep()
-    assert kept_tokens(tmp_path, tokenizer) >= kept + SLOTS * 15
+    assert kept_tokens(tmp_path, tiny_tokenizer) >= kept + SLOTS * 15
 
 
-def test_a_kill_between_two_files_has_no_prompt_written_again(clock, tokenizer, tmp_path, monkeypatch):
+def test_a_kill_between_two_files_has_no_prompt_written_again(synthesis_clock, tiny_tokenizer, tmp_path, monkeypatch):
     """The store has the conversations, and what is beside it still the drafts that they came of."""
     settings, save = {"max_answer_tokens": 16}, synthesise.save_state
     left = iter(range(10))
-    first = synthesiser_on(FakeEngine(clock, step_s=1.0, prompt_words=50), tokenizer, tmp_path, **settings)
+    first = synthesiser_on(
+        FakeEngine(synthesis_clock, step_s=1.0, prompt_words=50), tiny_tokenizer, tmp_path, **settings
+    )
     first.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
     assert [len(under_way) for under_way in torch.load(tmp_path / UNDER_WAY, weights_only=True)] == SLOTS * [3]
 
@@ -128,12 +123,12 @@ def test_a_kill_between_two_files_has_no_prompt_written_again(clock, tokenizer, 
         raise Killed
 
     monkeypatch.setattr(synthesise, "save_state", killed)
-    second = synthesiser_on(FakeEngine(clock, step_s=1.0), tokenizer, tmp_path, **settings)
+    second = synthesiser_on(FakeEngine(synthesis_clock, step_s=1.0), tiny_tokenizer, tmp_path, **settings)
     assert len(second.work) == SLOTS
     with pytest.raises(Killed):
         second.run(tokens=16 * SLOTS, most_tokens=16 * SLOTS, enough=lambda: False)
     for _ in range(2):
-        again = synthesiser_on(FakeEngine(clock, step_s=1.0), tokenizer, tmp_path, **settings)
+        again = synthesiser_on(FakeEngine(synthesis_clock, step_s=1.0), tiny_tokenizer, tmp_path, **settings)
         assert not again.work and again.store.counts["conversations"] == SLOTS
         with pytest.raises(Killed):
             again.keep()
@@ -144,35 +139,41 @@ def test_a_kill_between_two_files_has_no_prompt_written_again(clock, tokenizer, 
 
 
 @pytest.mark.parametrize(("slots", "then"), [(4, 4), (8, 8), (16, 16), (20, 16), (64, 16)])
-def test_slow_steps_never_lead_to_more_conversations_at_once(slots, then, clock, tokenizer, tmp_path):
+def test_slow_steps_never_lead_to_more_conversations_at_once(slots, then, synthesis_clock, tiny_tokenizer, tmp_path):
     """Memory may allow for few only."""
-    synthesiser = synthesiser_on(FakeEngine(clock, step_s=4.0), tokenizer, tmp_path, slots=slots)
+    synthesiser = synthesiser_on(FakeEngine(synthesis_clock, step_s=4.0), tiny_tokenizer, tmp_path, slots=slots)
     left = iter(range(50))
     synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
     assert synthesiser.slots == then
 
 
 @pytest.mark.parametrize(("row_s", "at_first"), [(0.0, 128), (0.001, 128), (0.01, 50), (0.03, 16), (1.0, 16)])
-def test_where_a_row_is_known_to_take_long_few_conversations_begin(row_s, at_first, clock, tokenizer, tmp_path):
+def test_where_a_row_is_known_to_take_long_few_conversations_begin(
+    row_s, at_first, synthesis_clock, tiny_tokenizer, tmp_path
+):
     """Else the first answers of a slow model come when the time is over."""
-    synthesiser = synthesiser_on(FakeEngine(clock, step_s=0.4), tokenizer, tmp_path, slots=128, row_s=row_s)
+    synthesiser = synthesiser_on(
+        FakeEngine(synthesis_clock, step_s=0.4), tiny_tokenizer, tmp_path, slots=128, row_s=row_s
+    )
     assert synthesiser.slots == at_first
     left = iter(range(100))
     synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
     assert synthesiser.slots == at_first, "a step takes about as long as it should"
 
 
-def test_fast_steps_lead_to_as_many_conversations_as_memory_allows(clock, tokenizer, tmp_path):
-    synthesiser = synthesiser_on(FakeEngine(clock, step_s=0.1), tokenizer, tmp_path, slots=100, row_s=0.03)
+def test_fast_steps_lead_to_as_many_conversations_as_memory_allows(synthesis_clock, tiny_tokenizer, tmp_path):
+    synthesiser = synthesiser_on(
+        FakeEngine(synthesis_clock, step_s=0.1), tiny_tokenizer, tmp_path, slots=100, row_s=0.03
+    )
     left = iter(range(100))
     synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda: next(left, None) is None)
     assert synthesiser.slots == 100
 
 
-def test_what_is_left_of_a_prompt_is_all_that_may_be_written(clock, tokenizer, tmp_path):
+def test_what_is_left_of_a_prompt_is_all_that_may_be_written(synthesis_clock, tiny_tokenizer, tmp_path):
     for _ in range(4):  # each start writes 30 words more, as long as 96 are not reached
-        engine = FakeEngine(clock, step_s=1.0, prompt_words=1000)
-        synthesiser = synthesiser_on(engine, tokenizer, tmp_path)
+        engine = FakeEngine(synthesis_clock, step_s=1.0, prompt_words=1000)
+        synthesiser = synthesiser_on(engine, tiny_tokenizer, tmp_path)
         left = iter(range(30))
         synthesiser.run(tokens=1e9, most_tokens=1e9, enough=lambda left=left: next(left, None) is None)
     written = [text for text in (synthesiser.store.texts()) if text.kind != 3]
@@ -181,9 +182,9 @@ def test_what_is_left_of_a_prompt_is_all_that_may_be_written(clock, tokenizer, t
     assert prompts and all(sum(token >= 5 for token in ids) <= 96 for ids in prompts)
 
 
-def test_an_opening_that_leaves_no_room_is_no_request(clock, tokenizer, tmp_path):
+def test_an_opening_that_leaves_no_room_is_no_request(synthesis_clock, tiny_tokenizer, tmp_path):
     """As where a template has a long system prompt and a model a short context."""
-    synthesiser = synthesiser_on(FakeEngine(clock, step_s=1.0), tokenizer, tmp_path)
+    synthesiser = synthesiser_on(FakeEngine(synthesis_clock, step_s=1.0), tiny_tokenizer, tmp_path)
     synthesiser._write(synthesise.Draft(0, Opening("w1 " * 400, "", "", 0, 0)))
     assert not synthesiser.work and synthesiser.failures == 1
     synthesiser.prompts.draw = lambda number: Opening("w1 " * 400, "", "", 0, 0)

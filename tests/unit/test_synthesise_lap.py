@@ -10,26 +10,14 @@ from apparate_llm.prepare import needs, synthesise_stage
 from apparate_llm.prepare.rows import SPLIT_NAMES
 from apparate_llm.prepare.schedule import Lap
 from apparate_llm.prepare.synthesise_stage import synthesise_lap
-from tests.preparation import FakeEngine, FakeLLM, clock_of_synthesis, lines, plan_for, running
+from tests.preparation import FakeEngine, FakeLLM, lines, plan_for, running
 from tests.tiny import CHAT_TEMPLATE
 
 START_S = 20.0
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    return clock_of_synthesis(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_llama)
-
-
-@pytest.fixture
-def lap_of(clock, tokenizer, tiny_llama, tmp_path, monkeypatch):
+def lap_of(synthesis_clock, tiny_tokenizer, tiny_llama, tmp_path, monkeypatch):
     """A preparation's lap on a fake engine; what it says, and each engine that was started."""
     monkeypatch.setattr(needs, "available_memory_bytes", lambda: 64 << 30)
     monkeypatch.setattr(synthesise_stage, "give_back_memory", lambda: None)
@@ -40,7 +28,7 @@ def lap_of(clock, tokenizer, tiny_llama, tmp_path, monkeypatch):
         *,
         step_s=0.1,
         engine_settings=None,
-        speaks=tokenizer,
+        speaks=tiny_tokenizer,
         start_s=START_S,
         import_s=0.0,
         imports=lambda: None,
@@ -49,12 +37,12 @@ def lap_of(clock, tokenizer, tiny_llama, tmp_path, monkeypatch):
     ):
         def import_vllm():
             imports()
-            clock.now += import_s
+            synthesis_clock.now += import_s
 
         @contextmanager
         def generation_engine(model, **settings):
-            clock.now += start_s
-            engines.append(FakeEngine(clock, step_s=step_s, **(engine_settings or {})))
+            synthesis_clock.now += start_s
+            engines.append(FakeEngine(synthesis_clock, step_s=step_s, **(engine_settings or {})))
             yield FakeLLM(engines[-1], speaks)
 
         monkeypatch.setattr(synthesise_stage, "generation_engine", generation_engine)
@@ -76,27 +64,27 @@ TIMED = {"tokens": None, "time_budget_s": 1000.0}
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_a_lap_ends_in_time_though_no_answer_has_ended(last, lap_of, clock):
+def test_a_lap_ends_in_time_though_no_answer_has_ended(last, lap_of, synthesis_clock):
     """The last one uses answers as far as they are."""
-    began = clock.now
+    began = synthesis_clock.now
     settings = {"prompt_words": 8}
     result, splits, *_ = lap_of(timed_lap(70.0, last=last), step_s=1.0, engine_settings=settings, **TIMED)
-    assert clock.now - began <= 70.0 + 2.0
+    assert synthesis_clock.now - began <= 70.0 + 2.0
     if last:
         assert len(splits) == len(SPLIT_NAMES) and result["tokens"] > 0
     else:
         assert result["tokens"] == 0
 
 
-def test_a_budget_shorter_than_the_models_start_still_makes_rows_of_each_split(lap_of, clock):
-    began = clock.now
+def test_a_budget_shorter_than_the_models_start_still_makes_rows_of_each_split(lap_of, synthesis_clock):
+    began = synthesis_clock.now
     result, splits, *_ = lap_of(timed_lap(5.0), step_s=1.0, **TIMED)
     assert len(splits) == len(SPLIT_NAMES) and result["tokens"] > 0
-    assert clock.now - began < START_S + 60.0
+    assert synthesis_clock.now - began < START_S + 60.0
 
 
 @pytest.mark.parametrize("row_s", [0.0, 1e-4, 1e-3, 0.1])
-def test_the_last_lap_writes_for_as_long_as_its_rows_leave_time_to_train(row_s, lap_of, clock):
+def test_the_last_lap_writes_for_as_long_as_its_rows_leave_time_to_train(row_s, lap_of, synthesis_clock):
     """Both depths train for 4.5 epochs in all."""
     result, _, log, _, run = lap_of(timed_lap(300.0), step_s=0.5, trained_row_s=row_s, **TIMED)
     planned, spent_s, needed_s = row_s in (0.0, 0.1), run.clock.spent_s, 1.15 * 4.5 * row_s * result["tokens"]
@@ -126,7 +114,7 @@ def test_an_engine_is_given_back_after_its_lap_though_an_import_kept_an_exceptio
     assert [engine() for engine in engines] == [None] and kept
 
 
-def test_no_lap_but_the_last_writes_for_longer_than_planned(lap_of, clock):
+def test_no_lap_but_the_last_writes_for_longer_than_planned(lap_of, synthesis_clock):
     *_, run = lap_of(timed_lap(300.0, last=False), step_s=0.5, trained_row_s=1e-4, **TIMED)
     assert run.clock.spent_s == pytest.approx(300.0, abs=2.0)
 
@@ -160,14 +148,14 @@ def test_one_start_that_read_all_from_the_disk_does_not_end_all_later_laps(lap_o
 
 
 @pytest.mark.parametrize(("start_s", "num_laps"), [(25.0, 3), (120.0, 1)])
-def test_a_first_lap_is_the_only_one_where_the_model_starts_slowly(start_s, num_laps, lap_of, clock):
+def test_a_first_lap_is_the_only_one_where_the_model_starts_slowly(start_s, num_laps, lap_of, synthesis_clock):
     settings = {"tokens": None, "time_budget_s": 2700.0}
-    planned, began = plan_for(None, None, **settings).schedule.laps(), clock.now
+    planned, began = plan_for(None, None, **settings).schedule.laps(), synthesis_clock.now
     assert len(planned) == 3
     *_, run = lap_of(planned[0], start_s=start_s, step_s=10.0, **settings)
     assert len(run.schedule.laps()) == num_laps and synthesise_stage.start_that_counts(run) == start_s
     until_s = run.schedule.laps()[0].synthesise_until_s
-    assert until_s <= clock.now - began <= until_s + 20.0
+    assert until_s <= synthesis_clock.now - began <= until_s + 20.0
     *_, run = lap_of(planned[0], start_s=1.0, **settings)
     assert synthesise_stage.start_that_counts(run) == start_s, "the next start goes on with the same laps"
 
