@@ -26,17 +26,18 @@ DEFAULT_TIME_BUDGET = "60m"
 UNITS = {"s": 1, "m": 60, "h": 3600}
 COSTS = """\
 what it costs, and what that brings:
-  --time-budget  All stages are within it, half of it writes text. With 45 minutes two cores wrote 425,000
-                 answer tokens of a model with half a billion parameters.
+  --time-budget  All stages are within it, more than half of it writes text. With 45 minutes two cores
+                 wrote 425,000 answer tokens of a model with half a billion parameters.
   --tokens       Text is what limits ramps; each doubling brings less than the one before. The shipped
-                 ones began with 600,000 and 664,000 tokens. On disk a token takes about 8 bytes times
-                 the model's hidden size (with two depths), until OUT/work is deleted.
+                 ones had 1.25 million (Qwen2.5-Coder) and 4.7 million tokens (SmolLM2). On disk a token
+                 takes about 8 bytes times the model's hidden size (with two depths), until OUT/work is
+                 deleted.
   --depths       Each depth but the first adds half of the first one's training time, and no text.
                  `serve` takes the depth that pays most. A deeper ramp agrees more often, and each of
                  its draft steps runs more blocks.
   --ramp-vocab   A ramp predicts no other tokens. Each draft step reads hidden size times vocabulary
                  weights, 8192 of SmolLM2's are 9.4 MB in bfloat16.
-  --prompts      Cost nothing: they are a third of the prompts for as long as they last. Ramps are worth
+  --prompts      They cost no time: a third of the prompts are yours, for as long as these last. Ramps are worth
                  most on text like what they were trained on.
 What memory and disk a run takes is said before it begins."""
 EVALUATION_COSTS = """\
