@@ -15,8 +15,8 @@ COUNTERS = {  # field of the counts -> help
     "regret_nats": "How much better the full model's best token was, summed over all divergences",
     "unverified": "Released exits whose request ended before their verdict",
     "verification_passes": "Passes through all layers",
-    "draft_steps": "Shallow passes, each for one more exit of a request",
-    "targets_met": "Requests that ended within their time per output token",
+    "draft_steps": "Runs of the first blocks and the ramp, each for one more exit of the requests that take part",
+    "targets_met": "Requests that met their target of time per output token",
     "targets_missed": "Requests that were slower than their target",
     "fallbacks": "Times early exits failed and serving went on without them",
     "recoveries": "Times early exits came back after a failure",
@@ -33,15 +33,15 @@ TENANT_COUNTERS = {  # of each tenant
     "unverified": "Released exits of the tenant whose request ended before their verdict",
     "decode_tokens": "Output tokens of the tenant but for the first of each answer",
     "decode_seconds": "Decode time of the tenant's requests",
-    "targets_met": "Requests of the tenant that ended within their time per output token",
+    "targets_met": "Requests of the tenant that met their target of time per output token",
     "targets_missed": "Requests of the tenant that were slower than their target",
 }
 HISTOGRAMS = {  # distribution -> (name, help, what a unit of the metric is in the distribution's)
     "tpt_ms": ("time_per_output_token_seconds", "Time per output token of requests that ended", 1e3),
     "tokens_per_pass": ("tokens_per_pass", "Tokens a request gets of one verification pass", 1.0),
-    "verify_ms": ("verification_pass_seconds", "Engine steps without their draft steps", 1e3),
-    "draft_step_ms": ("draft_step_seconds", "Draft steps", 1e3),
-    "controller_ms": ("controller_seconds", "Decisions of the controller, per engine step", 1e3),
+    "verify_ms": ("verification_pass_seconds", "Time of an engine step without its draft steps", 1e3),
+    "draft_step_ms": ("draft_step_seconds", "Time of a draft step", 1e3),
+    "controller_ms": ("controller_seconds", "Time of the controller's decisions, per engine step", 1e3),
     "regret_nats": ("divergence_regret_nats", "Regret of a divergence", 1.0),
 }
 GAUGES = {

@@ -64,7 +64,7 @@ class EarlyExitConfig(BaseModel):
     bound_kind: BoundKind = Field(
         "agreement",
         description="what the bound counts: agreement: divergences; regret: how much less likely than the full model's "
-        "best token they were, in nats per token",
+        "best token they were, in nats per token; then exits are held only",
     )
     tpt_target_ms: float | None = Field(
         None,
@@ -81,7 +81,8 @@ class EarlyExitConfig(BaseModel):
         "auto", description="decoder blocks before the ramp; auto: the ramp that pays most"
     )
     ramps: str | None = Field(
-        None, description="ramp folder; default: the shipped ramps that fit the model, if there are any"
+        None,
+        description="ramp folder; default: the shipped ramps that fit the model; where none do, the start is refused",
     )
     threshold: float = Field(
         0.9,
@@ -116,7 +117,7 @@ class EarlyExitConfig(BaseModel):
     screened_head: bool = Field(
         True,
         description="find the best token of greedy requests by int8 scores and a few exact ones, where that is faster: "
-        "it is the same; takes a byte for each weight of the head",
+        "the token is the same; takes a byte for each weight of the model's head",
     )
     batch_invariant: bool = Field(
         True,

@@ -1,4 +1,4 @@
-"""Models as people name them: a folder, a GGUF file, a name on a hub, or none for the embedded one."""
+"""Models as people name them: a folder, a GGUF file, a name on a hub, or none for the default one."""
 
 import argparse
 import os
@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from apparate_llm.config import ConfigError
-from apparate_llm.default_model import default_model
+from apparate_llm.default_model import NAME, default_model
 from apparate_llm.gguf_model import check_gguf, gguf_folder
 from apparate_llm.hub import Origin, fetch_gguf, fetch_model
 
 # ORG/MODEL, MODEL of old times, and :KIND for one of its GGUF files.
 HUB_NAME = re.compile(r"([A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?)(?::([\w.-]+))?")
 GGUF = ".gguf"
-HELP = "folder, GGUF file, or name on the Hugging Face hub, ORG/MODEL or ORG/MODEL:Q4_K_M (default: the embedded model)"
+HELP = f"folder, GGUF file, or name on the Hugging Face hub, ORG/MODEL or ORG/MODEL:Q4_K_M (default: {NAME})"
 
 
 def add_model(parser: argparse.ArgumentParser, *, as_flag: bool = False) -> None:
@@ -31,7 +31,7 @@ def model_of(
 ) -> Path:
     """Folder of the model that a command was given, see `model_folder`."""
     if args.revision is not None and (args.model is None or folder_here(args.model) or is_file(args.model)):
-        raise ConfigError(f"--revision is of a model on the hub, and {args.model or 'the embedded model'} is here")
+        raise ConfigError(f"--revision is of a model on the hub, and {args.model or 'the default model'} is here")
     return model_folder(args.model, Origin(revision=args.revision, load_format=load_format), check)
 
 

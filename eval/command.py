@@ -121,8 +121,9 @@ def _add_tpt(kinds: Commands) -> None:
     tpt.add_argument(
         "--length",
         choices=("free", "fixed", "both", "varied"),
-        help="answers end by themselves or at --max-tokens (free, the default), always at --max-tokens (fixed), or by "
-        "themselves or at varied output lengths up to --max-tokens (varied), lest many clients be synchronised",
+        help="where answers end: free (the default): by themselves, or at --max-tokens; fixed: always at --max-tokens; "
+        "both: each load free and fixed; varied: by themselves, or at varied output lengths up to --max-tokens, "
+        "so that many clients do not get synchronised",
     )
     _add_sampling(tpt)
     tpt.set_defaults(run=_later("run_tpt"), goes_on=True)
@@ -204,7 +205,9 @@ def _add_steady(kinds: Commands) -> None:
         "--max-tokens", type=positive, default=96, help="longest answer, in tokens; lengths vary (default: 96)"
     )
     steady.add_argument(
-        "--limit", type=above_zero, help="exit with 1 where TPT over the first baseline's is above it, e.g. 1.03"
+        "--limit",
+        type=above_zero,
+        help="exit code 1 where TPT is more than so many times the first baseline's, e.g. 1.03",
     )
     _add_sampling(steady)
     _add_peers(steady)
@@ -269,7 +272,7 @@ def _add_sampling(parser: OneLineParser) -> None:
         "--temperature",
         type=temperature,
         default=0.0,
-        help="draw answers at random, 0 to 2 (default: 0, greedy); their texts are not held against each other",
+        help="draw answers at random, 0 to 2 (default: 0, greedy); then texts are not compared",
     )
     parser.add_argument(
         "--sampling-seed",
@@ -324,8 +327,8 @@ def _add_peers(parser: OneLineParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="system that all are compared with (default: vllm; vllm is another one wherever it is measured); "
-        "repeatable, the first one's answers are what texts are held against",
+        help="system that the others are compared with (default: vllm, a further one wherever it is measured); "
+        "repeatable: texts are compared with the first one's",
     )
 
 

@@ -57,7 +57,7 @@ NAMES = {
     "shares": "vllm and those that follow, each with one more part of our gain: what each part brings",
     "+threads": "plain vLLM that computes on all cores",
     "+worker": "the same in the engine's process",
-    "+pages": "our server so, weights in huge pages, no exit ever tried",
+    "+pages": "our server used alike, weights in huge pages, no exit ever tried",
     "+head": "the same, the head screened",
     "+exits": "the same with lossless exits",
     "hf": "Hugging Face generate",

@@ -79,7 +79,8 @@ CODES = """
 PLAIN = """
 ## With `vllm serve`
 
-The same server, by flags of vLLM's own command. `VLLM_PLUGINS=apparate` adds the routes.
+The same server, by flags of vLLM's own command. `VLLM_PLUGINS=apparate` adds the routes. Threads, processes, dtype and
+preloaded libraries are as vLLM has them.
 """
 
 
@@ -198,7 +199,7 @@ def route_row(call: ast.Call, node: ast.AsyncFunctionDef, prefixes: dict[str, st
         return
     path = prefixes[router] + ast.literal_eval(call.args[0])
     changes = "may_change" in named.get("dependencies", "")
-    who = "who may change" if changes else "who may read" if prefixes[router] else "anybody, for the page itself"
+    who = "who may change" if changes else "who may read" if prefixes[router] else "anybody; without any key this machine"
     yield f"`{method.upper()} {path}`", who, " ".join((ast.get_docstring(node) or "").split())
 
 

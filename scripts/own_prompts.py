@@ -29,7 +29,7 @@ from apparate_llm.renamed import depth_of_any_evaluation
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ramps", type=Path)
-    parser.add_argument("--model", help="(default: the embedded one)")
+    parser.add_argument("--model", help="(default: that of `serve`)")
     parser.add_argument("--preparation", type=Path, required=True)
     parser.add_argument("--evaluated", type=Path, nargs="+", required=True)
     parser.add_argument("--json", type=Path, required=True)

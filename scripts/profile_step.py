@@ -255,7 +255,7 @@ def show(results: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="model folder (default: the embedded one)")
+    parser.add_argument("--model", type=Path, help="model folder (default: that of `serve`)")
     parser.add_argument("--batch", default="1", help="comma-separated numbers of requests at once")
     parser.add_argument("--systems", default="plain,lossless,early-exit")
     parser.add_argument("--bound", type=float, default=0.05, help="of `early-exit`")

@@ -3,7 +3,7 @@
 
     python -m scripts.screenshots [--url URL] [--look FOLDER] [vLLM flags]
 
-From the repository's root; needs Chromium. Starts the embedded model, unless --url names a server. Two clients ask it
+From the repository's root; needs Chromium. Starts the default model, unless --url names a server. Two clients ask it
 without pause, part of the time with exits off. Then a coloured answer on the page goes to `docs/pictures`, as
 `page-light.png` and `page-dark.png`. --look writes the whole page, a conversation, and the reports of kept results as
 well, wide and as narrow as a phone.

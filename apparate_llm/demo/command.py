@@ -11,6 +11,7 @@ from apparate_llm.address import add_api_key, server_url
 from apparate_llm.demo.sides import FEWEST_TOKENS
 from apparate_llm.flags import Commands, OneLineParser, positive
 from apparate_llm.lifeline import exit_on_sigterm
+from apparate_llm.named_model import HELP
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,9 +36,7 @@ def add_demo(subparsers: Commands) -> None:
     parser.add_argument(
         "prompt", nargs="?", help="what to ask (default: one about code for code models, else a chat's)"
     )
-    parser.add_argument(
-        "--model", help="model folder (default: the embedded one); with --url the name of a model of that server"
-    )
+    parser.add_argument("--model", help=f"{HELP}; with --url the name of a model of that server")
     parser.add_argument("--ramps", help="ramp folder (default: the shipped ramps that fit the model)")
     parser.add_argument("--url", help="ask this running server instead of starting one, with or without /v1")
     parser.add_argument(

@@ -37,8 +37,8 @@ what it costs, and what that brings:
                  its draft steps runs more blocks.
   --ramp-vocab   A ramp predicts no other tokens. Each draft step reads hidden size times vocabulary
                  weights, 8192 of SmolLM2's are 9.4 MB in bfloat16.
-  --prompts      They cost no time: a third of the prompts are yours, for as long as these last. Ramps are worth
-                 most on text like what they were trained on.
+  --prompts      They cost no time: a third of the prompts are yours, for as long as these last. Ramps are
+                 worth most on text like what they were trained on.
 What memory and disk a run takes is said before it begins."""
 EVALUATION_COSTS = """\
 The model loads and answers all prompts, many at once; measuring takes seconds. Progress is shown meanwhile."""
