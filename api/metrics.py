@@ -82,10 +82,6 @@ class ExitCollector(Collector):
         if not listener.done():
             listener.set_result(text)
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
     async def next_text(self) -> str | None:
         """The next status that is published, as JSON; None at the end. Where many wait, those that have waited longest
         get it, and the others a later one: requests are served by the same process."""

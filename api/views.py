@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from apparate_llm.config import EarlyExitConfig, tenant_of
+from apparate_llm.config import EarlyExitConfig, effective_bound, effective_target_ms, parse_config, tenant_of
 from apparate_llm.core import shares_of
 from apparate_llm.exits.tenants import UNNAMED
 from apparate_llm.renamed import beside_old_names
@@ -43,10 +43,13 @@ def status_view(status: dict[str, Any], name: str | None) -> dict[str, Any]:
         return status
     share = status["tenants"][name]
     counts = {count: share[count] for count in COUNTS}
+    config = parse_config(status["config"])
     return beside_old_names(
         {
             **{field: status[field] for field in TIMELESS},
             "tenant": name,
+            "accuracy_bound": effective_bound(config, tenant_name=name),
+            "tpt_target_ms": effective_target_ms(config, tenant_name=name),
             "config": config_view(status["config"], name),
             "tenants": {name: share},
             "counts": {**counts, **shares_of(counts, counts["emitted"])},

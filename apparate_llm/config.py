@@ -208,6 +208,14 @@ def effective_bound(config: EarlyExitConfig, *, tenant_name: str | None = None, 
     return wanted if config.allow_looser_requests else min(wanted, config.accuracy_bound)
 
 
+def effective_target_ms(
+    config: EarlyExitConfig, *, tenant_name: str | None = None, asked: float | None = None
+) -> float | None:
+    """The time per output token that a request aims at: its own, else its tenant's, else the server's, if any."""
+    own = config.tenants.get(tenant_name) if tenant_name is not None else None
+    return asked or (own.tpt_target_ms if own is not None else None) or config.tpt_target_ms
+
+
 def check_tenants(config: EarlyExitConfig) -> None:
     """Raises ConfigError for tenants that a server cannot start with."""
     keys: dict[str, str] = {}

@@ -35,10 +35,10 @@ class Patch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overrides:
-    """Methods of one class of vLLM's."""
+    """Methods of one class of vLLM's, or functions of one module."""
 
     ours: str  # class or module within the package that overrides them
-    theirs: str  # qualified name of the class
+    theirs: str  # qualified name of the class, or the module
     sha256: Mapping[str, str]  # by method, of its source
 
 

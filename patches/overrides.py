@@ -78,10 +78,59 @@ OVERRIDES: tuple[Overrides, ...] = (
         },
     ),
     Overrides(
+        ours="models.classes.EarlyExitLlama",
+        theirs="vllm.model_executor.models.llama.LlamaForCausalLM",
+        sha256={
+            "__init__": "defbaf7cd714f3475762d6b89236d6f42c68551790b363e5268a4b180d339df4",
+            "compute_logits": "4ca44da9e3b22f1535f767bfbf9d4dd96ede35b77f44c220ab3dce724300ff9e",
+            "load_weights": "d4d42b84a9a5efaf7dd4ece19912c68e194f5f56349e2fde781adc77173c9e74",
+        },
+    ),
+    Overrides(
+        ours="models.classes.EarlyExitMistral",
+        theirs="vllm.model_executor.models.mistral.MistralForCausalLM",
+        sha256={
+            "__init__": "b305d2c3436e807869d8f388d301b15c18dbb791b3e76764c8cb32c5796f877f",
+            "load_weights": "b371987c884fd25466511e64868e140e8a3d970b1e449d903b10b55567414f02",
+        },
+    ),
+    Overrides(
+        ours="models.classes.EarlyExitMistral",
+        theirs="vllm.model_executor.models.llama.LlamaForCausalLM",
+        sha256={
+            "compute_logits": "4ca44da9e3b22f1535f767bfbf9d4dd96ede35b77f44c220ab3dce724300ff9e",
+        },
+    ),
+    Overrides(
+        ours="models.classes.EarlyExitQwen2",
+        theirs="vllm.model_executor.models.qwen2.Qwen2ForCausalLM",
+        sha256={
+            "__init__": "27ae2e99eb41c8fb1784756e4d6d15b4edcb13c76f4cc769bd71d47eadf6a9b2",
+            "compute_logits": "4ca44da9e3b22f1535f767bfbf9d4dd96ede35b77f44c220ab3dce724300ff9e",
+            "load_weights": "d4d42b84a9a5efaf7dd4ece19912c68e194f5f56349e2fde781adc77173c9e74",
+        },
+    ),
+    Overrides(
+        ours="models.classes.EarlyExitQwen3",
+        theirs="vllm.model_executor.models.qwen3.Qwen3ForCausalLM",
+        sha256={
+            "__init__": "0f64c8f839513b87a8482ca63335c8ab9f6440ed47d1990bdc1f00bb5bd7603c",
+            "compute_logits": "4ca44da9e3b22f1535f767bfbf9d4dd96ede35b77f44c220ab3dce724300ff9e",
+            "load_weights": "d4d42b84a9a5efaf7dd4ece19912c68e194f5f56349e2fde781adc77173c9e74",
+        },
+    ),
+    Overrides(
         ours="api.plugin",
         theirs="vllm.v1.engine.async_llm.AsyncLLM",
         sha256={
             "generate": "5bd0ee90459b0e29348891b03548cdc31eef8c9218b3c416d5df4e5e14d1bca2",
+        },
+    ),
+    Overrides(
+        ours="api.requests",
+        theirs="vllm.entrypoints.serve.utils.api_utils",
+        sha256={
+            "validate_json_request": "532f2efc794a94b7a12f054984be79bfc6a66057da48371954485d62d1178a0f",
         },
     ),
     Overrides(

@@ -199,7 +199,8 @@ def route_row(call: ast.Call, node: ast.AsyncFunctionDef, prefixes: dict[str, st
         return
     path = prefixes[router] + ast.literal_eval(call.args[0])
     changes = "may_change" in named.get("dependencies", "")
-    who = "who may change" if changes else "who may read" if prefixes[router] else "anybody; without any key this machine"
+    reads = "who may read" if prefixes[router] else "anybody; without any key this machine"
+    who = "who may change" if changes else reads
     yield f"`{method.upper()} {path}`", who, " ".join((ast.get_docstring(node) or "").split())
 
 

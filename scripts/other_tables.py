@@ -9,7 +9,6 @@ from apparate_llm.eval.systems import OFF
 from apparate_llm.eval.tables import at_worst_frac, number, percent, share_rows, with_interval
 from scripts.kept import QWEN, RESULTS, SMOLLM, is_kept, link, read, table_of
 
-BOTH = (QWEN, SMOLLM)
 PASS_LINES = ("worker: blocks", "worker: lm_head")  # of scripts.profile_step
 POLICIES = ("adaptive", "static", "apparate")
 

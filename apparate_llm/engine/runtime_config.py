@@ -11,6 +11,7 @@ from apparate_llm.config import (
     EarlyExitConfig,
     RequestOptions,
     effective_bound,
+    effective_target_ms,
     parse_live,
     parse_request_options,
 )
@@ -101,7 +102,7 @@ def apply_to_requests(ledger: VerdictLedger, config: EarlyExitConfig) -> None:
         share.bucket.change_bound(effective_bound(config, tenant_name=name))
     for request in ledger.requests.values():
         request.bucket.change_bound(effective_bound(config, asked=request.options.accuracy_bound))
-        request.tpt_target_ms = request.options.tpt_target_ms or config.tpt_target_ms
+        request.tpt_target_ms = effective_target_ms(config, asked=request.options.tpt_target_ms)
 
 
 def admit_request(
@@ -135,7 +136,7 @@ def admit_request(
         options=options,
         bucket=bucket,
         share=share,
-        tpt_target_ms=options.tpt_target_ms or config.tpt_target_ms,
+        tpt_target_ms=effective_target_ms(config, asked=options.tpt_target_ms),
         trace=trace_of(given) if options.early_exit_report else None,
     )
 

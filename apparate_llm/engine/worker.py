@@ -27,7 +27,7 @@ class EarlyExitWorker(BatchInvariantWorker):
 
     def init_device(self) -> None:
         check_supported(self.vllm_config)
-        check_those_of("engine.worker", "engine.runner", "engine.fallback")
+        check_those_of("engine.worker", "engine.runner", "engine.fallback", "models.")
         super().init_device()
         # vLLM's worker builds its own runner; nothing is loaded into it yet.
         self.model_runner = EarlyExitRunner(self.vllm_config, torch.device("cpu"))

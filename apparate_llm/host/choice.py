@@ -46,7 +46,6 @@ class Choice(BaseModel):
 
 AS_VLLM = Choice()  # with --tuning off
 DEFAULT = Choice(threads="all", huge_pages=True, worker="engine")  # where nothing was measured
-ALL_CORES = Choice(threads="all")
 
 
 def has_zentorch() -> bool:

@@ -107,12 +107,8 @@ def _given(args: argparse.Namespace | None, schema: type[Schema]) -> Schema:
     return _parsed(given, schema)
 
 
-def parse_tuning(given: Mapping[str, object]) -> Tuning:
-    """By the names of fields; raises ConfigError as `tuning_from`."""
-    return _parsed(given, Tuning)
-
-
 def parse_kept_tuning(given: Mapping[str, object]) -> KeptTuning:
+    """By the names of fields; raises ConfigError as `tuning_from`."""
     return _parsed(given, KeptTuning)
 
 

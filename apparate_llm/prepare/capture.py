@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apparate_llm.patches.overrides import check_those_of
 from apparate_llm.prepare.engine import CACHE_BLOCK, runner_of
 from apparate_llm.prepare.rows import TOP, Conversation
 
@@ -36,6 +37,7 @@ class Capture:
     """
 
     def __init__(self, llm: Any, *, depths: tuple[int, ...]) -> None:
+        check_those_of("prepare.capture", "models.")
         self.runner = runner_of(llm)
         model = self.runner.model
         num_layers = len(model.model.layers)

@@ -10,21 +10,15 @@ from apparate_llm.prepare.records import Profiled
 Curve = tuple[np.ndarray, np.ndarray]  # places, ms
 
 
-def verify_cost(verify_ms: Mapping[str, float], rows: float) -> float:
-    """ms of a pass over `rows` rows: between measured batch sizes linear, beyond them by the last slope.
-
-    More rows never cost less: where a larger batch measured faster, the smaller one was disturbed.
-    """
-    return at(curve(verify_ms), rows)
-
-
 def curve(measured: Mapping[str, float]) -> Curve:
+    """More never costs less: where a larger batch measured faster, the smaller one was disturbed."""
     places = sorted(map(int, measured))
     ms = np.array([measured[str(place)] for place in places], dtype=float)
     return np.array(places, dtype=float), np.minimum.accumulate(ms[::-1])[::-1]
 
 
 def at(measured: Curve, place: float) -> float:
+    """ms: between measured places linear, beyond them by the last slope."""
     places, ms = measured
     if place <= places[-1] or len(places) < 2:
         return float(np.interp(place, places, ms))

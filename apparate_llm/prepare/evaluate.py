@@ -131,9 +131,8 @@ def answer(
         asked, left_out = chat.render_all(prompts)
         stage.total = len(asked)
         stage.update(0)
-        answers = generate_rows(
-            llm, capture, [ids for _, ids in asked], temperature=0.0, max_tokens=max_tokens, on_answers=stage.update
-        )
+        texts = [ids for _, ids in asked]
+        answers = generate_rows(llm, capture, texts, temperature=0.0, max_tokens=max_tokens, on_answers=stage.update)
         del capture, llm  # what vLLM imports keeps exceptions, and with them this frame
     for conversation in answers:
         if conversation is None:

@@ -10,7 +10,15 @@ from apparate_llm.admin import digest_of
 from apparate_llm.api import plugin
 from apparate_llm.api.answers import Caller
 from apparate_llm.api.plugin import watch_requests
-from apparate_llm.config import KEY_TENANT_PROOF, ConfigError, key_tenant_proof, parse_config, parse_request_options
+from apparate_llm.api.views import status_view
+from apparate_llm.config import (
+    KEY_TENANT_PROOF,
+    ConfigError,
+    key_tenant_proof,
+    parse_config,
+    parse_live,
+    parse_request_options,
+)
 from apparate_llm.exits.tenants import UNNAMED
 from tests.exit_routes import STRANGER, TENANTS, ask, served
 
@@ -35,6 +43,20 @@ def test_a_tenant_sees_its_own_tenant_only(key, own):
     assert not [word for word in foreign if word in json.dumps([status, config])]
     whole = ask(app, "GET", "/status", key="boss").json()
     assert list(whole["tenants"]) == ["mine", "theirs", "open", UNNAMED] and whole["counts"]["emitted"] == 4006
+
+
+def test_a_tenant_sees_the_bound_and_the_target_that_are_in_force_for_it():
+    """A bound that the server's went below is not in force any more."""
+    app, engine = served(tenants=TENANTS)
+
+    def seen():
+        status = asyncio.run(app.state.early_exit.changed_status())
+        views = [status_view(status, name) for name in ("mine", "theirs", UNNAMED)]
+        return [(view["accuracy_bound"], view["tpt_target_ms"]) for view in views]
+
+    assert seen() == [(0.004, None), (0.01, 33.25), (0.01, None)]
+    engine.config = parse_live({"accuracy_bound": 0.001, "tpt_target_ms": 20.0}, engine.config)
+    assert seen() == [(0.001, 20.0), (0.001, 33.25), (0.001, 20.0)]
 
 
 def test_the_stream_of_events_shows_a_tenant_its_own_tenant_only():

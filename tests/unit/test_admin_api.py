@@ -298,7 +298,7 @@ def test_many_listeners_get_a_status_in_batches_and_leave_nothing_behind():
         for one in gone:
             one.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
-        assert not server.collector.num_waiting
+        assert not server.collector._waiting
 
     asyncio.run(listen())
     assert server.num_streams == 0

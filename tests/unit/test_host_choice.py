@@ -9,7 +9,6 @@ from apparate_llm.config import ConfigError, parse_config
 from apparate_llm.host import choice as choice_module
 from apparate_llm.host import chosen, options
 from apparate_llm.host.choice import (
-    ALL_CORES,
     AS_VLLM,
     BIND,
     DEFAULT,
@@ -27,10 +26,11 @@ from apparate_llm.host.choice import (
 )
 from apparate_llm.host.chosen import choose
 from apparate_llm.host.limits import CpuLimits
-from apparate_llm.host.options import TUNING_VARIABLE, Tuning, add_tuning, num_ranks, parse_tuning, tuning_from
+from apparate_llm.host.options import TUNING_VARIABLE, Tuning, add_tuning, num_ranks, tuning_from
 from apparate_llm.vllm_flags import normalised
 
 FOUR = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=None)
+ALL_CORES = Choice(threads="all")
 SHARED = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=2.5)
 
 # ---- as variables
@@ -95,7 +95,7 @@ def test_kernels_that_this_cpu_cannot_have_are_refused_without_a_fix_that_is_non
     monkeypatch.setattr(options, "takes_zentorch", lambda: False)
     monkeypatch.setattr(options, "cpu_name", lambda: "a CPU of Intel's")
     with pytest.raises(ConfigError, match=r"AMD's CPUs with AVX-512 only, got a CPU of Intel's \(allowed: auto or"):
-        options.check_tuning(parse_tuning({"kernels": "zentorch"}), FOUR, [], {}, parse_config({}))
+        options.check_tuning(Tuning(kernels="zentorch"), FOUR, [], {}, parse_config({}))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_prepare_says_at_its_start_what_its_servers_cannot_do(value, command, mo
 )
 def test_what_this_machine_does_not_allow_is_said(parts, flags, given, says, zentorch):
     with pytest.raises(ConfigError, match=says):
-        options.check_tuning(parse_tuning(parts), FOUR, flags, given, parse_config({}))
+        options.check_tuning(Tuning.model_validate(parts), FOUR, flags, given, parse_config({}))
 
 
 def test_pages_by_hand_and_by_a_variable_must_agree():
@@ -252,7 +252,7 @@ def test_a_vllm_for_gpus_has_no_such_parts(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "is_cpu_build", lambda: False)
     assert choose(Tuning(), tmp_path).environment == {}
     with pytest.raises(ConfigError, match="--queues is about vLLM's CPU backend"):
-        choose(parse_tuning({"queues": "block"}), tmp_path)
+        choose(Tuning(queues="block"), tmp_path)
 
 
 @pytest.mark.parametrize(

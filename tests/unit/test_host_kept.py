@@ -23,7 +23,7 @@ from apparate_llm.host.choice import (
 )
 from apparate_llm.host.chosen import WITH_EXITS, choose
 from apparate_llm.host.limits import CpuLimits
-from apparate_llm.host.options import TUNING_VARIABLE, Tuning, kept_tuning_from, parse_tuning
+from apparate_llm.host.options import TUNING_VARIABLE, Tuning, kept_tuning_from
 from apparate_llm.host.store import FOLDER, Kept, huge_pages_given, key_of, load, save
 
 FOUR = CpuLimits(num_cpus=4, cores=(0, 1, 2, 3), quota=None)
@@ -139,20 +139,20 @@ def test_without_a_measurement_a_server_has_the_whole_machine_and_with_one_what_
 
 def test_off_is_as_vllm_does_and_says_nothing(model, cache, four_cores):
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS)))
-    chosen = choose(parse_tuning({"tuning": "off"}), model, given={})
+    chosen = choose(Tuning(tuning="off"), model, given={})
     assert (chosen.choice, chosen.environment, chosen.line) == (AS_VLLM, {}, None)
 
 
 def test_parts_by_hand_go_over_all_else(model, cache, four_cores):
-    by_hand = parse_tuning({"tuning": "off", "threads": "2", "worker": "engine"})
+    by_hand = Tuning.model_validate({"tuning": "off", "threads": "2", "worker": "engine"})
     chosen = choose(by_hand, model, config=parse_config({"huge_pages": False}), given={})
     assert chosen.environment == {BIND: "0,1", WORKER: "engine", OWN_PROCESS: "0", HUGE_PAGES: "0"}
     assert "threads, worker, huge pages by hand" in chosen.line
-    chosen = choose(parse_tuning({"threads": "2"}), model, given={})
+    chosen = choose(Tuning.model_validate({"threads": "2"}), model, given={})
     assert chosen.choice == DEFAULT.model_copy(update={"threads": 2})
     assert "threads by hand, else not measured here" in chosen.line
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS)))
-    chosen = choose(parse_tuning({"threads": "2"}), model, given={})
+    chosen = choose(Tuning.model_validate({"threads": "2"}), model, given={})
     assert chosen.choice == BEST.model_copy(update={"threads": 2}) and "threads by hand, else kept" in chosen.line
 
 
@@ -173,7 +173,7 @@ def test_each_part_that_is_kept_gives_way_to_a_hand(kept, by_hand, variables, mo
     save(cache, kept_for(key_of(model, [], FOUR, WITH_EXITS), Choice.model_validate({kept: other})))
     assert getattr(choose(Tuning(), model, given={}).choice, kept) == other
     config = parse_config({"huge_pages": False} if kept == "huge_pages" else {})
-    assert choose(parse_tuning(by_hand), model, config=config, given={}).environment == variables
+    assert choose(Tuning.model_validate(by_hand), model, config=config, given={}).environment == variables
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_each_part_that_is_kept_gives_way_to_a_hand(kept, by_hand, variables, mo
 def test_each_part_of_the_default_gives_way_to_a_hand(by_hand, options, variables, model, cache, four_cores, zentorch):
     zentorch(True)
     config = parse_config(options)
-    assert choose(parse_tuning(by_hand), model, config=config, given={}).environment == variables
+    assert choose(Tuning.model_validate(by_hand), model, config=config, given={}).environment == variables
 
 
 @pytest.mark.parametrize(("value", "pages"), [("0", False), ("1", True)])
@@ -223,7 +223,7 @@ def test_a_users_own_executor_keeps_its_worker(model, cache, four_cores):
 def test_a_user_without_a_cache_is_served_as_where_nothing_was_measured(model, homeless, four_cores):
     chosen = choose(Tuning(), model, given={})
     assert (chosen.choice, chosen.environment) == (DEFAULT, BY_DEFAULT) and "not measured here" in chosen.line
-    assert choose(parse_tuning({"tuning": "off"}), model, given={}).choice == AS_VLLM
+    assert choose(Tuning(tuning="off"), model, given={}).choice == AS_VLLM
 
 
 def test_a_profile_of_prepare_uses_the_machine_as_a_server_does(model, cache, four_cores, monkeypatch):

@@ -14,15 +14,27 @@ import torch
 
 from apparate_llm import patches
 from apparate_llm.eval.servers import free_port
+from apparate_llm.models.architectures import ARCHITECTURES
 from apparate_llm.patches import guard
 from apparate_llm.patches.cpu_expand_kernel import expand
 from apparate_llm.patches.ledger import LEDGER, apply_all
 from apparate_llm.patches.overrides import OVERRIDES
+from apparate_llm.prepare.capture import Capture
 from tests.logged import logged
 
 FOLDER = Path(next(iter(patches.__path__))).resolve()
 FRAMEWORK = {"__init__", "guard", "ledger", "overrides"}
-NOT_METHODS = {"__module__", "__doc__", "__qualname__", "__annotations__", "__dict__", "__weakref__", "_abc_impl"}
+MIXIN = "apparate_llm.models.mixin"
+NOT_METHODS = {
+    "__module__",
+    "__doc__",
+    "__qualname__",
+    "__annotations__",
+    "__dict__",
+    "__weakref__",
+    "__subclasshook__",  # Python's own, of each subclass of a protocol
+    "_abc_impl",
+}
 
 
 def patch_named(file: str) -> guard.Patch:
@@ -55,7 +67,8 @@ def overridden_by(name: str) -> set[tuple[str, str]]:
     """(vLLM's class, method) that a class of ours overrides."""
     ours: Any = guard.named(f"apparate_llm.{name}")
     pairs = set()
-    for method in vars(ours).keys() - NOT_METHODS:
+    of_ours = {name for base in ours.__mro__ if base.__module__ in (ours.__module__, MIXIN) for name in vars(base)}
+    for method in of_ours - NOT_METHODS:
         for base in ours.__mro__[1:]:
             if base.__module__.startswith("vllm.") and callable(vars(base).get(method)):
                 pairs.add((f"{base.__module__}.{base.__qualname__}", method))
@@ -71,6 +84,7 @@ def overridden_by(name: str) -> set[tuple[str, str]]:
         "engine.worker.EarlyExitWorker",
         "engine.invariant_worker.BatchInvariantWorker",
         "engine.scheduler.EarlyExitScheduler",
+        *(path.removeprefix("apparate_llm.").replace(":", ".") for _, path in ARCHITECTURES.values()),
     ],
 )
 def test_every_method_of_vllms_that_we_override_is_listed_with_its_source(ours):
@@ -89,6 +103,13 @@ def test_a_method_that_has_changed_or_is_gone_is_named_in_one_line():
         guard.check_overrides(changed)
     with pytest.raises(guard.PatchMismatchError, match=r"vLLM has no \S+GPUModelRunner\._sampled any more"):
         guard.check_overrides(replace(entry, sha256={"_sampled": "0" * 64}))
+
+
+def test_a_preparation_records_nothing_of_other_source(monkeypatch):
+    entry = next(entry for entry in OVERRIDES if entry.ours == "prepare.capture")
+    monkeypatch.setitem(entry.sha256, "_model_forward", "0" * 64)
+    with pytest.raises(guard.PatchMismatchError, match=r"GPUModelRunner\._model_forward is for source 000000000000"):
+        Capture(None, depths=())
 
 
 def test_a_falsified_hash_stops_the_start_with_one_line(tiny_llama, lens_ramps, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from apparate_llm.prepare import predict as predict_module
-from apparate_llm.prepare.costs import ProfiledCosts, verify_cost
+from apparate_llm.prepare.costs import ProfiledCosts, at, curve
 from apparate_llm.prepare.predict import (
     as_users_ask,
     harder,
@@ -230,9 +230,9 @@ def test_where_only_some_rows_were_measured_the_next_one_stands_for_those_before
 
 def test_costs_between_what_was_measured_are_linear_and_never_fall():
     costs = {"1": 10.0, "2": 10.0, "4": 14.0}
-    assert verify_cost(costs, 3) == 12.0 and verify_cost(costs, 6) == 18.0
-    assert verify_cost({**costs, "1": 15.0}, 1) == 10.0
-    assert isinstance(verify_cost({"1": 1.0, "2": 2.0}, np.float64(1.5)), float)
+    assert at(curve(costs), 3) == 12.0 and at(curve(costs), 6) == 18.0
+    assert at(curve({**costs, "1": 15.0}), 1) == 10.0
+    assert isinstance(at(curve({"1": 1.0, "2": 2.0}), np.float64(1.5)), float)
     served = ProfiledCosts.of(profiled(), 0)
     assert served.pass_ms(1, 1, 0) == pytest.approx(20.0) and served.pass_ms(1, 4, 0) == pytest.approx(20.6)
     assert served.pass_ms(2, 4, 0) == pytest.approx(20.6, abs=0.5)

@@ -17,7 +17,7 @@ from apparate_llm.host import chosen
 from apparate_llm.host.choice import AS_VLLM, BIND, DEFAULT, OWN_PROCESS, QUEUES, WORKER, Choice
 from apparate_llm.host.chosen import choose
 from apparate_llm.host.limits import CpuLimits
-from apparate_llm.host.options import Tuning, parse_tuning
+from apparate_llm.host.options import Tuning
 from apparate_llm.progress import Progress
 from apparate_llm.tune import command, trials
 from apparate_llm.tune.candidates import flags_of, of_kernels, of_pages, of_processes, same
@@ -85,7 +85,7 @@ def test_kernels_and_pages_are_tried_with_the_best_so_far(zentorch):
 def test_a_candidates_server_is_told_all_of_it(choice, zentorch, tmp_path, monkeypatch):
     monkeypatch.setattr(chosen, "cpu_limits", lambda: TWO)
     tuning, pages = flags_of(choice, TWO)
-    parsed = parse_tuning({flag[2:]: value for flag, value in zip(tuning[::2], tuning[1::2], strict=True)})
+    parsed = Tuning.model_validate({flag[2:]: value for flag, value in zip(tuning[::2], tuning[1::2], strict=True)})
     config = config_of(pages)
     assert same(choose(parsed, tmp_path, config=config, given={}).choice, choice, TWO)
 
@@ -359,8 +359,8 @@ def test_serve_measures_again_if_asked_to(tmp_path, monkeypatch, capsys):
         returncode = 0
 
     monkeypatch.setattr(subprocess, "run", lambda line, **_: asked.append(line) or Done)
-    monkeypatch.setattr(serve, "choose", lambda *_, **__: choose(parse_tuning({"tuning": "off"}), tmp_path, given={}))
-    again = parse_tuning({"tuning": "again"})
+    monkeypatch.setattr(serve, "choose", lambda *_, **__: choose(Tuning(tuning="off"), tmp_path, given={}))
+    again = Tuning(tuning="again")
     config = parse_config({"policy": "off"})
     where = ["--uds", "/run/a.sock", "--ssl-keyfile=key", "--ssl-certfile", "certificate", "--revision", "main"]
     serve.use_machine(again, tmp_path, [*where, "--dtype", "float32"], config, {})
@@ -383,7 +383,7 @@ def test_a_servers_start_sets_variables_and_says_what_is_in_force(tmp_path, monk
     monkeypatch.setattr(os, "environ", {"APPARATE_CACHE": str(tmp_path)})
     wanted = {"speculative_config": {}, "additional_config": {ADDITIONAL_CONFIG_KEY: {}}}
     config = parse_config({"huge_pages": False})
-    (line,) = serve.use_machine(parse_tuning({"tuning": "off", "worker": "engine"}), tmp_path, [], config, wanted)
+    (line,) = serve.use_machine(Tuning(tuning="off", worker="engine"), tmp_path, [], config, wanted)
     assert BIND not in os.environ and (os.environ[WORKER], os.environ[OWN_PROCESS]) == ("engine", "0")
     assert wanted["additional_config"][ADDITIONAL_CONFIG_KEY] == {"huge_pages": False}
     assert line.startswith("Tuned: threads as vLLM gives them, stock kernels, small pages")
