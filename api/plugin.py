@@ -98,7 +98,8 @@ async def dashboard(request: Request) -> HTMLResponse:
 async def status(request: Request) -> dict[str, object]:
     """Options, depth in use and running totals; 503 where the server runs without early exits."""
     server = server_of(request)
-    return status_view(await server.status(), tenant_seen_by(request, server))
+    now = await server.status()
+    return status_view(now, server.config, tenant_seen_by(request, server))
 
 
 @router.get("/config")
@@ -159,7 +160,9 @@ async def events(request: Request) -> StreamingResponse:
 def text_for(server: ExitServer, tenant_name: str | None) -> str:
     """The last status that was published, as JSON; tenant_name: the one tenant that the listener sees."""
     status, text = server.collector.status, server.collector.text
-    return text if tenant_name is None or status is None else json.dumps(status_view(status, tenant_name))
+    if tenant_name is None or status is None:
+        return text
+    return json.dumps(status_view(status, server.config, tenant_name))
 
 
 async def stream(server: ExitServer, tenant_name: str | None = None) -> AsyncIterator[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from apparate_llm.config import EarlyExitConfig, effective_bound, effective_target_ms, parse_config, tenant_of
+from apparate_llm.config import EarlyExitConfig, effective_bound, effective_target_ms, tenant_of
 from apparate_llm.core import shares_of
 from apparate_llm.exits.tenants import UNNAMED
 from apparate_llm.renamed import beside_old_names
@@ -37,13 +37,12 @@ def config_view(config: dict[str, Any], name: str | None) -> dict[str, Any]:
     return {**kept, "tenants": {own: options for own, options in config["tenants"].items() if own == name}}
 
 
-def status_view(status: dict[str, Any], name: str | None) -> dict[str, Any]:
-    """Of the worker's `early_exit_status`. All totals but a tenant's own tell of other tenants, too."""
+def status_view(status: dict[str, Any], config: EarlyExitConfig, name: str | None) -> dict[str, Any]:
+    """Of the worker's `early_exit_status`; config: in force. All totals but a tenant's own tell of others, too."""
     if name is None:
         return status
     share = status["tenants"][name]
     counts = {count: share[count] for count in COUNTS}
-    config = parse_config(status["config"])
     return beside_old_names(
         {
             **{field: status[field] for field in TIMELESS},

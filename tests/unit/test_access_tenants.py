@@ -50,8 +50,9 @@ def test_a_tenant_sees_the_bound_and_the_target_that_are_in_force_for_it():
     app, engine = served(tenants=TENANTS)
 
     def seen():
-        status = asyncio.run(app.state.early_exit.changed_status())
-        views = [status_view(status, name) for name in ("mine", "theirs", UNNAMED)]
+        server = app.state.early_exit
+        status = asyncio.run(server.changed_status())
+        views = [status_view(status, server.config, name) for name in ("mine", "theirs", UNNAMED)]
         return [(view["accuracy_bound"], view["tpt_target_ms"]) for view in views]
 
     assert seen() == [(0.004, None), (0.01, 33.25), (0.01, None)]
