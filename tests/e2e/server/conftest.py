@@ -11,6 +11,9 @@ from tests.e2e.conftest import TINY_FLAGS
 
 Serve = Callable[..., AbstractContextManager[str]]
 
+# For the first request with logprobs vLLM compiles a function: 20 s alone, more than a minute beside other tests.
+NOT_COMPILED = {"TORCH_COMPILE_DISABLE": "1"}
+
 
 @pytest.fixture(scope="package")
 def server(
@@ -22,7 +25,7 @@ def server(
     flags = ["--config", str(file), "--ramps", str(lens_ramps(depth=3)), "--policy=static"]
     flags += ["--enable-scale-out"]  # the route that takes tokens
     flags += ["--additional-config.early_exit.threshold", "0.05", "--additional_config.theirs.y=2"]
-    with serve(str(tiny_llama), *flags, *TINY_FLAGS) as base_url:
+    with serve(str(tiny_llama), *flags, *TINY_FLAGS, **NOT_COMPILED) as base_url:
         yield base_url
 
 
@@ -33,5 +36,5 @@ def client(server: str) -> openai.OpenAI:
 
 @pytest.fixture(scope="package")
 def plain_server(serve: Serve, tiny_llama: Path) -> Iterator[str]:
-    with serve(str(tiny_llama), "--policy", "off", *TINY_FLAGS) as base_url:
+    with serve(str(tiny_llama), "--policy", "off", *TINY_FLAGS, **NOT_COMPILED) as base_url:
         yield base_url
